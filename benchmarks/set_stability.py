@@ -1,0 +1,69 @@
+"""How much the fundamental set of the real task depends on ranks and precision: Jaccard indices of the top 10 %.
+
+    python benchmarks/set_stability.py
+
+MiniLM with the warmed-up head of a finished run (--head FILE), ICD-10-CM chapters, 256 training texts
+in score batches of 32, FSDP2 on one and two gloo ranks, float32 and bfloat16 (float32 shards and reduction).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from dcft_dist import FundamentalSet, score_importance, select_fundamental
+from dcft_dist.config import Model, Task
+from dcft_dist.data import Batch, micro_batches, order, tokenize
+from dcft_dist.engines.wrap import wrap_model
+from dcft_dist.models import build_model
+from dcft_dist.tasks import load_task
+
+CPU = torch.device("cpu")
+
+
+def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(model(batch).float(), batch["labels"])
+
+
+def score(rank: int, ranks: int, folder: str, head: str, bf16: bool) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store.{ranks}.{bf16}", ranks)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    data = load_task(Task())
+    model, tokenizer = build_model(Model(), len(data.class_names), seed=0)
+    model.head.load_state_dict(load_file(head))
+    tokens = tokenize(data.train, tokenizer, Task().max_tokens)
+    wrapped = wrap_model(model, "fsdp2", CPU, blocks=model.blocks(), bf16=bf16)
+    wanted = order(0, 0, len(tokens))[:256]
+    items = [b for i in range(0, 256, 32) for b in micro_batches(wanted[i : i + 32], rank, ranks, 32, tokens, CPU)]
+    select_fundamental(score_importance(wrapped, items, loss_fn, head="head"), 0.1).save(f"{folder}/{ranks}.{bf16}")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--head", default="runs/icd_dcft/head.safetensors")
+    head = parser.parse_args().head
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with tempfile.TemporaryDirectory() as folder:
+        for ranks in (1, 2):
+            for bf16 in (False, True):
+                torch.multiprocessing.spawn(score, (ranks, folder, head, bf16), nprocs=ranks)
+        sets = {f.name: FundamentalSet.load(f) for f in sorted(Path(folder).glob("*.[TF]*")) if "store" not in f.name}
+        print("| sets compared | Jaccard index |\n|---|---|")
+        for title, a, b in (
+            ("float32, 1 and 2 ranks", "1.False", "2.False"),
+            ("bfloat16, 1 and 2 ranks", "1.True", "2.True"),
+            ("float32 and bfloat16, 1 rank", "1.False", "1.True"),
+        ):
+            print(f"| {title} | {sets[a].jaccard(sets[b]):.5f} |")
+
+
+if __name__ == "__main__":
+    main()

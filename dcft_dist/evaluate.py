@@ -1,0 +1,52 @@
+"""Loss, accuracy and macro-F1 of a classifier over all ranks; padding samples never count."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from . import collectives
+from .data import Batch
+from .engines import settle
+
+EVALUATION_BATCH = 64  # texts in a forward of one rank
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], num_classes: int, computing: Callable[[], Any]) -> dict[str, float]:
+    """{"loss", "accuracy", "macro_f1"}: mean cross-entropy, micro accuracy and macro-F1, each in [0, 1]. Collective.
+
+    Runs in eval mode and restores the mode. `batches`: this rank's, as many on every rank.
+    """
+    device = next(model.parameters()).device
+    # torchmetrics sums the states of all ranks (true and false positives and negatives) when it computes.
+    metrics = MetricCollection(
+        {
+            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
+            "macro_f1": MulticlassF1Score(num_classes, average="macro"),
+        }
+    ).to(device)
+    total = torch.zeros(2, dtype=torch.float64)
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            with computing():
+                logits = model(batch).float()
+            real = batch["real"]
+            if real.any():
+                metrics.update(logits[real], batch["labels"][real])
+                loss = functional.cross_entropy(logits[real], batch["labels"][real], reduction="sum")
+                total += torch.tensor([float(loss), float(real.sum())], dtype=torch.float64)
+    finally:
+        model.train(training)
+        settle(model)
+    loss_sum, count = collectives.all_reduce(total, what="evaluation loss").tolist()
+    values = metrics.compute()
+    return {"loss": loss_sum / count, "accuracy": float(values["accuracy"]), "macro_f1": float(values["macro_f1"])}

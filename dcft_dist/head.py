@@ -1,0 +1,100 @@
+"""The head's warm-up in a run: on features that the frozen body computes once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import collectives, config
+from .data import Tokens, evaluation_batches, order
+from .errors import CheckpointError
+from .evaluate import EVALUATION_BATCH
+from .files import write_atomic
+from .models import TextClassifier
+from .warmup import warm_up_head
+from .world import World
+
+log = logging.getLogger(__name__)
+Features = tuple[Tensor, Tensor, int]  # [size, width] features, [size] labels, size
+
+
+class Head:
+    """Warms up the head of a model that is not wrapped yet; the linear probe is nothing else."""
+
+    def __init__(
+        self,
+        model: TextClassifier,
+        settings: config.HeadWarmup,
+        seed: int,
+        world: World,
+        computing: Callable[[], Any],
+    ) -> None:
+        self._model, self._settings, self._seed = model, settings, seed
+        self._world, self._computing = world, computing
+
+    def warm_up_or_load(self, file: Path, train: Tokens, validation: Tokens) -> None:
+        """Trains the head, unless `file` has it from an earlier attempt; leaves it in `file` and in the model. Collective.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        head = self._model.head.to(self._world.device)
+        if not collectives.on_every_rank(file.exists()):
+            self._warm_up(file, train, validation)
+            collectives.all_gather_ints([0], what="warmed-up head")  # until rank 0 has written it
+        with collectives.agreed("load the warmed-up head"):
+            try:
+                head.load_state_dict(load_file(file))
+            except (OSError, SafetensorError, RuntimeError) as error:
+                raise CheckpointError(f"{file} is damaged ({error}): delete it to make it again") from error
+
+    def _warm_up(self, file: Path, train: Tokens, validation: Tokens) -> None:
+        self._model.to(self._world.device).eval()
+        head, settings = self._model.head, self._settings
+        done = warm_up_head(
+            head,
+            self._batches(train),
+            _loss,
+            head=("weight", "bias"),
+            validation=self._batches(validation),
+            lr=settings.lr,
+            max_epochs=settings.max_epochs,
+            patience=settings.patience,
+        )
+        if done.best_epoch == settings.max_epochs:
+            log.warning("the head was still improving after %d epochs of warm-up", settings.max_epochs)
+        if self._world.is_first:
+            weights = {k: v.cpu() for k, v in head.state_dict().items()}
+            write_atomic(file, save(weights, {"warm_up": json.dumps(done.__dict__)}))
+
+    @torch.no_grad()
+    def _batches(self, tokens: Tokens) -> list[Features]:
+        """This rank's features of a split, in batches of `settings.batch` over all ranks, equally many on every rank."""
+        rank, ranks = self._world.rank, self._world.world_size
+        features, labels = [], []
+        for batch in evaluation_batches(tokens, rank, ranks, EVALUATION_BATCH, self._world.device):
+            real = batch["real"]
+            with self._computing():
+                features.append(self._model.features(batch)[real].float())
+            labels.append(batch["labels"][real])
+        x, y = torch.cat(features), torch.cat(labels)
+        mixed = torch.tensor(order(self._seed, rank, len(x)), device=x.device)  # they come by length
+        share = max(self._settings.batch // ranks, 1)
+        num_batches = math.ceil(math.ceil(len(tokens) / ranks) / share)
+        parts = [mixed[i * share : (i + 1) * share] for i in range(num_batches)]
+        return [(x[part], y[part], len(part)) for part in parts]
+
+
+def _loss(head: nn.Module, batch: Features) -> tuple[Tensor, int]:
+    features, labels, count = batch
+    return functional.cross_entropy(head(features), labels, reduction="sum"), count

@@ -1,0 +1,53 @@
+"""The trainer's optimizer, learning rate and randomness, each a function of the configuration and the step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import Config
+from .models import TextClassifier
+
+
+def make_optimizer(model: TextClassifier, config: Config) -> torch.optim.Optimizer:
+    """AdamW or SGD over body and head; weight decay on matrices only. Each group keeps its peak rate as `peak_lr`."""
+    settings = config.optimizer
+    head = {id(p) for p in model.head.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        groups.setdefault((id(parameter) in head, parameter.ndim > 1), []).append(parameter)
+    rows: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "peak_lr": settings.head_lr if in_head and settings.head_lr else settings.lr,
+            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+        }
+        for (in_head, is_matrix), parameters in groups.items()
+    ]
+    if settings.name == "sgd":
+        return torch.optim.SGD(rows, lr=settings.lr, momentum=settings.momentum)
+    return torch.optim.AdamW(rows, lr=settings.lr)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, total: int) -> float:
+    """Linear warm-up, then cosine to `final_lr_fraction`; returns the body's rate."""
+    settings = config.train
+    warmup = settings.warmup_fraction * total
+    if step < warmup:
+        share = (step + 1) / (warmup + 1)
+    else:
+        place = (step - warmup) / max(total - warmup, 1)
+        share = settings.final_lr_fraction + (1 - settings.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * place))
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * share
+    return config.optimizer.lr * share
+
+
+def seed_randomness(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Dropout's random state as a function of where we are, so that nothing of it need be saved."""
+    digest = hashlib.sha256(f"{seed}:{step}:{micro_batch}:{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

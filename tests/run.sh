@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything that must pass: style, types, tests. Sets itself up (.venv). Arguments go to pytest.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+. launch/environment.sh
+make_environment test
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
+"$PYTHON" -m ruff check .
+"$PYTHON" -m ruff format --check .
+"$PYTHON" -m mypy
+bash -n launch/*.sh slurm/*.sbatch tests/run.sh
+"$PYTHON" -m pytest "$@"

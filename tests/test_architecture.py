@@ -1,0 +1,98 @@
+"""Imports form a DAG of layers; the package raises and never asserts; no pickle is loaded; nothing is left behind."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dcft_dist import config
+
+PACKAGE = Path(config.__file__).parent
+ROOT = PACKAGE.parent
+
+# Lowest first; a module may import from lower layers only, and from its own layer where no cycle arises.
+LAYERS = [
+    ["errors"],
+    ["config", "bits", "files", "names"],
+    ["collectives"],
+    ["world"],
+    ["engines.base"],
+    ["engines.replicated", "engines.fsdp2"],
+    ["engines"],
+    ["engines.wrap"],
+    ["fundamental", "multiplier", "importance"],
+    ["selection", "penalty_checks", "warmup"],
+    ["penalty"],
+    ["__init__"],
+    ["tasks", "data", "models"],
+    ["checkpoint", "evaluate", "measure", "removal", "run_dir", "optim"],
+    ["provenance", "head"],
+    ["trainer"],
+    ["pictures"],
+    ["report"],
+    ["cli"],
+]
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imports(file: Path) -> set[str]:
+    """Modules of the package that a file imports, late imports included."""
+    found = set()
+    package = file.relative_to(PACKAGE).parent.parts
+    modules = {module_name(f) for f in PACKAGE.rglob("*.py")}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
+            for alias in node.names:
+                whole = ".".join([*base, alias.name])
+                found.add(whole if whole in modules else ".".join(base) or "__init__")
+    return found - {module_name(file)}
+
+
+def test_imports_form_layers() -> None:
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    files = {module_name(f): f for f in PACKAGE.rglob("*.py")}
+    assert set(files) == set(level), "every module has its layer"
+    wrong = [f"{name} imports {used}" for name, file in files.items() for used in imports(file) if level[used] > level[name]]
+    assert wrong == []
+    graph = {name: imports(file) for name, file in files.items()}
+    while graph:  # take away what imports nothing that is left, until nothing is left
+        free = [name for name, used in graph.items() if not used & graph.keys()]
+        assert free, f"a cycle among {sorted(graph)}"
+        for name in free:
+            del graph[name]
+
+
+def test_the_package_raises_and_never_asserts() -> None:
+    for file in PACKAGE.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        asserts = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+        assert asserts == [], file
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                call = ast.unparse(node.func)
+                assert call not in ("torch.load", "pickle.load", "pickle.loads", "yaml.load"), (file, node.lineno)
+
+
+@pytest.mark.parametrize("page", ["configuration"])
+def test_generated_pages_are_current(page: str) -> None:
+    assert (ROOT / "docs" / f"{page}.md").read_text() == config.reference(), (
+        "run: dcft config-reference > docs/configuration.md"
+    )
+
+
+def test_light_modules_import_without_torch() -> None:
+    """A configuration is checked in a moment."""
+    code = (
+        "import sys; sys.modules['dcft_dist'] = type(sys)('dcft_dist'); sys.modules['dcft_dist'].__path__ = [sys.argv[1]]; "
+    )
+    code += "import dcft_dist.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(PACKAGE)], check=True)

@@ -1,0 +1,103 @@
+"""What the README and the pages show runs as it stands; the wheel is complete."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dcft_dist import FundamentalSet
+
+from .ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
+
+
+class Reader(nn.Module):
+    """A model such as the pages speak of: blocks and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.classifier = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.classifier(x)
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def run_example(page: str, folder: str) -> tuple[int, int]:
+    import os
+
+    os.chdir(folder)
+    code = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL).group(1)  # type: ignore[union-attr]
+    batches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(4)]
+    model = Reader()
+    names: dict[str, Any] = {
+        "model": model, "loss_fn": loss_fn, "batches": batches, "train_batches": batches, "score_batches": batches,
+        "validation_batches": batches, "optimizer": torch.optim.AdamW(model.parameters()),
+    }  # fmt: skip
+    exec(code, names)
+    return FundamentalSet.load("fundamental.safetensors").num_selected, names["penalty"].calls.total()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/library.md"])
+def test_examples_run(page: str, tmp_path: Path) -> None:
+    for selected, calls in run_ranks(2, run_example, page, str(tmp_path)):
+        assert selected == round(0.1 * 72)
+        assert calls == (8 if page == "docs/library.md" else 0)
+
+
+def test_the_whole_program_runs(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "docs/examples/own_loop.py")], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Penalty(factor 0.1 on the update, " in done.stdout and "proposed step: 0.100" in done.stdout
+
+
+def test_links_and_commands_exist() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
+        text = page.read_text()
+        assert not re.search(r"^(RESULTS|TODO)", text, re.MULTILINE), page.name
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("http") or (page.parent / target).exists(), (page.name, target)
+        for path in re.findall(r"(?:\./|python )((?:launch|tests|benchmarks)/[\w./]+)", text):
+            assert (ROOT / path).exists(), (page.name, path)
+
+
+def test_the_wheel_has_everything(tmp_path: Path) -> None:
+    """Built from the project, unpacked elsewhere, imported from there: all configurations, the report's template."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "site"), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import dcft_dist, dcft_dist.report, pathlib
+from dcft_dist.config import load_config
+here = pathlib.Path(dcft_dist.__file__).parent
+assert str(here).startswith(sys.argv[1]), here
+names = [load_config(f.name).name for f in (here / "configs").glob("*.toml")]
+dcft_dist.report._template()
+print(sorted(names))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(tmp_path / "site")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    shipped = sorted(f.stem for f in (ROOT / "configs").glob("*.toml"))
+    assert done.stdout.strip() == str(shipped)

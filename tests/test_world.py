@@ -1,0 +1,58 @@
+"""Collectives that fail say which rank is missing, in time."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dcft_dist import collectives
+from dcft_dist.errors import DcftError, WorldError
+
+from .ranks import run_ranks
+
+
+def one_rank_is_late() -> str:
+    collectives.all_reduce(torch.zeros(1), what="warm-up of the test")
+    if dist.get_rank() == 1:
+        collectives.arrive("reading a slow disk")
+        time.sleep(6)
+        return ""
+    with pytest.raises(WorldError) as error:
+        collectives.arrive("step 1")
+        collectives.all_reduce(torch.zeros(1), what="sum of losses")
+    return str(error.value)
+
+
+def test_a_late_rank_is_named_after_the_timeout() -> None:
+    started = time.monotonic()
+    message = run_ranks(2, one_rank_is_late, timeout_s=3, breaks=True)[0]
+    assert time.monotonic() - started < 15
+    expected = "rank 0: sum of losses failed: rank 1 has not arrived (its last report: reading a slow disk)"
+    assert message.startswith(expected), message
+
+
+def named() -> str:
+    collectives.all_reduce(torch.zeros(1), what="start")
+    if dist.get_rank() == 1:
+        collectives.arrive("reading a slow disk")
+        dist.barrier()
+        return ""
+    dist.barrier()
+    collectives.arrive("step 1")
+    collectives.arrive("step 2")
+    return collectives.missing_ranks()
+
+
+def error_of_one_rank() -> str:
+    with pytest.raises(DcftError) as error, collectives.agreed("reading a file"):
+        if dist.get_rank() == 1:
+            raise WorldError("disk on fire: é")
+    return str(error.value)
+
+
+def test_messages() -> None:
+    assert run_ranks(2, named)[0] == "rank 1 has not arrived (its last report: reading a slow disk)"
+    assert run_ranks(2, error_of_one_rank) == ["rank 1: disk on fire: é", "disk on fire: é"]

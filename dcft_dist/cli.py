@@ -105,12 +105,14 @@ _COMMANDS = {
 
 
 def entry() -> None:
-    """The process's end. After an error it leaves at once: native threads of a broken process group cannot be joined."""
+    """The process's end, at once: after an error the threads of a process group cannot be joined, and after a success
+    gloo's threads abort the process if they still have tensors to free while the interpreter shuts down (torch 2.13).
+    """
     code = main()
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ fails or times out, the ranks that were reached read those notes and name the on
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,8 +116,14 @@ def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
         return tensor
     arrive(what)
     moved = _reachable(tensor)
+    references = sys.getrefcount(moved)
     with explained(what):
         dist.all_reduce(moved, op=_OPS[op])
+    # gloo's worker thread drops the tensor a moment later and needs the interpreter for it. If that is shutting down by
+    # then, the process aborts ("terminate called without an active exception", torch 2.13) and a done job counts as failed.
+    end = time.monotonic() + 1.0
+    while sys.getrefcount(moved) > references and time.monotonic() < end:
+        time.sleep(0)
     return moved.to(tensor.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -56,3 +57,19 @@ def error_of_one_rank() -> str:
 def test_messages() -> None:
     assert run_ranks(2, named)[0] == "rank 1 has not arrived (its last report: reading a slow disk)"
     assert run_ranks(2, error_of_one_rank) == ["rank 1: disk on fire: é", "disk on fire: é"]
+
+
+def references_after_reductions() -> int:
+    return sum(still_held() for _ in range(500))
+
+
+def still_held() -> bool:
+    tensor = torch.zeros(1)
+    before = sys.getrefcount(tensor)
+    collectives.all_reduce(tensor, what="sum")
+    return sys.getrefcount(tensor) > before
+
+
+def test_no_reduction_is_left_to_threads_that_outlive_the_interpreter() -> None:
+    """Else the process may abort at its exit, after all was done."""
+    assert run_ranks(2, references_after_reductions) == [0, 0]

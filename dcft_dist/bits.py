@@ -60,6 +60,19 @@ class Box:
             local = local // self.size[dim]
         return index
 
+    def share(self, index: int, count: int) -> tuple[tuple[int, int], Box]:
+        """The `index`-th of `count` parts: its range of this box's cells in row-major order, and those cells as a box."""
+        first = self.first
+        if count == 1:
+            return (0, self.numel), self
+        if first is not None:
+            begin, end = self.numel * index // count, self.numel * (index + 1) // count
+            return (begin, end), Box.flat(prod(self.grid), first + begin, end - begin)
+        top, bottom = self.size[0] * index // count, self.size[0] * (index + 1) // count  # whole rows
+        row = prod(self.size[1:])
+        part = Box(self.grid, (self.start[0] + top, *self.start[1:]), (bottom - top, *self.size[1:]))
+        return (top * row, bottom * row), part
+
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(s, s + n) for s, n in zip(self.start, self.size, strict=True))
 

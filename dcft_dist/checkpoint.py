@@ -1,5 +1,8 @@
 """Checkpoints by torch.distributed.checkpoint in its safetensors format: sharded, checksummed, atomic, without pickle.
 
+Weights, buffers and the optimizer's state are stored by parameter name, flattened, each element once. So a checkpoint can be
+read under any engine and any number of ranks, whichever wrote it.
+
 A checkpoint is a folder `step_00000100`: safetensors files of all ranks, `state.json`, and `manifest.json` with the
 SHA-256 of each file. It is written under a temporary name and renamed when it is complete on every rank, so a folder
 with its final name is whole; an interrupted one is swept away by the next save.
@@ -11,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +22,90 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from . import collectives
-from .engines import find_engine
+from .engines import Engine, Shard, find_engine
 from .errors import CheckpointError
 from .files import read_json, sha256_of, write_json
+from .names import clean
 
 _STATE, _MANIFEST = "state.json", "manifest.json"
+State = dict[str, Any]
 
 
-def model_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers by canonical name; tied weights once."""
-    tensors: dict[str, Tensor] = {f"model.{n}": p.detach() for n, p in find_engine(module).names.parameters.items()}
-    tensors.update({f"buffer.{n}": b for n, b in module.named_buffers() if b is not None})
-    return tensors
+class FlatPiece:
+    """`values`: the elements from `begin` on of a flattened tensor of `numel` elements.
+
+    Speaks the protocol by which torch.distributed.checkpoint saves and reads DTensors.
+    """
+
+    def __init__(self, values: Tensor, numel: int, begin: int) -> None:
+        self.values, self.numel, self.begin = values, numel, begin
+
+    def size(self) -> torch.Size:
+        return torch.Size([self.numel])
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        chunk = ChunkStorageMetadata(torch.Size([self.begin]), torch.Size([self.values.numel()]))
+        return [chunk] if self.values.numel() else []
+
+    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self.values)
+        return [
+            WriteItem(
+                index=MetadataIndex(name, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.values
 
 
-def optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name and key. All of it must be tensors, as in torch's optimizers."""
-    tensors = {}
-    for name, parameter in find_engine(module).names.parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
+    """What a checkpoint holds of a model and, if given, its optimizer: each element on the rank that owns it."""
+    engine = find_engine(model)
+    state: State = {f"buffer.{name}": b for name, b in _buffers(engine)}
+    for shard in engine.shards():
+        state[f"model.{shard.name}"] = _owned(shard, shard.local)
+        kept = optimizer.state.get(shard.parameter, {}) if optimizer is not None else {}
+        for key, value in kept.items():
+            name = f"optimizer.{shard.name}.{key}"
             if isinstance(value, Tensor):
-                tensors[f"optimizer.{name}.{key}"] = value
+                state[name] = value if value.ndim == 0 else _owned(shard, shard.within(value))
             elif value is not None:
-                raise CheckpointError(f"optimizer state {key} of {name} is a {type(value).__name__}, not a tensor")
-    return tensors
+                raise CheckpointError(f"optimizer state {key} of {shard.name} is a {type(value).__name__}, not a tensor")
+    return state
 
 
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+def _buffers(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    return ((clean(name), b) for name, b in engine.module.named_buffers() if b is not None)
+
+
+def _owned(shard: Shard, values: Tensor) -> FlatPiece:
+    first, numel = shard.box.first, prod(shard.box.grid)
+    if first is None:  # no contiguous range: put together, then shared out again
+        whole = collectives.all_reduce(_spread(shard, values), what=f"checkpoint of {shard.name}")
+        ranks, rank = collectives.world_size(), collectives.rank()
+        begin, end = numel * rank // ranks, numel * (rank + 1) // ranks
+        return FlatPiece(whole[begin:end].clone(), numel, begin)
+    begin, end = shard.owned
+    return FlatPiece(values.detach().reshape(-1)[begin:end], numel, first + begin)
+
+
+def _spread(shard: Shard, values: Tensor) -> Tensor:
+    """The owned values at their places in the flattened weight, zeros elsewhere."""
+    whole = torch.zeros(prod(shard.box.grid), dtype=values.dtype, device=values.device)
+    index = shard.owned_box.flat_index(0, shard.owned_box.numel, values.device)
+    whole[index] = values.detach().reshape(-1)[slice(*shard.owned)]
+    return whole
+
+
+def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any]) -> None:
     """Writes one checkpoint; it has its final name only once it is whole. Collective."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     with collectives.agreed("checkpoint: make room"):
@@ -86,42 +145,70 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_tensors(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Reads weights, buffers and, if given, the optimizer's state into a prepared model. Collective; any number of ranks.
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Reads weights, buffers and, if given, the optimizer's state into a prepared model. Collective.
+
+    Whatever engine and number of ranks wrote it. Where several weights share one flat parameter, its step count is the
+    largest of theirs.
 
     Raises:
         CheckpointError: the checkpoint has not the weights of this model.
     """
+    engine = find_engine(model)
     reader = HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata
-    wanted = model_tensors(module)
-    missing = [name for name in wanted if name not in stored]
+    shards = engine.shards()
+    targets = [(f"model.{shard.name}", shard, shard.local) for shard in shards]
+    missing = [name for name, *_ in targets if name not in stored]
     if missing:
         raise CheckpointError(f"{folder} has no {missing[0]} and {len(missing) - 1} more: it is of another model")
+    wanted: State = {f"buffer.{name}": b for name, b in _buffers(engine) if f"buffer.{name}" in stored}
+    scalars: list[tuple[Tensor, Tensor]] = []
     if optimizer is not None:
-        wanted.update(_empty_optimizer_state(module, optimizer, stored))
+        for shard, key, name in _stored_optimizer_state(shards, stored):
+            made = _state_tensor(optimizer, shard, key, stored[name])
+            if made.ndim:
+                targets.append((name, shard, shard.within(made)))
+            else:
+                wanted[name] = torch.zeros_like(made)
+                scalars.append((made, wanted[name]))
+    scattered = []
+    for name, shard, values in targets:
+        first, numel = shard.box.first, prod(shard.box.grid)
+        if first is None:
+            whole = torch.zeros(numel, dtype=values.dtype, device=values.device)
+            scattered.append((whole, shard, values))
+            wanted[name] = FlatPiece(whole, numel, 0)
+        else:
+            wanted[name] = FlatPiece(values.detach().view(-1), numel, first)
     with _guarded("read", folder):
         dcp.load(wanted, storage_reader=reader)
+    for whole, shard, values in scattered:
+        values.detach().copy_(whole.view(shard.box.grid)[shard.box.slices()])
+    for made, read in scalars:
+        made.copy_(torch.maximum(made, read))
+    engine.publish()
 
 
-def _empty_optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer, stored: Any) -> dict[str, Tensor]:
-    """Makes the optimizer's state tensors as the checkpoint has them, sharded as their parameters are."""
-    tensors: dict[str, Tensor] = {}
-    parameters = find_engine(module).names.parameters
-    for full_name, meta in stored.items():
+def _stored_optimizer_state(shards: list[Shard], stored: Any) -> Iterator[tuple[Shard, str, str]]:
+    """(shard, key, name in the checkpoint) of all optimizer state there is for these weights."""
+    by_name = {shard.name: shard for shard in shards}
+    for full_name in stored:
         kind, _, rest = full_name.partition(".")
         name, _, key = rest.rpartition(".")
-        if kind != "optimizer" or name not in parameters:
-            continue
-        parameter = parameters[name]
+        if kind == "optimizer" and name in by_name:
+            yield by_name[name], key, full_name
+
+
+def _state_tensor(optimizer: torch.optim.Optimizer, shard: Shard, key: str, meta: Any) -> Tensor:
+    """The optimizer's tensor of that key, made as the checkpoint has it: a number, or laid out as its parameter is."""
+    state = optimizer.state[shard.parameter]
+    if key not in state:
         dtype = meta.properties.dtype
-        if tuple(meta.size) == tuple(parameter.shape):
-            value = torch.zeros_like(parameter.detach(), dtype=dtype)
-        else:
-            value = torch.zeros(meta.size, dtype=dtype)
-        optimizer.state[parameter][key] = value
-        tensors[full_name] = value
-    return tensors
+        like = shard.parameter.detach()
+        state[key] = torch.zeros_like(like, dtype=dtype) if len(meta.size) else torch.zeros((), dtype=dtype)
+    made: Tensor = state[key]
+    return made
 
 
 @contextmanager

@@ -54,8 +54,9 @@ def counted() -> Iterator[Count]:
 
 
 def _store() -> Any:
-    # torch has no public accessor for the store that init_process_group made (checked: torch 2.11 to 2.13).
-    return dist.distributed_c10d._get_default_store()
+    from .engines.private import default_store  # late: the engines import this module
+
+    return default_store()
 
 
 def arrive(what: str) -> None:

@@ -125,6 +125,18 @@ class Train(Section):
     )
 
 
+class Sharding(Section):
+    """How the engine shards; keys that the engine does not know are errors if they are given."""
+
+    replicas: Count = Field(
+        1, description="`fsdp2`, `fsdp1`: groups of ranks that each hold all weights (hybrid sharding: one group a node)."
+    )
+    offload: bool = Field(
+        False, description="Weights (FSDP) or optimizer partitions (DeepSpeed, stages 1 to 3) stay in CPU memory."
+    )
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="`deepspeed`: ZeRO stage.")
+
+
 class Removal(Section):
     """The removal check: validation loss with sets of weights zeroed."""
 
@@ -139,7 +151,9 @@ class Config(Section):
     method: Literal["dcft", "full", "linear_probe", "random_set"] = Field(
         "dcft", description="`random_set`: as dcft, with a random set of the same size. `linear_probe`: the warmed-up head."
     )
-    engine: Literal["single", "ddp", "fsdp2"] = Field("fsdp2", description="How the model is spread over the ranks.")
+    engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] = Field(
+        "fsdp2", description="How the model is spread over the ranks (docs/engines.md)."
+    )
     seed: Seed = Field(0, description="Seed of head, data order, dropout and random sets.")
     runs_dir: str = Field("runs", description="Directory of all runs.")
     timeout_s: Positive = Field(600.0, description="Seconds after which a collective gives up on a missing rank.")
@@ -153,6 +167,7 @@ class Config(Section):
     penalty: Penalty = Penalty()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
+    sharding: Sharding = Sharding()
     removal: Removal = Removal()
 
     @property
@@ -176,6 +191,21 @@ class Config(Section):
             raise ValueError(
                 "train.clip_order = 'after_penalty' has no meaning at the update level, which follows the step: "
                 "use 'before_penalty'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> Config:
+        sharding, engine = self.sharding, self.engine
+        if sharding.replicas > 1 and engine not in ("fsdp2", "fsdp1"):
+            raise ValueError(f"sharding.replicas is for the engines fsdp2 and fsdp1, not for {engine}")
+        if sharding.offload and (engine in ("single", "ddp") or (engine == "deepspeed" and sharding.zero_stage == 0)):
+            raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
+        after = self.penalty.where == "after" and self.level == "gradient"
+        if engine == "deepspeed" and after and self.train.clip_order == "after_penalty":
+            raise ValueError(
+                "DeepSpeed clips inside its step, before penalty.where = 'after' can act: use penalty.where = 'before', or "
+                "train.clip_order = 'before_penalty'"
             )
         return self
 

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from . import collectives
 from .data import Batch
-from .engines import settle
+from .engines import find_engine
 
 EVALUATION_BATCH = 64  # texts in a forward of one rank
 
@@ -46,7 +46,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], num_classes: int, compu
                 total += torch.tensor([float(loss), float(real.sum())], dtype=torch.float64)
     finally:
         model.train(training)
-        settle(model)
+        find_engine(model).settle()
     loss_sum, count = collectives.all_reduce(total, what="evaluation loss").tolist()
     values = metrics.compute()
     return {"loss": loss_sum / count, "accuracy": float(values["accuracy"]), "macro_f1": float(values["macro_f1"])}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -37,10 +35,8 @@ class Head:
         settings: config.HeadWarmup,
         seed: int,
         world: World,
-        computing: Callable[[], Any],
     ) -> None:
-        self._model, self._settings, self._seed = model, settings, seed
-        self._world, self._computing = world, computing
+        self._model, self._settings, self._seed, self._world = model, settings, seed, world
 
     def warm_up_or_load(self, file: Path, train: Tokens, validation: Tokens) -> None:
         """Trains the head, unless `file` has it from an earlier attempt; leaves it in `file` and in the model. Collective.
@@ -84,8 +80,7 @@ class Head:
         features, labels = [], []
         for batch in evaluation_batches(tokens, rank, ranks, EVALUATION_BATCH, self._world.device):
             real = batch["real"]
-            with self._computing():
-                features.append(self._model.features(batch)[real].float())
+            features.append(self._model.features(batch)[real])
             labels.append(batch["labels"][real])
         x, y = torch.cat(features), torch.cat(labels)
         mixed = torch.tensor(order(self._seed, rank, len(x)), device=x.device)  # they come by length

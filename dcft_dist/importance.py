@@ -100,7 +100,8 @@ def score_importance(
     """Scores every eligible weight of `model` on the downstream loss. Collective.
 
     Args:
-        model: a plain module (the same on every rank), a DistributedDataParallel, or an FSDP2-sharded module.
+        model: a plain module (the same on every rank), a DistributedDataParallel, an FSDP2-sharded module, a
+            FullyShardedDataParallel, or a DeepSpeedEngine.
         batches: this rank's items, as many on every rank; `accumulation` consecutive items on all ranks are one score
             batch. `magnitude` and `random` need none (None).
         loss_fn: `loss_fn(model, batch)` -> the mean loss over the batch's samples (equal sample counts on every rank),
@@ -243,7 +244,8 @@ def _backward(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float,
     model = engine.scoring_model()
     total = torch.zeros(2, dtype=torch.float64)  # sum of losses, sum of counts
     counted = False
-    for item in items:
+    for i, item in enumerate(items):
+        engine.expect(last=i == len(items) - 1)
         result = loss_fn(model, item)
         counted = isinstance(result, tuple)
         loss, count = result if isinstance(result, tuple) else (result, 1.0)

@@ -6,15 +6,15 @@ of the same weight is an alias of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from .errors import PatternError, did_you_mean, listing
 
-# Prefixes that activation checkpointing and torch.compile put into names.
-_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+# Prefixes that activation checkpointing, torch.compile and FSDP1 put into names.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 Patterns = str | Iterable[str]
 
@@ -27,17 +27,29 @@ def clean(name: str) -> str:
 
 
 class ParameterNames:
-    """Canonical names of a module's weights: `parameters` by name, `aliases` (every name -> its canonical name)."""
+    """Canonical names of a module's weights: `parameters` by name, `aliases` (every name -> its canonical name).
 
-    def __init__(self, module: nn.Module) -> None:
+    `parameters` holds what the weight lives in; under FSDP1 that may be one flat parameter for many names.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Hashable, nn.Parameter]]) -> None:
+        """`named`: (name, identity of the weight, parameter) in the order of `named_parameters(remove_duplicate=False)`."""
         self.parameters: dict[str, nn.Parameter] = {}
         self.aliases: dict[str, str] = {}
-        first: dict[int, str] = {}
-        for raw, parameter in module.named_parameters(remove_duplicate=False):
+        first: dict[Hashable, str] = {}
+        for raw, identity, parameter in named:
             name = clean(raw)
-            canonical = first.setdefault(id(parameter), name)
+            canonical = first.setdefault(identity, name)
             self.aliases[name] = canonical
             self.parameters.setdefault(canonical, parameter)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ParameterNames:
+        return cls((name, id(p), p) for name, p in module.named_parameters(remove_duplicate=False))
+
+    @property
+    def trainable(self) -> list[str]:
+        return [name for name, p in self.parameters.items() if p.requires_grad]
 
     def match(self, patterns: Patterns, *, what: str) -> list[str]:
         """Canonical names matched by any pattern, in model order.

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .config import Config
-from .models import TextClassifier
+from .engines.wrap import Weight
+from .models import HEAD
 
 
-def make_optimizer(model: TextClassifier, config: Config) -> torch.optim.Optimizer:
+def make_optimizer(weights: Iterable[Weight], config: Config) -> torch.optim.Optimizer:
     """AdamW or SGD over body and head; weight decay on matrices only. Each group keeps its peak rate as `peak_lr`."""
     settings = config.optimizer
-    head = {id(p) for p in model.head.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        groups.setdefault((id(parameter) in head, parameter.ndim > 1), []).append(parameter)
+    for name, parameter, is_matrix in weights:
+        groups.setdefault((name.startswith(f"{HEAD}."), is_matrix), []).append(parameter)
     rows: list[dict[str, Any]] = [
         {
             "params": parameters,

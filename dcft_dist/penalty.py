@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import collectives
-from .bits import Packed, cut
-from .engines import Engine, Segment, Shard, find_engine, local_tensor
+from .bits import Box, Packed, cut
+from .engines import Engine, Leaf, Segment, Shard, find_engine, local_tensor
 from .errors import EngineError, PenaltyError, listing
 from .fundamental import FundamentalSet
 from .multiplier import Multipliers
@@ -51,10 +51,12 @@ def attach_penalty(
     """Puts the penalty in force on `model`, prepared for training (wrapped, sharded). Collective.
 
     Args:
-        model: a plain module, a DistributedDataParallel, or an FSDP2-sharded module; attach after sharding.
+        model: a plain module, a DistributedDataParallel, an FSDP2-sharded module, a FullyShardedDataParallel, or a
+            DeepSpeedEngine, made by hand or by Accelerate; attach after wrapping or sharding.
         fundamental: the set; its names and shapes must be the model's.
         factor: multiplier of fundamental weights, in [0, 1].
-        optimizer: steps the model's weights. May be left out for the gradient level before the reduction alone.
+        optimizer: steps the model's weights. May be left out for the gradient level before the reduction alone, and
+            for a DeepSpeedEngine, which has its own. What Accelerate or DeepSpeed made of an optimizer is unwrapped.
         level: `gradient`, `update`, or `auto`: gradient for `torch.optim.SGD` without weight decay, update for all else.
         where: place of the gradient level: `before` or `after` the reduction.
         rest_factor: multiplier of eligible weights that are not fundamental, in [0, 1].
@@ -72,30 +74,32 @@ def attach_penalty(
     engine = find_engine(model)
     with collectives.agreed("attach penalty"):
         check_factors(factor=factor, rest_factor=rest_factor, unscored_factor=unscored_factor)
-        check_model(engine, fundamental, optimizer)
+        optimizer = check_model(engine, fundamental, optimizer)
         chosen = choose_level(level, where, optimizer)
-    multipliers = _read_multipliers(
-        engine, fundamental, chosen == "gradient" and where == "before", rest_factor, unscored_factor
-    )
+    leaves = engine.leaves() if chosen == "gradient" and where == "before" else []
+    boxes = {s.name: s.box for leaf in leaves for s in leaf.segments} or {s.name: s.box for s in engine.shards()}
+    device = leaves[0].tensor.device if leaves else engine.shards()[0].local.device
+    multipliers = Multipliers(_read_bits(engine, fundamental, boxes, unscored_factor), device, rest_factor, unscored_factor)
     multipliers.set_factor(factor)
-    engine.penalty = penalty = Penalty(engine, multipliers, chosen, where, told=optimizer is not None)
+    engine.penalty = penalty = Penalty(engine, multipliers, leaves, chosen, where, told=optimizer is not None)
     return penalty
 
 
-def _read_multipliers(engine: Engine, fundamental: FundamentalSet, whole: bool, rest: float, unscored: float) -> Multipliers:
-    """Bits of every weight that a multiplier acts on: of whole weights, or of this rank's boxes. Collective."""
+def _read_bits(
+    engine: Engine, fundamental: FundamentalSet, boxes: dict[str, Box], unscored: float
+) -> dict[str, Packed | None]:
+    """Bits of every weight that a multiplier acts on, as far as they lie in this rank's boxes. Collective."""
     names = engine.names
     head = set(names.match(fundamental.info.head, what="head")) if fundamental.info.head else set()
-    trained = {n for n, p in names.parameters.items() if p.requires_grad and n not in head}
-    boxes = {shard.name: shard.box for shard in engine.shards()}
+    trained = set(names.trainable) - head
     bits: dict[str, Packed | None] = {}
     for given in fundamental.names:  # every name, on every rank, in this order: reading may be collective
         name, packed = names.aliases[given], fundamental.packed(given)
         if name in trained:
-            bits[name] = packed if whole else cut(packed, boxes[name])
+            bits[name] = cut(packed, boxes[name])
     if unscored != 1.0:
         bits.update(dict.fromkeys(sorted(trained - bits.keys())))
-    return Multipliers(bits, engine.device(), rest, unscored)
+    return bits
 
 
 # -- the penalty in force -----------------------------------------------------------------------------------------------
@@ -123,6 +127,7 @@ class Penalty:
         self,
         engine: Engine,
         multipliers: Multipliers,
+        leaves: list[Leaf],
         level: Literal["gradient", "update"],
         where: Where,
         told: bool,
@@ -132,7 +137,7 @@ class Penalty:
         self.calls: Counter[str] = Counter()
         self.frozen = tuple(n for n, p in engine.names.parameters.items() if not p.requires_grad)
         self._engine, self._multipliers = engine, multipliers
-        self._at_attach = {id(p): n for n, p in engine.names.parameters.items()}
+        self._at_attach = engine.stepped()
         self._leaves: list[_LeafCount] = []
         self._handles: list[Any] = []
         self._scaled: set[str] = set()  # weights whose reduced gradient has been multiplied for the coming step
@@ -141,7 +146,7 @@ class Penalty:
         if self.frozen:
             log.info("penalty: %d frozen weights are skipped: %s", len(self.frozen), listing(self.frozen))
         if level == "gradient" and where == "before":
-            self._hook_leaves()
+            self._hook_leaves(leaves)
         self._hook_optimizers()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -175,7 +180,16 @@ class Penalty:
 
     def apply(self) -> None:
         """With `where="after"`: multiplies the reduced gradients now, once per step, so that a clipping that follows sees
-        the penalised gradients. Without this call it happens at the start of `optimizer.step`. Else it does nothing."""
+        the penalised gradients. Without this call it happens at the start of `optimizer.step`. Else it does nothing.
+
+        Raises:
+            PenaltyError: the engine clips inside its own step, before gradients can be reached after the reduction.
+        """
+        if self.level == "gradient" and self.where == "after" and self._engine.clips_inside:
+            raise PenaltyError(
+                "DeepSpeed clips inside its step, before a penalty that comes after the reduction: use where='before' to "
+                "clip penalised gradients, or leave apply() out to clip plain ones"
+            )
         self._scale_reduced(list(self._multipliers.bits))
 
     def in_force(self) -> float:
@@ -206,8 +220,8 @@ class Penalty:
 
     # -- gradient level, before the reduction -----------------------------------------------------------------------
 
-    def _hook_leaves(self) -> None:
-        for leaf in self._engine.leaves():
+    def _hook_leaves(self, leaves: list[Leaf]) -> None:
+        for leaf in leaves:
             segments = [s for s in leaf.segments if s.name in self._multipliers.bits]
             if segments:
                 count = _LeafCount([s.name for s in segments])
@@ -225,8 +239,9 @@ class Penalty:
         def hook(gradient: Tensor) -> Tensor:
             # Out of place: autograd may have given the same memory to other leaves.
             scaled = gradient.clone(memory_format=torch.contiguous_format)
+            flat = local_tensor(scaled).view(-1)
             for s in segments:
-                multipliers.scale(s.name, scaled.view(-1)[s.offset : s.offset + s.numel])
+                multipliers.scale(s.name, flat[s.offset : s.offset + s.box.numel])
                 calls[s.name] += 1
             count.fired += 1
             return scaled
@@ -255,7 +270,7 @@ class Penalty:
     def _before_step(self, optimizer: Optimizer, with_closure: bool) -> None:
         nested = getattr(self._stepping, "optim", None) is optimizer  # the inner one of ZeroRedundancyOptimizer
         names = set() if nested else self._stepped_by(optimizer)
-        if not names:
+        if not names and not self._steps_what_is_new(optimizer):
             return
         if with_closure and (self.level == "update" or self.where == "after"):
             raise PenaltyError(
@@ -267,7 +282,7 @@ class Penalty:
         self._stepping = optimizer
         self._scale_reduced([n for n in self._multipliers.bits if n in names])
         if self.level == "update":
-            self._old = [(s, s.local.clone()) for s in self._shards(names) if s.parameter.grad is not None]
+            self._old = [(s, s.local.clone()) for s in self._shards(names) if s.gradient is not None]
 
     def _warn_if_cancelled(self, optimizer: Optimizer) -> None:
         """Once, about an optimizer that `attach_penalty` was not told of."""
@@ -291,8 +306,13 @@ class Penalty:
                 count.fired = count.reached = 0
 
     def _stepped_by(self, optimizer: Optimizer) -> set[str]:
-        current = {id(p): n for n, p in self._engine.current_parameters()}
-        return self._multipliers.bits.keys() & set(names_stepped(optimizer, self._at_attach | current))
+        known = self._at_attach | self._engine.stepped()
+        return self._multipliers.bits.keys() & set(names_stepped(optimizer, known))
+
+    def _steps_what_is_new(self, optimizer: Optimizer) -> bool:
+        """Whether it steps tensors that the model did not have when the penalty was attached."""
+        new = self._engine.stepped().keys() - self._at_attach.keys()
+        return any(id(p) in new for group in optimizer.param_groups for p in group["params"])
 
     def _shards(self, names: set[str]) -> list[Shard]:
         return [shard for shard in self._engine.shards() if shard.name in names]
@@ -304,7 +324,7 @@ class Penalty:
             if (gradient := shard.gradient) is not None:
                 self._multipliers.scale(shard.name, gradient)
                 self.calls[shard.name] += 1
-        self._scaled.update(names)
+                self._scaled.add(shard.name)
 
     # -- is it in force? --------------------------------------------------------------------------------------------
 
@@ -314,7 +334,8 @@ class Penalty:
         leaves = [count for count in self._leaves if names.intersection(count.names)]
         # A weight that is unused on this rank alone gets its gradient from the others, who multiplied it.
         fired = [float(c.fired > 0) for c in leaves]
-        holds = [float(c.fired == 0 and any(map(self._holds, c.names))) for c in leaves]
+        held = self._held({n for c in leaves if c.fired == 0 for n in c.names})
+        holds = [float(not held.isdisjoint(c.names)) for c in leaves]
         state = torch.tensor([float(bool(problem)), self.factor, -self.factor, *fired, *holds], dtype=torch.float64)
         bad, high, low, *seen = collectives.all_reduce(state, "max", what="penalty check").tolist()
         somewhere = zip(leaves, seen[: len(leaves)], seen[len(leaves) :], strict=True)
@@ -330,10 +351,9 @@ class Penalty:
             raise PenaltyError(f"rank {collectives.rank()}: {problem or 'another rank is without penalty'}")
 
     def _local_problem(self) -> str:
-        now = self._engine.current_parameters()
-        if {id(p) for _, p in now} != set(self._at_attach):
+        if self._engine.stepped().keys() != self._at_attach.keys():
             return "the model's weights were replaced after the penalty was attached: attach it after sharding"
-        thawed = [n for n, p in now if n in self.frozen and p.requires_grad]
+        thawed = [n for n in self.frozen if self._engine.names.parameters[n].requires_grad]
         if thawed:
             return f"{listing(thawed)} were frozen when the penalty was attached: attach it again"
         uneven = [c for c in self._leaves if c.fired != c.reached]
@@ -342,10 +362,10 @@ class Penalty:
             return f"the hook of {listing(c.names)} fired {c.fired} times for {c.reached} backwards"
         return ""
 
-    def _holds(self, name: str) -> bool:
-        """Whether a weight has a gradient that is not all zero (zeros: cleared in place, and not reached since)."""
-        gradient = self._engine.names.parameters[name].grad
-        return gradient is not None and bool(local_tensor(gradient).any())
+    def _held(self, names: set[str]) -> set[str]:
+        """Those weights whose gradient here is not all zero (zeros: cleared in place, and not reached since)."""
+        shards = self._shards(names) if names else []
+        return {s.name for s in shards if (gradient := s.gradient) is not None and bool(gradient.any())}
 
 
 class _ForwardHook:

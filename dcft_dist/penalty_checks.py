@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 
 from . import collectives
-from .engines import Engine
+from .engines import Engine, torch_optimizer
 from .errors import FundamentalSetError, PenaltyError, did_you_mean, listing
 from .fundamental import FundamentalSet
 
@@ -25,7 +25,8 @@ def check_factors(**factors: float) -> None:
             raise PenaltyError(f"{what} must lie between 0 and 1, not {value}")
 
 
-def check_model(engine: Engine, fundamental: FundamentalSet, optimizer: Optimizer | None) -> None:
+def check_model(engine: Engine, fundamental: FundamentalSet, given: Optimizer | None) -> Optimizer | None:
+    """Refuses what cannot be penalised; returns the torch optimizer that steps the weights, if it is known."""
     if not isinstance(fundamental, FundamentalSet):
         raise PenaltyError(
             f"fundamental must be a FundamentalSet, not {type(fundamental).__name__}: select_fundamental(scores) makes one "
@@ -39,25 +40,33 @@ def check_model(engine: Engine, fundamental: FundamentalSet, optimizer: Optimize
     if engine.penalty is not None:
         raise PenaltyError("a penalty is already attached to this model: remove it first, or use set_factor")
     _check_fit(engine, fundamental)
-    parameters = engine.names.parameters
-    half = [n for n, p in parameters.items() if p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)]
+    trainable = set(engine.names.trainable)
+    half = [s.name for s in engine.shards() if s.name in trainable and s.local.dtype in (torch.float16, torch.bfloat16)]
     if half:
         raise PenaltyError(
             f"weights are stored in half precision without float32 masters ({listing(half, 3)}): small steps would be "
             "rounded away; keep the weights in float32 and compute in bfloat16 (MixedPrecisionPolicy or autocast)"
         )
+    optimizer: Optimizer | None = torch_optimizer(given)
+    if engine.own_optimizer is not None:
+        if optimizer not in (None, engine.own_optimizer):
+            raise PenaltyError("DeepSpeed steps with the optimizer given to deepspeed.initialize: pass that one, or none")
+        return engine.own_optimizer
     if optimizer is not None:
-        _check_optimizer(optimizer, {id(p): n for n, p in parameters.items()}, fundamental)
+        _check_optimizer(optimizer, engine.stepped(), fundamental)
+    return optimizer
 
 
-def _check_optimizer(optimizer: Optimizer, names: dict[int, str], fundamental: FundamentalSet) -> None:
+def _check_optimizer(optimizer: Optimizer, names: dict[int, list[str]], fundamental: FundamentalSet) -> None:
+    if not isinstance(optimizer, Optimizer):
+        raise PenaltyError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     stepped = set(names_stepped(optimizer, names))
     if not stepped:
         raise PenaltyError(
             "the optimizer steps none of the model's weights: create it after the model was wrapped or sharded"
         )
     strangers = sum(id(p) not in names for group in optimizer.param_groups for p in group["params"])
-    missed = [n for n in names.values() if n in fundamental.info.shapes and n not in stepped]
+    missed = [n for held in names.values() for n in held if n in fundamental.info.shapes and n not in stepped]
     if strangers and missed:
         log.warning(
             "the optimizer steps %d tensors that are not the model's, and not %s: was it created before sharding, or "
@@ -111,5 +120,5 @@ def _auto_level(optimizer: Optimizer | None) -> tuple[str, str]:
     return "gradient", "SGD without weight decay steps in proportion to the gradient"
 
 
-def names_stepped(optimizer: Optimizer, names: dict[int, str]) -> list[str]:
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
+def names_stepped(optimizer: Optimizer, names: dict[int, list[str]]) -> list[str]:
+    return [n for group in optimizer.param_groups for p in group["params"] for n in names.get(id(p), ())]

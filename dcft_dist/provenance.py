@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 from . import collectives
-from .checkpoint import model_tensors
-from .engines import local_tensor
+from .engines import find_engine
 
 
 def versions() -> dict[str, str]:
@@ -41,9 +40,10 @@ def _git(*arguments: str) -> str:
 
 def weights_checksum(model: nn.Module) -> str:
     """SHA-256 of every rank's local weights and buffers, in rank order: equal for equal bits on equally many ranks."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(model_tensors(model).items()):
-        digest.update(local_tensor(tensor).contiguous().cpu().numpy().tobytes())
+    digest, engine = hashlib.sha256(), find_engine(model)
+    local = {shard.name: shard.local for shard in engine.shards()} | dict(engine.module.named_buffers())
+    for _, tensor in sorted(local.items()):
+        digest.update(tensor.contiguous().cpu().numpy().tobytes())
     words = [int.from_bytes(digest.digest()[i : i + 4], "little") for i in range(0, 32, 4)]
     everyone = collectives.all_gather_ints(words, what="checksum of the weights")
     return hashlib.sha256(repr(everyone).encode()).hexdigest()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import collectives
 from .bits import cut, unpack
-from .engines import find_engine, settle
+from .engines import find_engine
 from .errors import ScoreError
 from .fundamental import FundamentalSet
 from .importance import Scores, ScoreShard, score_importance
@@ -108,8 +108,8 @@ def _as_set(noise: Scores, like: FundamentalSet, selects: Callable[[Chunk], Tens
 @contextmanager
 def removed(model: nn.Module, chosen: FundamentalSet) -> Iterator[None]:
     """The model with the chosen weights set to zero; the weights are put back bit by bit afterwards. Collective."""
-    kept = []
-    for shard in find_engine(model).shards():
+    engine, kept = find_engine(model), []
+    for shard in engine.shards():
         if shard.name in chosen.info.shapes:
             if not shard.local.is_contiguous():
                 raise ScoreError(f"{shard.name} is not contiguous in memory: its weights cannot be removed one by one")
@@ -119,8 +119,9 @@ def removed(model: nn.Module, chosen: FundamentalSet) -> Iterator[None]:
     try:
         for flat, index, _ in kept:
             flat[index] = 0.0
+        engine.publish()
         yield
     finally:
         for flat, index, values in kept:
             flat[index] = values
-        settle(model)  # unsharded copies would still hold the zeros
+        engine.publish()

@@ -22,10 +22,10 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import collectives
-from .checkpoint import load_tensors, model_tensors, optimizer_tensors, read_state, save_checkpoint
+from .checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
 from .config import Config, check_ranks, check_sizes
 from .data import Batch, Tokens, evaluation_batches, micro_batches, order, tokenize
-from .engines.wrap import accumulating, computing, wrap_model
+from .engines.wrap import Plan, prepare
 from .errors import DcftError
 from .evaluate import EVALUATION_BATCH, evaluate
 from .files import read_json, write_json
@@ -76,7 +76,6 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, directory: RunDirectory) -> None:
         self.config, self.world, self.directory = config, world, directory
-        self.computing = computing(config.engine, world.device, config.train.precision == "bf16")
         self.directory.phase("setup")
         with collectives.agreed("set-up"):
             self.task: TaskData = load_task(config.task)
@@ -89,18 +88,28 @@ class Trainer:
     def run(self) -> dict[str, Any]:
         config = self.config
         self.directory.phase("warm_up")
-        head = Head(self.model, config.head_warmup, config.seed, self.world, self.computing)
+        head = Head(self.model, config.head_warmup, config.seed, self.world)
         head.warm_up_or_load(self.directory.head, self.train, self.validation)
-        self.wrapped: nn.Module = wrap_model(
-            self.model,
-            config.engine,
-            self.world.device,
-            blocks=self.model.blocks(),
-            bf16=config.train.precision == "bf16",
-        )
+        self.prepared = prepare(self.model, self._plan(), lambda weights: make_optimizer(weights, config))
         fundamental = self.find_fundamental() if config.method in ("dcft", "random_set") else None
         best, penalty = self.fine_tune(fundamental)
         return self.finish(fundamental, best, penalty)
+
+    def _plan(self) -> Plan:
+        train, sharding = self.config.train, self.config.sharding
+        micro_batch = self._micro_batch(train.global_batch)
+        return Plan(
+            engine=self.config.engine,
+            device=self.world.device,
+            blocks=self.model.blocks(),
+            bf16=train.precision == "bf16",
+            replicas=sharding.replicas,
+            offload=sharding.offload,
+            zero_stage=sharding.zero_stage,
+            micro_batch=micro_batch,
+            accumulation=train.global_batch // self.world.world_size // micro_batch,
+            clip_grad_norm=train.clip_grad_norm,
+        )
 
     # -- fundamental set -------------------------------------------------------------------------------------------
 
@@ -126,7 +135,7 @@ class Trainer:
             self.directory.phase("removal_check")
             limit = self.config.removal.num_samples
             found = check_removal(
-                self.wrapped,
+                self.prepared.model,
                 scores,
                 self.config.removal.fractions,
                 lambda: self._evaluate(self.validation, limit),
@@ -144,7 +153,13 @@ class Trainer:
         settings = self.config.importance
         if self.config.method == "random_set":
             return score_importance(
-                self.wrapped, None, None, head=HEAD, criterion="random", eligible=settings.eligible, seed=self.config.seed
+                self.prepared.model,
+                None,
+                None,
+                head=HEAD,
+                criterion="random",
+                eligible=settings.eligible,
+                seed=self.config.seed,
             )
         wanted = order(self.config.seed, 0, len(self.train))[: settings.num_samples]
         items = []
@@ -160,7 +175,7 @@ class Trainer:
             )
         per_batch = settings.score_batch // self.world.world_size // self._micro_batch(settings.score_batch)
         return score_importance(
-            self.wrapped,
+            self.prepared.model,
             self._progress_bar(items, "score"),
             self._loss,
             head=HEAD,
@@ -181,51 +196,48 @@ class Trainer:
         settings, config = self.config.train, self.config
         steps_per_epoch = len(self.train) // settings.global_batch
         epochs = 0 if config.method == "linear_probe" else settings.epochs
-        optimizer = make_optimizer(self.model, config)
-        groups = Groups(self.wrapped, fundamental) if fundamental is not None else None
+        groups = Groups(self.prepared.model, fundamental) if fundamental is not None else None
         if groups:
             groups.remember_start()
-        penalty = self._attach(fundamental, optimizer) if fundamental is not None else None
+        penalty = self._attach(fundamental) if fundamental is not None else None
         self._print_plan(fundamental, penalty, epochs * steps_per_epoch)
         self.directory.phase("train")
-        step, best = self._resume(optimizer)
+        step, best = self._resume()
         first_new = step + (best.accuracy >= 0)  # the row of a checkpoint's step was written before it
         writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_new) if self.world.is_first else None
         if best.accuracy < 0:
-            best = self._end_of_epoch(0, 0, best, optimizer, groups, writer, write=epochs > 0)
+            best = self._end_of_epoch(0, 0, best, groups, writer, write=epochs > 0)
         bar = self._progress_bar(
             range(step, epochs * steps_per_epoch), "train", initial=step, total=epochs * steps_per_epoch
         )
         for step in bar:
             last_of_epoch = (step + 1) % steps_per_epoch == 0
             log_now = (step + 1) % config.log_every == 0 or last_of_epoch
-            values = self._step(step, epochs * steps_per_epoch, optimizer, penalty, groups if log_now else None)
+            values = self._step(step, epochs * steps_per_epoch, penalty, groups if log_now else None)
             if log_now:
                 self._log(writer, step + 1, values)
             if last_of_epoch:
-                best = self._end_of_epoch(step + 1, (step + 1) // steps_per_epoch, best, optimizer, groups, writer)
+                best = self._end_of_epoch(step + 1, (step + 1) // steps_per_epoch, best, groups, writer)
             elif config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                self._save(step + 1, best, optimizer)
+                self._save(step + 1, best)
         if writer:
             writer.close()
         return best, penalty
 
-    def _attach(self, fundamental: FundamentalSet, optimizer: torch.optim.Optimizer) -> Penalty:
+    def _attach(self, fundamental: FundamentalSet) -> Penalty:
         p = self.config.penalty
         return attach_penalty(
-            self.wrapped,
+            self.prepared.model,
             fundamental,
             p.factor,
-            optimizer=optimizer,
+            optimizer=self.prepared.optimizer,
             level=p.level,
             where=p.where,
             rest_factor=p.rest_factor,
             unscored_factor=p.unscored_factor,
         )
 
-    def _step(
-        self, step: int, total: int, optimizer: torch.optim.Optimizer, penalty: Penalty | None, groups: Groups | None
-    ) -> dict[str, float]:
+    def _step(self, step: int, total: int, penalty: Penalty | None, groups: Groups | None) -> dict[str, float]:
         """One optimizer step; returns what to log if `groups` is given or there is no penalty to watch."""
         settings, world = self.config.train, self.world
         steps_per_epoch = len(self.train) // settings.global_batch
@@ -234,21 +246,22 @@ class Trainer:
         indices = order(self.config.seed, epoch + 1, len(self.train))[begin:end]
         size = self._micro_batch(settings.global_batch)
         micros = micro_batches(indices, world.rank, world.world_size, size, self.train, world.device)
-        lr = set_learning_rate(optimizer, self.config, step, total)
+        prepared = self.prepared
+        lr = set_learning_rate(prepared.optimizer, self.config, step, total)
         collectives.arrive(f"training step {step}")
-        self.wrapped.train()
-        optimizer.zero_grad()
+        prepared.model.train()
+        prepared.zero_grad()
         if penalty:
             penalty.watch = groups is not None
         losses = torch.zeros((), dtype=torch.float64)
         for i, batch in enumerate(micros):
             seed_randomness(self.config.seed, step, i, world.rank)
-            with accumulating(self.wrapped, last=i == len(micros) - 1):
-                loss = self._loss(self.wrapped, batch) / len(micros)
-                loss.backward()
+            with prepared.accumulating(last=i == len(micros) - 1):
+                loss = self._loss(prepared.model, batch) / len(micros)
+                prepared.backward(loss)
             losses += loss.detach().double().cpu()
         norms = self._clip(penalty, groups)
-        optimizer.step()
+        prepared.step()
         mean_loss = float(collectives.all_reduce(losses, what="training loss")) / world.world_size
         if not math.isfinite(mean_loss):
             raise DcftError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")
@@ -263,8 +276,7 @@ class Trainer:
         if penalty and settings.clip_order != "before_penalty":
             penalty.apply()
         found = groups.gradient_norms() if groups else {}
-        if settings.clip_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad_norm)
+        self.prepared.clip()
         return {f"gradient_norm/{group}": found[group] for group in ("fundamental", "rest") if group in found}
 
     def _end_of_epoch(
@@ -272,7 +284,6 @@ class Trainer:
         step: int,
         epoch: int,
         best: Best,
-        optimizer: torch.optim.Optimizer,
         groups: Groups | None,
         writer: SummaryWriter | None,
         write: bool = True,
@@ -287,15 +298,16 @@ class Trainer:
         self.directory.phase("checkpoint", step)
         if found["accuracy"] > best.accuracy:
             best = Best(epoch, found["accuracy"], step)
-            save_checkpoint(self._best_folder(best), model_tensors(self.model), {"epoch": epoch, "validation": found})
+            state = model_state(self.prepared.model)
+            save_checkpoint(self._best_folder(best), state, {"epoch": epoch, "validation": found})
         if write:
-            self._save(step, best, optimizer)
+            self._save(step, best)
         self.directory.phase("train", step)
         return best
 
-    def _save(self, step: int, best: Best, optimizer: torch.optim.Optimizer) -> None:
-        tensors = model_tensors(self.model) | optimizer_tensors(self.model, optimizer)
-        save_checkpoint(self.directory.checkpoint(step), tensors, {"step": step, "best": best.__dict__})
+    def _save(self, step: int, best: Best) -> None:
+        state = model_state(self.prepared.model, self.prepared.optimizer)
+        save_checkpoint(self.directory.checkpoint(step), state, {"step": step, "best": best.__dict__})
         if self.world.is_first:  # the new checkpoint is whole: older ones are no longer needed
             for folder in self.directory.checkpoints.glob("*_*"):
                 if not folder.name.startswith(".") and folder not in (
@@ -307,13 +319,13 @@ class Trainer:
     def _best_folder(self, best: Best) -> Path:
         return self.directory.checkpoints / f"best_{best.step:08d}"
 
-    def _resume(self, optimizer: torch.optim.Optimizer) -> tuple[int, Best]:
+    def _resume(self) -> tuple[int, Best]:
         latest = self.directory.latest_checkpoint()
         if latest is None:
             self.directory.forget_after(-1)
             return 0, Best()
         state = read_state(latest)
-        load_tensors(latest, self.model, optimizer)
+        load_checkpoint(latest, self.prepared.model, self.prepared.optimizer)
         self.directory.forget_after(state["step"])
         log.info("going on from step %d", state["step"])
         return int(state["step"]), Best(**state["best"])
@@ -325,7 +337,7 @@ class Trainer:
         self.directory.phase("test")
         folder = self._best_folder(best)
         state = read_state(folder)
-        load_tensors(folder, self.model)
+        load_checkpoint(folder, self.prepared.model)
         test = self._evaluate(self.test)
         self.directory.phase("done", best.step)
         config = self.config
@@ -355,7 +367,7 @@ class Trainer:
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "git_commit": git_commit(),
             "data_checksum": self.task.checksum,
-            "weights_checksum": weights_checksum(self.wrapped),
+            "weights_checksum": weights_checksum(self.prepared.model),
             "caveat": self.task.caveat,
             "removal": read_json(self.directory.removal) if self.directory.removal.exists() else None,
         }
@@ -366,7 +378,7 @@ class Trainer:
     # -- shared ----------------------------------------------------------------------------------------------------
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        with self.computing():
+        with self.prepared.computing():
             logits = model(batch)
         return functional.cross_entropy(logits.float(), batch["labels"])
 
@@ -374,7 +386,7 @@ class Trainer:
         batches = evaluation_batches(
             tokens, self.world.rank, self.world.world_size, EVALUATION_BATCH, self.world.device, limit
         )
-        return evaluate(self.wrapped, batches, len(self.task.class_names), self.computing)
+        return evaluate(self.prepared.model, batches, len(self.task.class_names), self.prepared.computing)
 
     def _log(self, writer: SummaryWriter | None, step: int, values: dict[str, float]) -> None:
         self.directory.log(step, **values)

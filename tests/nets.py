@@ -112,6 +112,7 @@ def make_optimizer(name: str, parameters: Any) -> torch.optim.Optimizer:
         "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         "sgd_decay": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
         "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+        "adamw_smooth": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, eps=0.1),
         "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
     }
     return kinds[name]([p for p in parameters if p.requires_grad])

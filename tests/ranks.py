@@ -16,8 +16,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the fork server starts: it imports DeepSpeed once for all
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "dcft_dist", "tests.nets"])
+PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "deepspeed", "dcft_dist", "tests.prepared"]
+_context.set_forkserver_preload(PRELOAD)
 
 
 def run_ranks(
@@ -93,6 +95,7 @@ def _rank_main(
 ) -> None:
     try:
         torch.set_num_threads(1)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}  # DeepSpeed wants them
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(store, world_size),

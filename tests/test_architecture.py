@@ -18,10 +18,11 @@ ROOT = PACKAGE.parent
 LAYERS = [
     ["errors"],
     ["config", "bits", "files", "names"],
+    ["engines.private"],
     ["collectives"],
     ["world"],
     ["engines.base"],
-    ["engines.replicated", "engines.fsdp2"],
+    ["engines.replicated", "engines.fsdp2", "engines.fsdp1", "engines.zero"],
     ["engines"],
     ["engines.wrap"],
     ["fundamental", "multiplier", "importance"],

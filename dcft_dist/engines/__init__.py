@@ -1,18 +1,21 @@
-"""Finds out how a model keeps its weights: plain module, DistributedDataParallel, or FSDP2-sharded."""
+"""Finds out how a model keeps its weights: plain module, DDP, FSDP2, FSDP1, or a DeepSpeed engine."""
 
 from __future__ import annotations
+
+import sys
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import EngineError
 from .base import Engine, Leaf, Segment, Shard, local_tensor
-from .fsdp2 import FSDP2Engine, has_dtensors, is_fsdp2, settle
+from .fsdp1 import FSDP1Engine, is_fsdp1
+from .fsdp2 import FSDP2Engine, has_dtensors, is_fsdp2
+from .private import check_version
 from .replicated import ReplicatedEngine
 
-__all__ = ["Engine", "Leaf", "Segment", "Shard", "find_engine", "local_tensor", "settle"]
-
-_UNSUPPORTED = ("FullyShardedDataParallel", "DeepSpeedEngine", "DataParallel")
+__all__ = ["Engine", "Leaf", "Segment", "Shard", "find_engine", "local_tensor", "torch_optimizer"]
 
 
 def find_engine(model: nn.Module) -> Engine:
@@ -23,16 +26,32 @@ def find_engine(model: nn.Module) -> Engine:
     """
     if not isinstance(model, nn.Module):
         raise EngineError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if type(model).__name__ in _UNSUPPORTED:
-        raise EngineError(
-            f"{type(model).__name__} is not supported: use a plain module, DistributedDataParallel or fully_shard"
-        )
+    if isinstance(model, nn.DataParallel):
+        raise EngineError("DataParallel is not supported: use DistributedDataParallel, fully_shard or DeepSpeed")
+    if (deepspeed := sys.modules.get("deepspeed")) is not None and isinstance(model, deepspeed.DeepSpeedEngine):
+        from .zero import ZeroEngine
+
+        check_version("deepspeed")
+        return ZeroEngine(model)
     if next(model.parameters(), None) is None:
         raise EngineError(f"{type(model).__name__} has no parameters")
     if isinstance(model, DistributedDataParallel):
         return ReplicatedEngine(model, model.module, "ddp")
+    if is_fsdp1(model):
+        check_version("torch")
+        return FSDP1Engine(model)
     if is_fsdp2(model):
+        check_version("torch")
         return FSDP2Engine(model)
     if has_dtensors(model):
-        raise EngineError("the model has DTensor weights but no fully_shard: only FSDP2 shards weights here")
+        raise EngineError("the model has DTensor weights but no fully_shard: call fully_shard on it too")
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise EngineError("the model's weights are partitioned by ZeRO-3: pass the DeepSpeedEngine, not the bare module")
     return ReplicatedEngine(model, model, "single")
+
+
+def torch_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer inside what Accelerate or DeepSpeed made of it."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer

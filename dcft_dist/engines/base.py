@@ -17,18 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from ..bits import Box
-from ..names import ParameterNames, clean
+from ..errors import EngineError
+from ..names import ParameterNames
 
 _PENALTY = "_dcft_dist_penalty"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One parameter inside a leaf: its name, and where its `numel` elements start in the flattened leaf."""
+    """One weight inside a leaf: where its elements start in the flattened leaf, and which of its cells they are.
+
+    `box` is the whole weight, except under tensor parallelism, where a leaf holds one rank's part of it.
+    """
 
     name: str
     offset: int
-    numel: int
+    box: Box
 
 
 @dataclass(frozen=True)
@@ -43,32 +47,41 @@ class Leaf:
 class Shard:
     """This rank's part of one weight.
 
-    `parameter` is what the optimizer steps; `local` its values on this rank (shares memory), laid out row-major as
-    `box`; `owned` is the sub-range `[begin, end)` of those values that belongs to this rank alone.
+    `parameter` is what the optimizer steps, and may hold other weights too: this one's values on this rank are the
+    elements `span` of it (None: all). `local` is those values (shares memory), laid out row-major as `box`; `owned` is
+    the sub-range `[begin, end)` of them that belongs to this rank alone.
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: Tensor
     local: Tensor
     box: Box
     owned: tuple[int, int]
     owned_box: Box
+    span: tuple[int, int] | None = None
 
     @property
     def gradient(self) -> Tensor | None:
-        """The reduced gradient, laid out as `local`; None if no gradient has reached this weight."""
-        return local_tensor(self.parameter.grad) if self.parameter.grad is not None else None
+        """The reduced gradient, laid out as `local` (maybe flat); None if no gradient has reached this weight."""
+        return self.within(self.parameter.grad) if self.parameter.grad is not None else None
+
+    def within(self, tensor: Tensor) -> Tensor:
+        """This weight's part of a tensor that is laid out like `parameter`: its gradient, its optimizer's state."""
+        values = local_tensor(tensor)
+        return values if self.span is None else values.view(-1)[slice(*self.span)]
 
 
 class Engine(ABC):
     """How one kind of (sharded) model keeps its weights and gradients. `module` is the unwrapped model."""
 
     name: str
+    own_optimizer: torch.optim.Optimizer | None = None  # the engine steps with this one alone
+    clips_inside = False  # True: gradients are clipped inside the engine's own step
 
-    def __init__(self, model: nn.Module, module: nn.Module) -> None:
+    def __init__(self, model: nn.Module, module: nn.Module, names: ParameterNames) -> None:
         self.model = model
         self.module = module
-        self.names = ParameterNames(module)
+        self.names = names
 
     @abstractmethod
     def leaves(self) -> list[Leaf]:
@@ -78,26 +91,36 @@ class Engine(ABC):
     def shards(self) -> list[Shard]:
         """The local part of every weight, frozen ones included, in model order. Local."""
 
-    @abstractmethod
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Unsharded shape of every weight by canonical name."""
+        return {name: tuple(p.shape) for name, p in self.names.parameters.items()}
+
+    # -- scoring ----------------------------------------------------------------------------------------------------
 
     def scoring_model(self) -> nn.Module:
         """The module to run while scoring: its backward must leave `reduce_gradients` everything it needs."""
         return self.model
 
+    def expect(self, last: bool) -> None:
+        """Before the forward of one item while scoring: whether it is the last of its score batch."""
+        return None
+
     def backward(self, loss: Tensor) -> None:
         """The backward of one item while scoring."""
         loss.backward()
 
-    @abstractmethod
     def reduce_gradients(self) -> None:
-        """Completes the mean of the gradients over ranks after the backwards of one score batch."""
+        """Completes the mean of the gradients over ranks after the backwards of one score batch.
+
+        Here nothing is left to do: each backward ended in the engine's own mean over ranks.
+        """
+        return None
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:
         """Empties all gradients for the block and puts the former ones back after it."""
-        kept = [(p, p.grad) for p in self.module.parameters()]
+        holders = self._gradient_holders()
+        kept = [(p, p.grad) for p in holders]
         self.clear_gradients()
         try:
             yield
@@ -106,12 +129,28 @@ class Engine(ABC):
                 parameter.grad = gradient
 
     def clear_gradients(self) -> None:
-        for parameter in self.module.parameters():
+        for parameter in self._gradient_holders():
             parameter.grad = None
 
-    def current_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The module's weights as they are now: others than in `names` if it was sharded or re-built since."""
-        return [(clean(name), parameter) for name, parameter in self.module.named_parameters()]
+    def _gradient_holders(self) -> list[Tensor]:
+        return list(self.module.parameters())
+
+    # -- what is trained ----------------------------------------------------------------------------------------------
+
+    def stepped(self) -> dict[int, list[str]]:
+        """id of each tensor an optimizer may step -> names of the weights in it, as the model is now."""
+        found: dict[int, list[str]] = {}
+        for name, parameter in self.names.parameters.items():
+            found.setdefault(id(parameter), []).append(name)
+        return found
+
+    def settle(self) -> None:
+        """Drops unsharded copies of the weights that a forward without backward may have left behind."""
+        return None
+
+    def publish(self) -> None:
+        """Makes the next forward use the shards as they are now, after they were changed by hand. Collective."""
+        self.settle()
 
     @property
     def penalty(self) -> Any:
@@ -122,10 +161,27 @@ class Engine(ABC):
     def penalty(self, penalty: Any) -> None:
         setattr(self.module, _PENALTY, penalty)
 
-    def device(self) -> torch.device:
-        return next(iter(self.names.parameters.values())).device
-
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The values on this rank: a DTensor's local tensor, any other tensor itself (no copy)."""
     return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+def flat_shard(
+    name: str, parameter: Tensor, values: Tensor, numel: int, start: int, share: tuple[int, int], **more: Any
+) -> Shard:
+    """A shard of a flat range: `values` are the weight's elements from `start` on.
+
+    `share`: (index, count) of this rank among those that hold the same range; each owns an equal part of it.
+    """
+    box = Box.flat(numel, start, values.numel())
+    return Shard(name, parameter, values, box, *box.share(*share), **more)
+
+
+def check_materialised(names: ParameterNames) -> None:
+    """
+    Raises:
+        EngineError: a weight has no values yet.
+    """
+    if any(p.is_meta for p in names.parameters.values()):
+        raise EngineError("the model has meta parameters: materialise them (to_empty, then load) before this call")

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from .. import collectives
 from ..bits import Box
 from ..errors import EngineError
-from .base import Engine, Leaf, Segment, Shard
+from ..names import ParameterNames, clean
+from .base import Engine, Leaf, Segment, Shard, flat_shard
 
 
 class ReplicatedEngine(Engine):
     """Whole weights on every rank; the leaf is the parameter, and rank r owns the r-th flat slice of each weight."""
 
     def __init__(self, model: nn.Module, module: nn.Module, name: str) -> None:
-        super().__init__(model, module)
+        super().__init__(model, module, ParameterNames.of(module))
         self.name = name
         group = getattr(model, "process_group", None) if name == "ddp" else None
         if group is not None and dist.get_world_size(group) != collectives.world_size():
@@ -29,20 +30,19 @@ class ReplicatedEngine(Engine):
             )
 
     def leaves(self) -> list[Leaf]:
-        return [Leaf(p, (Segment(name, 0, p.numel()),)) for name, p in self.names.parameters.items() if p.requires_grad]
+        return [
+            Leaf(p, (Segment(name, 0, Box.flat(p.numel(), 0, p.numel())),))
+            for name, p in self.names.parameters.items()
+            if p.requires_grad
+        ]
 
     def shards(self) -> list[Shard]:
-        ranks, rank = collectives.world_size(), collectives.rank()
-        shards = []
-        for name, p in self.names.parameters.items():
-            numel = p.numel()
-            begin, end = numel * rank // ranks, numel * (rank + 1) // ranks
-            owned = Box.flat(numel, begin, end - begin)
-            shards.append(Shard(name, p, p.detach(), Box.flat(numel, 0, numel), (begin, end), owned))
-        return shards
+        share = (collectives.rank(), collectives.world_size())
+        return [flat_shard(name, p, p.detach(), p.numel(), 0, share) for name, p in self.names.parameters.items()]
 
-    def full_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(p.shape) for name, p in self.names.parameters.items()}
+    def stepped(self) -> dict[int, list[str]]:
+        # The module's weights as they are now: others than in `names` if it was sharded or re-built since.
+        return {id(p): [clean(name)] for name, p in self.module.named_parameters()}
 
     def scoring_model(self) -> nn.Module:
         return self.module  # below DDP

@@ -1,0 +1,148 @@
+"""FSDP1 (`FullyShardedDataParallel`): each unit's weights are one flat parameter, of which a rank keeps a range.
+
+The flat parameter is the autograd leaf that receives the unsharded gradient of all weights of its unit; hooks on the
+original parameters never fire, with `use_orig_params` either way. Weights may straddle ranks, and the flat parameter has
+padding between and behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from .. import collectives
+from ..bits import Box
+from ..errors import EngineError, listing
+from ..names import ParameterNames, clean
+from . import private
+from .base import Engine, Leaf, Segment, Shard, check_materialised, flat_shard
+
+
+class FSDP1Engine(Engine):
+    """Weights flattened and sharded by `FullyShardedDataParallel`, in any of its sharding strategies."""
+
+    name = "fsdp1"
+
+    def __init__(self, model: nn.Module) -> None:
+        self._units = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel)]
+        self._handles = [h for h in map(private.fsdp1_handle, self._units) if h is not None]
+        self._where: dict[str, tuple[Any, int]] = {}  # name -> flat parameter, place in it
+        super().__init__(model, model, ParameterNames(self._named(model)))
+        outside = [n for n, p in self.names.parameters.items() if n not in self._where and p.requires_grad]
+        if outside or not isinstance(model, FullyShardedDataParallel):
+            raise EngineError(
+                "wrap the root module in FullyShardedDataParallel too: nothing reduces the gradients of "
+                f"{listing(outside) or 'a model whose root is not wrapped'}"
+            )
+        self._shares = {id(h.flat_param): _share(u, h) for u in self._units if (h := private.fsdp1_handle(u)) is not None}
+        check_materialised(self.names)
+        self.settle()
+
+    def _named(self, model: nn.Module) -> Iterator[tuple[str, Hashable, Any]]:
+        """All weights in the order of the unwrapped model's `named_parameters`, whatever registers them now."""
+        slots: dict[int, list[tuple[str, Hashable, Any, Any]]] = {}
+        for handle in self._handles:
+            flat = handle.flat_param
+            originals = private.fsdp1_original_parameters(flat)
+            places: dict[tuple[int, str], int] = {}
+            for i, (module, slot, *_) in enumerate(private.fsdp1_members(flat)):
+                places[id(module), slot] = i
+                holder = flat if originals is None else originals[i]
+                slots.setdefault(id(module), []).append((slot, (id(flat), i), holder, (flat, i)))
+            for module, slot, first_module, first_slot in private.fsdp1_shared(flat):
+                i = places[id(first_module), first_slot]
+                holder = flat if originals is None else originals[i]
+                slots.setdefault(id(module), []).append((slot, (id(flat), i), holder, (flat, i)))
+        flats = {id(h.flat_param) for h in self._handles}
+        for prefix, module in model.named_modules(remove_duplicate=False):
+            known = slots.get(id(module), [])
+            for slot, identity, holder, where in known:
+                name = clean(f"{prefix}.{slot}" if prefix else slot)
+                self._where.setdefault(name, where)
+                yield name, identity, holder
+            for slot, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in flats and slot not in {k[0] for k in known}:
+                    yield f"{prefix}.{slot}" if prefix else slot, id(parameter), parameter
+
+    def leaves(self) -> list[Leaf]:
+        names = {self._where[n][0:2]: n for n in self.names.parameters if n in self._where}
+        leaves = []
+        for handle in self._handles:
+            flat = handle.flat_param
+            segments = []
+            for i, (_, _, shape, offset, *_) in enumerate(private.fsdp1_members(flat)):
+                name = names[flat, i]
+                if self.names.parameters[name].requires_grad:
+                    segments.append(Segment(name, offset, Box.flat(prod(shape), 0, prod(shape))))
+            if segments:
+                leaves.append(Leaf(flat, tuple(segments)))
+        return leaves
+
+    def shards(self) -> list[Shard]:
+        members = {id(h.flat_param): private.fsdp1_members(h.flat_param) for h in self._handles}
+        shards = []
+        for name, holder in self.names.parameters.items():
+            if name not in self._where:  # frozen, and outside every unit
+                share = (collectives.rank(), collectives.world_size())
+                shards.append(flat_shard(name, holder, holder.detach(), holder.numel(), 0, share))
+                continue
+            flat, i = self._where[name]
+            _, _, shape, _, at, start, size = members[id(flat)][i]
+            values = private.fsdp1_shard(flat).detach().view(-1)[at : at + size]
+            span = (at, at + size) if holder is flat else None
+            shards.append(flat_shard(name, holder, values, prod(shape), start, self._shares[id(flat)], span=span))
+        return shards
+
+    def full_shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = super().full_shapes()
+        for name in self.names.parameters.keys() & self._where.keys():
+            flat, i = self._where[name]
+            shapes[name] = private.fsdp1_members(flat)[i][2]
+        return shapes
+
+    @contextmanager
+    def gradients_aside(self) -> Iterator[None]:
+        unsharded = [h for h in self._handles if h.uses_sharded_strategy and _holds_unsharded_gradient(h)]
+        if unsharded:
+            raise EngineError("gradients are being accumulated without synchronisation: score at a step boundary")
+        with super().gradients_aside():
+            yield
+
+    def settle(self) -> None:
+        for handle in self._handles:
+            private.fsdp1_reshard(handle)
+
+    def _gradient_holders(self) -> list[Tensor]:
+        # With use_orig_params the flat parameter keeps a gradient of its own, of which the original ones are views.
+        flats: list[Tensor] = [h.flat_param for h in self._handles]
+        return [*flats, *(p for p in self.names.parameters.values() if not any(p is f for f in flats))]
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
+
+
+def _share(unit: Any, handle: Any) -> tuple[int, int]:
+    """(index, count) of this rank among those that hold the same shard."""
+    ranks = collectives.world_size()
+    if not handle.uses_sharded_strategy:
+        count, index = handle.process_group.size(), handle.process_group.rank()
+        covered = count
+    else:
+        replicas = private.fsdp1_replicas(unit)
+        index, count = (dist.get_rank(replicas), replicas.size()) if replicas is not None else (0, 1)
+        covered = handle.process_group.size() * count
+    if covered != ranks:
+        raise EngineError(f"FSDP's process groups cover {covered} of {ranks} ranks: only groups of all ranks are supported")
+    return index, count
+
+
+def _holds_unsharded_gradient(handle: Any) -> bool:
+    gradient = handle.flat_param.grad
+    return gradient is not None and gradient.shape != private.fsdp1_shard(handle.flat_param).shape

@@ -1,0 +1,377 @@
+"""Every private attribute of torch and DeepSpeed that this package touches, and the versions it was tested on.
+
+Nothing else in the package reaches into other libraries. `USES` is the list: a test builds each object and fails if an
+attribute is gone, and a version outside `TESTED` warns once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Package -> (first, last) version series on which the attributes below were seen to work.
+TESTED = {"torch": ("2.13", "2.13"), "deepspeed": ("0.19", "0.19")}
+
+# Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
+USES: dict[str, tuple[str, ...]] = {
+    "torch.distributed.distributed_c10d": ("_get_default_store",),
+    "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
+    "FSDPModule": ("_get_fsdp_state",),
+    "FSDPState": ("_fsdp_param_groups",),
+    "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
+    "FSDPParam": ("unsharded_accumulated_grad",),
+    "FullyShardedDataParallel": ("_handle", "_inter_node_pg"),
+    "FlatParamHandle": ("flat_param", "process_group", "uses_sharded_strategy", "reshard"),
+    "FlatParameter": (
+        "_param_infos",
+        "_shared_param_infos",
+        "_shapes",
+        "_numels_with_padding",
+        "_is_padding_mask",
+        "_shard_param_infos",
+        "_local_shard",
+        "_params",
+    ),
+    "DeepSpeedEngine": ("_is_gradient_accumulation_boundary", "micro_steps"),
+    "DeepSpeedZeroOptimizer": (
+        "optimizer",
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+        "update_lp_params",
+        "clip_grad",
+        "loss_scaler",
+        "overflow",
+        "_hp_optimizer_states_linked",
+    ),
+    "DeepSpeedZeroOptimizer.parameter": ("_hp_mapping",),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        "optimizer",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "grad_position",
+        "get_param_id",
+        "persistent_parameters",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "clip_grad",
+        "loss_scaler",
+        "overflow",
+        "micro_step_id",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3.parameter": (
+        "ds_id",
+        "ds_shape",
+        "ds_numel",
+        "ds_tensor",
+        "partition_numel",
+        "ds_process_group",
+    ),
+    "BF16_Optimizer": (
+        "optimizer",
+        "bf16_groups",
+        "fp32_groups_flat_partition",
+        "update_lp_params",
+        "clip_grad",
+        "_hp_optimizer_states_linked",
+    ),
+    "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups", "clip_grad"),
+    "deepspeed.ops": ("__compatible_ops__",),
+}
+
+
+@cache
+def check_version(package: str) -> None:
+    """Warns, once, if the installed version is outside the tested ones."""
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        return
+    first, last = TESTED[package]
+    if not _series(first) <= _series(installed) <= _series(last):
+        log.warning(
+            "%s %s is outside the versions that this package's use of its private parts was tested on (%s to %s): "
+            "check a short run against one process, or install a tested version",
+            package,
+            installed,
+            first,
+            last,
+        )
+
+
+def _series(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
+
+
+# -- process groups -------------------------------------------------------------------------------------------------------
+
+
+def default_store() -> Any:
+    """The key-value store that `init_process_group` made; torch has no public accessor."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+# -- FSDP2 ----------------------------------------------------------------------------------------------------------------
+
+
+def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of a DTensor's local tensor, and where it starts in the whole."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offset)
+
+
+def fsdp2_groups(unit: Any) -> list[Any]:
+    return list(unit._get_fsdp_state()._fsdp_param_groups)
+
+
+def fsdp2_accumulates(group: Any) -> bool:
+    """Whether gradients wait there to be reduced."""
+    return any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+
+
+@contextmanager
+def fsdp2_mean_with_every_backward(groups: Iterable[Any]) -> Iterator[None]:
+    """For the block every backward ends in a mean over ranks, whatever the user has set."""
+    settings = [(group, group.reduce_grads, group.gradient_divide_factor) for group in groups]
+    for group, _, _ in settings:
+        group.reduce_grads, group.gradient_divide_factor = True, None
+    try:
+        yield
+    finally:
+        for group, reduce, divide in settings:
+            group.reduce_grads, group.gradient_divide_factor = reduce, divide
+
+
+# -- FSDP1 ----------------------------------------------------------------------------------------------------------------
+
+
+def fsdp1_handle(unit: Any) -> Any | None:
+    """The handle of a unit's flat parameter; None for a unit without parameters."""
+    return unit._handle
+
+
+def fsdp1_replicas(unit: Any) -> Any | None:
+    """Under HYBRID_SHARD, the process group of the ranks that hold the same shard."""
+    return getattr(unit, "_inter_node_pg", None)
+
+
+def fsdp1_original_parameters(flat: Any) -> list[Any] | None:
+    """The original parameters in the order of the flat one, with `use_orig_params=True`; else None."""
+    return None if flat._params is None else list(flat._params)
+
+
+def fsdp1_members(flat: Any) -> list[tuple[Any, str, tuple[int, ...], int, int, int, int]]:
+    """Per weight: (module, slot, shape, offset in the unsharded flat parameter, and of this rank's part: offset in the
+    shard, first flat index in the weight, number of elements)."""
+    offsets, at = [], 0
+    for numel, padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
+        if not padding:
+            offsets.append(at)
+        at += numel
+    members = []
+    for info, shape, offset, part in zip(flat._param_infos, flat._shapes, offsets, flat._shard_param_infos, strict=True):
+        here = (part.offset_in_shard, part.intra_param_start_idx, part.numel_in_shard) if part.in_shard else (0, 0, 0)
+        members.append((info.module, info.param_name, tuple(shape), offset, *here))
+    return members
+
+
+def fsdp1_shared(flat: Any) -> list[tuple[Any, str, Any, str]]:
+    """Tied weights: (module, slot, module and slot of the first occurrence)."""
+    return [(i.module, i.param_name, i.prim_module, i.prim_param_name) for i in flat._shared_param_infos]
+
+
+def fsdp1_shard(flat: Any) -> Tensor:
+    """The shard itself; before the first forward the flat parameter is it."""
+    shard: Tensor = getattr(flat, "_local_shard", flat.data)
+    return shard
+
+
+def fsdp1_reshard(handle: Any) -> None:
+    if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):  # else: no forward has run yet
+        handle.reshard(True)
+
+
+# -- DeepSpeed ------------------------------------------------------------------------------------------------------------
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, imported so that it works at once on a machine without GPU.
+
+    There it would compile an extension for shared-memory collectives (a minute or more; a compilation that was killed
+    leaves a lock that later ones wait for without end): gloo does without.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter inside a flat partition: `numel` cells at `offset` there, which start at flat index `first` of it."""
+
+    parameter: Any
+    offset: int
+    first: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A tensor that DeepSpeed's inner optimizer steps, and the parts of parameters in it on this rank."""
+
+    tensor: Any
+    parts: list[Part]
+    replicated: bool
+
+
+def zero_inner_optimizer(engine: Any) -> Any | None:
+    """The torch optimizer that DeepSpeed steps; None without one."""
+    outer = engine.optimizer
+    return getattr(outer, "optimizer", outer) if outer is not None else None
+
+
+def zero_partitions(optimizer: Any, stage: int) -> list[Flat]:
+    """What the inner optimizer steps, in the order in which DeepSpeed steps it."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+        return [
+            Flat(flat, [_zero3_part(optimizer, p) for p in group], replicated=False)
+            for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
+        ]
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):  # stages 1 and 2
+        flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+        return [Flat(f, [_mapped_part(p) for p in g], replicated=False) for f, g in zip(flats, groups, strict=True)]
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # stage 1 in bfloat16
+        flats, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+        return [Flat(f, [_mapped_part(p) for p in g], replicated=False) for f, g in zip(flats, groups, strict=True)]
+    if hasattr(optimizer, "fp32_groups_flat"):  # stage 0 in half precision, fused optimizer
+        flats, groups = optimizer.fp32_groups_flat, optimizer.fp16_groups
+        return [Flat(f, _consecutive(g), replicated=True) for f, g in zip(flats, groups, strict=True)]
+    if hasattr(optimizer, "fp32_groups"):  # stage 0 in half precision, any other optimizer
+        pairs = zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True)
+        return [Flat(f, _consecutive([p]), replicated=True) for fs, ps in pairs for f, p in zip(fs, ps, strict=True)]
+    parameters = (p for group in optimizer.param_groups for p in group["params"])  # stage 0 in float32
+    return [Flat(p, _consecutive([p]), replicated=True) for p in parameters]
+
+
+def _zero3_part(optimizer: Any, parameter: Any) -> Part:
+    _, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    values, first = _zero3_range(parameter)
+    return Part(parameter, offset, first, values)
+
+
+def _zero3_range(parameter: Any) -> tuple[int, int]:
+    """(number of real cells, flat index of the first) of this rank's partition, which is padded at the end."""
+    import torch.distributed as dist
+
+    size = parameter.partition_numel()
+    first = min(dist.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
+    return min(size, parameter.ds_numel - first), first
+
+
+def _mapped_part(parameter: Any) -> Part:
+    mapping = parameter._hp_mapping
+    if mapping is None:  # none of it is in this rank's partition
+        return Part(parameter, 0, 0, 0)
+    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Part(parameter, high.start, low.start, low.numel)
+
+
+def _consecutive(parameters: Iterable[Any]) -> list[Part]:
+    parts, offset = [], 0
+    for parameter in parameters:
+        parts.append(Part(parameter, offset, 0, parameter.numel()))
+        offset += parameter.numel()
+    return parts
+
+
+def zero_shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(parameter.ds_shape if hasattr(parameter, "ds_id") else parameter.shape)
+
+
+def zero3_group_size(parameter: Any) -> int | None:
+    """Number of ranks that a stage-3 parameter is partitioned over; None for any other parameter."""
+    return parameter.ds_process_group.size() if hasattr(parameter, "ds_id") else None
+
+
+def zero3_partition(parameter: Any) -> tuple[Tensor, int] | None:
+    """This rank's cells of a stage-3 parameter and the flat index of the first; None for any other parameter."""
+    if not hasattr(parameter, "ds_id"):
+        return None
+    numel, first = _zero3_range(parameter)
+    return parameter.ds_tensor.detach().view(-1)[:numel], first
+
+
+def zero_step_that_reads(optimizer: Any, inner: Any, read: list[tuple[Any, Tensor]]) -> None:
+    """A DeepSpeed step that moves nothing: where the inner optimizer would step, (tensor, its gradient) is noted."""
+
+    def step(*_: Any, **__: Any) -> None:
+        for group in inner.param_groups:
+            read.extend((p, p.grad.clone()) for p in group["params"] if p.grad is not None)
+
+    replaced = inner.__dict__.get("step")  # a learning-rate scheduler may have put its own there
+    inner.step = step
+    try:
+        optimizer.step()
+    finally:
+        if replaced is None:
+            del inner.step
+        else:
+            inner.step = replaced
+    optimizer.zero_grad()
+
+
+@contextmanager
+def zero_undisturbed(engine: Any) -> Iterator[None]:
+    """For the block nothing is clipped; then boundary, loss scale and the counters of a step are as they were."""
+    optimizer = engine.optimizer
+    boundary = engine._is_gradient_accumulation_boundary
+    scaler = getattr(optimizer, "loss_scaler", None)
+    scale = dict(vars(scaler)) if scaler is not None else {}
+    names = ["clip_grad", "overflow", "cur_scale", "cur_iter", "last_overflow_iter", "_global_grad_norm"]
+    names += ["_hp_optimizer_states_linked", "micro_step_id"]
+    kept = {n: vars(optimizer)[n] for n in names if n in vars(optimizer)}
+    if "clip_grad" in kept:
+        optimizer.clip_grad = 0.0
+    try:
+        yield
+    finally:
+        vars(optimizer).update(kept)
+        if scaler is not None:
+            vars(scaler).update(scale)
+        engine.set_gradient_accumulation_boundary(boundary)
+
+
+def zero_publish(optimizer: Any, flats: list[Flat]) -> None:
+    """Copies the fp32 partitions into the model, on every rank. Collective."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        optimizer._partition_all_parameters()
+        for i in range(len(flats)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(i)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    else:
+        for flat in flats:
+            for part in flat.parts:
+                if part.parameter is not flat.tensor:
+                    part.parameter.data.view(-1).copy_(flat.tensor.data.view(-1)[part.offset : part.offset + part.numel])

@@ -1,0 +1,429 @@
+"""What every engine must do besides the penalty: score, remove, leave training alone; and what it must refuse."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from dcft_dist import (
+    DcftError,
+    FundamentalSet,
+    attach_penalty,
+    collectives,
+    score_importance,
+    select_fundamental,
+    warm_up_head,
+)
+from dcft_dist.engines import find_engine, private
+from dcft_dist.importance import Scores
+from dcft_dist.removal import removed
+
+from .nets import HEAD, full, loss_fn, make_batches, make_net, make_optimizer, my_part
+from .prepared import ENGINES, ZERO, Prepared, prepare
+from .ranks import run_ranks
+
+NUM, SIZE = 4, 8
+
+
+def whole_scores(scores: Scores) -> dict[str, Tensor]:
+    """Scores of whole weights, put together from all ranks; every cell must be owned exactly once."""
+    out = {}
+    for name, shape in scores.shapes.items():
+        shard, values = scores.shards[name], torch.zeros(shape).view(-1)
+        owners = torch.zeros_like(values)
+        index = shard.box.flat_index(0, shard.box.numel)
+        values[index], owners[index] = shard.values.float(), 1.0
+        owners = collectives.all_reduce(owners, what="owners")
+        assert bool((owners == 1).all()), name
+        out[name] = collectives.all_reduce(values, what="scores").view(shape)
+    return out
+
+
+def get(engine: str, dtype: torch.dtype = torch.float32, optimizer: str = "momentum", accumulation: int = 1) -> Prepared:
+    return prepare(
+        lambda: make_net(dtype),
+        engine,
+        lambda p: make_optimizer(optimizer, p),
+        accumulation=accumulation,
+        micro_batch=SIZE // dist.get_world_size(),
+    )
+
+
+def score(engine: str) -> dict[str, Tensor]:
+    """Two items in a score batch; under DeepSpeed the engine's own accumulation is another one."""
+    batches = [my_part(b) for b in make_batches(NUM, SIZE, torch.float32)]
+    model = get(engine, accumulation=3).model
+    return whole_scores(score_importance(model, batches, loss_fn, head=HEAD, criterion="removal", accumulation=2))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_scores_are_those_of_one_process(engine: str) -> None:
+    net = make_net()
+    one = score_importance(
+        net, make_batches(NUM, SIZE, torch.float32), loss_fn, head=HEAD, criterion="removal", accumulation=2
+    )
+    expected = whole_scores(one)
+    for found in run_ranks(1 if engine == "single" else 4, score, engine):
+        assert list(found) == list(expected)  # canonical names in the order of the unwrapped model
+        for name, values in expected.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-8, msg=name)
+
+
+def train_after(engine: str, scoring: bool) -> dict[str, Tensor]:
+    prepared = get(engine, accumulation=2)
+    batches = [my_part(b) for b in make_batches(8, SIZE, torch.float32)]
+    for i, batch in enumerate(batches):
+        last = i % 2 == 1
+        if i % 2 == 0:
+            prepared.zero_grad(to_none=True)
+            if scoring and i in (0, 4):  # before the first step, and between two
+                score_importance(prepared.model, batches[:3], loss_fn, head=HEAD)
+        prepared.backward(loss_fn(prepared.model, batch) / 2, last)
+        if last:
+            prepared.step()
+    return prepared.state()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_training_after_scoring_is_bit_equal(engine: str) -> None:
+    ranks = 1 if engine == "single" else 2
+    plain, scored = run_ranks(ranks, train_after, engine, False), run_ranks(ranks, train_after, engine, True)
+    start = make_net().state_dict()
+    for before, after in zip(plain, scored, strict=True):
+        assert all(torch.equal(before[n], after[n]) for n in before)
+        assert not torch.equal(after["blocks.0.up.weight"].view(-1), start["blocks.0.up.weight"].view(-1)), "the body moves"
+
+
+def without(engine: str) -> list[float]:
+    model = get(engine).model
+    chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)})
+    batch = my_part(make_batches(1, SIZE, torch.float32)[0])
+
+    def loss() -> float:
+        with torch.no_grad():
+            value = loss_fn(model, batch)
+        find_engine(model).settle()
+        return float(collectives.all_reduce(value.detach().clone(), what="loss")) / dist.get_world_size()
+
+    losses = [loss()]
+    with removed(model, chosen):
+        losses.append(loss())
+    return [*losses, loss()]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_removed_weights_are_gone_and_come_back(engine: str) -> None:
+    net, batch = make_net().eval(), make_batches(1, SIZE, torch.float32)[0]
+    whole = float(loss_fn(net, batch))
+    net.blocks[0].up.weight.data.zero_()
+    for before, during, after in run_ranks(1 if engine == "single" else 2, without, engine):
+        assert before == pytest.approx(whole, abs=1e-6) and after == before
+        assert during == pytest.approx(float(loss_fn(net, batch)), abs=1e-6) and abs(during - before) > 1e-3
+
+
+def warm_up_then_train(engine: str) -> dict[str, float]:
+    """The head is warmed up before wrapping; afterwards the whole body must move, under every engine."""
+    batches = [my_part(b) for b in make_batches(4, SIZE, torch.float32)]
+    net = make_net()
+    warm_up_head(net, batches, loss_fn, head=HEAD, validation=batches, max_epochs=2)
+    prepared = prepare(lambda: net, engine, lambda p: make_optimizer("sgd", p), micro_batch=SIZE // dist.get_world_size())
+    before = prepared.state()
+    for batch in batches:
+        prepared.zero_grad(to_none=True)
+        prepared.backward(loss_fn(prepared.model, batch), True)
+        prepared.step()
+    after = prepared.state()
+    return {n: float((after[n] - before[n]).abs().max()) for n in before}
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "fsdp1-full-flat"])
+def test_the_body_moves_after_a_warm_up(engine: str) -> None:
+    for moved in run_ranks(2, warm_up_then_train, engine):
+        still = [n for n, distance in moved.items() if distance == 0]
+        assert sorted(still) == ["frozen.bias", "frozen.weight", "unused.bias", "unused.weight"]
+
+
+# -- tensor parallelism, compiled blocks --------------------------------------------------------------------------------
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(15)
+        self.up = nn.Linear(15, 12)
+        self.down = nn.Linear(12, 15)
+        self.head = nn.Linear(15, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return self.head(x + self.down(torch.tanh(self.up(self.norm(x)))))
+
+
+def mlp_masks() -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        n: torch.rand(p.shape, generator=g) < 0.4 for n, p in Mlp().named_parameters() if n in ("up.weight", "down.weight")
+    }
+
+
+def train_mlp(kind: str, level: str, where: str, optimizer_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Under tensor parallelism x FSDP2, or compiled block by block; returns (scores, whole weights)."""
+    torch.manual_seed(0)
+    net: Any = Mlp().double()
+    group, batches = 1, make_batches(4, SIZE, torch.float64)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if kind == "tensor_parallel":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        group, ranks, rank = 2, 2, mesh["dp"].get_local_rank()
+        parallelize_module(net, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        # The rest is replicated over the tensor-parallel ranks.
+        parallelize_module(net, mesh["tp"], {"norm": Whole(), "head": Whole()})
+        fully_shard(net.up, mesh=mesh["dp"])
+        fully_shard(net, mesh=mesh["dp"])
+    elif kind == "compiled":
+        net.up = torch.compile(net.up, backend="aot_eager")
+        fully_shard(net.up)
+        fully_shard(net)
+    assert group
+    mine = [(x.chunk(ranks)[rank], y.chunk(ranks)[rank]) for x, y in batches] if kind != "one" else batches
+    scores = whole_scores(score_importance(net, mine, loss_fn, head=HEAD, criterion="removal"))
+    optimizer = make_optimizer(optimizer_name, net.parameters())
+    attach_penalty(
+        net, FundamentalSet.from_masks(mlp_masks(), head=HEAD), 0.1, optimizer=optimizer, level=level, where=where,
+        rest_factor=0.7, unscored_factor=0.4,
+    )  # type: ignore[arg-type]  # fmt: skip
+    for batch in mine:
+        optimizer.zero_grad()
+        loss_fn(net, batch).backward()
+        optimizer.step()
+    return scores, {n.replace("_orig_mod.", ""): full(p.detach()).clone() for n, p in net.named_parameters()}
+
+
+class Whole(torch.distributed.tensor.parallel.style.ParallelStyle):
+    """Replicates a module's weights over the tensor-parallel ranks, and takes plain tensors in and out."""
+
+    def _apply(self, module: nn.Module, mesh: Any) -> nn.Module:
+        from torch.distributed.tensor import DTensor, Replicate, distribute_module
+
+        def come(_: nn.Module, inputs: Any, m: Any) -> Any:
+            return tuple(DTensor.from_local(x, m, [Replicate()], run_check=False) for x in inputs)
+
+        return distribute_module(module, mesh, None, come, lambda _, out, m: out.to_local())
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("tensor_parallel", 4), ("compiled", 2)])
+@pytest.mark.parametrize(("level", "where"), [("gradient", "before"), ("gradient", "after"), ("update", "before")])
+def test_tensor_parallel_and_compiled_blocks(kind: str, ranks: int, level: str, where: str) -> None:
+    scores, state = run_ranks(1, train_mlp, "one", level, where, "adamw")[0]
+    for found, weights in run_ranks(ranks, train_mlp, kind, level, where, "adamw"):
+        for name, values in scores.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-9)
+        assert max(float((weights[n] - state[n]).abs().max()) for n in state) <= 1e-10
+
+
+# -- what fails in silence elsewhere is an error here --------------------------------------------------------------------
+
+
+def one_step(prepared: Prepared, batch: Any) -> None:
+    prepared.zero_grad(to_none=True)
+    prepared.backward(loss_fn(prepared.model, batch), True)
+    prepared.step()
+
+
+def silent_failures(engine: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    batch = my_part(make_batches(1, SIZE, torch.float32)[0])
+    chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
+
+    def attached_before_wrapping() -> None:
+        def make() -> Any:
+            net = make_net()
+            attach_penalty(net, chosen)
+            return net
+
+        one_step(prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=len(batch[0])), batch)
+
+    def hooks_lost() -> None:
+        prepared = get(engine, optimizer="sgd")
+        penalty = attach_penalty(prepared.model, chosen)
+        for handle in penalty._handles[: 2 * len(penalty._leaves)]:
+            handle.remove()
+        one_step(prepared, batch)
+
+    def applied_twice() -> None:
+        prepared = get(engine, optimizer="sgd")
+        penalty = attach_penalty(prepared.model, chosen)
+        leaf = next(x for x in find_engine(prepared.model).leaves() if any(s.name in chosen.names for s in x.segments))
+        hook = next(f for f in leaf.tensor._backward_hooks.values())
+        leaf.tensor.register_hook(hook)
+        assert penalty.level == "gradient"
+        one_step(prepared, batch)
+
+    def optimizer_before_wrapping() -> None:
+        optimizer: Any = None
+
+        def make() -> Any:
+            nonlocal optimizer
+            net = make_net()
+            optimizer = make_optimizer("sgd", copy.deepcopy(net).parameters())
+            return net
+
+        prepared = prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=len(batch[0]))
+        attach_penalty(prepared.model, chosen, optimizer=optimizer)
+
+    for case in (attached_before_wrapping, hooks_lost, applied_twice, optimizer_before_wrapping):
+        try:
+            case()
+        except DcftError as error:
+            found[case.__name__] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-hybrid", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[1:4]])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_fails_in_silence_elsewhere_raises(engine: str, ranks: int) -> None:
+    """At one rank too: there a reduction in a group of size 1 is skipped, and with it what hangs on it."""
+    for found in run_ranks(ranks, silent_failures, engine):
+        assert "hold a gradient, but no hook fired" in found["hooks_lost"]
+        assert "fired 2 times for 1 backwards" in found["applied_twice"]
+        if engine.endswith("orig"):
+            assert "a model that was wrapped again" in found["attached_before_wrapping"]
+        elif engine.startswith("fsdp"):  # DDP and DeepSpeed keep the parameters, and with them the hooks
+            assert "attach it after sharding" in found["attached_before_wrapping"]
+        else:
+            assert "attached_before_wrapping" not in found
+        wrong = (
+            "DeepSpeed steps with the optimizer given" if engine.startswith("zero") else "steps none of the model's weights"
+        )
+        assert wrong in found["optimizer_before_wrapping"]
+
+
+def hooks_on_originals() -> list[int]:
+    """What others do: hooks on FSDP1's original parameters and on FSDP2's sharded ones never fire; ours do."""
+    counts = []
+    for engine in ("fsdp1-full-orig", "fsdp2"):
+        prepared, fired = get(engine, optimizer="sgd"), [0]
+        for p in prepared.model.parameters():
+            if p.requires_grad:
+                p.register_hook(lambda g, fired=fired: fired.__setitem__(0, fired[0] + 1))
+        chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
+        penalty = attach_penalty(prepared.model, chosen)
+        one_step(prepared, my_part(make_batches(1, SIZE, torch.float32)[0]))
+        counts += [fired[0], penalty.calls["blocks.0.up.weight"]]
+    return counts
+
+
+def test_hooks_on_sharded_parameters_never_fire_but_these_do() -> None:
+    assert run_ranks(2, hooks_on_originals) == [[0, 1, 0, 1]] * 2
+
+
+def refusals() -> dict[str, str]:
+    found: dict[str, str] = {}
+    chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
+    batches = [my_part(b) for b in make_batches(2, SIZE, torch.float32)]
+
+    def attempt(case: str, run: Any) -> None:
+        try:
+            run()
+        except DcftError as error:
+            found[case] = str(error)
+
+    part = make_net()
+    part.blocks[0] = FullyShardedDataParallel(part.blocks[0], device_id=torch.device("cpu"))
+    attempt("part", lambda: attach_penalty(part, chosen))
+    engine = get("zero3", accumulation=2)
+    attempt("bare", lambda: attach_penalty(engine.model.module, chosen))
+    engine.backward(loss_fn(engine.model, batches[0]), last=False)
+    attempt("middle", lambda: score_importance(engine.model, batches, loss_fn, head=HEAD))
+    clipping = prepare(
+        make_net, "zero2", lambda p: make_optimizer("sgd", p), micro_batch=SIZE // dist.get_world_size(), clip_norm=1.0
+    )
+    penalty = attach_penalty(clipping.model, chosen, level="gradient", where="after")
+    attempt("clipping", penalty.apply)
+    return found
+
+
+def test_refusals() -> None:
+    for found in run_ranks(2, refusals):
+        assert "wrap the root module in FullyShardedDataParallel too" in found["part"]
+        assert "pass the DeepSpeedEngine" in found["bare"]
+        assert "gradients are being accumulated: score at a step boundary" in found["middle"]
+        assert "DeepSpeed clips inside its step" in found["clipping"]
+
+
+def test_sets_agree_between_engines() -> None:
+    """The set that one engine selects is the set that any other selects, from the same scores."""
+    expected = None
+    for engine in ("fsdp2", "fsdp1-full-flat", "zero2", "zero3"):
+        found = run_ranks(2, select_random, engine)[0]
+        expected = expected or found
+        assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def select_random(engine: str) -> dict[str, Tensor]:
+    scores = score_importance(get(engine).model, None, None, head=HEAD, criterion="random")
+    chosen = select_fundamental(scores, 0.2)
+    return {n: chosen.mask(n) for n in chosen.names}
+
+
+# -- private attributes -------------------------------------------------------------------------------------------------
+
+
+def private_objects() -> dict[str, list[str]]:
+    """Attributes of `private.USES` that are missing, on live objects."""
+    import importlib
+
+    fsdp2, fsdp1 = get("fsdp2").model, get("fsdp1-hybrid-flat").model
+    zero2, zero3 = get("zero2"), get("zero3")
+    one_step(zero3, my_part(make_batches(1, SIZE, torch.float32)[0]))
+    loss_fn(fsdp1, my_part(make_batches(1, SIZE, torch.float32)[0]))
+    state = fsdp2._get_fsdp_state()
+    parameters = [dict(z.model.module.named_parameters())["conv.weight"] for z in (zero2, zero3)]
+    half = prepare(make_net, "zero0", lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=SIZE // 2)
+    bf16 = prepare(make_net, "zero1-sum32", lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=SIZE // 2)
+    objects = {
+        "FSDPModule": fsdp2,
+        "FSDPState": state,
+        "FSDPParamGroup": state._fsdp_param_groups[0],
+        "FSDPParam": state._fsdp_param_groups[0].fsdp_params[0],
+        "FullyShardedDataParallel": fsdp1,
+        "FlatParamHandle": fsdp1._handle,
+        "FlatParameter": fsdp1._handle.flat_param,
+        "DeepSpeedEngine": zero2.model,
+        "DeepSpeedZeroOptimizer": zero2.model.optimizer,
+        "DeepSpeedZeroOptimizer.parameter": parameters[0],
+        "DeepSpeedZeroOptimizer_Stage3": zero3.model.optimizer,
+        "DeepSpeedZeroOptimizer_Stage3.parameter": parameters[1],
+        "FP16_UnfusedOptimizer": half.model.optimizer,
+        "BF16_Optimizer": bf16.model.optimizer,
+    }
+    for where in private.USES:
+        if where.startswith(("torch.", "deepspeed.")):
+            objects[where] = importlib.import_module(where)
+    named = {where: type(thing).__name__ for where, thing in objects.items() if where.endswith("Optimizer")}
+    assert all(where == name for where, name in named.items()), named
+    return {w: [a for a in names if not hasattr(objects[w], a)] for w, names in private.USES.items()}
+
+
+def test_no_private_attribute_is_gone() -> None:
+    for missing in run_ranks(2, private_objects):
+        assert {where: names for where, names in missing.items() if names} == {}
+
+
+def test_an_untested_version_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    private.check_version.cache_clear()
+    private.check_version("torch")
+    assert caplog.text == ""
+    private.check_version.cache_clear()
+    monkeypatch.setitem(private.TESTED, "torch", ("2.9", "2.10"))
+    private.check_version("torch")
+    assert "is outside the versions" in caplog.text and "(2.9 to 2.10)" in caplog.text
+    private.check_version.cache_clear()

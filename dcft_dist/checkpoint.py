@@ -21,8 +21,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from . import collectives
@@ -38,7 +43,7 @@ State = dict[str, Any]
 class FlatPiece:
     """`values`: the elements from `begin` on of a flattened tensor of `numel` elements.
 
-    Speaks the protocol by which torch.distributed.checkpoint saves and reads DTensors.
+    Tells torch.distributed.checkpoint what there is to write and to read as a DTensor does.
     """
 
     def __init__(self, values: Tensor, numel: int, begin: int) -> None:
@@ -62,8 +67,22 @@ class FlatPiece:
             for chunk in self.__create_chunk_list__()
         ]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.values
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        return found.values if isinstance(found, FlatPiece) else super().lookup_object(index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: State, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        # Its own way puts None in the place of everything that is no tensor.
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        found = self.state_dict[index.fqn]
+        return found.values if isinstance(found, FlatPiece) else super().lookup_tensor(index)
 
 
 def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
@@ -76,7 +95,7 @@ def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
         for key, value in kept.items():
             name = f"optimizer.{shard.name}.{key}"
             if isinstance(value, Tensor):
-                state[name] = value if value.ndim == 0 else _owned(shard, shard.within(value))
+                state[name] = value.clone() if value.ndim == 0 else _owned(shard, shard.within(value))
             elif value is not None:
                 raise CheckpointError(f"optimizer state {key} of {shard.name} is a {type(value).__name__}, not a tensor")
     return state
@@ -114,7 +133,9 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any]) -> None
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
     with _guarded("write", temporary):
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        dcp.save(
+            tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True), planner=_SavePlanner()
+        )
     with collectives.agreed("checkpoint: complete"):
         if collectives.rank() == 0:
             write_json(temporary / _STATE, state)
@@ -182,7 +203,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         else:
             wanted[name] = FlatPiece(values.detach().view(-1), numel, first)
     with _guarded("read", folder):
-        dcp.load(wanted, storage_reader=reader)
+        dcp.load(wanted, storage_reader=reader, planner=_LoadPlanner(flatten_state_dict=False))
     for whole, shard, values in scattered:
         values.detach().copy_(whole.view(shard.box.grid)[shard.box.slices()])
     for made, read in scalars:

@@ -274,7 +274,7 @@ def _undisturbed(engine: Engine) -> Iterator[None]:
         (m, k, b, b.detach().clone()) for m in engine.module.modules() for k, b in m._buffers.items() if b is not None
     ]
     with ExitStack() as stack:
-        stack.enter_context(_random_states())
+        stack.enter_context(random_states_kept())
         stack.enter_context(engine.gradients_aside())
         engine.model.eval()
         try:
@@ -288,7 +288,7 @@ def _undisturbed(engine: Engine) -> Iterator[None]:
 
 
 @contextmanager
-def _random_states() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

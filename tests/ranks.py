@@ -95,7 +95,9 @@ def _rank_main(
 ) -> None:
     try:
         torch.set_num_threads(1)
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}  # DeepSpeed wants them
+        # As torchrun would: DeepSpeed and Accelerate look at these even where the process group is there already.
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(store, world_size),

@@ -91,6 +91,13 @@ def test_all_errors_at_once(tmp_path: Path) -> None:
             'name = "a"\n[optimizer]\nname = "sgd"\n[train]\nclip_grad_norm = 1.0\nclip_order = "before_penalty"',
             "needs penalty.where = 'after'",
         ),
+        ('name = "a"\nengine = "ddp"\n[sharding]\nreplicas = 2', "replicas is for the engines fsdp2 and fsdp1"),
+        ('name = "a"\nengine = "ddp"\n[sharding]\noffload = true', "needs an engine that shards"),
+        (
+            'name = "a"\nengine = "deepspeed"\n[penalty]\nlevel = "gradient"\nwhere = "after"\n'
+            '[train]\nclip_grad_norm = 1.0\nclip_order = "after_penalty"',
+            "DeepSpeed clips inside its step",
+        ),
         ('name = "a"\nlr = 1e-4', "lr: unknown key (did you mean 'head_warmup.lr' or 'optimizer.lr'?)"),
         ('extends = "bad.toml"\nname = "a"', "extends itself"),
         ('name = "a"\nseed = -1', "seed: Input should be greater than or equal to 0"),

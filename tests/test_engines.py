@@ -427,3 +427,45 @@ def test_an_untested_version_warns(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     private.check_version("torch")
     assert "is outside the versions" in caplog.text and "(2.9 to 2.10)" in caplog.text
     private.check_version.cache_clear()
+
+
+# -- Accelerate ---------------------------------------------------------------------------------------------------------
+
+
+def accelerated(level: str) -> tuple[int, dict[str, Tensor]]:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2, kwargs_handlers=[unused])
+    net = make_net()
+    model, optimizer = accelerator.prepare(net, make_optimizer("momentum", net.parameters()))
+    chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
+    attach_penalty(model, chosen, 0.1, optimizer=optimizer, level=level)  # type: ignore[arg-type]
+    for batch in make_batches(6, SIZE, torch.float32):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_fn(model, my_part(batch)))
+            optimizer.step()
+            optimizer.zero_grad()
+    return accelerator.num_processes, {n: p.detach().clone() for n, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("level", ["gradient", "update"])
+def test_accelerate(level: str) -> None:
+    """What Accelerate prepared: the wrapped model and its own kind of optimizer, which is unwrapped."""
+    net = make_net()
+    optimizer = make_optimizer("momentum", net.parameters())
+    batches = make_batches(6, SIZE, torch.float32)
+    held = net.blocks[0].up.weight
+    for pair in zip(batches[::2], batches[1::2], strict=True):
+        optimizer.zero_grad()
+        for batch in pair:
+            (loss_fn(net, batch) / 2).backward()
+        old = held.detach().clone()
+        if level == "gradient":
+            held.grad *= 0.1
+        optimizer.step()
+        if level == "update":
+            held.data.copy_(old + 0.1 * (held.data - old))
+    for processes, state in run_ranks(2, accelerated, level):
+        assert processes == 2, "Accelerate started alone"
+        assert max(float((state[n] - p.detach()).abs().max()) for n, p in net.named_parameters()) <= 1e-6

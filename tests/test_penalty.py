@@ -19,7 +19,7 @@ from torch.optim import optimizer as optimizer_module
 from dcft_dist import DcftError, FundamentalSet, attach_penalty, score_importance
 from dcft_dist.errors import EngineError, FundamentalSetError, PenaltyError
 
-from .nets import HEAD, full, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
+from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
 from .ranks import run_ranks
 
 
@@ -311,31 +311,6 @@ def test_zero_redundancy_optimizer() -> None:
 
 
 # -- on several ranks --------------------------------------------------------------------------------------------------
-
-
-def other_mask_on_each_rank(engine: str) -> float:
-    """Only a penalty before the reduction gives the mean over ranks of m_r g_r."""
-    sets = [some_set(seed=r) for r in range(dist.get_world_size())]
-    batches = make_batches(1, 8, torch.float32)
-    expected: dict[str, Tensor] = {}
-    for r, chosen in enumerate(sets):
-        net, (x, y) = make_net(), batches[0]
-        n = len(x) // len(sets)
-        loss_fn(net, (x[r * n : (r + 1) * n], y[r * n : (r + 1) * n])).backward()
-        for name, p in net.named_parameters():
-            if p.grad is not None:
-                g = times(chosen.mask(name), 0.1, p.grad) if name in chosen.names else p.grad
-                expected[name] = expected.get(name, torch.zeros(())) + g / len(sets)
-    model = wrap(make_net(), engine)
-    attach_penalty(model, sets[dist.get_rank()], 0.1)
-    loss_fn(model, my_part(batches[0])).backward()
-    bare = model.module if engine == "ddp" else model
-    return max(float((full(bare.get_parameter(n).grad) - g).abs().max()) for n, g in expected.items())
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_before_really_is_before_the_reduction(engine: str) -> None:
-    assert max(run_ranks(2, other_mask_on_each_rank, engine)) < 1e-7
 
 
 def failures(engine: str) -> dict[str, str]:

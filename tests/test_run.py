@@ -282,3 +282,20 @@ def test_another_configuration_in_the_same_directory(tiny: Path, tmp_path: Path)
     assert results[0][0] == 2 and "holds a run with another configuration (seed was 0 and is 1)" in results[0][1]
     results = finish(start(tiny, tmp_path, "--engine", "single", "--name", "other"))
     assert results[0][0] == 2 and "engine 'single' on 2 ranks" in results[0][1]
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_engine(tiny: Path, tmp_path: Path) -> None:
+    """The same run, by one key: the same numbers, clipping and accumulation included."""
+    clip = ["--train.clip_grad_norm", "0.5", "--train.clip_order", "before_penalty", "--removal.fractions", "[]"]
+    stages = [("deepspeed", str(stage)) for stage in (1, 3)]
+    found = {}
+    for engine, stage in [("fsdp2", "2"), ("ddp", "2"), ("fsdp1", "2"), *stages]:
+        name = f"{engine}{stage}"
+        summary = train(tiny, tmp_path, "--name", name, "--engine", engine, "--sharding.zero_stage", stage, *clip)
+        assert summary["engine"] == engine
+        found[name] = [summary["test"]["loss"], summary["validation"]["loss"]]
+    first, *others = found.values()
+    assert all(losses == pytest.approx(first, abs=1e-4) for losses in others), found

@@ -47,20 +47,21 @@ def whole_scores(scores: Scores) -> dict[str, Tensor]:
     return out
 
 
-def get(engine: str, dtype: torch.dtype = torch.float32, optimizer: str = "momentum", accumulation: int = 1) -> Prepared:
+def get(engine: str, optimizer: str = "momentum", accumulation: int = 1, clip_norm: float | None = None) -> Prepared:
     return prepare(
-        lambda: make_net(dtype),
+        make_net,
         engine,
         lambda p: make_optimizer(optimizer, p),
         accumulation=accumulation,
         micro_batch=SIZE // dist.get_world_size(),
+        clip_norm=clip_norm,
     )
 
 
 def score(engine: str) -> dict[str, Tensor]:
-    """Two items in a score batch; under DeepSpeed the engine's own accumulation is another one."""
+    """Two items in a score batch; DeepSpeed's own accumulation is another one, and its clipping would be felt."""
     batches = [my_part(b) for b in make_batches(NUM, SIZE, torch.float32)]
-    model = get(engine, accumulation=3).model
+    model = get(engine, accumulation=3, clip_norm=1e-3).model
     return whole_scores(score_importance(model, batches, loss_fn, head=HEAD, criterion="removal", accumulation=2))
 
 
@@ -100,6 +101,22 @@ def test_training_after_scoring_is_bit_equal(engine: str) -> None:
     for before, after in zip(plain, scored, strict=True):
         assert all(torch.equal(before[n], after[n]) for n in before)
         assert not torch.equal(after["blocks.0.up.weight"].view(-1), start["blocks.0.up.weight"].view(-1)), "the body moves"
+
+
+def linked_state(engine: str) -> float:
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    prepared, batches = get(engine), [my_part(b) for b in make_batches(2, SIZE, torch.float32)]
+    score_importance(prepared.model, batches, loss_fn, head=HEAD)
+    one_step(prepared, batches[0])
+    weight = prepared.model.module.conv.weight
+    return float(safe_get_full_optimizer_state(weight, "momentum_buffer").abs().max())
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_scoring_first_does_not_hide_the_optimizer_state(engine: str) -> None:
+    """DeepSpeed links its state, which its checkpoints read, at the first step: a score batch is none."""
+    assert all(momentum > 0 for momentum in run_ranks(2, linked_state, engine))
 
 
 def without(engine: str) -> list[float]:

@@ -270,9 +270,7 @@ def _undisturbed(engine: Engine) -> Iterator[None]:
     """Eval mode and empty gradients for the block; then modes, buffers, gradients and random states are as before."""
     modes = [(m, m.training) for m in engine.model.modules()]
     # By slot: a forward may put a new tensor where the old one was.
-    buffers = [
-        (m, k, b, b.detach().clone()) for m in engine.module.modules() for k, b in m._buffers.items() if b is not None
-    ]
+    buffers = [(m, k, b, b.detach().clone()) for m in engine.module.modules() for k, b in m.named_buffers(recurse=False)]
     with ExitStack() as stack:
         stack.enter_context(random_states_kept())
         stack.enter_context(engine.gradients_aside())
@@ -284,7 +282,7 @@ def _undisturbed(engine: Engine) -> Iterator[None]:
                 module.training = training
             with torch.no_grad():
                 for module, key, buffer, saved in buffers:
-                    module._buffers[key] = buffer.copy_(saved)
+                    setattr(module, key, buffer.copy_(saved))
 
 
 @contextmanager

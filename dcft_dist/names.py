@@ -16,6 +16,8 @@ from .errors import PatternError, did_you_mean, listing
 # Prefixes that activation checkpointing, torch.compile and FSDP1 put into names.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 Patterns = str | Iterable[str]
 
 
@@ -103,7 +105,7 @@ def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
     found: set[str] = set()
     for prefix, sub in module.named_modules(remove_duplicate=False):
         wanted: tuple[str, ...] = ()
-        if isinstance(sub, nn.Linear | nn.modules.conv._ConvNd) or type(sub).__name__ == "Conv1D":
+        if isinstance(sub, (nn.Linear, *_CONVOLUTIONS)) or type(sub).__name__ == "Conv1D":
             wanted = ("weight",)
         elif isinstance(sub, nn.MultiheadAttention):
             wanted = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -83,6 +83,17 @@ def test_the_package_raises_and_never_asserts() -> None:
                 assert call not in ("torch.load", "pickle.load", "pickle.loads", "yaml.load"), (file, node.lineno)
 
 
+def test_private_parts_of_other_libraries_are_in_one_place() -> None:
+    """Attributes with a leading underscore are the package's own, except in `engines.private`."""
+    trees = {module_name(f): ast.parse(f.read_text()) for f in PACKAGE.rglob("*.py")}
+    others = [node for name, tree in trees.items() if name != "engines.private" for node in ast.walk(tree)]
+    attributes = [n for n in others if isinstance(n, ast.Attribute) and n.attr.startswith("_") and not n.attr.endswith("__")]
+    own = {n.attr for n in attributes if isinstance(n.ctx, ast.Store) and ast.unparse(n.value) in ("self", "cls")}
+    own |= {n.name for n in others if isinstance(n, ast.FunctionDef)}
+    own |= {"_exit"}  # of os
+    assert {ast.unparse(n) for n in attributes if n.attr not in own} == set()
+
+
 @pytest.mark.parametrize("page", ["configuration"])
 def test_generated_pages_are_current(page: str) -> None:
     assert (ROOT / "docs" / f"{page}.md").read_text() == config.reference(), (

@@ -66,8 +66,8 @@ class FSDP1Engine(Engine):
                 name = clean(f"{prefix}.{slot}" if prefix else slot)
                 self._where.setdefault(name, where)
                 yield name, identity, holder
-            for slot, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in flats and slot not in {k[0] for k in known}:
+            for slot, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(parameter) not in flats and slot not in {k[0] for k in known}:
                     yield f"{prefix}.{slot}" if prefix else slot, id(parameter), parameter
 
     def leaves(self) -> list[Leaf]:

@@ -56,8 +56,8 @@ class FSDP2Engine(Engine):
         for unit in _units(self.module):
             with _unsharded(unit):
                 for sub in unit.modules():
-                    for slot, tensor in sub._parameters.items():
-                        if tensor is None or id(tensor) in sharded or not tensor.requires_grad:
+                    for slot, tensor in sub.named_parameters(recurse=False, remove_duplicate=False):
+                        if id(tensor) in sharded or not tensor.requires_grad:
                             continue
                         name = by_slot[(id(sub), slot)]
                         found.setdefault(name, Leaf(tensor, (Segment(name, 0, _box(tensor)),)))

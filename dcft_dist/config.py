@@ -126,7 +126,7 @@ class Train(Section):
 
 
 class Sharding(Section):
-    """How the engine shards; keys that the engine does not know are errors if they are given."""
+    """How the engine shards. `replicas` and `offload` are errors where the engine cannot; others pass over `zero_stage`."""
 
     replicas: Count = Field(
         1, description="`fsdp2`, `fsdp1`: groups of ranks that each hold all weights (hybrid sharding: one group a node)."

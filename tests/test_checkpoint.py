@@ -27,7 +27,7 @@ JOURNEYS = [
 ]
 
 
-def leg(engine: str, number: int, folder: str, penalised: bool) -> dict[str, Tensor]:
+def leg(engine: str, number: int, folder: str) -> dict[str, Tensor]:
     """Three steps from the checkpoint of the leg before, and a checkpoint for the next one."""
     prepared = prepare(
         make_net, engine, lambda p: make_optimizer("adamw_smooth", p), micro_batch=BATCH // dist.get_world_size()
@@ -38,8 +38,7 @@ def leg(engine: str, number: int, folder: str, penalised: bool) -> dict[str, Ten
         assert read_state(before) == {"leg": number - 1}
         load_checkpoint(before, prepared.model, optimizer)
     chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
-    if penalised:
-        attach_penalty(prepared.model, chosen, 0.1, optimizer=prepared.optimizer)
+    attach_penalty(prepared.model, chosen, 0.1, optimizer=prepared.optimizer)
     for batch in make_batches(STEPS * 4, BATCH, torch.float32)[STEPS * number : STEPS * (number + 1)]:
         prepared.zero_grad(to_none=True)
         prepared.backward(loss_fn(prepared.model, my_part(batch)), True)
@@ -61,7 +60,7 @@ def test_training_goes_on_under_other_engines_and_ranks(journey: list[tuple[str,
             old = held.detach().clone()
             optimizer.step()
             held.data.copy_(old + 0.1 * (held.data - old))
-        for state in run_ranks(ranks, leg, engine, number, str(tmp_path), True):
+        for state in run_ranks(ranks, leg, engine, number, str(tmp_path)):
             for name, weight in net.named_parameters():
                 if not name.startswith("unused"):  # an engine with flat buffers decays it
                     assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, (engine, name)

@@ -195,11 +195,11 @@ def train_mlp(kind: str, level: str, where: str, optimizer_name: str) -> tuple[d
     """Under tensor parallelism x FSDP2, or compiled block by block; returns (scores, whole weights)."""
     torch.manual_seed(0)
     net: Any = Mlp().double()
-    group, batches = 1, make_batches(4, SIZE, torch.float64)
+    batches = make_batches(4, SIZE, torch.float64)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if kind == "tensor_parallel":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        group, ranks, rank = 2, 2, mesh["dp"].get_local_rank()
+        ranks, rank = 2, mesh["dp"].get_local_rank()
         parallelize_module(net, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         # The rest is replicated over the tensor-parallel ranks.
         parallelize_module(net, mesh["tp"], {"norm": Whole(), "head": Whole()})
@@ -209,7 +209,6 @@ def train_mlp(kind: str, level: str, where: str, optimizer_name: str) -> tuple[d
         net.up = torch.compile(net.up, backend="aot_eager")
         fully_shard(net.up)
         fully_shard(net)
-    assert group
     mine = [(x.chunk(ranks)[rank], y.chunk(ranks)[rank]) for x, y in batches] if kind != "one" else batches
     scores = whole_scores(score_importance(net, mine, loss_fn, head=HEAD, criterion="removal"))
     optimizer = make_optimizer(optimizer_name, net.parameters())

@@ -254,10 +254,14 @@ class Penalty:
         """Watches every optimizer: also one that was not passed, several that share the weights, one made too early."""
         this = weakref.ref(self)
 
-        def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (penalty := this()) is not None:
-                closure = kwargs.get("closure") or next((a for a in args if callable(a) and a is not optimizer), None)
-                penalty._before_step(optimizer, with_closure=closure is not None)
+        def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+            if (penalty := this()) is None or not penalty._before_step(optimizer):
+                return None
+            given = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
+            if not given:
+                return penalty._gradients_are_there(optimizer)
+            instead = {id(given[0]): penalty._closure(optimizer, given[0])}
+            return tuple(instead.get(id(a), a) for a in args), {k: instead.get(id(a), a) for k, a in kwargs.items()}
 
         def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             if (penalty := this()) is not None:
@@ -267,22 +271,41 @@ class Penalty:
         weakref.finalize(self, _remove_all, step_hooks)
         self._handles += [*step_hooks, self._engine.module.register_forward_pre_hook(_ForwardHook(self))]
 
-    def _before_step(self, optimizer: Optimizer, with_closure: bool) -> None:
+    def _before_step(self, optimizer: Optimizer) -> bool:
+        """Whether this optimizer steps weights that are penalised, or should be."""
         nested = getattr(self._stepping, "optim", None) is optimizer  # the inner one of ZeroRedundancyOptimizer
         names = set() if nested else self._stepped_by(optimizer)
         if not names and not self._steps_what_is_new(optimizer):
-            return
-        if with_closure and (self.level == "update" or self.where == "after"):
-            raise PenaltyError(
-                "optimizer.step(closure) computes the gradients inside the step, where only a gradient penalty before the "
-                "reduction reaches them: call backward before step, or use level='gradient', where='before'"
-            )
-        self._check_in_force(names)
+            return False
         self._warn_if_cancelled(optimizer)
-        self._stepping = optimizer
+        self._stepping, self._old = optimizer, []
+        return True
+
+    def _gradients_are_there(self, optimizer: Optimizer) -> None:
+        """Between the last backward and the step proper."""
+        names = self._stepped_by(optimizer)
+        self._check_in_force(names)
         self._scale_reduced([n for n in self._multipliers.bits if n in names])
         if self.level == "update":
             self._old = [(s, s.local.clone()) for s in self._shards(names) if s.gradient is not None]
+
+    def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """The closure of `optimizer.step(closure)`, which computes the gradients inside the step."""
+        evaluations = 0
+
+        def evaluate() -> Any:
+            nonlocal evaluations
+            evaluations += 1
+            if evaluations > 1 and (self.level == "update" or self.where == "after"):
+                raise PenaltyError(
+                    f"{type(optimizer).__name__} evaluates its closure more than once in a step, where only a gradient "
+                    "penalty before the reduction is the same each time: use level='gradient', where='before'"
+                )
+            loss = closure()
+            self._gradients_are_there(optimizer)
+            return loss
+
+        return evaluate
 
     def _warn_if_cancelled(self, optimizer: Optimizer) -> None:
         """Once, about an optimizer that `attach_penalty` was not told of."""

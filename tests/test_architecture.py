@@ -29,6 +29,8 @@ LAYERS = [
     ["selection", "penalty_checks", "warmup"],
     ["penalty"],
     ["__init__"],
+    ["recipe"],
+    ["hf", "lightning"],
     ["tasks", "data", "models"],
     ["checkpoint", "evaluate", "measure", "removal", "run_dir", "optim"],
     ["provenance", "head"],

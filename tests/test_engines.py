@@ -422,7 +422,9 @@ def private_objects() -> dict[str, list[str]]:
         "BF16_Optimizer": bf16.model.optimizer,
     }
     for where in private.USES:
-        if where.startswith(("torch.", "deepspeed.")):
+        if where == "transformers.Trainer":
+            objects[where] = importlib.import_module("transformers").Trainer
+        elif where.startswith(("torch.", "deepspeed.")):
             objects[where] = importlib.import_module(where)
     named = {where: type(thing).__name__ for where, thing in objects.items() if where.endswith("Optimizer")}
     assert all(where == name for where, name in named.items()), named

@@ -250,10 +250,40 @@ def test_a_skipped_step_after_apply_does_not_count() -> None:
         assert not torch.equal(full_state(net)[name], before[name])
 
 
-@pytest.mark.parametrize(("level", "where"), [("update", "before"), ("gradient", "after")])
-def test_a_closure_is_refused_where_the_penalty_would_miss_it(level: Any, where: Any) -> None:
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize(("level", "where"), [("update", "before"), ("gradient", "before"), ("gradient", "after")])
+def test_a_closure_computes_the_gradients_inside_the_step(level: Any, where: Any, by_name: bool) -> None:
+    states = []
+    for inside in (False, True):
+        net, batches = make_net(), make_batches(3, 8, torch.float32)
+        optimizer = make_optimizer("sgd", net.parameters())
+        penalty = attach_penalty(net, some_set(), 0.1, optimizer=optimizer, level=level, where=where)
+        for batch in batches:
+
+            def closure(batch: Any = batch, net: Any = net, optimizer: Any = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_fn(net, batch)
+                loss.backward()
+                return loss
+
+            if inside:
+                loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+                assert loss.requires_grad
+            else:
+                closure()
+                optimizer.step()
+        assert penalty.calls["mix.weight"] == 3
+        states.append(full_state(net))
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+@pytest.mark.parametrize(
+    ("level", "where", "works"), [("update", "before", False), ("gradient", "after", False), ("gradient", "before", True)]
+)
+def test_a_closure_that_is_evaluated_several_times(level: Any, where: Any, works: bool) -> None:
     net, batch = make_net(), make_batches(1, 8, torch.float32)[0]
-    optimizer = make_optimizer("sgd", net.parameters())
+    trained = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.LBFGS(trained, max_iter=3)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -261,16 +291,16 @@ def test_a_closure_is_refused_where_the_penalty_would_miss_it(level: Any, where:
         loss.backward()
         return loss
 
-    with attach_penalty(net, some_set(), 0.0, optimizer=optimizer, level=level, where=where):
-        with pytest.raises(PenaltyError, match="call backward before step"):
-            optimizer.step(closure)
-        with pytest.raises(PenaltyError, match="call backward before step"):
-            optimizer.step(closure=closure)
     before = full_state(net)
-    attach_penalty(net, some_set(), 0.0, optimizer=optimizer)
+    attach_penalty(net, some_set(), 0.0, optimizer=optimizer, level=level, where=where)
+    if not works:
+        with pytest.raises(PenaltyError, match="evaluates its closure more than once"):
+            optimizer.step(closure)
+        return
     optimizer.step(closure)
     mask = some_set().mask("mix.weight")
     assert torch.equal(full_state(net)["mix.weight"][mask], before["mix.weight"][mask])
+    assert not torch.equal(full_state(net)["mix.weight"], before["mix.weight"])
 
 
 def test_an_error_inside_a_step_does_not_switch_it_off() -> None:

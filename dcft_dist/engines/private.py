@@ -1,4 +1,4 @@
-"""Every private attribute of torch and DeepSpeed that this package touches, and the versions it was tested on.
+"""Every private attribute of torch, DeepSpeed and transformers that this package touches, and the versions it was tested on.
 
 Nothing else in the package reaches into other libraries. `USES` is the list: a test builds each object and fails if an
 attribute is gone, and a version outside `TESTED` warns once.
@@ -86,6 +86,7 @@ USES: dict[str, tuple[str, ...]] = {
     ),
     "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups", "clip_grad"),
     "deepspeed.ops": ("__compatible_ops__",),
+    "transformers.Trainer": ("_prepare_inputs",),
 }
 
 
@@ -202,6 +203,14 @@ def fsdp1_shard(flat: Any) -> Tensor:
 def fsdp1_reshard(handle: Any) -> None:
     if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):  # else: no forward has run yet
         handle.reshard(True)
+
+
+# -- transformers ---------------------------------------------------------------------------------------------------------
+
+
+def trainer_inputs(trainer: Any, batch: Any) -> Any:
+    """The batch as the Trainer's own steps see it: on the device, under DeepSpeed in its data type."""
+    return trainer._prepare_inputs(batch)
 
 
 # -- DeepSpeed ------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -38,8 +39,6 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def run_example(page: str, folder: str) -> tuple[int, int]:
-    import os
-
     os.chdir(folder)
     code = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL).group(1)  # type: ignore[union-attr]
     batches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(4)]
@@ -59,13 +58,31 @@ def test_examples_run(page: str, tmp_path: Path) -> None:
         assert calls == (8 if page == "docs/library.md" else 0)
 
 
-def test_the_whole_program_runs(tmp_path: Path) -> None:
+# Program, environment -> what it prints.
+PROGRAMS = [
+    ("own_loop", {}, "Penalty(factor 0.1 on the update, "),
+    ("accelerate_loop", {"ACCELERATE_USE_CPU": "1"}, "MULTI_CPU on 2 ranks"),
+    (
+        "accelerate_loop",
+        {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "configs/accelerate/zero3.json"),
+        },
+        "DEEPSPEED on 2 ranks",
+    ),
+    ("mixed_precision_loop", {}, "Penalty(factor 0.1 on the update, "),
+]
+
+
+@pytest.mark.parametrize(("program", "environment", "line"), PROGRAMS)
+def test_the_whole_program_runs(program: str, environment: dict[str, str], line: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(ROOT / "docs/examples/own_loop.py")], capture_output=True, text=True, cwd=tmp_path, timeout=120
-    )
+        [*command, str(ROOT / f"docs/examples/{program}.py")],
+        capture_output=True, text=True, cwd=tmp_path, timeout=240, env=os.environ | environment,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "Penalty(factor 0.1 on the update, " in done.stdout and "proposed step: 0.100" in done.stdout
+    assert line in done.stdout and "proposed step: 0.100" in done.stdout
 
 
 def test_links_and_commands_exist() -> None:

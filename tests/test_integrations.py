@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from dcft_dist import FundamentalSet, score_importance, select_fundamental
+from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
+from dcft_dist.engines.private import import_deepspeed
 
+from .nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
+from .prepared import Prepared
 from .ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
 
 STEPS, SIZE = 6, 4  # micro-batches of SIZE samples on each of two ranks
 ZERO = {
@@ -78,8 +85,6 @@ def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 
 def make_trainer(kind: str, folder: str, steps: int, factor: float = 0.1, **options: Any) -> tuple[Any, Any]:
-    from dcft_dist.engines.private import import_deepspeed
-
     import_deepspeed()
     from transformers import Trainer, TrainingArguments
 
@@ -172,6 +177,105 @@ def test_transformers_errors(tmp_path: Path) -> None:
     lost, short = run_ranks(1, hf_errors, str(tmp_path))[0]
     assert "FundamentalSetError: training goes on at step 3, but there is no fundamental set" in lost
     assert "ScoreError: there are only 12 batches a rank to score on" in short
+
+
+# -- Accelerate ---------------------------------------------------------------------------------------------------------
+
+
+def accelerated(kind: str, level: str) -> tuple[str, int, dict[str, Tensor]]:
+    import_deepspeed()
+    from accelerate import Accelerator, DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    options: dict[str, Any] = {"cpu": True, "kwargs_handlers": [unused]}
+    if kind != "ddp":
+        ds_config = {
+            **ZERO,
+            "train_micro_batch_size_per_gpu": SIZE,
+            "gradient_accumulation_steps": 2,
+            "zero_optimization": {"stage": int(kind[-1])},
+        }
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as its launcher does; else it finds one process without a GPU
+        plugin = DeepSpeedPlugin(hf_ds_config=ds_config, zero3_init_flag=False)
+        options = {"deepspeed_plugin": plugin, "kwargs_handlers": [InitProcessGroupKwargs(backend="gloo")]}
+    accelerator = Accelerator(gradient_accumulation_steps=2, **options)
+    net = make_net()
+    model, optimizer = accelerator.prepare(net, make_optimizer("momentum", net.parameters()))
+    chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
+    attach_penalty(model, chosen, 0.1, optimizer=optimizer, level=level)  # type: ignore[arg-type]
+    for batch in make_batches(6, 2 * SIZE, torch.float32):
+        with accelerator.accumulate(model):
+            accelerator.backward(loss_fn(model, my_part(batch)))
+            optimizer.step()
+            optimizer.zero_grad()
+    state = Prepared(kind, model, optimizer, None).state()
+    return accelerator.distributed_type.value, accelerator.num_processes, state
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("level", ["gradient", "update"])
+def test_accelerate(kind: str, level: str) -> None:
+    """What Accelerate prepared: the wrapped model and its own kind of optimizer, which is unwrapped."""
+    net = make_net()
+    optimizer = make_optimizer("momentum", net.parameters())
+    batches = make_batches(6, 2 * SIZE, torch.float32)
+    held = net.blocks[0].up.weight
+    for pair in zip(batches[::2], batches[1::2], strict=True):
+        optimizer.zero_grad()
+        for batch in pair:
+            (loss_fn(net, batch) / 2).backward()
+        old = held.detach().clone()
+        if level == "gradient":
+            held.grad *= 0.1
+        optimizer.step()
+        if level == "update":
+            held.data.copy_(old + 0.1 * (held.data - old))
+    for engine, processes, state in run_ranks(2, accelerated, kind, level):
+        assert (engine, processes) == ("MULTI_CPU" if kind == "ddp" else "DEEPSPEED", 2)
+        moved = {n: p.detach() for n, p in net.named_parameters() if not n.startswith("unused")}  # flat buffers decay it
+        assert worst({n: w.view_as(moved[n]) for n, w in state.items() if n in moved}, moved) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_accelerate_configurations_are_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by Accelerate's own reader, which refuses keys that it does not know."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = load_config_from_file(str(ROOT / f"configs/accelerate/{name}.yaml"))
+    engine = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[name]
+    assert (found.distributed_type.value, found.mixed_precision, found.num_processes) == (engine, "bf16", 8)
+    if name == "zero3":
+        clipping = json.loads((ROOT / found.deepspeed_config["deepspeed_config_file"]).read_text())["gradient_clipping"]
+        assert clipping == 0.0
+    if name == "fsdp2":
+        from accelerate import FullyShardedDataParallelPlugin
+
+        for key, value in found.fsdp_config.items():
+            monkeypatch.setenv(key.upper(), str(value).lower() if isinstance(value, bool) else str(value))
+        plugin = FullyShardedDataParallelPlugin()
+        assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+
+
+def clipping_by_default() -> str:
+    import logging
+
+    from dcft_dist.engines import find_engine, zero
+
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    zero.log.addHandler(handler)
+    deepspeed = import_deepspeed()
+    net = make_net()
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "zero_allow_untested_optimizer": True}
+    model, *_ = deepspeed.initialize(model=net, optimizer=make_optimizer("sgd", net.parameters()), config=config)
+    find_engine(model), find_engine(model)
+    return "|".join(lines)
+
+
+def test_the_clipping_that_nobody_asked_for_is_reported_once() -> None:
+    text = run_ranks(1, clipping_by_default)[0]
+    assert text.startswith("DeepSpeed clips gradients to a norm of 1.0") and "|" not in text
 
 
 # -- Lightning ----------------------------------------------------------------------------------------------------------

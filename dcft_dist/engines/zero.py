@@ -7,8 +7,10 @@ is a DeepSpeed step whose inner optimizer reads instead of writing: DeepSpeed it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -20,6 +22,16 @@ from ..errors import EngineError, ScoreError, listing
 from ..names import ParameterNames
 from . import private
 from .base import Engine, Leaf, Segment, Shard, flat_shard
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def _warn_of_clipping() -> None:
+    log.warning(
+        "DeepSpeed clips gradients to a norm of 1.0, which it and Accelerate also do where nobody asked for it: to train "
+        'without clipping, write "gradient_clipping": 0.0 into DeepSpeed\'s configuration'
+    )
 
 
 class ZeroEngine(Engine):
@@ -35,6 +47,8 @@ class ZeroEngine(Engine):
         if self.own_optimizer is None:
             raise EngineError("the DeepSpeedEngine has no optimizer: pass one to deepspeed.initialize")
         self.clips_inside = model.gradient_clipping() > 0
+        if model.gradient_clipping() == 1.0:
+            _warn_of_clipping()
         self._names = {id(p): name for name, p in self.names.parameters.items()}
         self._flats = private.zero_partitions(model.optimizer, self.stage)
         self._held: list[tuple[Any, Tensor | None]] = []

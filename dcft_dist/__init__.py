@@ -12,6 +12,7 @@ from .importance import Scores, score_importance
 from .penalty import Penalty, attach_penalty
 from .selection import select_fundamental
 from .warmup import WarmUp, warm_up_head
+from .weights import load_weights, save_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +22,8 @@ __all__ = [
     "Scores",
     "WarmUp",
     "attach_penalty",
+    "load_weights",
+    "save_weights",
     "score_importance",
     "select_fundamental",
     "warm_up_head",

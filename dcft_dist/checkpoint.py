@@ -35,6 +35,7 @@ from .engines import Engine, Shard, find_engine
 from .errors import CheckpointError
 from .files import read_json, sha256_of, write_json
 from .names import clean
+from .weights import whole_weight
 
 _STATE, _MANIFEST = "state.json", "manifest.json"
 State = dict[str, Any]
@@ -108,20 +109,12 @@ def _buffers(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 def _owned(shard: Shard, values: Tensor) -> FlatPiece:
     first, numel = shard.box.first, prod(shard.box.grid)
     if first is None:  # no contiguous range: put together, then shared out again
-        whole = collectives.all_reduce(_spread(shard, values), what=f"checkpoint of {shard.name}")
+        whole = whole_weight(shard, values)
         ranks, rank = collectives.world_size(), collectives.rank()
         begin, end = numel * rank // ranks, numel * (rank + 1) // ranks
         return FlatPiece(whole[begin:end].clone(), numel, begin)
     begin, end = shard.owned
     return FlatPiece(values.detach().reshape(-1)[begin:end], numel, first + begin)
-
-
-def _spread(shard: Shard, values: Tensor) -> Tensor:
-    """The owned values at their places in the flattened weight, zeros elsewhere."""
-    whole = torch.zeros(prod(shard.box.grid), dtype=values.dtype, device=values.device)
-    index = shard.owned_box.flat_index(0, shard.owned_box.numel, values.device)
-    whole[index] = values.detach().reshape(-1)[slice(*shard.owned)]
-    return whole
 
 
 def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
@@ -24,6 +23,7 @@ from torch import Tensor
 from . import collectives
 from .bits import Box, Packed, num_bytes, pack, paste, popcount, unpack
 from .errors import FundamentalSetError, did_you_mean, listing
+from .files import TensorFile
 
 FORMAT = "dcft_dist.fundamental.v1"
 Reader = Callable[[str], Packed]  # name -> packed bits of the whole weight
@@ -140,35 +140,24 @@ class FundamentalSet:
         The file is safetensors: per weight a uint8 tensor of ceil(numel / 8) bytes, bit i % 8 of byte i // 8 being flat
         index i; the metadata hold `info` as JSON and a SHA-256 of it and all bits.
         """
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        first = collectives.rank() == 0
-        handle, digest = None, hashlib.sha256(self.info.to_json().encode())
+        file: TensorFile | None = None
         with collectives.agreed("save fundamental set"):
-            if first:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                handle = temporary.open("wb")
-                handle.write(_header(self.info, "0" * 64))
-        failed: OSError | None = None
+            if collectives.rank() == 0:
+                sizes = {name: num_bytes(prod(shape)) for name, shape in self.info.shapes.items()}
+                text = self.info.to_json()
+                file = TensorFile(
+                    Path(path),
+                    {name: ("U8", (size,), size) for name, size in sizes.items()},
+                    {"format": FORMAT, "info": text},
+                    seed=text.encode(),
+                )
         for name in self.names:
             bits = self.packed(name)
-            digest.update(bits.tobytes())
-            try:
-                if handle is not None and failed is None:
-                    handle.write(bits.tobytes())
-            except OSError as error:  # a full disk: the other ranks still wait for this one's bits
-                failed = error
-                temporary.unlink(missing_ok=True)
+            if file is not None:
+                file.write(bits.tobytes())
         with collectives.agreed("save fundamental set"):
-            if failed is not None:
-                raise failed
-            if handle is not None:
-                handle.seek(0)
-                handle.write(_header(self.info, digest.hexdigest()))
-                handle.flush()
-                os.fsync(handle.fileno())
-                handle.close()
-                temporary.replace(target)
+            if file is not None:
+                file.close()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FundamentalSet:
@@ -244,16 +233,3 @@ class FundamentalSet:
     def with_extra(self, **extra: Any) -> FundamentalSet:
         """The same set with more provenance in `info.extra` (JSON values)."""
         return FundamentalSet(replace(self.info, extra={**self.info.extra, **extra}), self._reader)
-
-
-def _header(info: SetInfo, checksum: str) -> bytes:
-    """The safetensors header; its length does not depend on the checksum's value, so it can be rewritten in place."""
-    entries: dict[str, Any] = {"__metadata__": {"format": FORMAT, "info": info.to_json(), "sha256": checksum}}
-    offset = 0
-    for name, shape in info.shapes.items():
-        size = num_bytes(prod(shape))
-        entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text

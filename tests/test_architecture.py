@@ -25,7 +25,7 @@ LAYERS = [
     ["engines.replicated", "engines.fsdp2", "engines.fsdp1", "engines.zero"],
     ["engines"],
     ["engines.wrap"],
-    ["fundamental", "multiplier", "importance"],
+    ["fundamental", "multiplier", "importance", "weights"],
     ["selection", "penalty_checks", "warmup"],
     ["penalty"],
     ["__init__"],

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from dcft_dist import FundamentalSet, attach_penalty
+from dcft_dist import FundamentalSet, attach_penalty, load_weights, save_weights
 from dcft_dist.checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
 from dcft_dist.engines import torch_optimizer
+from dcft_dist.errors import CheckpointError
 
 from .nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
 from .prepared import prepare
@@ -64,3 +66,85 @@ def test_training_goes_on_under_other_engines_and_ranks(journey: list[tuple[str,
             for name, weight in net.named_parameters():
                 if not name.startswith("unused"):  # an engine with flat buffers decays it
                     assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, (engine, name)
+
+
+# -- plain weights ------------------------------------------------------------------------------------------------------
+
+
+def export(engine: str, folder: str, limit: int) -> dict[str, Tensor]:
+    prepared = prepare(make_net, engine, lambda p: make_optimizer("sgd", p), micro_batch=BATCH // dist.get_world_size())
+    for batch in make_batches(2, BATCH, torch.float32):
+        prepared.zero_grad(to_none=True)
+        prepared.backward(loss_fn(prepared.model, my_part(batch)), True)
+        prepared.step()
+    save_weights(prepared.model, folder, max_file_bytes=limit)
+    return prepared.state()
+
+
+def import_(engine: str, folder: str) -> tuple[dict[str, Tensor], Tensor]:
+    def make() -> Any:
+        return make_net(seed=1)
+
+    prepared = prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=BATCH // dist.get_world_size())
+    load_weights(prepared.model, folder)
+    with torch.no_grad():
+        prepared.model.eval()
+        loss = loss_fn(prepared.model, make_batches(1, BATCH, torch.float32)[0])
+    return prepared.state(), loss
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "then", "limit"),
+    [
+        ("fsdp2", 4, ("zero3", 2), 10**9),
+        ("zero2", 3, ("fsdp1-full-flat", 2), 500),
+        ("fsdp1-hybrid-orig", 4, ("ddp", 2), 10**9),
+        ("fsdp2-shard1", 2, ("zero1", 2), 500),
+        ("zero3", 2, ("fsdp2-shard1", 2), 10**9),
+        ("ddp", 2, ("zero0", 3), 10**9),
+        ("single", 1, ("fsdp2-hybrid", 4), 10**9),
+    ],
+)
+def test_plain_weights_go_out_and_in(engine: str, ranks: int, then: tuple[str, int], limit: int, tmp_path: Path) -> None:
+    """What is written loads strictly into a plain module by plain means, and into another engine on other ranks."""
+    trained = run_ranks(ranks, export, engine, str(tmp_path), limit)[0]
+    assert (tmp_path / "model.safetensors.index.json").exists() == (limit == 500)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 1 if limit > 500 else len(files) > 3
+    plain = make_net(seed=2)
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    plain.load_state_dict(stored, strict=True)
+    assert all(torch.equal(p.detach().view(-1), trained[n].view(-1)) for n, p in plain.named_parameters())
+    loss = loss_fn(plain.eval(), make_batches(1, BATCH, torch.float32)[0])
+    for state, found in run_ranks(then[1], import_, then[0], str(tmp_path)):
+        assert all(torch.equal(state[n].view(-1), trained[n].view(-1)) for n in trained), then
+        assert float(found) == pytest.approx(float(loss.detach()), abs=1e-6)
+
+
+def test_plain_weights_with_a_prefix_a_type_and_mistakes(tmp_path: Path) -> None:
+    net = make_net()
+    save_weights(net, tmp_path, prefix="blocks.0.", dtype=torch.bfloat16, max_file_bytes=100)
+    save_weights(net, tmp_path, prefix="blocks.0.", dtype=torch.bfloat16)  # one file: the earlier ones are taken away
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(stored["up.weight"], net.blocks[0].up.weight.detach().bfloat16())
+    block = make_net(seed=1).blocks[0]
+    load_weights(block, tmp_path)
+    assert torch.equal(block.up.weight.detach(), stored["up.weight"].float())
+    with pytest.raises(CheckpointError, match=r"missing there: conv.weight.*; not in the model: none"):
+        load_weights(net, tmp_path, prefix="blocks.0.")
+    with pytest.raises(CheckpointError, match=r"not in the model: down.weight, norm.bias"):
+        load_weights(nn.Sequential(net.blocks[0].norm), tmp_path)
+    with pytest.raises(CheckpointError, match=r"down.weight is \(13, 11\) there and \(13, 5\) in the model"):
+        load_weights(make_net().blocks[1], tmp_path)
+    with pytest.raises(CheckpointError, match=r"no weight's name begins with 'body\."):
+        save_weights(net, tmp_path, prefix="body.")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(CheckpointError, match="was altered after it was written"):
+        load_weights(block, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(data[:-9])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_weights(block, tmp_path)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_weights(block, tmp_path / "nothing")

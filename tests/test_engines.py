@@ -406,6 +406,7 @@ def private_objects() -> dict[str, list[str]]:
     half = prepare(make_net, "zero0", lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=SIZE // 2)
     bf16 = prepare(make_net, "zero1-sum32", lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=SIZE // 2)
     objects = {
+        "Module": make_net(),
         "FSDPModule": fsdp2,
         "FSDPState": state,
         "FSDPParamGroup": state._fsdp_param_groups[0],

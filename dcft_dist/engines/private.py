@@ -17,6 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..names import clean
+
 log = logging.getLogger(__name__)
 
 # Package -> (first, last) version series on which the attributes below were seen to work.
@@ -24,6 +26,7 @@ TESTED = {"torch": ("2.13", "2.13"), "deepspeed": ("0.19", "0.19")}
 
 # Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
 USES: dict[str, tuple[str, ...]] = {
+    "Module": ("_non_persistent_buffers_set",),
     "torch.distributed.distributed_c10d": ("_get_default_store",),
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
     "FSDPModule": ("_get_fsdp_state",),
@@ -111,6 +114,19 @@ def check_version(package: str) -> None:
 
 def _series(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
+
+
+# -- modules --------------------------------------------------------------------------------------------------------------
+
+
+def persistent_buffers(module: Any) -> dict[str, Tensor]:
+    """The buffers that belong to a state dict, by name."""
+    found = {}
+    for prefix, sub in module.named_modules():
+        for slot, buffer in sub.named_buffers(recurse=False):
+            if slot not in sub._non_persistent_buffers_set:
+                found[clean(f"{prefix}.{slot}" if prefix else slot)] = buffer
+    return found
 
 
 # -- process groups -------------------------------------------------------------------------------------------------------

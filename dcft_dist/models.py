@@ -36,6 +36,10 @@ class TextClassifier(nn.Module):
         logits: Tensor = self.head(self.features(batch))
         return logits
 
+    def describe(self, folder: Path) -> None:
+        """Writes what `AutoModel` needs to know of the backbone besides its weights."""
+        self.backbone.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+
     def blocks(self) -> list[nn.Module]:
         """The units to shard one by one."""
         return list(self.backbone.encoder.layer)  # type: ignore[union-attr, arg-type]
@@ -65,6 +69,7 @@ def build_model(model: config.Model, num_classes: int, seed: int) -> tuple[TextC
                 f"model.num_layers: the model has {len(backbone.encoder.layer)} layers, not {model.num_layers}"
             )
         backbone.encoder.layer = backbone.encoder.layer[: model.num_layers]
+        backbone.config.num_hidden_layers = model.num_layers
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """A run's directory: what is in it, and what a run that goes on finds there.
 
 config.toml  metrics.jsonl  head.safetensors  fundamental.safetensors  removal.json  checkpoints/  tensorboard/
-progress.json (phase, step)  summary.json  report.html
+model/ (the adapted weights)  progress.json (phase, step)  summary.json  report.html
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from .config import Config, to_toml
 from .errors import CheckpointError, ConfigError, listing
 from .files import read_json, write_atomic, write_json
 
+# How a run is carried out, not what it does: it may go on otherwise, with the same numbers up to rounding.
+_FREE = ("engine", "sharding.", "train.micro_batch")
+
 
 class RunDirectory:
     """Paths and small files of one run. Only rank 0 writes; the methods that say so are collective."""
@@ -28,6 +31,7 @@ class RunDirectory:
         self.head = self.path / "head.safetensors"
         self.fundamental = self.path / "fundamental.safetensors"
         self.removal = self.path / "removal.json"
+        self.model = self.path / "model"
         self.metrics = self.path / "metrics.jsonl"
         self.summary = self.path / "summary.json"
         self.report = self.path / "report.html"
@@ -39,6 +43,8 @@ class RunDirectory:
     def open(self, config: Config) -> None:
         """Creates the directory, or finds an unfinished run of the same configuration in it. Collective.
 
+        Engine, sharding and micro-batch may have changed: checkpoints do not depend on them.
+
         Raises:
             ConfigError: the directory holds a run with another configuration.
         """
@@ -47,7 +53,9 @@ class RunDirectory:
             if file.exists():
                 before, now = _flat(file.read_text()), _flat(text)
                 changed = [
-                    f"{k} was {before.get(k)} and is {now.get(k)}" for k in before | now if before.get(k) != now.get(k)
+                    f"{k} was {before.get(k)} and is {now.get(k)}"
+                    for k in before | now
+                    if before.get(k) != now.get(k) and not k.startswith(_FREE)
                 ]
                 if changed:
                     raise ConfigError(

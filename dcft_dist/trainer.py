@@ -41,6 +41,7 @@ from .removal import check_removal
 from .run_dir import RunDirectory
 from .selection import select_fundamental
 from .tasks import TaskData, load_task
+from .weights import save_weights
 from .world import World
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,9 @@ class Trainer:
         self.directory.phase("setup")
         with collectives.agreed("set-up"):
             self.task: TaskData = load_task(config.task)
-            self.model, tokenizer = build_model(config.model, len(self.task.class_names), config.seed)
+            self.model, self.tokenizer = build_model(config.model, len(self.task.class_names), config.seed)
             splits = (self.task.train, self.task.validation, self.task.test)
-            self.train, self.validation, self.test = (tokenize(s, tokenizer, config.task.max_tokens) for s in splits)
+            self.train, self.validation, self.test = (tokenize(s, self.tokenizer, config.task.max_tokens) for s in splits)
             check_sizes(config, len(self.train))
         self.num_weights = sum(p.numel() for p in self.model.parameters())
 
@@ -339,6 +340,7 @@ class Trainer:
         state = read_state(folder)
         load_checkpoint(folder, self.prepared.model)
         test = self._evaluate(self.test)
+        self._export(fundamental)
         self.directory.phase("done", best.step)
         config = self.config
         summary = {
@@ -374,6 +376,18 @@ class Trainer:
         if self.world.is_first:
             write_json(self.directory.summary, summary)
         return summary
+
+    def _export(self, fundamental: FundamentalSet | None) -> None:
+        """The adapted model as a folder that `AutoModel` and `AutoTokenizer` read; its head; the fundamental set."""
+        folder = self.directory.model
+        save_weights(self.prepared.model, folder, prefix="backbone.")
+        save_weights(self.prepared.model, folder / HEAD, prefix=f"{HEAD}.")
+        if fundamental is not None:
+            fundamental.save(folder / self.directory.fundamental.name)
+        with collectives.agreed("export"):
+            if self.world.is_first:
+                self.model.describe(folder)
+                self.tokenizer.save_pretrained(folder)
 
     # -- shared ----------------------------------------------------------------------------------------------------
 

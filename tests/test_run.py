@@ -100,6 +100,7 @@ def test_run_directory(tiny: Path, tmp_path: Path) -> None:
     kinds = {row["set"] for row in summary["removal"]["removed"]}
     assert kinds == {"top", "random", "random_tensor", "random_magnitude", "lowest"}
     assert {row["num_removed"] for row in summary["removal"]["removed"]} == {round(0.01 * summary["num_eligible"])}
+    check_export(run / "model", summary["test"]["loss"])
     rows = read_metrics(run / "metrics.jsonl")
     steps = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 11))  # 84 texts // 16 = 5 steps, 2 epochs
@@ -113,6 +114,27 @@ def test_run_directory(tiny: Path, tmp_path: Path) -> None:
     report = (run / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 5 and "http" not in report.replace("http-equiv", "")
     assert [f.name for f in (run / "checkpoints").iterdir() if f.name.startswith(".")] == []
+
+
+def check_export(folder: Path, loss: float) -> None:
+    """The exported model, read by transformers and plain torch alone, gives the run's test loss."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from dcft_dist.config import load_config
+    from dcft_dist.tasks import load_task
+
+    assert FundamentalSet.load(folder / "fundamental.safetensors").num_selected > 0
+    config = load_config(str(folder.parent / "config.toml")).task
+    task = load_task(config)
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    head = torch.nn.Linear(384, len(task.class_names))
+    head.load_state_dict(load_file(folder / "head/model.safetensors"))
+    batch = tokenizer(task.test.texts, padding=True, truncation=True, max_length=config.max_tokens, return_tensors="pt")
+    weights = batch["attention_mask"].unsqueeze(-1).float()
+    with torch.no_grad():
+        mean = (model.eval()(**batch).last_hidden_state * weights).sum(1) / weights.sum(1)
+        found = torch.nn.functional.cross_entropy(head(mean), torch.tensor(task.test.labels))
+    assert float(found) == pytest.approx(loss, abs=1e-4)
 
 
 def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path: Path) -> None:
@@ -299,3 +321,22 @@ def test_every_engine(tiny: Path, tmp_path: Path) -> None:
         found[name] = [summary["test"]["loss"], summary["validation"]["loss"]]
     first, *others = found.values()
     assert all(losses == pytest.approx(first, abs=1e-4) for losses in others), found
+
+
+def test_a_run_goes_on_under_another_engine_and_number_of_ranks(tiny: Path, tmp_path: Path) -> None:
+    options = ["--removal.fractions", "[]"]
+    expected = train(tiny, tmp_path / "a", *options)
+    processes = start(tiny, tmp_path / "b", *options, "--engine", "deepspeed", "--sharding.zero_stage", "3", ranks=4)
+    checkpoint = tmp_path / "b/tiny/checkpoints/step_00000006"
+    while all(p.poll() is None for p in processes) and not checkpoint.is_dir():
+        time.sleep(0.005)
+    for p in processes:
+        p.kill()
+    finish(processes)
+    assert checkpoint.is_dir() and not (tmp_path / "b/tiny/summary.json").exists()
+    found = train(tiny, tmp_path / "b", *options, "--engine", "ddp", "--train.micro_batch", "8")
+    assert found["engine"] == "ddp" and found["ranks"] == 2
+    # Dropout differs with the layout of the ranks.
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=2e-2)
+    for path in (tmp_path / "b/tiny/metrics.jsonl", tmp_path / "a/tiny/metrics.jsonl"):
+        assert [r["step"] for r in read_metrics(path) if "train/loss" in r] == list(range(1, 11))

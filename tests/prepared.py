@@ -109,10 +109,11 @@ def prepare(
     accumulation: int = 1,
     micro_batch: int = 1,
     clip_norm: float | None = None,
+    zero_options: dict[str, Any] | None = None,
 ) -> Prepared:
     kind, _, variant = engine.partition("-")
     if kind.startswith("zero"):
-        return _zero(make, engine, make_optimizer, bf16, accumulation, micro_batch, clip_norm)
+        return _zero(make, engine, make_optimizer, bf16, accumulation, micro_batch, clip_norm, zero_options or {})
     wrap = {"single": lambda net: net, "ddp": _ddp, "fsdp2": _fsdp2, "fsdp1": _fsdp1}[kind]
     model = wrap(make()) if kind in ("single", "ddp") else wrap(make(), variant, bf16)  # type: ignore[call-arg]
     return Prepared(engine, model, make_optimizer(model.parameters()), clip_norm)
@@ -177,6 +178,7 @@ def _zero(
     accumulation: int,
     micro_batch: int,
     clip_norm: float | None,
+    options: dict[str, Any],
 ) -> Prepared:
     deepspeed = import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -194,6 +196,7 @@ def _zero(
         "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        **options,
     }
     if variant == "sum32":
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}

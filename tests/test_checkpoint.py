@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +69,50 @@ def test_training_goes_on_under_other_engines_and_ranks(journey: list[tuple[str,
             for name, weight in net.named_parameters():
                 if not name.startswith("unused"):  # an engine with flat buffers decays it
                     assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, (engine, name)
+
+
+# -- DeepSpeed's own checkpoints -----------------------------------------------------------------------------------------
+
+
+def universal_leg(engine: str, number: int, folder: str) -> dict[str, Tensor]:
+    """Three steps under the fundamental set that lies beside DeepSpeed's own checkpoints."""
+    prepared = prepare(
+        make_net, engine, lambda p: make_optimizer("adamw_smooth", p), micro_batch=BATCH // dist.get_world_size(),
+        zero_options={"checkpoint": {"load_universal": bool(number)}},
+    )  # fmt: skip
+    file = Path(folder) / "fundamental.safetensors"
+    if number:
+        prepared.model.load_checkpoint(folder, tag="universal")
+    else:
+        masks = {"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}
+        FundamentalSet.from_masks(masks, head=HEAD).save(file)
+    attach_penalty(prepared.model, FundamentalSet.load(file), 0.1)
+    for batch in make_batches(2 * STEPS, BATCH, torch.float32)[STEPS * number :][:STEPS]:
+        prepared.backward(loss_fn(prepared.model, my_part(batch)), True)
+        prepared.step()
+    if not number:
+        prepared.model.save_checkpoint(folder, tag="last")
+    return prepared.state()
+
+
+@pytest.mark.parametrize(("engine", "ranks", "then"), [("zero2", 4, 2), ("zero3", 2, 3), ("zero1", 2, 1)])
+def test_the_set_travels_with_universal_checkpoints(engine: str, ranks: int, then: int, tmp_path: Path) -> None:
+    net = make_net()
+    optimizer, held = make_optimizer("adamw_smooth", net.parameters()), net.blocks[0].up.weight
+    for batch in make_batches(2 * STEPS, BATCH, torch.float32):
+        optimizer.zero_grad()
+        loss_fn(net, batch).backward()
+        old = held.detach().clone()
+        optimizer.step()
+        held.data.copy_(old + 0.1 * (held.data - old))
+    run_ranks(ranks, universal_leg, engine, 0, str(tmp_path))
+    convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(tmp_path / "last"), "--output_folder", str(tmp_path / "universal")]
+    subprocess.run([*convert, *folders], check=True, capture_output=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    for state in run_ranks(then, universal_leg, engine, 1, str(tmp_path)):
+        for name, weight in net.named_parameters():
+            if not name.startswith("unused"):
+                assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, name
 
 
 # -- plain weights ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from .nets import Block, OddNet, full
 # Every kind of engine that runs on gloo. `4` in a name: needs 4 ranks.
 FSDP2 = ["fsdp2", "fsdp2-keep", "fsdp2-offload", "fsdp2-shard1", "fsdp2-checkpoint", "fsdp2-group", "fsdp2-hybrid"]
 FSDP1 = [f"fsdp1-{s}-{o}" for s in ("full", "gradop", "none", "hybrid") for o in ("flat", "orig")]
-ZERO = ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-init"]
+ZERO = ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-params", "zero3-init"]
 ENGINES = ["single", "ddp", *FSDP2, *FSDP1, *ZERO]
 
 
@@ -186,8 +186,10 @@ def _zero(
     zero: dict[str, Any] = {"stage": int(kind[-1]), "reduce_bucket_size": 200, "allgather_bucket_size": 200}
     if kind == "zero3":
         zero |= {"stage3_param_persistence_threshold": 20, "stage3_max_live_parameters": 300, "sub_group_size": 300}
-    if variant == "offload":
+    if variant in ("offload", "params"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
+    if variant == "params":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": False}
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,

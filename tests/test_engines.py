@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +81,26 @@ def test_scores_are_those_of_one_process(engine: str) -> None:
         assert list(found) == list(expected)  # canonical names in the order of the unwrapped model
         for name, values in expected.items():
             torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-8, msg=name)
+
+
+def score_apart(engine: str) -> float:
+    """Largest difference between the scores of two batches and the mean of the scores of each, relative."""
+
+    def loss_bf16(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0].bfloat16()).float(), batch[1])
+
+    size = SIZE // dist.get_world_size()
+    model = prepare(make_net, engine, lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=size).model
+    batches = [my_part(b) for b in make_batches(2, SIZE, torch.float32)]
+    both, one, two = (
+        whole_scores(score_importance(model, b, loss_bf16, head=HEAD)) for b in (batches, batches[:1], batches[1:])
+    )
+    return max(float((both[n] - (one[n] + two[n]) / 2).abs().max() / both[n].max().clamp(min=1e-12)) for n in both)
+
+
+@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "zero1-sum32", "zero2-sum32", "zero3-sum32"])
+def test_score_batches_in_half_precision_do_not_leak_into_each_other(engine: str) -> None:
+    assert max(run_ranks(2, score_apart, engine)) <= 1e-5
 
 
 def train_after(engine: str, scoring: bool) -> dict[str, Tensor]:
@@ -359,6 +384,11 @@ def refusals() -> dict[str, str]:
     attempt("bare", lambda: attach_penalty(engine.model.module, chosen))
     engine.backward(loss_fn(engine.model, batches[0]), last=False)
     attempt("middle", lambda: score_importance(engine.model, batches, loss_fn, head=HEAD))
+    unmanaged = prepare(
+        make_net, "zero2", lambda p: make_optimizer("sgd", p), micro_batch=SIZE // dist.get_world_size(),
+        zero_options={"managed_gradient_accumulation": False},
+    ).model  # fmt: skip
+    attempt("unmanaged", lambda: score_importance(unmanaged, batches, loss_fn, head=HEAD))
     clipping = prepare(
         make_net, "zero2", lambda p: make_optimizer("sgd", p), micro_batch=SIZE // dist.get_world_size(), clip_norm=1.0
     )
@@ -372,6 +402,7 @@ def test_refusals() -> None:
         assert "wrap the root module in FullyShardedDataParallel too" in found["part"]
         assert "pass the DeepSpeedEngine" in found["bare"]
         assert "gradients are being accumulated: score at a step boundary" in found["middle"]
+        assert "scoring needs managed_gradient_accumulation" in found["unmanaged"]
         assert "DeepSpeed clips inside its step" in found["clipping"]
 
 
@@ -446,3 +477,41 @@ def test_an_untested_version_warns(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     private.check_version("torch")
     assert "is outside the versions" in caplog.text and "(2.9 to 2.10)" in caplog.text
     private.check_version.cache_clear()
+
+
+# -- DeepSpeed on a machine without GPU -----------------------------------------------------------------------------------
+
+ONE_RANK = """
+import os, torch
+from dcft_dist.engines.private import import_deepspeed
+deepspeed = import_deepspeed()
+deepspeed.init_distributed("gloo")
+net = torch.nn.Linear(4, 2)
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+model, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.SGD(net.parameters(), 0.1), config=config)
+model.backward(model(torch.ones(1, 4)).sum())
+model.step()
+print("stepped", os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]))
+os._exit(0)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def test_deepspeed_neither_compiles_nor_waits_for_a_stale_build_lock(tmp_path: Path) -> None:
+    """A compilation that was killed leaves a lock that later ones wait for without end: nothing may ask for it."""
+    stale = tmp_path / "extensions/deepspeed_shm_comm"
+    stale.mkdir(parents=True)
+    (stale / "lock").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_RANK], capture_output=True, text=True, timeout=60,
+        env={k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"}
+        | {"TORCH_EXTENSIONS_DIR": str(stale.parent), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+    )  # fmt: skip
+    assert "stepped ['deepspeed_shm_comm']" in done.stdout, done.stderr
+    assert [f.name for f in stale.iterdir()] == ["lock"]

@@ -361,7 +361,6 @@ def zero_step_that_reads(optimizer: Any, inner: Any, read: list[tuple[Any, Tenso
             del inner.step
         else:
             inner.step = replaced
-    optimizer.zero_grad()
 
 
 @contextmanager

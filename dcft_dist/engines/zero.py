@@ -120,6 +120,8 @@ class ZeroEngine(Engine):
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:
+        if not self.model.managed_gradient_accumulation():
+            raise EngineError("scoring needs managed_gradient_accumulation = true in DeepSpeed's configuration")
         if self.model.micro_steps % self.model.gradient_accumulation_steps():
             raise EngineError("gradients are being accumulated: score at a step boundary")
         with super().gradients_aside(), private.zero_undisturbed(self.model):

@@ -58,6 +58,43 @@ def test_examples_run(page: str, tmp_path: Path) -> None:
         assert calls == (8 if page == "docs/library.md" else 0)
 
 
+def run_integrations(folder: str) -> list[str]:
+    import pytorch_lightning as pl
+
+    from .test_integrations import make_bert, samples
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.classifier = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return nn.functional.cross_entropy(self.classifier(torch.tanh(self.body(batch[0]))), batch[1])
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            return self.loss(batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters())
+
+    os.chdir(folder)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/integrations.md").read_text(), re.DOTALL)
+    data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,)))
+    names: dict[str, Any] = {
+        "model": make_bert(), "other": make_bert(), "dataset": samples(), "module": Module(),
+        "loader": torch.utils.data.DataLoader(data, batch_size=8),
+    }  # fmt: skip
+    for block in blocks:
+        exec(block, names)
+    assert all(torch.equal(a, b) for a, b in zip(names["model"].parameters(), names["other"].parameters(), strict=True))
+    return sorted(str(f) for f in Path().rglob("*.safetensors"))
+
+
+def test_integrations_run(tmp_path: Path) -> None:
+    found = run_ranks(1, run_integrations, str(tmp_path))[0]
+    assert {"out/fundamental.safetensors", "fundamental.safetensors", "adapted/model.safetensors"} <= set(found)
+
+
 # Program, environment -> what it prints.
 PROGRAMS = [
     ("own_loop", {}, "Penalty(factor 0.1 on the update, "),

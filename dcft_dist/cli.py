@@ -9,16 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import __version__
+from . import __version__, life
 from .config import check_ranks, check_sizes, load_config, reference
-from .errors import DcftError, WorldError
+from .errors import DcftError, RunError, WorldError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; bad input is one line on standard error and exit code 2."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "check"):
+    if rest and options.command not in ("train", "check", "status", "submit"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         return int(_COMMANDS[options.command](options, rest) or 0)
@@ -49,31 +49,64 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="compare finished runs")
     table.add_argument("runs", type=Path, nargs="+")
     table.add_argument("--removal", action="store_true", help="the removal check of each run instead")
+    status = commands.add_parser("status", help="where a run stands: step, time left, starts, last checkpoint, last failure")
+    status.add_argument("run", help="a run's directory, or its configuration (any key after it, as for train)")
+    status.add_argument(
+        "--verdict",
+        action="store_true",
+        help=f"for batch scripts: exit code 0 finished, {life.AGAIN} start it again, 1 failed",
+    )
+    submit = commands.add_parser(
+        "submit",
+        help="send a run to a cluster",
+        epilog="any key, as for train. Site settings: a TOML file that DCFT_SITE names (docs/clusters.md)",
+        allow_abbrev=False,
+    )
+    submit.add_argument("config")
+    submit.add_argument("--nodes", type=int, default=1)
+    submit.add_argument("--gpus-per-node", type=int, default=0)
+    submit.add_argument("--ranks-per-node", type=int, help="default: a rank for each GPU, or two")
+    submit.add_argument("--cpus-per-task", type=int, help="CPU cores of a node")
+    submit.add_argument("--time", help="time limit, such as 24:00:00")
+    submit.add_argument("--with", dest="way", choices=("slurm", "submitit", "torchrun"), default="slurm")
+    submit.add_argument("--smoke", action="store_true", help="20 steps, then seconds a step, hours and end of the whole run")
+    submit.add_argument("--dry-run", action="store_true", help="print what would be submitted")
     commands.add_parser("config-reference", help="print docs/configuration.md")
+    files = commands.add_parser("slurm-files", help="write the files of slurm/ again")
+    files.add_argument("folder", type=Path)
     return parser
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
-    config = load_config(options.config, rest)
-    logging.basicConfig(level=logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    from .report import write_report
-    from .trainer import run
-    from .world import joined_world
+    from .start import train
 
-    with joined_world(config.timeout_s) as world:
-        run(config, world)
-        if world.is_first:
-            path = write_report(Path(config.runs_dir) / config.name)
-            print(f"report: {path}", flush=True)
+    train(load_config(options.config, rest))
+
+
+def _status(options: argparse.Namespace, rest: list[str]) -> int:
+    from .run_dir import RunDirectory
+
+    file = options.run if options.run.endswith(".toml") else str(Path(options.run) / "config.toml")
+    if not Path(file).exists() and not options.run.endswith(".toml"):
+        raise RunError(f"no run in {options.run}")
+    config = load_config(file, rest)
+    directory = RunDirectory(config) if options.run.endswith(".toml") else RunDirectory(config, Path(options.run))
+    if not options.verdict:
+        print(life.status(directory.path))
+        return 0
+    found, why = life.verdict(directory.path, directory.reached(), config.max_attempts)
+    print(f"{directory.path}: {found}: {why}", flush=True)
+    return {"finished": 0, "again": life.AGAIN, "failed": 1}[found]
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
     from .models import minilm_folder
+    from .run_dir import RunDirectory
     from .tasks import load_task
 
     check_ranks(config, options.ranks)
+    RunDirectory(config).check(config)
     minilm_folder()
     check_sizes(config, len(load_task(config.task).train))
     print(f"{config.name}: the configuration is valid, and its data and weights are installed")
@@ -91,6 +124,29 @@ def _table(options: argparse.Namespace, rest: list[str]) -> None:
     print("\n\n".join(map(removal_table, options.runs)) if options.removal else comparison(options.runs))
 
 
+def _submit(options: argparse.Namespace, rest: list[str]) -> None:
+    from . import cluster
+
+    site = cluster.load_site()
+    sizes = {key: getattr(options, key) for key in ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time")}
+    job, config = cluster.plan_job(options.config, rest, smoke=options.smoke, site=site, **sizes)
+    folder = Path(config.runs_dir) / config.name
+    if options.way == "torchrun" or options.dry_run:
+        render = cluster.render_torchrun if options.way == "torchrun" else cluster.render_sbatch
+        sys.stdout.write(render(job, site))
+        return
+    cluster.check_cluster(job, site)
+    found = cluster.submit_submitit(job, site, folder).job_id if options.way == "submitit" else None
+    print(f"job {found or cluster.submit_sbatch(job, site, folder)}; where it stands: dcft status {folder}")
+
+
+def _slurm_files(options: argparse.Namespace, rest: list[str]) -> None:
+    from .cluster import FILES, Site, render_sbatch
+
+    for name, job in FILES.items():
+        (options.folder / name).write_text(render_sbatch(job, Site()))
+
+
 def _config_reference(options: argparse.Namespace, rest: list[str]) -> None:
     sys.stdout.write(reference())
 
@@ -98,9 +154,12 @@ def _config_reference(options: argparse.Namespace, rest: list[str]) -> None:
 _COMMANDS = {
     "train": _train,
     "check": _check,
+    "status": _status,
     "report": _report,
     "table": _table,
+    "submit": _submit,
     "config-reference": _config_reference,
+    "slurm-files": _slurm_files,
 }
 
 

@@ -1,11 +1,13 @@
 """Every collective this package issues, counted, and explained when ranks fail to meet.
 
 Before a collective each rank writes its progress to the process group's key-value store. If the collective
-fails or times out, the ranks that were reached read those notes and name the ones that lag behind.
+fails or times out, the ranks that were reached read those notes and name the ones that lag behind or do not answer.
 """
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -30,6 +32,8 @@ class Count:
     calls: int = 0
     num_bytes: int = 0
 
+
+ANSWER_S = 5.0  # how long a rank that met a failure waits for the others to report theirs
 
 _total = Count()
 _progress = 0
@@ -64,23 +68,43 @@ def arrive(what: str) -> None:
     global _progress
     _progress += 1
     if world_size() > 1:
-        _store().set(f"dcft_dist/progress/{rank()}", f"{_progress} {what}")
+        _store().set(f"dcft_dist/progress/{rank()}", f"{_progress} {socket.gethostname()} {what}")
 
 
 def missing_ranks() -> str:
-    """Names the ranks whose last note is behind this one's; to be called after a collective failed."""
-    lines = []
+    """Names the ranks whose last note is behind this one's, or that do not answer; for after a collective failed."""
     try:
         store = _store()
-        for r in range(world_size()):
-            key = f"dcft_dist/progress/{r}"
-            note = store.get(key).decode() if store.check([key]) else "0 nothing yet"
-            number, _, what = note.partition(" ")
-            if r != rank() and int(number) < _progress:
-                lines.append(f"rank {r} has not arrived (its last report: {what})")
+        others = [r for r in range(world_size()) if r != rank()]
+        notes = {r: _note(store, r) for r in others}
+        lines = [
+            f"rank {r}{host} has not arrived (its last report: {what})"
+            for r, (n, host, what) in notes.items()
+            if n < _progress
+        ]
+        return "; ".join(lines) or _silent_ranks(store, {r: host for r, (_, host, _) in notes.items()})
     except Exception:
-        return "the store is out of reach, so the rank that hosts it (usually rank 0) has probably died"
-    return "; ".join(lines) or "every rank arrived, so one of them died in the middle of it"
+        host = os.environ.get("MASTER_ADDR", "its host")
+        return f"the store is out of reach: {host}, where it lives (usually with rank 0), has died or is cut off"
+
+
+def _note(store: Any, r: int) -> tuple[int, str, str]:
+    key = f"dcft_dist/progress/{r}"
+    if not store.check([key]):
+        return 0, "", "nothing yet"
+    number, host, what = store.get(key).decode().split(" ", 2)
+    return int(number), f" on {host}", what
+
+
+def _silent_ranks(store: Any, hosts: dict[int, str]) -> str:
+    """Every rank came to the same place: those that live report the failure as well, within moments."""
+    store.set(f"dcft_dist/failed/{rank()}", "")
+    end, silent = time.monotonic() + ANSWER_S, list(hosts)
+    while silent and time.monotonic() < end:
+        silent = [r for r in silent if not store.check([f"dcft_dist/failed/{r}"])]
+        time.sleep(0.05)
+    lines = [f"rank {r}{hosts[r]} does not answer" for r in silent]
+    return "; ".join(lines) or "every rank arrived and answers, so the network failed between some of them"
 
 
 @contextmanager

@@ -110,6 +110,9 @@ class Train(Section):
     """The fine-tuning."""
 
     epochs: Annotated[int, Field(ge=0)] = Field(4, description="Passes over the training data.")
+    max_steps: Count | None = Field(
+        None, description="Stop after that many steps and say how long all would take; absent: all steps."
+    )
     global_batch: Count = Field(32, description="Texts in an optimizer step over all ranks and micro-batches.")
     micro_batch: Count = Field(
         16, description="Texts in one forward of one rank, at most: more are accumulated in equal micro-batches."
@@ -144,6 +147,14 @@ class Removal(Section):
     num_samples: Count | None = Field(None, description="Validation texts to use; absent: all.")
 
 
+class Checkpoint(Section):
+    """What is saved to go on from. Each epoch's end, and a request to stop, always leave a checkpoint."""
+
+    every: Count | None = Field(None, description="Steps between further checkpoints; absent: none.")
+    keep_last: Count = Field(1, description="Newest checkpoints to keep.")
+    keep_best: Count = Field(1, description="Best epochs to keep.")
+
+
 class Config(Section):
     """One run."""
 
@@ -157,7 +168,17 @@ class Config(Section):
     seed: Seed = Field(0, description="Seed of head, data order, dropout and random sets.")
     runs_dir: str = Field("runs", description="Directory of all runs.")
     timeout_s: Positive = Field(600.0, description="Seconds after which a collective gives up on a missing rank.")
-    checkpoint_every: Count | None = Field(None, description="Steps between checkpoints; absent: at each epoch's end.")
+    until: Literal["score", "select", "train"] = Field(
+        "train", description="End after that phase; with a later one the run goes on. `score` leaves the scores in a file."
+    )
+    start_from: str | None = Field(
+        None,
+        description="Directory of a run of the same task, model and seed: its head is used, and its scores and set if what "
+        "makes them is the same.",
+    )
+    max_attempts: Count = Field(
+        3, description="Starts in a row that reach no new checkpoint, after which the run counts as failed."
+    )
     log_every: Count = Field(10, description="Steps between log lines.")
     model: Model = Model()
     task: Task = Task()
@@ -169,6 +190,7 @@ class Config(Section):
     train: Train = Train()
     sharding: Sharding = Sharding()
     removal: Removal = Removal()
+    checkpoint: Checkpoint = Checkpoint()
 
     @property
     def level(self) -> str:
@@ -207,6 +229,12 @@ class Config(Section):
                 "DeepSpeed clips inside its step, before penalty.where = 'after' can act: use penalty.where = 'before', or "
                 "train.clip_order = 'before_penalty'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_phases(self) -> Config:
+        if self.until != "train" and self.method not in ("dcft", "random_set"):
+            raise ValueError(f"until = '{self.until}' has no meaning for method = '{self.method}', which selects no weights")
         return self
 
     @model_validator(mode="after")

@@ -48,6 +48,10 @@ class CheckpointError(DcftError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
+class RunError(DcftError):
+    """A run directory cannot be used: held by another job, without a run, or getting nowhere."""
+
+
 class WorldError(DcftError):
     """Ranks did not meet in a collective; the message names who is missing."""
 

@@ -98,5 +98,7 @@ def is_altered(path: Path) -> bool:
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:  # of some other kind of file, and maybe more than the memory
+            raise ValueError("no header")
         checksum = json.loads(file.read(length)).get("__metadata__", {}).get("sha256")
         return checksum is not None and hashlib.file_digest(file, "sha256").hexdigest() != checksum

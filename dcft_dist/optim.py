@@ -48,7 +48,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
     return config.optimizer.lr * share
 
 
-def seed_randomness(seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Dropout's random state as a function of where we are, so that nothing of it need be saved."""
-    digest = hashlib.sha256(f"{seed}:{step}:{micro_batch}:{rank}".encode()).digest()
+def seed_randomness(seed: int, step: int, place: int) -> None:
+    """Dropout's random state as a function of where we are, so that nothing of it need be saved.
+
+    Args:
+        place: which of the step's micro-batches, counted over all ranks: with micro-batches of the same size the numbers do
+            not depend on the number of ranks.
+    """
+    digest = hashlib.sha256(f"{seed}:{step}:0:{place}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

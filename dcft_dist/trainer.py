@@ -1,8 +1,8 @@
 """One run from pre-trained weights to a tested model: warm up, score, select, check, fine-tune, test.
 
 Each phase leaves a file, and a run that is started again goes on after the last one that is complete. Data order and
-dropout are functions of (seed, step, micro-batch, rank), not of a running state, so a run that was interrupted ends with
-the same bits as one that was not.
+dropout are functions of (seed, step, micro-batch), not of a running state, so a run that was interrupted ends with the same
+bits as one that was not, and one on other ranks, with micro-batches of the same size, with the same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,14 +23,14 @@ from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from . import collectives
+from . import collectives, life
 from .checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
 from .config import Config, check_ranks, check_sizes
 from .data import Batch, Tokens, evaluation_batches, micro_batches, order, tokenize
 from .engines.wrap import Plan, prepare
-from .errors import DcftError
+from .errors import CheckpointError, DcftError
 from .evaluate import EVALUATION_BATCH, evaluate
-from .files import read_json, write_json
+from .files import read_json, sha256_of, write_json
 from .fundamental import FundamentalSet
 from .head import Head
 from .importance import Scores, score_importance
@@ -39,6 +41,7 @@ from .penalty import Penalty, attach_penalty
 from .provenance import git_commit, machine, peak_memory_gib, versions, weights_checksum
 from .removal import check_removal
 from .run_dir import RunDirectory
+from .score_file import load_scores, save_scores
 from .selection import select_fundamental
 from .tasks import TaskData, load_task
 from .weights import save_weights
@@ -56,11 +59,24 @@ def run(config: Config, world: World) -> dict[str, Any]:
     directory = RunDirectory(config)
     with collectives.agreed("set-up"):
         check_ranks(config, world.world_size)
-    directory.open(config)
-    if collectives.on_every_rank(directory.summary.exists()):
-        log.info("%s is finished already: delete it to run it again", directory.path)
-        return dict(read_json(directory.summary))
-    return Trainer(config, world, directory).run()
+        directory.check(config)
+    for done in (directory.summary, directory.estimate):
+        if collectives.on_every_rank(done.exists()):
+            log.info("%s is finished already: delete it to run it again", directory.path)
+            return dict(read_json(done))
+    with life.owned(directory.path, wait_s=min(120.0, config.timeout_s / 2)):
+        directory.open(config)
+        former = life.begin_attempt(directory.path, directory.reached(), config.max_attempts)
+        if former and former["ranks"] != world.world_size:
+            log.info(
+                "going on with %d ranks instead of %d: the global batch stays %d, by accumulation",
+                world.world_size,
+                former["ranks"],
+                config.train.global_batch,
+            )
+        if config.start_from:
+            log.info("%s: %s", config.start_from, directory.take_from(Path(config.start_from), config))
+        return Trainer(config, world, directory).run()
 
 
 @dataclass
@@ -77,6 +93,8 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, directory: RunDirectory) -> None:
         self.config, self.world, self.directory = config, world, directory
+        self.stopping = False
+        self.step_seconds: list[float] = []
         self.directory.phase("setup")
         with collectives.agreed("set-up"):
             self.task: TaskData = load_task(config.task)
@@ -87,14 +105,28 @@ class Trainer:
         self.num_weights = sum(p.numel() for p in self.model.parameters())
 
     def run(self) -> dict[str, Any]:
+        """
+        Raises:
+            Stopped: it was asked to.
+        """
         config = self.config
         self.directory.phase("warm_up")
         head = Head(self.model, config.head_warmup, config.seed, self.world)
         head.warm_up_or_load(self.directory.head, self.train, self.validation)
+        self._stop_between_phases()
         self.prepared = prepare(self.model, self._plan(), lambda weights: make_optimizer(weights, config))
         fundamental = self.find_fundamental() if config.method in ("dcft", "random_set") else None
+        if config.until != "train":
+            self.directory.phase(life.REACHED)
+            return {}
+        self._stop_between_phases()
         best, penalty = self.fine_tune(fundamental)
-        return self.finish(fundamental, best, penalty)
+        return self._estimate() if config.train.max_steps else self.finish(fundamental, best, penalty)
+
+    def _stop_between_phases(self) -> None:
+        if any(wanted for (wanted,) in collectives.all_gather_ints([int(life.stop_requested())], what="stop request")):
+            self.directory.phase("stopped")
+            raise life.Stopped("between two phases")
 
     def _plan(self) -> Plan:
         train, sharding = self.config.train, self.config.sharding
@@ -114,15 +146,16 @@ class Trainer:
 
     # -- fundamental set -------------------------------------------------------------------------------------------
 
-    def find_fundamental(self) -> FundamentalSet:
-        """Scores, selects and runs the removal check; or loads the set of an earlier attempt."""
+    def find_fundamental(self) -> FundamentalSet | None:
+        """Scores, selects and runs the removal check; or loads the set of an earlier attempt. None: it was only to score."""
         wants_check = bool(self.config.removal.fractions) and self.config.method == "dcft"
         done = self.directory.fundamental.exists() and (self.directory.removal.exists() or not wants_check)
         if collectives.on_every_rank(done):
             with collectives.agreed("load the fundamental set"):
                 return FundamentalSet.load(self.directory.fundamental)
-        self.directory.phase("score")
-        scores = self._score()
+        scores = self._scores()
+        if self.config.until == "score":
+            return None
         chance = math.log(len(self.task.class_names))
         if scores.loss >= 0.95 * chance:
             log.warning("the loss while scoring (%.3f) is at chance level (%.3f): scores mean little", scores.loss, chance)
@@ -149,6 +182,17 @@ class Trainer:
                 )
         fundamental.save(self.directory.fundamental)
         return fundamental
+
+    def _scores(self) -> Scores:
+        """Scores the weights, or reads the scores of an earlier run; kept in a file if they are what was asked for."""
+        self.directory.phase("score")
+        file = self.directory.scores
+        if collectives.on_every_rank(file.exists()):
+            return load_scores(file, self.prepared.model)
+        scores = self._score()
+        if self.config.until == "score":
+            save_scores(scores, file)
+        return scores
 
     def _score(self) -> Scores:
         settings = self.config.importance
@@ -208,19 +252,24 @@ class Trainer:
         writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_new) if self.world.is_first else None
         if best.accuracy < 0:
             best = self._end_of_epoch(0, 0, best, groups, writer, write=epochs > 0)
-        bar = self._progress_bar(
-            range(step, epochs * steps_per_epoch), "train", initial=step, total=epochs * steps_per_epoch
-        )
-        for step in bar:
-            last_of_epoch = (step + 1) % steps_per_epoch == 0
-            log_now = (step + 1) % config.log_every == 0 or last_of_epoch
-            values = self._step(step, epochs * steps_per_epoch, penalty, groups if log_now else None)
+        total = epochs * steps_per_epoch
+        end = min(total, settings.max_steps or total)
+        for done in self._progress_bar(range(step + 1, end + 1), "train", initial=step, total=end):
+            epoch, rest = divmod(done, steps_per_epoch)
+            log_now = done % config.log_every == 0 or rest == 0
+            began = time.monotonic()
+            values = self._step(done - 1, total, penalty, groups if log_now else None)
+            self.step_seconds = [*self.step_seconds[-49:], time.monotonic() - began]
             if log_now:
-                self._log(writer, step + 1, values)
-            if last_of_epoch:
-                best = self._end_of_epoch(step + 1, (step + 1) // steps_per_epoch, best, groups, writer)
-            elif config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                self._save(step + 1, best)
+                self._log(writer, done, values)
+                self.directory.phase("train", done, total, median(self.step_seconds))
+            if rest == 0:
+                best = self._end_of_epoch(done, epoch, best, groups, writer)
+            elif self.stopping or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                self._save(done, best)
+            if self.stopping and done < end:
+                self.directory.phase("stopped", done, total, median(self.step_seconds))
+                raise life.Stopped(f"at step {done}")
         if writer:
             writer.close()
         return best, penalty
@@ -254,16 +303,17 @@ class Trainer:
         prepared.zero_grad()
         if penalty:
             penalty.watch = groups is not None
-        losses = torch.zeros((), dtype=torch.float64)
+        losses = torch.tensor([0.0, float(life.stop_requested())], dtype=torch.float64)
         for i, batch in enumerate(micros):
-            seed_randomness(self.config.seed, step, i, world.rank)
+            seed_randomness(self.config.seed, step, world.rank * len(micros) + i)
             with prepared.accumulating(last=i == len(micros) - 1):
                 loss = self._loss(prepared.model, batch) / len(micros)
                 prepared.backward(loss)
-            losses += loss.detach().double().cpu()
+            losses[0] += loss.detach().double().cpu()
         norms = self._clip(penalty, groups)
         prepared.step()
-        mean_loss = float(collectives.all_reduce(losses, what="training loss")) / world.world_size
+        total_loss, stops = collectives.all_reduce(losses, what="training loss").tolist()
+        mean_loss, self.stopping = total_loss / world.world_size, stops > 0
         if not math.isfinite(mean_loss):
             raise DcftError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")
         values = {"train/loss": mean_loss, "train/learning_rate": lr, "train/epoch": (step + 1) / steps_per_epoch}
@@ -308,14 +358,23 @@ class Trainer:
 
     def _save(self, step: int, best: Best) -> None:
         state = model_state(self.prepared.model, self.prepared.optimizer)
-        save_checkpoint(self.directory.checkpoint(step), state, {"step": step, "best": best.__dict__})
+        about = {"step": step, "best": best.__dict__, "fundamental": self._set_checksum()}
+        save_checkpoint(self.directory.checkpoint(step), state, about)
         if self.world.is_first:  # the new checkpoint is whole: older ones are no longer needed
-            for folder in self.directory.checkpoints.glob("*_*"):
-                if not folder.name.startswith(".") and folder not in (
-                    self.directory.checkpoint(step),
-                    self._best_folder(best),
-                ):
-                    shutil.rmtree(folder)
+            self._remove_old("step", step, self.config.checkpoint.keep_last)
+            self._remove_old("best", best.step, self.config.checkpoint.keep_best)
+
+    def _remove_old(self, kind: str, newest: int, keep: int) -> None:
+        """Keeps the checkpoints of the `keep` highest steps up to `newest`; later ones are of a future that was lost."""
+        steps = sorted(int(folder.name[5:]) for folder in self.directory.checkpoints.glob(f"{kind}_*"))
+        kept = [step for step in steps if step <= newest][-keep:]
+        for step in steps:
+            if step not in kept:
+                shutil.rmtree(self.directory.checkpoints / f"{kind}_{step:08d}")
+
+    def _set_checksum(self) -> str | None:
+        file = self.directory.fundamental
+        return sha256_of(file) if file.exists() else None
 
     def _best_folder(self, best: Best) -> Path:
         return self.directory.checkpoints / f"best_{best.step:08d}"
@@ -326,10 +385,36 @@ class Trainer:
             self.directory.forget_after(-1)
             return 0, Best()
         state = read_state(latest)
+        if state["fundamental"] != self._set_checksum():
+            raise CheckpointError(f"{self.directory.fundamental} is not the set that {latest} was trained with")
         load_checkpoint(latest, self.prepared.model, self.prepared.optimizer)
         self.directory.forget_after(state["step"])
         log.info("going on from step %d", state["step"])
         return int(state["step"]), Best(**state["best"])
+
+    def _estimate(self) -> dict[str, Any]:
+        """After `train.max_steps`: how long all steps would take. Nothing is tested."""
+        steps = self.config.train.epochs * (len(self.train) // self.config.train.global_batch)
+        seconds = median(self.step_seconds)
+        hours = steps * seconds / 3600
+        kind = "GPU" if self.world.device.type == "cuda" else "rank"
+        found = {
+            "seconds_per_step": seconds,
+            "steps": steps,
+            "hours": hours,
+            "device_hours": hours * self.world.world_size,
+            "preparation_seconds": sum(v for k, v in self.directory.seconds.items() if k != "train"),
+        }
+        end = datetime.now() + timedelta(hours=hours)
+        self.directory.phase("done", self.config.train.max_steps or 0)
+        if self.world.is_first:
+            write_json(self.directory.estimate, found)
+            print(
+                f"{seconds:.3f} s a step; all {steps:,} steps: {hours:.2f} h, {found['device_hours']:.2f} {kind}-hours; "
+                f"begun now they would end at {end:%Y-%m-%d %H:%M}",
+                flush=True,
+            )
+        return found
 
     # -- end -------------------------------------------------------------------------------------------------------
 

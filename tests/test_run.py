@@ -25,12 +25,13 @@ TINY = """
 extends = "smoke.toml"
 name = "tiny"
 log_every = 1
-checkpoint_every = 3
 timeout_s = 60
 [task]
 train_per_class = 4
 validation_per_class = 2
 test_per_class = 2
+[checkpoint]
+every = 3
 [importance]
 num_samples = 32
 score_batch = 16
@@ -78,7 +79,8 @@ def train(config: Path, runs: Path, *overrides: str, ranks: int = 2) -> dict[str
     for code, errors in finish(start(config, runs, *overrides, ranks=ranks)):
         assert code == 0, errors
     name = overrides[overrides.index("--name") + 1] if "--name" in overrides else "tiny"
-    summary: dict[str, Any] = json.loads((runs / name / "summary.json").read_text())
+    file = runs / name / "summary.json"
+    summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return summary
 
 
@@ -334,9 +336,8 @@ def test_a_run_goes_on_under_another_engine_and_number_of_ranks(tiny: Path, tmp_
         p.kill()
     finish(processes)
     assert checkpoint.is_dir() and not (tmp_path / "b/tiny/summary.json").exists()
-    found = train(tiny, tmp_path / "b", *options, "--engine", "ddp", "--train.micro_batch", "8")
+    found = train(tiny, tmp_path / "b", *options, "--engine", "ddp")
     assert found["engine"] == "ddp" and found["ranks"] == 2
-    # Dropout differs with the layout of the ranks.
-    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=2e-2)
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=1e-4)
     for path in (tmp_path / "b/tiny/metrics.jsonl", tmp_path / "a/tiny/metrics.jsonl"):
         assert [r["step"] for r in read_metrics(path) if "train/loss" in r] == list(range(1, 11))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 
@@ -13,6 +14,8 @@ from dcft_dist import collectives
 from dcft_dist.errors import DcftError, WorldError
 
 from .ranks import run_ranks
+
+LATE = f"rank 1 on {socket.gethostname()} has not arrived (its last report: reading a slow disk)"
 
 
 def one_rank_is_late() -> str:
@@ -31,7 +34,7 @@ def test_a_late_rank_is_named_after_the_timeout() -> None:
     started = time.monotonic()
     message = run_ranks(2, one_rank_is_late, timeout_s=3, breaks=True)[0]
     assert time.monotonic() - started < 15
-    expected = "rank 0: sum of losses failed: rank 1 has not arrived (its last report: reading a slow disk)"
+    expected = f"rank 0: sum of losses failed: {LATE}"
     assert message.startswith(expected), message
 
 
@@ -55,7 +58,7 @@ def error_of_one_rank() -> str:
 
 
 def test_messages() -> None:
-    assert run_ranks(2, named)[0] == "rank 1 has not arrived (its last report: reading a slow disk)"
+    assert run_ranks(2, named)[0] == LATE
     assert run_ranks(2, error_of_one_rank) == ["rank 1: disk on fire: é", "disk on fire: é"]
 
 

@@ -1,0 +1,41 @@
+"""A rank's whole life: joins the others, carries out the run, leaves word of how it ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+from . import life
+from .config import Config
+from .errors import WorldError
+from .report import write_report
+from .trainer import run
+from .world import joined_world
+
+
+def train(config: Config) -> None:
+    """Returns when the run is done, or has stopped because it was asked to.
+
+    Raises:
+        DcftError: see `trainer.run`.
+    """
+    folder, first = Path(config.runs_dir) / config.name, os.environ.get("RANK", "0") == "0"
+    life.refuse_repetition(folder)
+    life.listen_for_stop()
+    logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        with ExitStack() as stack:
+            try:
+                world = stack.enter_context(joined_world(config.timeout_s))
+            except WorldError as error:
+                life.note_failed_meeting(folder, error)
+                raise
+            run(config, world)
+            if world.is_first and (folder / "summary.json").exists():
+                print(f"report: {write_report(folder)}", flush=True)
+    except life.Stopped as stopped:
+        if first:
+            print(f"stopped {stopped}, as asked; start it again to go on", flush=True)

@@ -1,0 +1,45 @@
+"""Sends a run to Slurm through submitit, and waits for it: to be copied for sweeps of your own.
+
+python launch/with_submitit.py CONFIG [--nodes 2] [--gpus-per-node 4] [--ranks-per-node 4] [--time 1:00:00] [--key value ...]
+
+Site settings come from the file that DCFT_SITE names. A job that Slurm warns of its end is requeued and goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from submitit.core.utils import FailedJobError, UncompletedJobError
+
+from dcft_dist import DcftError, cluster
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("config")
+    for option, kind in (("nodes", int), ("gpus-per-node", int), ("ranks-per-node", int), ("time", str)):
+        parser.add_argument(f"--{option}", type=kind, default={"nodes": 1, "gpus-per-node": 0}.get(option))
+    options, overrides = parser.parse_known_args()
+    sizes = {key: value for key, value in vars(options).items() if key != "config"}
+    site = cluster.load_site()
+    job, config = cluster.plan_job(options.config, overrides, smoke=False, site=site, **sizes)
+    cluster.check_cluster(job, site)
+    folder = Path(config.runs_dir) / config.name
+    sent = cluster.submit_submitit(job, site, folder)
+    print(f"job {sent.job_id}; logs in {folder / 'submitit'}", flush=True)
+    while not sent.done():
+        time.sleep(5)
+    try:
+        print(sent.results()[0])
+    except (FailedJobError, UncompletedJobError) as error:
+        sys.exit(f"dcft: error: job {sent.job_id} failed: {str(error).strip().splitlines()[-1]}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DcftError as error:
+        sys.exit(f"dcft: error: {error}")

@@ -1,0 +1,332 @@
+"""The files of slurm/ and launch/ on a real Slurm: they run as they are, and survive what clusters do to jobs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcft_dist.checkpoint import load_checkpoint
+from dcft_dist.config import load_config
+from dcft_dist.models import build_model
+
+from .slurm_cluster import Cluster, install, until
+
+ROOT = Path(__file__).parent.parent
+SLURM = ROOT / "slurm"
+
+# One layer of MiniLM, SGD: what one process gives, others give up to rounding.
+CONFIG = """
+extends = "smoke.toml"
+name = "tiny"
+log_every = 1
+timeout_s = 60
+[model]
+num_layers = 1
+[task]
+train_per_class = 4
+validation_per_class = 2
+test_per_class = 2
+[head_warmup]
+max_epochs = 20
+[importance]
+num_samples = 32
+score_batch = 16
+[optimizer]
+name = "sgd"
+lr = 0.05
+[train]
+epochs = 1
+global_batch = 16
+micro_batch = 4
+[removal]
+fractions = []
+"""
+
+
+@pytest.fixture(scope="module")
+def daemons() -> Iterator[Cluster]:
+    missing = install()
+    if missing:
+        pytest.skip(missing)
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: paths of sockets have at most 107 characters
+    found = Cluster(folder)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def cluster(daemons: Cluster) -> Iterator[Cluster]:
+    until("four idle nodes", lambda: daemons.states() == ["idle"] * 4, 60, lambda: str(daemons.states()))
+    yield daemons
+    daemons.run("scancel", "--user=root")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder to submit from."""
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    return tmp_path
+
+
+def output(folder: Path) -> str:
+    return "\n".join(f"--- {f.name}\n{f.read_text()}" for f in sorted(folder.glob("*.out")))
+
+
+def summary(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
+    return found
+
+
+def last(folder: Path, name: str) -> Path:
+    return max((folder / name / "checkpoints").glob("step_*"))
+
+
+def bits(folder: Path, name: str) -> dict[str, list[bytes]]:
+    """Every tensor of the last checkpoint, in pieces, to the bit: weights and optimizer state."""
+    found: dict[str, list[bytes]] = {}
+    for file in last(folder, name).glob("*.safetensors"):
+        for key, value in load_file(file).items():
+            found.setdefault(key, []).append(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {key: sorted(pieces) for key, pieces in found.items()}
+
+
+def differing(one: dict[str, list[bytes]], other: dict[str, list[bytes]]) -> list[str]:
+    return sorted(key for key in one | other if one.get(key) != other.get(key))
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The weights after the last step, read into one process."""
+    config = load_config(str(folder / name / "config.toml"))
+    with torch.random.fork_rng():
+        model, _ = build_model(config.model, 21, 1)
+    load_checkpoint(last(folder, name), model)
+    return model.state_dict()
+
+
+def step_of(folder: Path, name: str) -> int:
+    try:
+        progress = json.loads((folder / "runs" / name / "progress.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return int(progress["step"]) if progress["phase"] == "train" else 0
+
+
+# -- as they are -------------------------------------------------------------------------------------------------------
+
+
+ONE = {"DCFT_RANKS_PER_NODE": "1"}  # imports take longer than steps here
+STEPS = ("--train.epochs", "4", "--checkpoint.every", "1")  # 20 steps
+
+
+@pytest.fixture(scope="module")
+def calm(daemons: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of a job on two nodes, one rank each, that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("calm")
+    (folder / "tiny.toml").write_text(CONFIG)
+    job = daemons.sbatch(str(SLURM / "multi_node_fsdp2.sbatch"), "tiny.toml", "--name", "calm", *STEPS, cwd=folder, **ONE)
+    assert daemons.end(job) == "COMPLETED", output(folder)
+    for node in ("node0", "node1"):
+        assert len(list((folder / "logs").glob(f"{job}.0/{node}/*/attempt_0/*/stdout.log"))) == 1  # one for each rank
+    return folder / "runs"
+
+
+@pytest.mark.timeout(400)
+def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: Cluster, site: Path, calm: Path) -> None:
+    """2 nodes x 2 ranks by torchrun under ZeRO-3, and by submitit, with a requeue in the middle, under FSDP2; 2 nodes with
+    a rank each under FSDP2; 2 ranks on one node, one for each GPU."""
+    launcher = [sys.executable, str(ROOT / "launch/with_submitit.py"), "tiny.toml", "--nodes", "2", "--ranks-per-node", "2"]
+    with cluster.started(*launcher, "--name", "by_submitit", *STEPS, cwd=site) as submitit:
+        until("step 3", lambda: step_of(site, "by_submitit") >= 3, 90, lambda: output(site), 0.05)
+        cluster.run("scancel", "--signal=USR2", "--name=by_submitit")  # as Slurm does ahead of the time limit
+        single = ("tiny.toml", "--name", "single_node", *STEPS)
+        jobs = [
+            cluster.sbatch(str(SLURM / "single_node.sbatch"), *single, cwd=site, SBATCH_GPUS_PER_NODE="2"),
+            cluster.sbatch(str(SLURM / "multi_node_zero3.sbatch"), "tiny.toml", "--name", "zero3", *STEPS, cwd=site),
+        ]
+        for job in jobs:
+            assert cluster.end(job) == "COMPLETED", output(site)
+        said = submitit.communicate(timeout=120)[0]
+    assert "it is done" in said, said
+    cli = [sys.executable, "-m", "dcft_dist.cli", "train", "tiny.toml"]
+    cluster.run(*cli, "--name", "one", "--engine", "single", *STEPS, cwd=site)
+    expected = weights(site / "runs", "one")
+    runs = {"single_node": 2, "zero3": 4, "by_submitit": 4, "calm": 2}
+    for name, ranks in runs.items():
+        folder = calm if name == "calm" else site / "runs"
+        assert summary(folder, name)["ranks"] == ranks
+        for key, value in weights(folder, name).items():
+            torch.testing.assert_close(
+                value, expected[key], atol=5e-6, rtol=1e-5, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+            )
+    assert summary(site / "runs", "zero3")["engine"] == "deepspeed"
+    starts = (site / "runs/by_submitit/attempts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["restart"] for line in starts] == [0, 1]
+
+
+@pytest.mark.timeout(400)
+def test_sweep_that_scores_once(cluster: Cluster, site: Path) -> None:
+    """Three arrays, each after the one before, give what a task that does it all gives, to the bit."""
+    options = {"DCFT_SWEEP_FILE": str(SLURM / "sweep.sbatch"), "DCFT_FACTORS": "0.0 0.5"}
+    chain = cluster.sbatch(str(SLURM / "score_select_train.sbatch"), "tiny.toml", cwd=site, **options)
+    whole = cluster.sbatch(
+        "--array=1", options["DCFT_SWEEP_FILE"], "tiny.toml", cwd=site, DCFT_FACTORS="0.0 0.5", DCFT_RUNS_DIR="other"
+    )
+    assert cluster.end(chain) == "COMPLETED", output(site)
+    submitted = (site / f"dcft-chain-{chain}.out").read_text().strip().splitlines()[-1]
+    train = submitted.rpartition(" ")[2]
+    assert cluster.end(train) == "COMPLETED", output(site)
+    assert cluster.end(whole) == "COMPLETED", output(site)
+    names = {folder.name for folder in (site / "runs").iterdir()}
+    assert names == {"tiny_seed0", "tiny_seed0_top0.1", "tiny_seed0_top0.1_x0.0", "tiny_seed0_top0.1_x0.5"}
+    assert (site / "runs/tiny_seed0/scores.safetensors").exists()
+    name = "tiny_seed0_top0.1_x0.5"
+    found, expected = summary(site / "runs", name), summary(site / "other", name)
+    assert found["factor"] == 0.5 and "score" not in found["seconds"] and "score" in expected["seconds"]
+    trained = bits(site / "runs", name)
+    assert differing(trained, bits(site / "other", name)) == []
+    assert differing(trained, bits(site / "runs", "tiny_seed0_top0.1_x0.0"))
+
+
+@pytest.mark.timeout(200)
+def test_dcft_submit(cluster: Cluster, site: Path) -> None:
+    """A site file, a smoke test, and what is found before anything is submitted."""
+    (site / "site.toml").write_text('partition = "normal"\n[environment]\nHF_HUB_OFFLINE = "1"\n')
+    submit = [sys.executable, "-m", "dcft_dist.cli", "submit", "tiny.toml"]
+    said = cluster.run(*submit, "--smoke", "--gpus-per-node", "2", cwd=site, DCFT_SITE="site.toml")
+    for arguments, expected in {
+        ("--gpus-per-node", "4", "--ranks-per-node", "2"): "4 GPUs a node are asked for, but the nodes have 2",
+        ("--nodes", "8", "--ranks-per-node", "1"): "8 nodes are asked for, but there are 4",
+        ("--nodes", "3"): "train.global_batch 16 is no multiple of 6 ranks",
+        ("--runs_dir", "/dev/null/runs"): "runs_dir: /dev/null/runs cannot be written",
+        ("--penalty.factr", "1"): "did you mean 'factor'?",
+    }.items():
+        done = cluster.call(*submit, *arguments, cwd=site)
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done
+    (site / "bad.toml").write_text('partition = "norml"\n')
+    done = cluster.call(*submit, cwd=site, DCFT_SITE="bad.toml")
+    assert done.stderr == "dcft: error: no partition norml (did you mean 'normal'?); there are normal, urgent\n"
+    done = cluster.call("env", "PATH=/nowhere", *submit, cwd=site)
+    assert "there is no sbatch on this machine" in done.stderr
+    assert cluster.end(said.split()[1].rstrip(";")) == "COMPLETED", output(site)
+    assert "s a step; all 5 steps" in output(site) and "GPU-hours" not in output(site)
+    assert not (site / "runs/tiny_smoke/summary.json").exists()
+
+
+# -- what clusters do to jobs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(500)
+def test_a_disturbed_job_ends_with_the_same_bits(cluster: Cluster, site: Path, calm: Path) -> None:
+    """A warning of its end, a requeue, a preemption, the failure of a node and one cut off, one after the other."""
+    file, options = str(SLURM / "multi_node_fsdp2.sbatch"), ("--name", "disturbed", *STEPS, "--timeout_s", "6")
+    job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", *options, cwd=site, **ONE)
+
+    def reached(step: int) -> None:
+        until(f"step {step}", lambda: step_of(site, "disturbed") >= step, 90, lambda: output(site), 0.05)
+
+    def restarted(n: int) -> None:
+        until(
+            f"restart {n}", lambda: cluster.job(job)["Restarts"] == str(n), 90, lambda: f"{cluster.job(job)}\n{output(site)}"
+        )
+
+    reached(2)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    restarted(1)
+    reached(5)
+    cluster.run("scontrol", "requeue", job)
+    restarted(2)
+    reached(8)
+    urgent = cluster.sbatch("--partition=urgent", "--nodelist=node1", "--exclusive", "--wrap=sleep 1", cwd=site)
+    restarted(3)
+    assert cluster.end(urgent) == "COMPLETED"
+    reached(11)
+    cluster.kill_node(1)
+    restarted(4)
+    cluster.repair_node(1)
+    reached(14)
+    cluster.cut(1)
+    try:
+        restarted(5)
+    finally:
+        cluster.cut(1, "up")  # Slurm has missed it long enough, and takes it back when it hears of it
+    log = (site / f"dcft-{job}.out").read_text()
+    assert cluster.end(job) == "COMPLETED", output(site)
+
+    assert differing(bits(site / "runs", "disturbed"), bits(calm, "calm")) == []
+    found, expected = summary(site / "runs", "disturbed"), summary(calm, "calm")
+    for key in ("weights_checksum", "test", "validation", "ranks"):
+        assert found[key] == expected[key], key
+    starts = [json.loads(line) for line in (site / "runs/disturbed/attempts.jsonl").read_text().splitlines()]
+    assert [s["restart"] for s in starts] == [0, 1, 2, 3, 4, 5]
+    steps = [int(s["at"].removeprefix("step ")) for s in starts[1:]]
+    # Asked to stop: no step is done twice. Ended without warning: at most the one that had no checkpoint yet.
+    assert all(at >= step - 1 for at, step in zip(steps, (2, 5, 8, 11, 14), strict=True)), steps
+    assert "stopped at step" in log and "disturbed: again: it was asked to stop" in log
+    cut_off = log[log.rindex("going on from step") :]
+    assert "on node1 does not answer" in cut_off or "on node1 has not arrived" in cut_off, cut_off
+
+
+@pytest.mark.timeout(300)
+def test_on_fewer_nodes_with_the_same_global_batch(cluster: Cluster, site: Path) -> None:
+    file = str(SLURM / "multi_node_fsdp2.sbatch")
+    job = cluster.sbatch(file, "tiny.toml", "--name", "fewer", *STEPS, cwd=site, **ONE)
+    until("step 3", lambda: step_of(site, "fewer") >= 3, 90, lambda: output(site))
+    cluster.run("scontrol", "requeuehold", job)
+    until("the job to be held", lambda: cluster.job(job)["JobState"] == "PENDING", 60)
+    cluster.run("scontrol", "update", f"jobid={job}", "numnodes=1", "numtasks=1")
+    cluster.run("scontrol", "release", job)
+    assert cluster.end(job) == "COMPLETED", output(site)
+    assert summary(site / "runs", "fewer")["ranks"] == 1
+    log = (site / f"dcft-{job}.out").read_text()
+    assert "going on with 1 ranks instead of 2: the global batch stays 16, by accumulation" in log
+
+
+@pytest.mark.timeout(200)
+def test_bad_input_is_not_tried_again(cluster: Cluster, site: Path) -> None:
+    """Neither what is found before the ranks start, nor what they find."""
+    file = str(SLURM / "single_node.sbatch")
+    config = cluster.sbatch(file, "tiny.toml", "--penalty.factr", "1", cwd=site)
+    diverges = cluster.sbatch(file, "tiny.toml", "--name", "diverges", "--optimizer.lr", "1e30", cwd=site)
+    assert cluster.end(config) == cluster.end(diverges) == "FAILED", output(site)
+    assert cluster.job(diverges)["Restarts"] == "0"
+    assert (site / f"dcft-{config}.out").read_text().count("did you mean 'factor'?") == 1
+    log = (site / f"dcft-{diverges}.out").read_text()
+    assert re.search(r"diverges: failed: rank \d on node\d at .* lower optimizer.lr", log), log
+    ranks = list((site / "logs").glob(f"{diverges}.*/*/*/*/*/stderr.log"))
+    assert ranks and not any("Traceback" in file.read_text() for file in ranks)
+    said = cluster.run(sys.executable, "-m", "dcft_dist.cli", "status", "runs/diverges", cwd=site)
+    assert "last failure: rank " in said and f"Slurm job {diverges}" in said
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(200)
+def test_nodes_that_cannot_meet_are_named(cluster: Cluster, site: Path) -> None:
+    file, short = str(SLURM / "multi_node_fsdp2.sbatch"), {"DCFT_MEET_S": "4"}
+    wrong = cluster.sbatch("-w", "node[0-1]", file, "tiny.toml", cwd=site, DCFT_HEAD_ADDRESS="10.77.0.99", **short)
+    # What node2 sends from that port is lost, as behind a firewall.
+    firewall = ["ip", "rule", "add", "ipproto", "tcp", "sport", "23456", "blackhole"]
+    cluster.in_node(2, *firewall)
+    blocked = cluster.sbatch("-w", "node[2-3]", file, "tiny.toml", cwd=site, DCFT_PORT="23456", **short)
+    assert cluster.end(wrong) == cluster.end(blocked) == "FAILED", output(site)
+    log = (site / f"dcft-{wrong}.out").read_text()
+    assert "node1: cannot reach the head node node0 at 10.77.0.99" in log, log
+    assert "node0: not heard of node0, node1 on 10.77.0.99" in log, log
+    log = (site / f"dcft-{blocked}.out").read_text()
+    assert "node3: cannot reach the head node node2 at 10.77.0.12 port 23456" in log, log
+    assert "Traceback" not in log

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from . import collectives
 from .engines import Engine, Shard, find_engine
-from .errors import CheckpointError
+from .errors import CheckpointError, PassingError
 from .files import read_json, sha256_of, write_json
 from .names import clean
 from .weights import whole_weight
@@ -227,7 +227,8 @@ def _state_tensor(optimizer: torch.optim.Optimizer, shard: Shard, key: str, meta
 
 @contextmanager
 def _guarded(what: str, folder: Path) -> Iterator[None]:
-    """Quiet about the library's own format; its exception, which is a BaseException, becomes a CheckpointError."""
+    """Quiet about the library's own format; its exception, a BaseException, becomes a CheckpointError, or, where a file
+    system may have failed, a PassingError."""
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -236,7 +237,8 @@ def _guarded(what: str, folder: Path) -> Iterator[None]:
             yield
     except dcp.api.CheckpointException as error:
         causes = "; ".join(f"rank {r}: {_last_line(e[0])}" for r, e in sorted(error.failures.items()))
-        raise CheckpointError(f"{folder}: cannot {what} the checkpoint: {causes}") from error
+        kind = PassingError if what == "write" else CheckpointError
+        raise kind(f"{folder}: cannot {what} the checkpoint: {causes}") from error
     finally:
         logger.setLevel(level)
 

@@ -84,29 +84,29 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _status(options: argparse.Namespace, rest: list[str]) -> int:
-    from .run_dir import RunDirectory
+    from .run_folder import RunFolder
 
     file = options.run if options.run.endswith(".toml") else str(Path(options.run) / "config.toml")
     if not Path(file).exists() and not options.run.endswith(".toml"):
         raise RunError(f"no run in {options.run}")
     config = load_config(file, rest)
-    directory = RunDirectory(config) if options.run.endswith(".toml") else RunDirectory(config, Path(options.run))
+    folder = RunFolder.of(config) if options.run.endswith(".toml") else RunFolder(Path(options.run))
     if not options.verdict:
-        print(life.status(directory.path))
+        print(life.status(folder.path))
         return 0
-    found, why = life.verdict(directory.path, directory.reached(), config.max_attempts)
-    print(f"{directory.path}: {found}: {why}", flush=True)
+    found, why = life.verdict(folder.path, folder.reached(), config.max_attempts, config.until)
+    print(f"{folder.path}: {found}: {why}", flush=True)
     return {"finished": 0, "again": life.AGAIN, "failed": 1}[found]
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
-    from .models import minilm_folder
-    from .run_dir import RunDirectory
+    from .packages import minilm_folder
+    from .run_folder import RunFolder
     from .tasks import load_task
 
     check_ranks(config, options.ranks)
-    RunDirectory(config).check(config)
+    RunFolder.of(config).check(config)
     minilm_folder()
     check_sizes(config, len(load_task(config.task).train))
     print(f"{config.name}: the configuration is valid, and its data and weights are installed")

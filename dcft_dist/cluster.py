@@ -13,8 +13,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import tomllib
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from .errors import ConfigError, DcftError, RunError, did_you_mean
 
 SMOKE_STEPS = 20
 SIGNAL_S = 120  # before its end a job is told to leave a checkpoint
+GRACE_S = 90  # for which ranks in a phase without steps are waited for then
 
 
 class Site(Section):
@@ -114,7 +117,12 @@ _BODY = r"""
 export DCFT_STOP_FILE=$PWD/.dcft-stop-$SLURM_JOB_ID
 rm -f "$DCFT_STOP_FILE"
 pid=
-trap 'touch "$DCFT_STOP_FILE"; ( sleep "${DCFT_GRACE_S:-90}"; [ -z "$pid" ] || kill "$pid" ) 2>/dev/null &' USR1
+trap 'touch "$DCFT_STOP_FILE"; ( sleep "${DCFT_GRACE_S:-@GRACE@}"; [ -z "$pid" ] || kill "$pid" ) 2>/dev/null &' USR1
+again() { # the bare id of an array would mean all of its tasks
+    rm -f "$DCFT_STOP_FILE"
+    if scontrol requeue "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}"; then exit 0; fi
+    exit 75
+}
 
 # -- the nodes --
 nodes=${SLURM_NNODES:?start this with sbatch} restart=${SLURM_RESTART_COUNT:-0}
@@ -126,17 +134,19 @@ else
     case $address in 127.*) address=${names[0]} ;; esac   # a host that resolves its own name to loopback
 fi
 port=${DCFT_PORT:-$((20000 + (SLURM_JOB_ID + 97 * restart) % 20000))}
-@ENVIRONMENT@
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
 # -- bad input, and nodes that cannot reach each other: found before any rank starts, and not tried again --
 "${one[@]}" -m dcft_dist.cli check "$@" --ranks $((nodes * ranks))
 [ "$nodes" = 1 ] || srun "${each[@]}" --kill-on-bad-exit=0 \
     "${run[@]}" -m dcft_dist.meet "$address" "$port" "${DCFT_MEET_S:-60}" "${names[@]}"
+[ ! -e "$DCFT_STOP_FILE" ] || again
 
 # -- the ranks: torchrun on each node --
 export PET_TEE=3 DCFT_LOGS=${DCFT_LOGS:-logs}/$SLURM_JOB_ID.$restart   # PET_*: torchrun's options
 # shellcheck disable=SC2016 # expanded on each node
-srun "${each[@]}" --kill-on-bad-exit=1 --label bash -c 'export PET_LOG_DIR=$DCFT_LOGS/$SLURMD_NODENAME; exec "$@"' _ \
+node='export PET_LOG_DIR=$DCFT_LOGS/$SLURMD_NODENAME PET_RDZV_CONF=is_host=$((SLURM_NODEID == 0)); exec "$@"'
+srun "${each[@]}" --kill-on-bad-exit=1 --label bash -c "$node" _ \
     "${run[@]}" -m torch.distributed.run --nnodes "$nodes" --nproc-per-node "$ranks" --max-restarts $((nodes == 1 ? 2 : 0)) \
     --rdzv-id "$SLURM_JOB_ID.$restart" --rdzv-backend c10d --rdzv-endpoint "$address:$port" \
     -m dcft_dist.cli train "$@" &
@@ -146,8 +156,8 @@ while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done   # a trapped sig
 # -- finished, to be started again, or failed for good? --
 code=0
 "${one[@]}" -m dcft_dist.cli status "$@" --verdict || code=$?
+[ "$code" != 75 ] || again
 rm -f "$DCFT_STOP_FILE"
-if [ "$code" = 75 ] && scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
 exit "$code"
 """
 
@@ -156,10 +166,10 @@ def render_sbatch(job: Job, site: Site) -> str:
     """The text of an sbatch file that runs by itself."""
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in job.title)]
     lines += [f"#SBATCH {option}" for option in _options(job, site)]
+    if site.setup or site.environment:
+        lines += ["", "# -- the site --", *site.setup]  # modules and conda know nothing of `set -u`
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += ["set -euo pipefail"]
-    if site.setup:
-        lines += ["", "# -- the site --", *site.setup]
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += ["", "# -- the run --", *_arguments(job), *job.before]
     ranks = str(job.local_ranks) if job.fixed else "${DCFT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-2}}"
     lines += [f"ranks={ranks}" + ("" if job.fixed else "   # a node's GPUs; two gloo ranks where there are none")]
@@ -171,8 +181,7 @@ def render_sbatch(job: Job, site: Site) -> str:
         "each=(" + f"--ntasks-per-node=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}{options})",
         "one=(" + (f'srun --nodes=1 --ntasks=1{options} "${{run[@]}}")' if options else '"${run[@]}")'),
     ]
-    body = _BODY.replace("@ENVIRONMENT@", "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false")
-    return "\n".join(lines) + "\n" + body
+    return "\n".join(lines) + "\n" + _BODY.replace("@GRACE@", str(GRACE_S))
 
 
 def _arguments(job: Job) -> list[str]:
@@ -288,7 +297,8 @@ def plan_job(config_path: str, overrides: Sequence[str], *, smoke: bool, site: S
         more = ["--runs_dir", site.runs_dir, *more]
     config = load_config(config_path, more)
     if smoke:
-        more += ["--train.max_steps", str(SMOKE_STEPS), "--name", f"{config.name}_smoke"]
+        size = f"{sizes['nodes']}x{Job(**sizes).local_ranks}"
+        more += ["--train.max_steps", str(SMOKE_STEPS), "--name", f"{config.name}_smoke_{size}"]
         config = load_config(config_path, more)
     path = find_config(config_path)
     job = Job(
@@ -318,18 +328,26 @@ def check_cluster(job: Job, site: Site) -> None:
             raise RunError(
                 f"there is no {command} on this machine: submit on a login node of the cluster, or use --with torchrun"
             )
-    partition = site.partition or os.environ.get("SBATCH_PARTITION")
+    wanted = (site.partition or os.environ.get("SBATCH_PARTITION") or "").split(",")  # the first that can start it
     rows = [line.split() for line in _slurm("sinfo", "--noheader", "--format=%R %D %G").splitlines()]
     names = {row[0] for row in rows}
-    if partition and partition not in names:
-        raise RunError(f"no partition {partition}{did_you_mean(partition, names)}; there are {', '.join(sorted(names))}")
-    rows = [row for row in rows if not partition or row[0] == partition]
-    most = max((sum(int(n) for n in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", row[2])) for row in rows), default=0)
+    for partition in filter(None, wanted):
+        if partition not in names:
+            raise RunError(f"no partition {partition}{did_you_mean(partition, names)}; there are {', '.join(sorted(names))}")
+    rows = [row for row in rows if wanted == [""] or row[0] in wanted]
+    most = max((_num_gpus(row[2], site.gpu_type) for row in rows), default=0)
     if job.gpus_per_node > most:
-        raise RunError(f"{job.gpus_per_node} GPUs a node are asked for, but the nodes have {most or 'none'}")
+        kind = f" {site.gpu_type}" if site.gpu_type else ""
+        raise RunError(f"{job.gpus_per_node}{kind} GPUs a node are asked for, but the nodes have {most or 'none'}")
     nodes = max((sum(int(row[1]) for row in rows if row[0] == name) for name in {row[0] for row in rows}), default=0)
     if job.nodes > nodes:
         raise RunError(f"{job.nodes} nodes are asked for, but there are {nodes}")
+
+
+def _num_gpus(gres: str, kind: str | None) -> int:
+    """GPUs in what sinfo says of a node: `gpu:a100:4(S:0-1),gpu:v100:2`, `gpu:8`, `(null)`."""
+    found = re.findall(r"gpu(?::([^:,(]+))?:(\d+)", gres)
+    return sum(int(number) for name, number in found if kind in (None, name))
 
 
 def submit_sbatch(job: Job, site: Site, folder: Path) -> str:
@@ -345,7 +363,10 @@ def submit_sbatch(job: Job, site: Site, folder: Path) -> str:
 
 
 def _slurm(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RunError(f"there is no {command[0]} here") from None
     if done.returncode:
         text = done.stderr.strip().splitlines()
         raise RunError(f"{command[0]}: {text[-1] if text else f'exit code {done.returncode}'}")
@@ -388,33 +409,50 @@ class Task:
         from submitit.helpers import TorchDistributedEnvironment
 
         from . import life
-        from .run_dir import RunDirectory
+        from .run_folder import RunFolder
         from .start import train
 
         life.listen_for_stop()
         world = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         config = load_config(self.arguments[0], self.arguments[1:])
+        if world.rank == 0:
+            threading.Thread(target=_requeue_if_stuck, daemon=True).start()
+        error: Exception | None = None
         try:
-            train(config)
-        except DcftError as error:
-            print(f"dcft: error: {error}", file=sys.stderr, flush=True)
-        directory = RunDirectory(config)
-        requeued, end = False, time.monotonic() + 300.0
-        while True:
-            found, why = life.verdict(directory.path, directory.reached(), config.max_attempts)
-            if found != "again" or time.monotonic() > end:
-                break
-            if world.rank == 0 and not requeued:
-                _slurm("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
-                requeued = True
-            time.sleep(0.5)  # until rank 0 has written its last file, or Slurm ends this process for the requeue
-        if found != "finished":
-            raise RunError(why)
-        return why
+            if train(config):
+                return "it is done"
+        except Exception as caught:
+            error = caught
+            print(f"dcft: error: {error}" if isinstance(error, DcftError) else traceback.format_exc(), flush=True)
+            if isinstance(error, DcftError) and error.exit_code == 2:
+                raise
+        time.sleep(30.0 * min(world.rank, 4))  # rank 0 decides what follows; if it is gone, the next one does
+        if error is not None:
+            folder = RunFolder.of(config)
+            found, why = life.verdict(folder.path, folder.reached(), config.max_attempts, config.until)
+            if found == "failed":
+                raise RunError(why)
+        _requeue()
+        time.sleep(300.0)  # until Slurm ends this process
+        raise RunError(f"scontrol requeue {os.environ['SLURM_JOB_ID']} had no effect")
 
 
-def submit_submitit(job: Job, site: Site, folder: Path) -> Any:
-    """Submits through submitit; returns its job.
+def _requeue() -> None:
+    _slurm("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+
+
+def _requeue_if_stuck() -> None:
+    """Once Slurm has warned, ranks in a phase without steps are not waited for longer than DCFT_GRACE_S."""
+    from .life import stop_requested
+
+    while not stop_requested():
+        time.sleep(0.5)
+    time.sleep(float(os.environ.get("DCFT_GRACE_S", GRACE_S)))
+    _requeue()
+
+
+def submitit_executor(job: Job, site: Site, folder: Path) -> Any:
+    """submitit's executor for the job.
 
     Raises:
         RunError: submitit is not installed.
@@ -438,16 +476,22 @@ def submit_submitit(job: Job, site: Site, folder: Path) -> Any:
         "cpus-per-task",
     ):
         options.pop(key, None)
-    gpus = options.pop("gpus-per-node", None)
+    cpus = job.cpus_per_task // job.local_ranks if job.cpus_per_task else site.cpus_per_gpu
     executor.update_parameters(
         job_name=job.name,
         nodes=job.nodes,
         ntasks_per_node=job.local_ranks,
-        **({"cpus_per_task": max(job.cpus_per_task // job.local_ranks, 1)} if job.cpus_per_task else {}),
-        **({"gpus_per_node": gpus} if gpus else {}),
+        cpus_per_task=cpus,
+        gpus_per_node=options.pop("gpus-per-node", None),
+        time=options.pop("time", None),  # submitit's own default is five minutes
         setup=[*site.setup, *(f"export {name}={shlex.quote(value)}" for name, value in site.environment.items())],
-        srun_args=list(site.srun),
+        srun_args=[*site.srun, *([f"--cpus-per-task={cpus}"] if cpus else [])],  # srun does not inherit it
         signal_delay_s=SIGNAL_S,
         additional_parameters={"requeue": True, **{key.replace("-", "_"): value or True for key, value in options.items()}},
     )
-    return executor.submit(Task([job.config, *job.overrides]))
+    return executor
+
+
+def submit_submitit(job: Job, site: Site, folder: Path) -> Any:
+    """Submits through submitit; returns its job."""
+    return submitit_executor(job, site, folder).submit(Task([job.config, *job.overrides]))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import DcftError, WorldError
+from .errors import DcftError, PassingError, WorldError
 
 Op = Literal["sum", "max", "min"]
 _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -180,20 +180,23 @@ def broadcast_text(text: str, source: int, *, what: str) -> str:
 def agreed(what: str) -> Iterator[None]:
     """Runs a block without collectives on every rank; an error on one rank becomes an error on all of them.
 
-    The failing rank raises its own error, the others a DcftError of the same kind of outcome that names the rank.
+    The failing rank raises its own error (a PassingError in place of an OSError), the others one that names the rank: a
+    PassingError if running again may help.
     """
     error: Exception | None = None
     try:
         yield
     except OSError as caught:
-        error = DcftError(f"{what}: {caught}")
+        error = PassingError(f"{what}: {caught}")
     except Exception as caught:
         error = caught
     if world_size() > 1:
-        failed = [r for r, (bad,) in enumerate(all_gather_ints([int(error is not None)], what=what)) if bad]
-        if failed:
-            message = broadcast_text(str(error) if error else "", failed[0], what=what)
+        outcome = 0 if error is None else 2 if isinstance(error, DcftError) and error.exit_code == 2 else 1
+        outcomes = [found for (found,) in all_gather_ints([outcome], what=what)]
+        if any(outcomes):
+            worst = outcomes.index(max(outcomes))
+            message = broadcast_text(str(error) if error else "", worst, what=what)
             if error is None:
-                raise DcftError(f"rank {failed[0]}: {message}")
+                raise (DcftError if outcomes[worst] == 2 else PassingError)(f"rank {worst}: {message}")
     if error is not None:
         raise error

@@ -177,7 +177,7 @@ class Config(Section):
         "makes them is the same.",
     )
     max_attempts: Count = Field(
-        3, description="Starts in a row that reach no new checkpoint, after which the run counts as failed."
+        3, description="Failed starts in a row that reach no new checkpoint, after which the run counts as failed."
     )
     log_every: Count = Field(10, description="Steps between log lines.")
     model: Model = Model()
@@ -279,6 +279,8 @@ def check_ranks(config: Config, ranks: int) -> None:
     Raises:
         ConfigError: a batch cannot be shared out equally among that many ranks.
     """
+    if ranks < 1:
+        raise ConfigError(f"{ranks} ranks are too few: give the job at least one on each node")
     for key, size in (
         ("train.global_batch", config.train.global_batch),
         ("importance.score_batch", config.importance.score_batch),

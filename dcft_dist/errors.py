@@ -52,10 +52,14 @@ class RunError(DcftError):
     """A run directory cannot be used: held by another job, without a run, or getting nowhere."""
 
 
-class WorldError(DcftError):
-    """Ranks did not meet in a collective; the message names who is missing."""
+class PassingError(DcftError):
+    """A fault of the moment, of a file system or of another rank: running again may help."""
 
-    exit_code = 1  # a fault of the moment: running again may help
+    exit_code = 1
+
+
+class WorldError(PassingError):
+    """Ranks did not meet in a collective; the message names who is missing."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -46,8 +46,8 @@ class Head:
         """
         head = self._model.head.to(self._world.device)
         if not collectives.on_every_rank(file.exists()):
-            self._warm_up(file, train, validation)
-            collectives.all_gather_ints([0], what="warmed-up head")  # until rank 0 has written it
+            self._warm_up(file, train, validation)  # it is not read back: a node may not see the new file yet
+            return
         with collectives.agreed("load the warmed-up head"):
             try:
                 head.load_state_dict(load_file(file))
@@ -69,9 +69,10 @@ class Head:
         )
         if done.best_epoch == settings.max_epochs:
             log.warning("the head was still improving after %d epochs of warm-up", settings.max_epochs)
-        if self._world.is_first:
-            weights = {k: v.cpu() for k, v in head.state_dict().items()}
-            write_atomic(file, save(weights, {"warm_up": json.dumps(done.__dict__)}))
+        with collectives.agreed("save the warmed-up head"):
+            if self._world.is_first:
+                weights = {k: v.cpu() for k, v in head.state_dict().items()}
+                write_atomic(file, save(weights, {"warm_up": json.dumps(done.__dict__)}))
 
     @torch.no_grad()
     def _batches(self, tokens: Tokens) -> list[Features]:

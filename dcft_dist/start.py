@@ -10,13 +10,12 @@ from pathlib import Path
 from . import life
 from .config import Config
 from .errors import WorldError
-from .report import write_report
 from .trainer import run
 from .world import joined_world
 
 
-def train(config: Config) -> None:
-    """Returns when the run is done, or has stopped because it was asked to.
+def train(config: Config) -> bool:
+    """Returns True when the run is done, and False when it has stopped because it was asked to.
 
     Raises:
         DcftError: see `trainer.run`.
@@ -35,7 +34,11 @@ def train(config: Config) -> None:
                 raise
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
+                from .report import write_report  # late: one rank draws pictures, once
+
                 print(f"report: {write_report(folder)}", flush=True)
     except life.Stopped as stopped:
         if first:
             print(f"stopped {stopped}, as asked; start it again to go on", flush=True)
+        return False
+    return True

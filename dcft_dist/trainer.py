@@ -56,7 +56,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     Raises:
         DcftError: bad input, a missing package, a damaged file; see the errors of each step.
     """
-    directory = RunDirectory(config)
+    directory = RunDirectory.of(config)
     with collectives.agreed("set-up"):
         check_ranks(config, world.world_size)
         directory.check(config)
@@ -64,7 +64,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
         if collectives.on_every_rank(done.exists()):
             log.info("%s is finished already: delete it to run it again", directory.path)
             return dict(read_json(done))
-    with life.owned(directory.path, wait_s=min(120.0, config.timeout_s / 2)):
+    with life.owned(directory.path, config.timeout_s):
         directory.open(config)
         former = life.begin_attempt(directory.path, directory.reached(), config.max_attempts)
         if former and former["ranks"] != world.world_size:
@@ -117,7 +117,7 @@ class Trainer:
         self.prepared = prepare(self.model, self._plan(), lambda weights: make_optimizer(weights, config))
         fundamental = self.find_fundamental() if config.method in ("dcft", "random_set") else None
         if config.until != "train":
-            self.directory.phase(life.REACHED)
+            self.directory.phase(f"{life.REACHED} {config.until}")
             return {}
         self._stop_between_phases()
         best, penalty = self.fine_tune(fundamental)
@@ -247,11 +247,11 @@ class Trainer:
         penalty = self._attach(fundamental) if fundamental is not None else None
         self._print_plan(fundamental, penalty, epochs * steps_per_epoch)
         self.directory.phase("train")
-        step, best = self._resume()
-        first_new = step + (best.accuracy >= 0)  # the row of a checkpoint's step was written before it
+        step, best, validated = self._resume()
+        first_new = step + (validated or step > 0)  # the row of a checkpoint's step was written before it
         writer = SummaryWriter(str(self.directory.tensorboard), purge_step=first_new) if self.world.is_first else None
-        if best.accuracy < 0:
-            best = self._end_of_epoch(0, 0, best, groups, writer, write=epochs > 0)
+        if not validated and step % steps_per_epoch == 0:
+            best = self._end_of_epoch(step, step // steps_per_epoch, best, groups, writer, write=epochs > 0)
         total = epochs * steps_per_epoch
         end = min(total, settings.max_steps or total)
         for done in self._progress_bar(range(step + 1, end + 1), "train", initial=step, total=end):
@@ -263,13 +263,14 @@ class Trainer:
             if log_now:
                 self._log(writer, done, values)
                 self.directory.phase("train", done, total, median(self.step_seconds))
-            if rest == 0:
-                best = self._end_of_epoch(done, epoch, best, groups, writer)
-            elif self.stopping or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                self._save(done, best)
-            if self.stopping and done < end:
+            if self.stopping:  # there may be no time to validate
+                self._save(done, best, validated=False)
                 self.directory.phase("stopped", done, total, median(self.step_seconds))
                 raise life.Stopped(f"at step {done}")
+            if rest == 0:
+                best = self._end_of_epoch(done, epoch, best, groups, writer)
+            elif config.checkpoint.every and done % config.checkpoint.every == 0:
+                self._save(done, best, validated=False)
         if writer:
             writer.close()
         return best, penalty
@@ -352,13 +353,13 @@ class Trainer:
             state = model_state(self.prepared.model)
             save_checkpoint(self._best_folder(best), state, {"epoch": epoch, "validation": found})
         if write:
-            self._save(step, best)
+            self._save(step, best, validated=True)
         self.directory.phase("train", step)
         return best
 
-    def _save(self, step: int, best: Best) -> None:
+    def _save(self, step: int, best: Best, validated: bool) -> None:
         state = model_state(self.prepared.model, self.prepared.optimizer)
-        about = {"step": step, "best": best.__dict__, "fundamental": self._set_checksum()}
+        about = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
         save_checkpoint(self.directory.checkpoint(step), state, about)
         if self.world.is_first:  # the new checkpoint is whole: older ones are no longer needed
             self._remove_old("step", step, self.config.checkpoint.keep_last)
@@ -379,41 +380,40 @@ class Trainer:
     def _best_folder(self, best: Best) -> Path:
         return self.directory.checkpoints / f"best_{best.step:08d}"
 
-    def _resume(self) -> tuple[int, Best]:
-        latest = self.directory.latest_checkpoint()
+    def _resume(self) -> tuple[int, Best, bool]:
+        """(steps done, best epoch so far, whether the weights of this step were validated)."""
+        latest = self.directory.latest_checkpoint() if self.config.train.max_steps is None else None
         if latest is None:
             self.directory.forget_after(-1)
-            return 0, Best()
+            return 0, Best(), False
         state = read_state(latest)
         if state["fundamental"] != self._set_checksum():
             raise CheckpointError(f"{self.directory.fundamental} is not the set that {latest} was trained with")
         load_checkpoint(latest, self.prepared.model, self.prepared.optimizer)
         self.directory.forget_after(state["step"])
         log.info("going on from step %d", state["step"])
-        return int(state["step"]), Best(**state["best"])
+        return int(state["step"]), Best(**state["best"]), bool(state["validated"])
 
     def _estimate(self) -> dict[str, Any]:
         """After `train.max_steps`: how long all steps would take. Nothing is tested."""
         steps = self.config.train.epochs * (len(self.train) // self.config.train.global_batch)
         seconds = median(self.step_seconds)
         hours = steps * seconds / 3600
-        kind = "GPU" if self.world.device.type == "cuda" else "rank"
+        begin, device = datetime.now(), "GPU" if self.world.device.type == "cuda" else "rank"
         found = {
             "seconds_per_step": seconds,
             "steps": steps,
             "hours": hours,
+            "device": device,
             "device_hours": hours * self.world.world_size,
             "preparation_seconds": sum(v for k, v in self.directory.seconds.items() if k != "train"),
+            "time": f"{begin:%Y-%m-%d %H:%M}",
+            "end": f"{begin + timedelta(hours=hours):%Y-%m-%d %H:%M}",
         }
-        end = datetime.now() + timedelta(hours=hours)
         self.directory.phase("done", self.config.train.max_steps or 0)
         if self.world.is_first:
             write_json(self.directory.estimate, found)
-            print(
-                f"{seconds:.3f} s a step; all {steps:,} steps: {hours:.2f} h, {found['device_hours']:.2f} {kind}-hours; "
-                f"begun now they would end at {end:%Y-%m-%d %H:%M}",
-                flush=True,
-            )
+            print(life.estimate_text(found), flush=True)
         return found
 
     # -- end -------------------------------------------------------------------------------------------------------

@@ -9,5 +9,8 @@ python=${DCFT_PYTHON:-python}
 ranks=${RANKS:-$("$python" -c 'import torch; print(torch.cuda.device_count() or 2)')}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 "$python" -m dcft_dist.cli check "$@" --ranks $((NODES * ranks))
+# Is this the machine that HEAD means? Only there can its address be bound; torchrun would go by host names.
+here=0
+"$python" -c 'import socket, sys; socket.create_server((sys.argv[1], 0))' "$HEAD" 2>/dev/null && here=1
 exec "$python" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$ranks" --rdzv-id "${ID:-dcft}" \
-    --rdzv-backend c10d --rdzv-endpoint "$HEAD:${PORT:-29400}" -m dcft_dist.cli train "$@"
+    --rdzv-backend c10d --rdzv-conf is_host="$here" --rdzv-endpoint "$HEAD:${PORT:-29400}" -m dcft_dist.cli train "$@"

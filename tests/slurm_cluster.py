@@ -172,9 +172,9 @@ class Cluster:
         self.run("scontrol", "update", f"nodename=node{i}", "state=resume")
         until(f"node{i} idle", lambda: self.states()[i] == "idle", 60, self._logs)
 
-    def in_node(self, i: int, *command: str) -> None:
-        """Runs a command in the network of a node."""
-        subprocess.run(["nsenter", "-t", str(self.daemons[f"node{i}"].pid), "-n", *command], check=True)
+    def in_node(self, i: int, *command: str) -> list[str]:
+        """A command, to be run in the network of a node and under its name."""
+        return ["nsenter", "-t", str(self.daemons[f"node{i}"].pid), "--net", "--uts", "--mount", *command]
 
     def cut(self, i: int, state: str = "down") -> None:
         self.run("ip", "link", "set", f"veth{i}", state)
@@ -221,8 +221,12 @@ class Cluster:
         return self.run("sbatch", "--parsable", *arguments, cwd=cwd, **environment).strip()
 
     def job(self, number: str) -> dict[str, str]:
-        text = self.run("scontrol", "show", "job", "-o", number).splitlines()[0]
-        return dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", text))
+        return self.tasks(number)[0]
+
+    def tasks(self, number: str) -> list[dict[str, str]]:
+        """The tasks of an array that have begun."""
+        lines = self.run("scontrol", "show", "job", "-o", number).splitlines()
+        return [dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", line)) for line in lines]
 
     def end(self, number: str, timeout_s: float = 240) -> str:
         """The state in which a job (or all tasks of an array) ended."""

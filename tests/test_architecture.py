@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # Lowest first; a module may import from lower layers only, and from its own layer where no cycle arises.
 LAYERS = [
     ["errors", "meet"],
-    ["config", "bits", "files", "names"],
+    ["config", "bits", "files", "names", "packages"],
     ["engines.private"],
     ["collectives"],
     ["world"],
@@ -33,6 +33,7 @@ LAYERS = [
     ["hf", "lightning"],
     ["tasks", "data", "models"],
     ["life"],
+    ["run_folder"],
     ["checkpoint", "evaluate", "measure", "removal", "run_dir", "optim"],
     ["provenance", "head"],
     ["trainer"],
@@ -108,6 +109,6 @@ def test_generated_pages_are_current(page: str) -> None:
 
 def test_light_modules_import_without_torch() -> None:
     """A configuration is checked in a moment."""
-    modules = "dcft_dist.config, dcft_dist.cluster, dcft_dist.meet"
+    modules = "dcft_dist.config, dcft_dist.cluster, dcft_dist.meet, dcft_dist.run_folder, dcft_dist.tasks, dcft_dist.life"
     code = f"import sys, dcft_dist, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from dcft_dist.cluster import FILES, Job, Site, load_site, plan_job, render_sbatch, render_torchrun
+from dcft_dist.cluster import (
+    FILES,
+    Job,
+    Site,
+    _num_gpus,
+    load_site,
+    plan_job,
+    render_sbatch,
+    render_torchrun,
+    submitit_executor,
+)
 from dcft_dist.errors import ConfigError
 from dcft_dist.meet import meet
 
@@ -51,6 +61,33 @@ def test_rendered_text_is_the_golden_file(name: str, way: str) -> None:
         file.write_text(text)
         pytest.fail(f"{file.name} was missing and has been written: read it, then run this again")
     assert file.read_text() == text
+
+
+def test_what_submitit_is_told(tmp_path: Path) -> None:
+    job, site = golden_job("site")
+    lines = submitit_lines(job, site, tmp_path)
+    for option in (
+        "gres=gpu:a100:8", "account=med42", "partition=gpu", "qos=normal", "constraint=a100", "time=1:00:00", "requeue",
+        "exclusive", "nodes=4", "ntasks-per-node=8", "cpus-per-task=8", "signal=USR2@120",
+    ):  # fmt: skip
+        assert f"#SBATCH --{option}" in lines, option
+    (command,) = (line for line in lines if line.startswith("srun "))
+    assert "--mpi=none --cpus-per-task=8" in command and "apptainer exec --nv /proj/dcft.sif python" in command
+    assert lines.index("module load cuda/12.8") < lines.index("export NCCL_SOCKET_IFNAME=ib0") < lines.index(command)
+    plain = submitit_lines(*golden_job("smoke"), tmp_path)
+    assert "#SBATCH --gpus-per-node=8" in plain
+    assert not [line for line in plain if "--time" in line or "cpus-per-task" in line], "the site's own defaults"
+
+
+def submitit_lines(job: Job, site: Site, folder: Path) -> list[str]:
+    executor = submitit_executor(job, site, folder)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "0")).splitlines()
+
+
+def test_gpus_of_a_node() -> None:
+    two = "gpu:a100:4(S:0-1),gpu:v100:2(S:0)"
+    found = [_num_gpus(*case) for case in ((two, None), (two, "a100"), (two, "h100"), ("gpu:8", None), ("(null)", None))]
+    assert found == [6, 4, 0, 8, 0]
 
 
 def test_site_files(tmp_path: Path) -> None:

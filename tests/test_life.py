@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from dcft_dist import cli, life
-from dcft_dist.errors import DcftError, WorldError
+from dcft_dist.errors import DcftError, RunError, WorldError
+from dcft_dist.files import read_lines
 
 from .test_run import TINY, finish, start, tiny, train, wait_for_phase
 
@@ -79,13 +80,34 @@ def test_a_second_job_is_kept_out(tiny: Path, tmp_path: Path) -> None:
     assert len(life.attempts(tmp_path / "tiny")) == 1
 
 
+def test_a_former_start_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was cut off holds the lock until its own collectives give up; any other job is not waited for as long."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with life.owned(tmp_path, 600):
+        began = time.monotonic()
+        assert life.verdict(tmp_path, "step 5", 3)[0] == "again"
+        assert life._lock(tmp_path, began - 400, 0.1) is not None
+        with pytest.raises(RunError, match=r"is being written by process .* Slurm job 7, since"):
+            life._lock(tmp_path, began - 700, 600)
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        with pytest.raises(RunError, match="is being written by process"):
+            life._lock(tmp_path, began - 40, 600)
+        assert life.verdict(tmp_path, "step 5", 3)[0] == "failed"
+    with life.owned(tmp_path, 1):
+        assert "Slurm job 77," in life._holder(tmp_path)
+
+
 def test_a_crash_loop_ends(tiny: Path, tmp_path: Path) -> None:
-    """Starts that get no further count, those that did in between do not."""
+    """Failed starts that get no further count; those that did in between, and those that were preempted, do not."""
     run = tmp_path / "tiny"
-    for at in ("the beginning", "the beginning", "step 3", "the beginning", "the beginning"):
+    for at in ("the beginning", "the beginning", "step 3", "the beginning", "the beginning", "the beginning"):
         attempt(run, at)
-    life.note_error(run, WorldError("rank 1: gone"))
+        if len(life.attempts(run)) != 5:
+            life.note_error(run, WorldError("rank 1: gone"))
+    with (run / "attempts.jsonl").open("a") as file:
+        file.write('{"time": "torn')
     assert life.verdict(run, "the beginning", 3)[0] == "again"
+    (run / "attempts.jsonl").write_text((run / "attempts.jsonl").read_text().removesuffix('{"time": "torn'))
     attempt(run, "the beginning")
     found, why = life.verdict(run, "the beginning", 3)
     assert found == "failed" and "3 starts at the beginning got no further; rank 0 on" in why
@@ -102,7 +124,12 @@ def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(len(life.attempts(run))))
     assert life.verdict(run, "the beginning", 3)[0] == "failed"
     attempt(run, "step 3", job="7", restart=2)
-    assert life.verdict(run, "step 5", 3) == ("again", "it was ended from outside; it goes on from step 5")
+    found, why = life.verdict(run, "step 5", 3)
+    assert found == "again" and "it was ended from outside, or ran out of memory: see the log; it goes on from step 5" in why
+    monkeypatch.setenv("DCFT_STOP_FILE", str(tmp_path))
+    assert life.verdict(run, "step 5", 3) == ("again", "it was asked to stop, and goes on from step 5")
+    assert not life._error_files(run, 4), "what ranks say while they are being ended is no failure"
+    monkeypatch.delenv("DCFT_STOP_FILE")
     life.note_error(run, WorldError("rank 0: sum failed"))
     assert life.verdict(run, "step 5", 3)[0] == "again"
     monkeypatch.setenv("RANK", "1")
@@ -112,8 +139,37 @@ def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(DcftError, match=r"not started again: rank 1 .* no such column"):
         life.refuse_repetition(run)
+    (run / "progress.json").write_text('{"phase": "reached score"}')
+    assert life.verdict(run, "step 5", 3, "select")[0] == "failed"
+    assert life.verdict(run, "step 5", 3, "score")[0] == "finished"
     (run / "summary.json").write_text("{}")
     assert life.verdict(run, "step 5", 3)[0] == "finished"
+
+
+STOPS_AT = """
+import sys
+from dcft_dist import cli, life
+asked = []
+life.stop_requested = lambda: asked.append(0) or len(asked) == int(sys.argv[1])
+raise SystemExit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("step", [0, 5, 10])
+def test_asked_to_stop_where_there_is_more_to_do(step: int, tiny: Path, tmp_path: Path) -> None:
+    """Before any step, at the end of an epoch, which is then not validated before it is saved, and at the very end."""
+    one = ("--removal.fractions", "[]", "--engine", "single", "--train.epochs", "2")
+    expected = train(tiny, tmp_path / "calm", *one, ranks=1)
+    code = [sys.executable, "-c", STOPS_AT, str(step + 2), "train", str(tiny), "--runs_dir", str(tmp_path), *one]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert done.returncode == 0 and f"stopped {f'at step {step}' if step else 'between two phases'}" in done.stdout, done
+    run = tmp_path / "tiny"
+    assert life.verdict(run, "", 3)[0] == "again" and not (run / f"checkpoints/best_{step:08d}").exists()
+    found = train(tiny, tmp_path, *one, ranks=1)
+    for key in ("weights_checksum", "validation", "test", "best_epoch"):
+        assert found[key] == expected[key]
+    rows = [read_lines(runs / "tiny/metrics.jsonl") for runs in (tmp_path, tmp_path / "calm")]
+    assert rows[0] == rows[1]
 
 
 def test_torchrun_starts_again_on_one_node(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dcft_dist import FundamentalSet, cli
-from dcft_dist.run_dir import read_metrics
+from dcft_dist.files import read_lines
 
 # Two layers of MiniLM and 84 training texts: seconds, yet real weights, data, engines and files.
 TINY = """
@@ -103,7 +103,7 @@ def test_run_directory(tiny: Path, tmp_path: Path) -> None:
     assert kinds == {"top", "random", "random_tensor", "random_magnitude", "lowest"}
     assert {row["num_removed"] for row in summary["removal"]["removed"]} == {round(0.01 * summary["num_eligible"])}
     check_export(run / "model", summary["test"]["loss"])
-    rows = read_metrics(run / "metrics.jsonl")
+    rows = read_lines(run / "metrics.jsonl")
     steps = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 11))  # 84 texts // 16 = 5 steps, 2 epochs
     assert all(row["penalty/applied_over_proposed"] == pytest.approx(0.1, rel=0.02) for row in steps)
@@ -164,7 +164,7 @@ def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path:
     clip = ["--train.clip_grad_norm", "1.0", "--train.clip_order", "after_penalty"]
     summary = train(tiny, tmp_path, *sgd, *clip)
     assert (summary["level"], summary["where"]) == ("gradient", "before")
-    rows = [r for r in read_metrics(tmp_path / "sgd" / "metrics.jsonl") if "penalty/applied_over_proposed" in r]
+    rows = [r for r in read_lines(tmp_path / "sgd" / "metrics.jsonl") if "penalty/applied_over_proposed" in r]
     assert all(r["penalty/applied_over_proposed"] == pytest.approx(0.1, rel=0.01) for r in rows)
     single = train(tiny, tmp_path, "--name", "single", "--engine", "single", "--train.epochs", "1", ranks=1)
     assert single["ranks"] == 1
@@ -213,7 +213,7 @@ def test_a_killed_run_ends_with_the_same_bits(tiny: Path, tmp_path: Path) -> Non
     a, b = (tmp_path / x / "tiny" / "fundamental.safetensors" for x in "ab")
     assert a.read_bytes() == b.read_bytes()
     rows = [
-        [(r["step"], r["train/loss"]) for r in read_metrics(tmp_path / x / "tiny" / "metrics.jsonl") if "train/loss" in r]
+        [(r["step"], r["train/loss"]) for r in read_lines(tmp_path / x / "tiny" / "metrics.jsonl") if "train/loss" in r]
         for x in "ab"
     ]
     assert rows[0] == rows[1]
@@ -340,4 +340,4 @@ def test_a_run_goes_on_under_another_engine_and_number_of_ranks(tiny: Path, tmp_
     assert found["engine"] == "ddp" and found["ranks"] == 2
     assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=1e-4)
     for path in (tmp_path / "b/tiny/metrics.jsonl", tmp_path / "a/tiny/metrics.jsonl"):
-        assert [r["step"] for r in read_metrics(path) if "train/loss" in r] == list(range(1, 11))
+        assert [r["step"] for r in read_lines(path) if "train/loss" in r] == list(range(1, 11))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -125,11 +127,16 @@ def step_of(folder: Path, name: str) -> int:
     return int(progress["step"]) if progress["phase"] == "train" else 0
 
 
+def phase_of(run: Path) -> str:
+    file = run / "progress.json"
+    return str(json.loads(file.read_text())["phase"]) if file.exists() else ""
+
+
 # -- as they are -------------------------------------------------------------------------------------------------------
 
 
 ONE = {"DCFT_RANKS_PER_NODE": "1"}  # imports take longer than steps here
-STEPS = ("--train.epochs", "4", "--checkpoint.every", "1")  # 20 steps
+STEPS = ("--train.epochs", "2", "--checkpoint.every", "1")  # 10 steps
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +154,10 @@ def calm(daemons: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(400)
 def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: Cluster, site: Path, calm: Path) -> None:
     """2 nodes x 2 ranks by torchrun under ZeRO-3, and by submitit, with a requeue in the middle, under FSDP2; 2 nodes with
-    a rank each under FSDP2; 2 ranks on one node, one for each GPU."""
+    a rank each under FSDP2, by sbatch and by torchrun alone; 2 ranks on one node, one for each GPU."""
     launcher = [sys.executable, str(ROOT / "launch/with_submitit.py"), "tiny.toml", "--nodes", "2", "--ranks-per-node", "2"]
     with cluster.started(*launcher, "--name", "by_submitit", *STEPS, cwd=site) as submitit:
-        until("step 3", lambda: step_of(site, "by_submitit") >= 3, 90, lambda: output(site), 0.05)
+        until("step 2", lambda: step_of(site, "by_submitit") >= 2, 90, lambda: output(site), 0.05)
         cluster.run("scancel", "--signal=USR2", "--name=by_submitit")  # as Slurm does ahead of the time limit
         single = ("tiny.toml", "--name", "single_node", *STEPS)
         jobs = [
@@ -161,10 +168,15 @@ def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: C
             assert cluster.end(job) == "COMPLETED", output(site)
         said = submitit.communicate(timeout=120)[0]
     assert "it is done" in said, said
+    environment = {**ONE, "DCFT_PYTHON": sys.executable, "HEAD": "10.77.0.12", "NODES": "2", "RANKS": "1"}
+    script = [str(ROOT / "launch/torchrun_multi_node.sh"), str(site / "tiny.toml"), "--runs_dir", str(site / "runs")]
+    command = [*script, "--name", "no_slurm", *STEPS]
+    nodes = [subprocess.Popen(cluster.in_node(i, *command), env=os.environ | environment) for i in (2, 3)]
+    assert [process.wait(120) for process in nodes] == [0, 0]
     cli = [sys.executable, "-m", "dcft_dist.cli", "train", "tiny.toml"]
     cluster.run(*cli, "--name", "one", "--engine", "single", *STEPS, cwd=site)
     expected = weights(site / "runs", "one")
-    runs = {"single_node": 2, "zero3": 4, "by_submitit": 4, "calm": 2}
+    runs = {"single_node": 2, "zero3": 4, "by_submitit": 4, "calm": 2, "no_slurm": 2}
     for name, ranks in runs.items():
         folder = calm if name == "calm" else site / "runs"
         assert summary(folder, name)["ranks"] == ranks
@@ -179,26 +191,44 @@ def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: C
 
 @pytest.mark.timeout(400)
 def test_sweep_that_scores_once(cluster: Cluster, site: Path) -> None:
-    """Three arrays, each after the one before, give what a task that does it all gives, to the bit."""
-    options = {"DCFT_SWEEP_FILE": str(SLURM / "sweep.sbatch"), "DCFT_FACTORS": "0.0 0.5"}
-    chain = cluster.sbatch(str(SLURM / "score_select_train.sbatch"), "tiny.toml", cwd=site, **options)
-    whole = cluster.sbatch(
-        "--array=1", options["DCFT_SWEEP_FILE"], "tiny.toml", cwd=site, DCFT_FACTORS="0.0 0.5", DCFT_RUNS_DIR="other"
-    )
+    """Three arrays, each after the one before, give what a task that does it all gives, to the bit.
+
+    Without arguments the configuration is configs/smoke.toml. One task of an array is asked to stop, and is requeued
+    alone; the one that does it all is asked to while it scores, where nothing listens, and is ended after DCFT_GRACE_S."""
+    (site / "configs").mkdir()
+    smoke = CONFIG.replace('extends = "smoke.toml"\n', 'extends = "icd.toml"\n').replace('"tiny"', '"smoke"')
+    (site / "configs/smoke.toml").write_text(smoke.replace("epochs = 1", "epochs = 2"))
+    options = {"DCFT_SWEEP_FILE": str(SLURM / "sweep.sbatch"), "DCFT_FACTORS": "0.0 0.5", **ONE}
+    more = {"DCFT_RUNS_DIR": "other", "DCFT_GRACE_S": "0"}
+    name = "smoke_seed0_top0.1_x0.5"
+    whole = cluster.sbatch("--array=1", options["DCFT_SWEEP_FILE"], cwd=site, **options, **more)
+    until("scores", lambda: phase_of(site / "other" / name) == "score", 60, lambda: output(site), 0.02)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{whole}_1")
+    chain = cluster.sbatch(str(SLURM / "score_select_train.sbatch"), cwd=site, **options)
     assert cluster.end(chain) == "COMPLETED", output(site)
-    submitted = (site / f"dcft-chain-{chain}.out").read_text().strip().splitlines()[-1]
-    train = submitted.rpartition(" ")[2]
+    train = (site / f"dcft-chain-{chain}.out").read_text().strip().splitlines()[-1].rpartition(" ")[2]
+
+    def started() -> list[dict[str, str]]:
+        tasks = cluster.tasks(train)
+        return tasks if len(tasks) == 2 and all(step_of(site, f"{name[:-3]}{x}") for x in ("0.0", "0.5")) else []
+
+    until("both tasks at work", started, 240, lambda: output(site), 0.05)
+    (eldest,) = (task for task in started() if task["JobId"] == train)  # it has the array's own id
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{train}_{eldest['ArrayTaskId']}")
     assert cluster.end(train) == "COMPLETED", output(site)
     assert cluster.end(whole) == "COMPLETED", output(site)
+    assert {t["ArrayTaskId"]: t["Restarts"] for t in cluster.tasks(train)} == {
+        i: str(int(i == eldest["ArrayTaskId"])) for i in ("0", "1")
+    }
+    assert [task["Restarts"] for task in cluster.tasks(whole)] == ["1"]
     names = {folder.name for folder in (site / "runs").iterdir()}
-    assert names == {"tiny_seed0", "tiny_seed0_top0.1", "tiny_seed0_top0.1_x0.0", "tiny_seed0_top0.1_x0.5"}
-    assert (site / "runs/tiny_seed0/scores.safetensors").exists()
-    name = "tiny_seed0_top0.1_x0.5"
+    assert names == {"smoke_seed0", "smoke_seed0_top0.1", "smoke_seed0_top0.1_x0.0", "smoke_seed0_top0.1_x0.5"}
+    assert (site / "runs/smoke_seed0/scores.safetensors").exists()
     found, expected = summary(site / "runs", name), summary(site / "other", name)
     assert found["factor"] == 0.5 and "score" not in found["seconds"] and "score" in expected["seconds"]
     trained = bits(site / "runs", name)
     assert differing(trained, bits(site / "other", name)) == []
-    assert differing(trained, bits(site / "runs", "tiny_seed0_top0.1_x0.0"))
+    assert differing(trained, bits(site / "runs", "smoke_seed0_top0.1_x0.0"))
 
 
 @pytest.mark.timeout(200)
@@ -206,7 +236,7 @@ def test_dcft_submit(cluster: Cluster, site: Path) -> None:
     """A site file, a smoke test, and what is found before anything is submitted."""
     (site / "site.toml").write_text('partition = "normal"\n[environment]\nHF_HUB_OFFLINE = "1"\n')
     submit = [sys.executable, "-m", "dcft_dist.cli", "submit", "tiny.toml"]
-    said = cluster.run(*submit, "--smoke", "--gpus-per-node", "2", cwd=site, DCFT_SITE="site.toml")
+    said = cluster.run(*submit, "--smoke", "--gpus-per-node", "2", "--ranks-per-node", "1", cwd=site, DCFT_SITE="site.toml")
     for arguments, expected in {
         ("--gpus-per-node", "4", "--ranks-per-node", "2"): "4 GPUs a node are asked for, but the nodes have 2",
         ("--nodes", "8", "--ranks-per-node", "1"): "8 nodes are asked for, but there are 4",
@@ -223,7 +253,9 @@ def test_dcft_submit(cluster: Cluster, site: Path) -> None:
     assert "there is no sbatch on this machine" in done.stderr
     assert cluster.end(said.split()[1].rstrip(";")) == "COMPLETED", output(site)
     assert "s a step; all 5 steps" in output(site) and "GPU-hours" not in output(site)
-    assert not (site / "runs/tiny_smoke/summary.json").exists()
+    assert not (site / "runs/tiny_smoke_1x1/summary.json").exists()
+    said = cluster.run(sys.executable, "-m", "dcft_dist.cli", "status", "runs/tiny_smoke_1x1", cwd=site)
+    assert "s a step; all 5 steps" in said
 
 
 # -- what clusters do to jobs ------------------------------------------------------------------------------------------
@@ -243,21 +275,21 @@ def test_a_disturbed_job_ends_with_the_same_bits(cluster: Cluster, site: Path, c
             f"restart {n}", lambda: cluster.job(job)["Restarts"] == str(n), 90, lambda: f"{cluster.job(job)}\n{output(site)}"
         )
 
-    reached(2)
+    reached(1)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     restarted(1)
-    reached(5)
+    reached(3)
     cluster.run("scontrol", "requeue", job)
     restarted(2)
-    reached(8)
+    reached(5)
     urgent = cluster.sbatch("--partition=urgent", "--nodelist=node1", "--exclusive", "--wrap=sleep 1", cwd=site)
     restarted(3)
     assert cluster.end(urgent) == "COMPLETED"
-    reached(11)
-    cluster.kill_node(1)
+    reached(6)
+    cluster.kill_node(0)  # where the batch script and rank 0 are
     restarted(4)
-    cluster.repair_node(1)
-    reached(14)
+    cluster.repair_node(0)
+    reached(8)
     cluster.cut(1)
     try:
         restarted(5)
@@ -274,7 +306,7 @@ def test_a_disturbed_job_ends_with_the_same_bits(cluster: Cluster, site: Path, c
     assert [s["restart"] for s in starts] == [0, 1, 2, 3, 4, 5]
     steps = [int(s["at"].removeprefix("step ")) for s in starts[1:]]
     # Asked to stop: no step is done twice. Ended without warning: at most the one that had no checkpoint yet.
-    assert all(at >= step - 1 for at, step in zip(steps, (2, 5, 8, 11, 14), strict=True)), steps
+    assert all(at >= step - 1 for at, step in zip(steps, (1, 3, 5, 6, 8), strict=True)), steps
     assert "stopped at step" in log and "disturbed: again: it was asked to stop" in log
     cut_off = log[log.rindex("going on from step") :]
     assert "on node1 does not answer" in cut_off or "on node1 has not arrived" in cut_off, cut_off
@@ -284,7 +316,7 @@ def test_a_disturbed_job_ends_with_the_same_bits(cluster: Cluster, site: Path, c
 def test_on_fewer_nodes_with_the_same_global_batch(cluster: Cluster, site: Path) -> None:
     file = str(SLURM / "multi_node_fsdp2.sbatch")
     job = cluster.sbatch(file, "tiny.toml", "--name", "fewer", *STEPS, cwd=site, **ONE)
-    until("step 3", lambda: step_of(site, "fewer") >= 3, 90, lambda: output(site))
+    until("step 2", lambda: step_of(site, "fewer") >= 2, 90, lambda: output(site))
     cluster.run("scontrol", "requeuehold", job)
     until("the job to be held", lambda: cluster.job(job)["JobState"] == "PENDING", 60)
     cluster.run("scontrol", "update", f"jobid={job}", "numnodes=1", "numtasks=1")
@@ -300,7 +332,7 @@ def test_bad_input_is_not_tried_again(cluster: Cluster, site: Path) -> None:
     """Neither what is found before the ranks start, nor what they find."""
     file = str(SLURM / "single_node.sbatch")
     config = cluster.sbatch(file, "tiny.toml", "--penalty.factr", "1", cwd=site)
-    diverges = cluster.sbatch(file, "tiny.toml", "--name", "diverges", "--optimizer.lr", "1e30", cwd=site)
+    diverges = cluster.sbatch(file, "tiny.toml", "--name", "diverges", "--optimizer.lr", "1e30", cwd=site, **ONE)
     assert cluster.end(config) == cluster.end(diverges) == "FAILED", output(site)
     assert cluster.job(diverges)["Restarts"] == "0"
     assert (site / f"dcft-{config}.out").read_text().count("did you mean 'factor'?") == 1
@@ -321,7 +353,7 @@ def test_nodes_that_cannot_meet_are_named(cluster: Cluster, site: Path) -> None:
     wrong = cluster.sbatch("-w", "node[0-1]", file, "tiny.toml", cwd=site, DCFT_HEAD_ADDRESS="10.77.0.99", **short)
     # What node2 sends from that port is lost, as behind a firewall.
     firewall = ["ip", "rule", "add", "ipproto", "tcp", "sport", "23456", "blackhole"]
-    cluster.in_node(2, *firewall)
+    subprocess.run(cluster.in_node(2, *firewall), check=True)
     blocked = cluster.sbatch("-w", "node[2-3]", file, "tiny.toml", cwd=site, DCFT_PORT="23456", **short)
     assert cluster.end(wrong) == cluster.end(blocked) == "FAILED", output(site)
     log = (site / f"dcft-{wrong}.out").read_text()

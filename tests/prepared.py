@@ -203,7 +203,8 @@ def _zero(
     if variant == "sum32":
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if variant == "init":
-        with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16 if bf16 else torch.float32):
+        # Its type comes from the configuration: one given as dtype= is passed over on CPUs without float16 (0.19.8).
+        with deepspeed.zero.Init(config_dict_or_path=config):
             net = make()
     else:
         net = make()

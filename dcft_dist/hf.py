@@ -94,14 +94,15 @@ class DCFTCallback(TrainerCallback):
 
     @staticmethod
     def _find(args: TrainingArguments, state: TrainerState) -> FundamentalSet:
-        places = [_checkpoint(args, state) / SET_FILE, _output(args) / SET_FILE]
+        folder = _checkpoint(args, state)
+        places = [folder / SET_FILE, _output(args) / SET_FILE]
         with collectives.agreed("find the fundamental set"):
-            for place in places:
+            for place in places if folder.is_dir() else ():  # else it goes on from a checkpoint of another directory
                 if place.exists():
                     return FundamentalSet.load(place)
             raise FundamentalSetError(
-                f"training goes on at step {state.global_step}, but there is no fundamental set at {places[0]} or "
-                f"{places[1]}: pass it as fundamental=FundamentalSet.load(...)"
+                f"training goes on at step {state.global_step}, but there is no fundamental set at {places[0]} (nor at "
+                f"{places[1]}): pass the one of the checkpoint as fundamental=FundamentalSet.load(...)"
             )
 
 

@@ -81,7 +81,7 @@ def attach_penalty(
     device = leaves[0].tensor.device if leaves else engine.shards()[0].local.device
     multipliers = Multipliers(_read_bits(engine, fundamental, boxes, unscored_factor), device, rest_factor, unscored_factor)
     multipliers.set_factor(factor)
-    engine.penalty = penalty = Penalty(engine, multipliers, leaves, chosen, where, told=optimizer is not None)
+    engine.penalty = penalty = Penalty(engine, multipliers, leaves, chosen, where, optimizer)
     return penalty
 
 
@@ -130,9 +130,10 @@ class Penalty:
         leaves: list[Leaf],
         level: Literal["gradient", "update"],
         where: Where,
-        told: bool,
+        optimizer: Optimizer | None,
     ) -> None:
-        self._told = told  # whether the optimizer was known, and warned of, when the level was chosen
+        self._told = optimizer is not None  # whether it was known, and warned of, when the level was chosen
+        self._given = weakref.ref(optimizer) if optimizer is not None else None
         self.level, self.where = level, where
         self.calls: Counter[str] = Counter()
         self.frozen = tuple(n for n, p in engine.names.parameters.items() if not p.requires_grad)
@@ -275,7 +276,12 @@ class Penalty:
         """Whether this optimizer steps weights that are penalised, or should be."""
         nested = getattr(self._stepping, "optim", None) is optimizer  # the inner one of ZeroRedundancyOptimizer
         names = set() if nested else self._stepped_by(optimizer)
-        if not names and not self._steps_what_is_new(optimizer):
+        if not names and not self._steps_what_is_new(optimizer) and self._engine.holds():
+            if self._given is not None and self._given() is optimizer:
+                raise PenaltyError(
+                    f"rank {collectives.rank()}: {type(optimizer).__name__}, given to attach_penalty, steps none of the "
+                    "weights that it stepped then: attach the penalty after deepspeed.initialize, or after wrapping"
+                )
             return False
         self._warn_if_cancelled(optimizer)
         self._stepping, self._old = optimizer, []
@@ -374,7 +380,7 @@ class Penalty:
             raise PenaltyError(f"rank {collectives.rank()}: {problem or 'another rank is without penalty'}")
 
     def _local_problem(self) -> str:
-        if self._engine.stepped().keys() != self._at_attach.keys():
+        if self._engine.stepped().keys() != self._at_attach.keys() or not self._engine.holds():
             return "the model's weights were replaced after the penalty was attached: attach it after sharding"
         thawed = [n for n in self.frozen if self._engine.names.parameters[n].requires_grad]
         if thawed:

@@ -32,7 +32,7 @@ class OddNet(nn.Module):
         super().__init__()
         self.conv = nn.Conv1d(3, 7, 3)
         self.encode = nn.Linear(7, 13)
-        self.blocks = nn.ModuleList([Block(13, 11), Block(13, 5)])
+        self.blocks = nn.ModuleList([Block(13, 11), Block(13, 4)])  # the even size can be sharded along any dimension
         self.frozen = nn.Linear(13, 13)
         self.unused = nn.Linear(13, 3)
         self.decode = nn.Linear(7, 13, bias=False)

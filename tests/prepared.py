@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,11 +29,14 @@ from dcft_dist.engines.private import import_deepspeed
 
 from .nets import Block, OddNet, full
 
-# Every kind of engine that runs on gloo. `4` in a name: needs 4 ranks.
-FSDP2 = ["fsdp2", "fsdp2-keep", "fsdp2-offload", "fsdp2-shard1", "fsdp2-checkpoint", "fsdp2-group", "fsdp2-hybrid"]
+# Every kind of engine that runs on gloo. `group`: several modules in a group; `groups`: several groups in a module.
+DDP = ["ddp", "ddp-nosync"]
+FSDP2 = ["fsdp2", "fsdp2-keep", "fsdp2-offload", "fsdp2-shard1", "fsdp2-checkpoint", "fsdp2-group", "fsdp2-groups"]
+FSDP2 += ["fsdp2-hybrid"]
 FSDP1 = [f"fsdp1-{s}-{o}" for s in ("full", "gradop", "none", "hybrid") for o in ("flat", "orig")]
+FSDP1 += ["fsdp1-full-flat-nosync", "fsdp1-full-orig-nosync"]
 ZERO = ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-params", "zero3-init"]
-ENGINES = ["single", "ddp", *FSDP2, *FSDP1, *ZERO]
+ENGINES = ["single", *DDP, *FSDP2, *FSDP1, *ZERO]
 
 
 @dataclass
@@ -47,8 +52,12 @@ class Prepared:
     def is_zero(self) -> bool:
         return self.engine.startswith("zero")
 
+    def accumulating(self, last: bool) -> Any:
+        """For forward and backward of a micro-batch. Otherwise DDP and FSDP1 reduce with every one."""
+        return self.model.no_sync() if self.engine.endswith("nosync") and not last else nullcontext()
+
     def backward(self, loss: Tensor, last: bool) -> None:
-        """FSDP reduces on the last micro-batch only; DDP on every one (no_sync would have to span the forward)."""
+        """FSDP2 reduces with the last micro-batch only."""
         if self.is_zero:
             self.model.backward(loss, scale_wrt_gas=False)
             if not last:
@@ -64,6 +73,11 @@ class Prepared:
             return
         if self.engine.startswith("fsdp1"):
             self.model.clip_grad_norm_(self.clip_norm)
+        elif self.engine == "fsdp2-groups":  # torch does not stack the norms of several meshes
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.stack([g.full_tensor().norm() for g in gradients]).norm()
+            for gradient in gradients:
+                gradient.mul_((self.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         else:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
 
@@ -138,6 +152,11 @@ def _fsdp2(net: OddNet, variant: str, bf16: bool) -> nn.Module:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     if variant == "shard1":  # FSDP2 wants other dimensions than the first to divide evenly
         options["shard_placement_fn"] = lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % ranks == 0 else Shard(0)
+    if variant == "groups":
+        replicas = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("replicate", "shard"))
+        whole = ShardPlacementResult(Shard(0), HSDPMeshInfo(replicas, shard_mesh_dim=1, replicate_mesh_dim=0))
+        chosen = {id(p) for n, p in net.named_parameters() if n.endswith(("up.weight", "mix.weight"))}
+        options["shard_placement_fn"] = lambda p: whole if id(p) in chosen else None
     if variant == "checkpoint":
         apply_activation_checkpointing(net, check_fn=lambda m: isinstance(m, Block))
     if variant == "group":
@@ -146,11 +165,15 @@ def _fsdp2(net: OddNet, variant: str, bf16: bool) -> nn.Module:
         for block in net.blocks:
             fully_shard(block, **options)
     fully_shard(net, **options)
+    if variant == "shard1" and ranks in (2, 4):
+        assert net.blocks[1].down.weight.placements == (Shard(1),)
+    if variant == "groups":
+        assert len(net.blocks[0]._get_fsdp_state()._fsdp_param_groups) == 2
     return net
 
 
 def _fsdp1(net: OddNet, variant: str, bf16: bool) -> nn.Module:
-    strategy, _, originals = variant.partition("-")
+    strategy, originals = variant.split("-")[:2]
     options: dict[str, Any] = {"use_orig_params": originals == "orig", "device_id": torch.device("cpu")}
     options["sharding_strategy"] = {
         "full": ShardingStrategy.FULL_SHARD,

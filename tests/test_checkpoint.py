@@ -20,7 +20,7 @@ from dcft_dist.engines import torch_optimizer
 from dcft_dist.errors import CheckpointError
 
 from .nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
-from .prepared import prepare
+from .prepared import ZERO, prepare
 from .ranks import run_ranks
 
 BATCH, STEPS = 12, 3
@@ -32,8 +32,8 @@ JOURNEYS = [
 ]
 
 
-def leg(engine: str, number: int, folder: str) -> dict[str, Tensor]:
-    """Three steps from the checkpoint of the leg before, and a checkpoint for the next one."""
+def leg(engine: str, number: int, folder: str, steps: int = STEPS) -> dict[str, Tensor]:
+    """Some steps from the checkpoint of the leg before, and a checkpoint for the next one."""
     prepared = prepare(
         make_net, engine, lambda p: make_optimizer("adamw_smooth", p), micro_batch=BATCH // dist.get_world_size()
     )
@@ -44,7 +44,7 @@ def leg(engine: str, number: int, folder: str) -> dict[str, Tensor]:
         load_checkpoint(before, prepared.model, optimizer)
     chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
     attach_penalty(prepared.model, chosen, 0.1, optimizer=prepared.optimizer)
-    for batch in make_batches(STEPS * 4, BATCH, torch.float32)[STEPS * number : STEPS * (number + 1)]:
+    for batch in make_batches(STEPS * 4, BATCH, torch.float32)[STEPS * number :][:steps]:
         prepared.zero_grad(to_none=True)
         prepared.backward(loss_fn(prepared.model, my_part(batch)), True)
         prepared.step()
@@ -69,6 +69,18 @@ def test_training_goes_on_under_other_engines_and_ranks(journey: list[tuple[str,
             for name, weight in net.named_parameters():
                 if not name.startswith("unused"):  # an engine with flat buffers decays it
                     assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, (engine, name)
+
+
+def resumed(engine: str, folder: str) -> list[str]:
+    """Names of the weights that differ in any bit between two legs and one of twice the length."""
+    leg(engine, 0, folder)
+    found, expected = leg(engine, 1, folder), leg(engine, 0, folder, 2 * STEPS)
+    return [name for name, weight in expected.items() if not torch.equal(found[name], weight)]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-shard1", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[:4]])
+def test_the_same_engine_goes_on_to_the_bit(engine: str, tmp_path: Path) -> None:
+    assert run_ranks(2, resumed, engine, str(tmp_path)) == [[], []]
 
 
 # -- DeepSpeed's own checkpoints -----------------------------------------------------------------------------------------

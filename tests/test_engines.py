@@ -23,11 +23,14 @@ from dcft_dist import (
     FundamentalSet,
     attach_penalty,
     collectives,
+    load_weights,
+    save_weights,
     score_importance,
     select_fundamental,
     warm_up_head,
 )
-from dcft_dist.engines import find_engine, private
+from dcft_dist.checkpoint import load_checkpoint, model_state, save_checkpoint
+from dcft_dist.engines import Leaf, Segment, find_engine, private, wrap
 from dcft_dist.importance import Scores
 from dcft_dist.removal import removed
 
@@ -67,7 +70,11 @@ def score(engine: str) -> dict[str, Tensor]:
     """Two items in a score batch; DeepSpeed's own accumulation is another one, and its clipping would be felt."""
     batches = [my_part(b) for b in make_batches(NUM, SIZE, torch.float32)]
     model = get(engine, accumulation=3, clip_norm=1e-3).model
-    return whole_scores(score_importance(model, batches, loss_fn, head=HEAD, criterion="removal", accumulation=2))
+    with collectives.counted() as count:
+        scores = score_importance(model, batches, loss_fn, head=HEAD, criterion="removal", accumulation=2)
+    if not engine.startswith(("single", "ddp")):  # there the reduced gradients are not sharded
+        assert count.num_bytes < 4 * sum(p.numel() for p in make_net().parameters()), "nothing of full size is gathered"
+    return whole_scores(scores)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -83,17 +90,17 @@ def test_scores_are_those_of_one_process(engine: str) -> None:
             torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-8, msg=name)
 
 
+def half_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0].bfloat16()).float(), batch[1])
+
+
 def score_apart(engine: str) -> float:
     """Largest difference between the scores of two batches and the mean of the scores of each, relative."""
-
-    def loss_bf16(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0].bfloat16()).float(), batch[1])
-
     size = SIZE // dist.get_world_size()
     model = prepare(make_net, engine, lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=size).model
     batches = [my_part(b) for b in make_batches(2, SIZE, torch.float32)]
     both, one, two = (
-        whole_scores(score_importance(model, b, loss_bf16, head=HEAD)) for b in (batches, batches[:1], batches[1:])
+        whole_scores(score_importance(model, b, half_loss, head=HEAD)) for b in (batches, batches[:1], batches[1:])
     )
     return max(float((both[n] - (one[n] + two[n]) / 2).abs().max() / both[n].max().clamp(min=1e-12)) for n in both)
 
@@ -128,6 +135,30 @@ def test_training_after_scoring_is_bit_equal(engine: str) -> None:
         assert not torch.equal(after["blocks.0.up.weight"].view(-1), start["blocks.0.up.weight"].view(-1)), "the body moves"
 
 
+def scale_after_scoring(engine: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A dynamic loss scale, which CPUs have no use for: scoring is no step that it may count."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+
+    prepared, batches = get(engine), [my_part(b) for b in make_batches(2, SIZE, torch.float32)]
+    optimizer = prepared.model.optimizer
+    scaler = DynamicLossScaler(64.0, 2.0, 1, 1.0, 1, False, False, torch.float16)
+    optimizer.loss_scaler = scaler
+    before = dict(vars(scaler)), prepared.model.micro_steps, prepared.model.global_steps, prepared.model.skipped_steps
+    score_importance(prepared.model, batches, loss_fn, head=HEAD)
+    return before, (
+        dict(vars(scaler)),
+        prepared.model.micro_steps,
+        prepared.model.global_steps,
+        prepared.model.skipped_steps,
+    )
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_scoring_leaves_loss_scale_and_counters(engine: str) -> None:
+    for before, after in run_ranks(2, scale_after_scoring, engine):
+        assert before == after
+
+
 def linked_state(engine: str) -> float:
     from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -144,14 +175,15 @@ def test_scoring_first_does_not_hide_the_optimizer_state(engine: str) -> None:
     assert all(momentum > 0 for momentum in run_ranks(2, linked_state, engine))
 
 
-def without(engine: str) -> list[float]:
-    model = get(engine).model
+def without(engine: str, bf16: bool) -> list[float]:
+    make = lambda p: make_optimizer("sgd", p)  # noqa: E731
+    model = prepare(make_net, engine, make, bf16=bf16, micro_batch=SIZE // dist.get_world_size()).model
     chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)})
     batch = my_part(make_batches(1, SIZE, torch.float32)[0])
 
     def loss() -> float:
         with torch.no_grad():
-            value = loss_fn(model, batch)
+            value = half_loss(model, batch) if bf16 else loss_fn(model, batch)
         find_engine(model).settle()
         return float(collectives.all_reduce(value.detach().clone(), what="loss")) / dist.get_world_size()
 
@@ -161,14 +193,20 @@ def without(engine: str) -> list[float]:
     return [*losses, loss()]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_removed_weights_are_gone_and_come_back(engine: str) -> None:
+@pytest.mark.parametrize(("engine", "bf16"), [*((e, False) for e in ENGINES), *((e, True) for e in ("fsdp2", *ZERO[:4]))])
+def test_removed_weights_are_gone_and_come_back(engine: str, bf16: bool) -> None:
     net, batch = make_net().eval(), make_batches(1, SIZE, torch.float32)[0]
-    whole = float(loss_fn(net, batch))
-    net.blocks[0].up.weight.data.zero_()
-    for before, during, after in run_ranks(1 if engine == "single" else 2, without, engine):
-        assert before == pytest.approx(whole, abs=1e-6) and after == before
-        assert during == pytest.approx(float(loss_fn(net, batch)), abs=1e-6) and abs(during - before) > 1e-3
+    loss, limit = (half_loss, 1e-2) if bf16 else (loss_fn, 1e-6)
+    if bf16:
+        net.bfloat16()
+    with torch.no_grad():
+        whole = float(loss(net, batch))
+        net.blocks[0].up.weight.zero_()
+        expected = float(loss(net, batch))
+    assert abs(expected - whole) > 2 * limit
+    for before, during, after in run_ranks(1 if engine == "single" else 2, without, engine, bf16):
+        assert before == pytest.approx(whole, abs=limit) and after == before
+        assert during == pytest.approx(expected, abs=limit)
 
 
 def warm_up_then_train(engine: str) -> dict[str, float]:
@@ -216,15 +254,12 @@ def mlp_masks() -> dict[str, Tensor]:
     }
 
 
-def train_mlp(kind: str, level: str, where: str, optimizer_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Under tensor parallelism x FSDP2, or compiled block by block; returns (scores, whole weights)."""
+def make_mlp(kind: str) -> nn.Module:
+    """Under tensor parallelism x FSDP2 on 2 x 2 ranks, compiled block by block, or plain."""
     torch.manual_seed(0)
     net: Any = Mlp().double()
-    batches = make_batches(4, SIZE, torch.float64)
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     if kind == "tensor_parallel":
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-        ranks, rank = 2, mesh["dp"].get_local_rank()
         parallelize_module(net, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
         # The rest is replicated over the tensor-parallel ranks.
         parallelize_module(net, mesh["tp"], {"norm": Whole(), "head": Whole()})
@@ -234,6 +269,15 @@ def train_mlp(kind: str, level: str, where: str, optimizer_name: str) -> tuple[d
         net.up = torch.compile(net.up, backend="aot_eager")
         fully_shard(net.up)
         fully_shard(net)
+    return net  # type: ignore[no-any-return]
+
+
+def train_mlp(kind: str, level: str, where: str, optimizer_name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns (scores, whole weights)."""
+    net, batches = make_mlp(kind), make_batches(4, SIZE, torch.float64)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if kind == "tensor_parallel":
+        ranks, rank = 2, rank // 2
     mine = [(x.chunk(ranks)[rank], y.chunk(ranks)[rank]) for x, y in batches] if kind != "one" else batches
     scores = whole_scores(score_importance(net, mine, loss_fn, head=HEAD, criterion="removal"))
     optimizer = make_optimizer(optimizer_name, net.parameters())
@@ -270,6 +314,47 @@ def test_tensor_parallel_and_compiled_blocks(kind: str, ranks: int, level: str, 
         assert max(float((weights[n] - state[n]).abs().max()) for n in state) <= 1e-10
 
 
+def save_mlp(folder: str) -> None:
+    net = make_mlp("tensor_parallel")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(2.0)
+    save_weights(net, f"{folder}/weights")
+    save_checkpoint(Path(folder) / "checkpoint", model_state(net), {})
+
+
+def load_mlp(folder: str, kind: str) -> list[dict[str, Tensor]]:
+    found = []
+    for load in (load_weights, lambda net, f: load_checkpoint(Path(f).parent / "checkpoint", net)):
+        net = make_mlp(kind)
+        load(net, f"{folder}/weights")
+        found.append({n: full(p.detach()).clone() for n, p in net.named_parameters()})
+    return found
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("plain", 1), ("tensor_parallel", 4)])
+def test_weights_and_checkpoints_under_tensor_parallelism(kind: str, ranks: int, tmp_path: Path) -> None:
+    run_ranks(4, save_mlp, str(tmp_path))
+    expected = {n: 2.0 * p.detach() for n, p in make_mlp("plain").named_parameters()}
+    for results in run_ranks(ranks, load_mlp, str(tmp_path), kind):
+        for found in results:
+            assert all(torch.equal(found[n], w) for n, w in expected.items())
+
+
+# -- the trainer's way of wrapping ---------------------------------------------------------------------------------------
+
+
+def clipping_of_the_trainer() -> float:
+    net = make_net()
+    plan = wrap.Plan("deepspeed", torch.device("cpu"), list(net.blocks))
+    found = wrap.prepare(net, plan, lambda weights: make_optimizer("sgd", [p for _, p, _ in weights]))
+    return float(found.model.gradient_clipping())
+
+
+def test_the_clipping_that_deepspeed_would_do_is_off() -> None:
+    assert run_ranks(1, clipping_of_the_trainer) == [0.0]
+
+
 # -- what fails in silence elsewhere is an error here --------------------------------------------------------------------
 
 
@@ -291,6 +376,54 @@ def silent_failures(engine: str) -> dict[str, str]:
             return net
 
         one_step(prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=len(batch[0])), batch)
+
+    def attached_with_optimizer_before_wrapping() -> None:
+        """At the update level, with the optimizer that the engine is then given."""
+        optimizer: Any = None
+
+        def make() -> Any:
+            nonlocal optimizer
+            net = make_net()
+            optimizer = make_optimizer("adamw", net.parameters())
+            attach_penalty(net, chosen, optimizer=optimizer)
+            return net
+
+        kept = [optimizer]  # under FSDP1 with original parameters and DeepSpeed it goes on to step the weights
+        prepared = prepare(make, engine, lambda p: kept.append(optimizer) or optimizer, micro_batch=len(batch[0]))
+        one_step(prepared, batch)
+
+    def hooks_on_the_sharded() -> None:
+        """What others hook: there nothing ever fires."""
+        prepared = get(engine, optimizer="sgd")
+        kind = type(find_engine(prepared.model))
+        leaves = kind.leaves
+        kind.leaves = lambda self: [  # type: ignore[method-assign]
+            Leaf(s.parameter, (Segment(s.name, 0, s.box),)) for s in self.shards() if s.parameter.requires_grad
+        ]
+        try:
+            attach_penalty(prepared.model, chosen)
+        finally:
+            kind.leaves = leaves  # type: ignore[method-assign]
+        one_step(prepared, batch)
+
+    def wrapped_again() -> None:
+        """DeepSpeed takes the module over with other partitions and another optimizer."""
+        prepared = get(engine, optimizer="adamw")
+        attach_penalty(prepared.model, chosen)
+        again = prepare(
+            lambda: prepared.model.module, engine, lambda p: make_optimizer("adamw", p), micro_batch=len(batch[0])
+        )
+        one_step(again, batch)
+
+    def weights_assigned() -> None:
+        """`load_state_dict(assign=True)` puts other tensors in the place of the sharded ones."""
+        prepared = get(engine, optimizer="adamw")
+        attach_penalty(prepared.model, chosen, optimizer=prepared.optimizer)
+        state = {n: torch.nn.Parameter(t.detach().clone()) for n, t in prepared.model.state_dict().items()}
+        prepared.model.load_state_dict(state, assign=True)
+        prepared.model.frozen.requires_grad_(False)
+        prepared.optimizer = make_optimizer("adamw", prepared.model.parameters())
+        one_step(prepared, batch)
 
     def hooks_lost() -> None:
         prepared = get(engine, optimizer="sgd")
@@ -320,7 +453,15 @@ def silent_failures(engine: str) -> dict[str, str]:
         prepared = prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=len(batch[0]))
         attach_penalty(prepared.model, chosen, optimizer=optimizer)
 
-    for case in (attached_before_wrapping, hooks_lost, applied_twice, optimizer_before_wrapping):
+    cases = [attached_before_wrapping, attached_with_optimizer_before_wrapping, hooks_lost, applied_twice]
+    cases += [optimizer_before_wrapping]
+    if engine.startswith("fsdp"):
+        cases.append(hooks_on_the_sharded)
+    if engine == "fsdp2":
+        cases.append(weights_assigned)
+    if engine.startswith("zero"):
+        cases.append(wrapped_again)
+    for case in cases:
         try:
             case()
         except DcftError as error:
@@ -341,6 +482,16 @@ def test_what_fails_in_silence_elsewhere_raises(engine: str, ranks: int) -> None
             assert "attach it after sharding" in found["attached_before_wrapping"]
         else:
             assert "attached_before_wrapping" not in found
+        if engine.endswith("orig"):  # the same objects, with a part of their values each
+            assert "attach it after sharding" in found["attached_with_optimizer_before_wrapping"]
+        elif engine.startswith("zero"):
+            assert "attach the penalty after deepspeed.initialize" in found["attached_with_optimizer_before_wrapping"]
+        assert "hold a gradient, but no hook fired" in found.get(
+            "hooks_on_the_sharded", "hold a gradient, but no hook fired"
+        )
+        assert ("hooks_on_the_sharded" in found) == engine.startswith("fsdp")
+        assert ("attach it after sharding" in found.get("wrapped_again", "")) == engine.startswith("zero")
+        assert ("attach it after sharding" in found.get("weights_assigned", "")) == (engine == "fsdp2")
         wrong = (
             "DeepSpeed steps with the optimizer given" if engine.startswith("zero") else "steps none of the model's weights"
         )
@@ -366,6 +517,9 @@ def test_hooks_on_sharded_parameters_never_fire_but_these_do() -> None:
     assert run_ranks(2, hooks_on_originals) == [[0, 1, 0, 1]] * 2
 
 
+NOSYNC = ("fsdp1-full-flat-nosync", "fsdp1-full-orig-nosync")
+
+
 def refusals() -> dict[str, str]:
     found: dict[str, str] = {}
     chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
@@ -384,6 +538,14 @@ def refusals() -> dict[str, str]:
     attempt("bare", lambda: attach_penalty(engine.model.module, chosen))
     engine.backward(loss_fn(engine.model, batches[0]), last=False)
     attempt("middle", lambda: score_importance(engine.model, batches, loss_fn, head=HEAD))
+    for name in ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "fsdp2", *NOSYNC):
+        waiting = get(name)  # the step of this backward is still to come
+        with waiting.accumulating(last=False):
+            waiting.backward(loss_fn(waiting.model, batches[0]), last=name.startswith("zero"))
+        attempt(f"waiting {name}", lambda model=waiting.model: score_importance(model, batches, loss_fn, head=HEAD))
+        if name.startswith("zero"):
+            waiting.step()
+            score_importance(waiting.model, batches, loss_fn, head=HEAD)
     unmanaged = prepare(
         make_net, "zero2", lambda p: make_optimizer("sgd", p), micro_batch=SIZE // dist.get_world_size(),
         zero_options={"managed_gradient_accumulation": False},
@@ -401,7 +563,8 @@ def test_refusals() -> None:
     for found in run_ranks(2, refusals):
         assert "wrap the root module in FullyShardedDataParallel too" in found["part"]
         assert "pass the DeepSpeedEngine" in found["bare"]
-        assert "gradients are being accumulated: score at a step boundary" in found["middle"]
+        waiting = [what for case, what in found.items() if case == "middle" or case.startswith("waiting")]
+        assert len(waiting) == 9 and all("score at a step boundary" in what for what in waiting), found
         assert "scoring needs managed_gradient_accumulation" in found["unmanaged"]
         assert "DeepSpeed clips inside its step" in found["clipping"]
 
@@ -434,6 +597,7 @@ def private_objects() -> dict[str, list[str]]:
     loss_fn(fsdp1, my_part(make_batches(1, SIZE, torch.float32)[0]))
     state = fsdp2._get_fsdp_state()
     parameters = [dict(z.model.module.named_parameters())["conv.weight"] for z in (zero2, zero3)]
+    checkpointed = get("fsdp2-checkpoint").model.blocks[0]
     half = prepare(make_net, "zero0", lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=SIZE // 2)
     bf16 = prepare(make_net, "zero1-sum32", lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=SIZE // 2)
     objects = {
@@ -448,6 +612,11 @@ def private_objects() -> dict[str, list[str]]:
         "DeepSpeedEngine": zero2.model,
         "DeepSpeedZeroOptimizer": zero2.model.optimizer,
         "DeepSpeedZeroOptimizer.parameter": parameters[0],
+        "DeepSpeedZeroOptimizer.parameter._hp_mapping": next(
+            p._hp_mapping for p in zero2.model.module.parameters() if getattr(p, "_hp_mapping", None)
+        ),
+        "CheckpointWrapper": checkpointed,
+        "OptimizedModule": torch.compile(nn.Linear(1, 1)),
         "DeepSpeedZeroOptimizer_Stage3": zero3.model.optimizer,
         "DeepSpeedZeroOptimizer_Stage3.parameter": parameters[1],
         "FP16_UnfusedOptimizer": half.model.optimizer,

@@ -163,9 +163,13 @@ def hf_errors(folder: str) -> list[str]:
     trainer.train()
     for file in Path(folder).rglob("fundamental.safetensors"):
         file.unlink(missing_ok=True)
-    cases = [make_trainer("ddp", folder, 6), make_trainer("ddp", folder, 6)]
-    cases[1][1].recipe = replace(cases[1][1].recipe, num_batches=100)
-    for (trainer, _), resume in zip(cases, (f"{folder}/checkpoint-3", None), strict=True):
+    elsewhere = make_trainer("ddp", f"{folder}/other", 6)  # has a set, but it is not that of the checkpoint
+    masks = {"bert.pooler.dense.weight": torch.ones_like(elsewhere[0].model.bert.pooler.dense.weight, dtype=torch.bool)}
+    FundamentalSet.from_masks(masks).save(f"{folder}/other/fundamental.safetensors")
+    cases = [make_trainer("ddp", folder, 6), elsewhere, make_trainer("ddp", folder, 6)]
+    cases[2][1].recipe = replace(cases[2][1].recipe, num_batches=100)
+    checkpoint = f"{folder}/checkpoint-3"
+    for (trainer, _), resume in zip(cases, (checkpoint, checkpoint, None), strict=True):
         try:
             trainer.train(resume_from_checkpoint=resume)
         except Exception as error:
@@ -174,7 +178,8 @@ def hf_errors(folder: str) -> list[str]:
 
 
 def test_transformers_errors(tmp_path: Path) -> None:
-    lost, short = run_ranks(1, hf_errors, str(tmp_path))[0]
+    lost, stale, short = run_ranks(1, hf_errors, str(tmp_path))[0]
+    assert "pass the one of the checkpoint as fundamental=FundamentalSet.load(...)" in stale
     assert "FundamentalSetError: training goes on at step 3, but there is no fundamental set" in lost
     assert "ScoreError: there are only 12 batches a rank to score on" in short
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from dcft_dist import FundamentalSet, attach_penalty
 
 from .nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
-from .prepared import ENGINES, FSDP1, FSDP2, ZERO, prepare
+from .prepared import DDP, ENGINES, FSDP1, FSDP2, ZERO, prepare
 from .ranks import run_ranks
 
 STEPS, GLOBAL_BATCH, CLIP_NORM = 10, 8, 0.2
@@ -52,7 +52,8 @@ class Case:
 
 
 FULL = [Case(*place, a, o) for place, a, o in itertools.product(PLACES, (1, 3), ("sgd", "momentum", "adamw"))]
-BF16 = [Case(*place, a, "sgd", "bf16") for place, a in itertools.product(PLACES[::2], (1, 3))]
+SMOOTH = ("sgd", "momentum", "adamw_smooth")
+BF16 = [Case(*place, a, o, "bf16") for place, a, o in itertools.product(PLACES, (1, 3), SMOOTH)]
 
 
 def pairs(cases: list[Case]) -> list[Case]:
@@ -129,8 +130,9 @@ def reference(case: Case, unused_are_zero: bool, parts: int = 1, masks_by_rank: 
 
 
 @cache
-def bf16_reference(case: Case, rounded_start: bool, ranks: int) -> dict[str, Tensor]:
-    """Compute in bfloat16 emulated: each rank's part of the batch, weights and gradients rounded, summed in float32."""
+def bf16_reference(case: Case, rounded_start: bool, autocast: bool, ranks: int) -> dict[str, Tensor]:
+    """Compute in bfloat16 emulated: each rank's part of the batch, weights and gradients rounded, summed in float32; or
+    each part under autocast."""
     net = make_net(torch.float32)
     if rounded_start:  # DeepSpeed's float32 weights are copies of the rounded ones
         net.to(torch.bfloat16).to(torch.float32)
@@ -142,6 +144,11 @@ def bf16_reference(case: Case, rounded_start: bool, ranks: int) -> dict[str, Ten
         total = {n: torch.zeros_like(p) for n, p in named.items()}
         for x, y in batches[step * case.accumulation : (step + 1) * case.accumulation]:
             for part in zip(x.chunk(ranks), y.chunk(ranks), strict=True):
+                if autocast:
+                    loss = autocast_loss(net, part) / case.accumulation
+                    for n, g in zip(named, torch.autograd.grad(loss, named.values(), allow_unused=True), strict=True):
+                        total[n] += g / ranks if g is not None else 0.0
+                    continue
                 low = make_net(torch.float32)
                 low.load_state_dict(net.state_dict())
                 low.to(torch.bfloat16)
@@ -163,6 +170,11 @@ def bf16_reference(case: Case, rounded_start: bool, ranks: int) -> dict[str, Ten
                 for n, p in named.items():
                     p.copy_(old[n] + m[n] * (p - old[n]))
     return {n: p.detach() for n, p in net.named_parameters()}
+
+
+def autocast_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return loss_fn(model, batch)
 
 
 def half_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -195,14 +207,16 @@ def train(engine: str, case: Case, to_none: bool, masks_by_rank: bool = False) -
         rest_factor=REST,
         unscored_factor=UNSCORED,
     )  # type: ignore[arg-type]
-    loss = half_loss if case.precision == "bf16" else loss_fn
+    half = autocast_loss if engine.startswith(("single", "ddp")) else half_loss
+    loss = half if case.precision == "bf16" else loss_fn
     batches = make_batches(STEPS * case.accumulation, GLOBAL_BATCH, case.dtype)
     for step in range(STEPS):
         prepared.zero_grad(to_none)
         micro_batches = batches[step * case.accumulation : (step + 1) * case.accumulation]
         for i, batch in enumerate(micro_batches):
-            value = loss(prepared.model, my_part(batch)) / case.accumulation
-            prepared.backward(value, last=i == len(micro_batches) - 1)
+            last = i == len(micro_batches) - 1
+            with prepared.accumulating(last):
+                prepared.backward(loss(prepared.model, my_part(batch)) / case.accumulation, last)
         if case.clip == "after_penalty" and case.where == "after":
             penalty.apply()
         prepared.clip()
@@ -216,7 +230,7 @@ def gives_zeros(engine: str) -> bool:
 
 
 def limit(case: Case) -> float:
-    return 5e-3 if case.precision == "bf16" else 1e-10 if case.dtype == torch.float64 else 1e-6
+    return 5e-4 if case.precision == "bf16" else 1e-10 if case.dtype == torch.float64 else 1e-6
 
 
 def cases_for(engine: str, cases: list[Case]) -> list[Case]:
@@ -242,7 +256,7 @@ def check(engine: str, world_size: int, cases: list[Case]) -> None:
     for results in run_ranks(world_size, run_cases, engine, cases, deadline_s=300):
         for case, (state, calls, frozen) in zip(cases, results, strict=True):
             expected = (
-                bf16_reference(case, engine.startswith("zero"), world_size)
+                bf16_reference(case, engine.startswith("zero"), engine.startswith(("single", "ddp")), world_size)
                 if case.precision == "bf16"
                 else reference(case, gives_zeros(engine))
             )
@@ -255,7 +269,10 @@ def check(engine: str, world_size: int, cases: list[Case]) -> None:
             assert frozen == ("frozen.weight", "frozen.bias")
 
 
-@pytest.mark.parametrize("engine", ["single", "ddp", "fsdp2", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[:4]])
+MAIN = ["single", "ddp", "fsdp2", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[:4]]
+
+
+@pytest.mark.parametrize("engine", MAIN)
 def test_equals_one_process(engine: str) -> None:
     """The full product of level, place, clipping, accumulation and optimizer."""
     check(engine, 1 if engine == "single" else 2, FULL)
@@ -264,16 +281,27 @@ def test_equals_one_process(engine: str) -> None:
 @pytest.mark.parametrize(("engine", "world_size"), list(itertools.product(ENGINES[1:], [1, 2, 4])))
 def test_equals_one_process_in_every_variant(engine: str, world_size: int) -> None:
     """Every variant on every number of ranks; together the three meet all pairs of the other axes' values."""
-    first = (ENGINES.index(engine) + world_size) % 3
+    first = (ENGINES.index(engine) + (1, 2, 4).index(world_size)) % 3
     check(engine, world_size, pairs(FULL)[first::3])
 
 
-HALF = ["fsdp2", "fsdp2-hybrid", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[:4], *(f"zero{s}-sum32" for s in (1, 2, 3))]
+@pytest.mark.parametrize("engine", MAIN)
+def test_bf16_is_within_its_rounding(engine: str) -> None:
+    """The full product again."""
+    check(engine, 1 if engine == "single" else 2, BF16)
+
+
+HALF = ["ddp-nosync", "fsdp2-hybrid", "fsdp2-groups", "fsdp1-hybrid-orig", *(f"zero{s}-sum32" for s in (1, 2, 3))]
 
 
 @pytest.mark.parametrize("engine", HALF)
-def test_bf16_is_within_its_rounding(engine: str) -> None:
-    check(engine, 2, BF16)
+def test_bf16_in_variants(engine: str) -> None:
+    check(engine, 2, pairs(BF16))
+
+
+@pytest.mark.parametrize(("engine", "world_size"), list(itertools.product(MAIN[1:], [1, 4])))
+def test_bf16_on_other_numbers_of_ranks(engine: str, world_size: int) -> None:
+    check(engine, world_size, pairs(BF16)[(1, 4).index(world_size) :: 2])
 
 
 def by_rank(engine: str) -> list[float]:
@@ -286,8 +314,13 @@ def by_rank(engine: str) -> list[float]:
     return out
 
 
-@pytest.mark.parametrize("engine", ["ddp", *FSDP2, *FSDP1, *ZERO])
-def test_before_is_before_the_reduction(engine: str) -> None:
+HYBRID = ["fsdp2-groups", *(engine for engine in ENGINES if "hybrid" in engine)]
+
+
+@pytest.mark.parametrize(
+    ("engine", "world_size"), [*((e, 2) for e in (*DDP, *FSDP2, *FSDP1, *ZERO)), *((e, 4) for e in HYBRID)]
+)
+def test_before_is_before_the_reduction(engine: str, world_size: int) -> None:
     """With another mask on each rank, the result is that of masks applied to each rank's own gradient."""
-    for differences in run_ranks(2, by_rank, engine):
+    for differences in run_ranks(world_size, by_rank, engine):
         assert max(differences) <= 1e-6, differences

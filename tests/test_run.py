@@ -312,18 +312,29 @@ def test_another_configuration_in_the_same_directory(tiny: Path, tmp_path: Path)
 # -- engines -----------------------------------------------------------------------------------------------------------
 
 
-def test_every_engine(tiny: Path, tmp_path: Path) -> None:
+# (engine, stage of ZeRO, further keys)
+WHOLE = [("fsdp2", 2, ()), ("ddp", 2, ()), ("deepspeed", 1, ())]
+HALF = [("ddp", 2, ()), ("fsdp2", 2, ("--sharding.replicas", "2")), ("fsdp1", 2, ())]
+HALF += [("deepspeed", 2, ("--sharding.offload", "true")), ("deepspeed", 3, ())]
+CLIP = ("--train.clip_grad_norm", "0.5", "--train.clip_order")
+SGD = ("--optimizer.name", "sgd", "--optimizer.lr", "0.05", "--optimizer.weight_decay", "0", "--train.precision", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("engines", "options", "limit"),
+    [(WHOLE, (*CLIP, "before_penalty"), 1e-4), (HALF, (*CLIP, "after_penalty", *SGD), 2e-2)],
+    ids=["adamw", "sgd-bf16"],
+)
+def test_every_engine(engines: Any, options: Any, limit: float, tiny: Path, tmp_path: Path) -> None:
     """The same run, by one key: the same numbers, clipping and accumulation included."""
-    clip = ["--train.clip_grad_norm", "0.5", "--train.clip_order", "before_penalty", "--removal.fractions", "[]"]
-    stages = [("deepspeed", str(stage)) for stage in (1, 3)]
     found = {}
-    for engine, stage in [("fsdp2", "2"), ("ddp", "2"), ("fsdp1", "2"), *stages]:
-        name = f"{engine}{stage}"
-        summary = train(tiny, tmp_path, "--name", name, "--engine", engine, "--sharding.zero_stage", stage, *clip)
-        assert summary["engine"] == engine
+    for engine, stage, more in engines:
+        name, more = f"{engine}{stage}", (*more, *options, "--removal.fractions", "[]")
+        summary = train(tiny, tmp_path, "--name", name, "--engine", engine, "--sharding.zero_stage", str(stage), *more)
+        assert summary["engine"] == engine and summary["level"] == ("gradient" if "sgd" in options else "update")
         found[name] = [summary["test"]["loss"], summary["validation"]["loss"]]
     first, *others = found.values()
-    assert all(losses == pytest.approx(first, abs=1e-4) for losses in others), found
+    assert all(losses == pytest.approx(first, abs=limit) for losses in others), found
 
 
 def test_a_run_goes_on_under_another_engine_and_number_of_ranks(tiny: Path, tmp_path: Path) -> None:

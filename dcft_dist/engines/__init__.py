@@ -28,6 +28,7 @@ def find_engine(model: nn.Module) -> Engine:
         raise EngineError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, nn.DataParallel):
         raise EngineError("DataParallel is not supported: use DistributedDataParallel, fully_shard or DeepSpeed")
+    check_version("torch")
     if (deepspeed := sys.modules.get("deepspeed")) is not None and isinstance(model, deepspeed.DeepSpeedEngine):
         from .zero import ZeroEngine
 
@@ -38,10 +39,8 @@ def find_engine(model: nn.Module) -> Engine:
     if isinstance(model, DistributedDataParallel):
         return ReplicatedEngine(model, model.module, "ddp")
     if is_fsdp1(model):
-        check_version("torch")
         return FSDP1Engine(model)
     if is_fsdp2(model):
-        check_version("torch")
         return FSDP2Engine(model)
     if has_dtensors(model):
         raise EngineError("the model has DTensor weights but no fully_shard: call fully_shard on it too")

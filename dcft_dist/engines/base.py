@@ -144,6 +144,10 @@ class Engine(ABC):
             found.setdefault(id(parameter), []).append(name)
         return found
 
+    def holds(self) -> bool:
+        """Whether the weights are still kept as this engine found them, as far as `stepped` does not tell."""
+        return True
+
     def settle(self) -> None:
         """Drops unsharded copies of the weights that a forward without backward may have left behind."""
         return None

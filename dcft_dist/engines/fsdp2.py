@@ -74,6 +74,11 @@ class FSDP2Engine(Engine):
             shards.append(Shard(name, p, local_tensor(p.detach()), box, *box.share(*_replica(p))))
         return shards
 
+    def stepped(self) -> dict[int, list[str]]:
+        now = {id(p) for unit in _units(self.module) for p in private.fsdp2_sharded(unit)}
+        known = {id(p): [name] for name, p in self.names.parameters.items() if not isinstance(p, DTensor) or id(p) in now}
+        return {**{key: [] for key in now}, **known}
+
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:
         groups = [group for unit in _units(self.module) for group in private.fsdp2_groups(unit)]

@@ -22,7 +22,7 @@ from ..names import clean
 log = logging.getLogger(__name__)
 
 # Package -> (first, last) version series on which the attributes below were seen to work.
-TESTED = {"torch": ("2.13", "2.13"), "deepspeed": ("0.19", "0.19")}
+TESTED = {"torch": ("2.13", "2.13"), "deepspeed": ("0.19", "0.19"), "transformers": ("5.23", "5.23")}
 
 # Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
 USES: dict[str, tuple[str, ...]] = {
@@ -32,7 +32,7 @@ USES: dict[str, tuple[str, ...]] = {
     "FSDPModule": ("_get_fsdp_state",),
     "FSDPState": ("_fsdp_param_groups",),
     "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
-    "FSDPParam": ("unsharded_accumulated_grad",),
+    "FSDPParam": ("unsharded_accumulated_grad", "sharded_param"),
     "FullyShardedDataParallel": ("_handle", "_inter_node_pg"),
     "FlatParamHandle": ("flat_param", "process_group", "uses_sharded_strategy", "reshard"),
     "FlatParameter": (
@@ -54,9 +54,12 @@ USES: dict[str, tuple[str, ...]] = {
         "clip_grad",
         "loss_scaler",
         "overflow",
+        "micro_step_id",
+        "_global_grad_norm",
         "_hp_optimizer_states_linked",
     ),
     "DeepSpeedZeroOptimizer.parameter": ("_hp_mapping",),
+    "DeepSpeedZeroOptimizer.parameter._hp_mapping": ("lp_fragment_address", "hp_fragment_address", "hp_fragment"),
     "DeepSpeedZeroOptimizer_Stage3": (
         "optimizer",
         "fp16_groups",
@@ -70,8 +73,11 @@ USES: dict[str, tuple[str, ...]] = {
         "loss_scaler",
         "overflow",
         "micro_step_id",
+        "_epilogue_ran_this_backward",
+        "_global_grad_norm",
     ),
     "DeepSpeedZeroOptimizer_Stage3.parameter": (
+        "_z3_optimizer",
         "ds_id",
         "ds_shape",
         "ds_numel",
@@ -85,9 +91,12 @@ USES: dict[str, tuple[str, ...]] = {
         "fp32_groups_flat_partition",
         "update_lp_params",
         "clip_grad",
+        "fp32_groups_has_gradients",
         "_hp_optimizer_states_linked",
     ),
-    "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups", "clip_grad"),
+    "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups", "clip_grad", "cur_scale", "cur_iter"),
+    "CheckpointWrapper": ("_checkpoint_wrapped_module",),
+    "OptimizedModule": ("_orig_mod",),
     "deepspeed.ops": ("__compatible_ops__",),
     "transformers.Trainer": ("_prepare_inputs",),
 }
@@ -157,6 +166,11 @@ def fsdp2_groups(unit: Any) -> list[Any]:
 def fsdp2_accumulates(group: Any) -> bool:
     """Whether gradients wait there to be reduced."""
     return any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+
+
+def fsdp2_sharded(unit: Any) -> list[Any]:
+    """The sharded parameters that a unit works with now: others than at first, after `load_state_dict(assign=True)`."""
+    return [p.sharded_param for group in fsdp2_groups(unit) for p in group.fsdp_params]
 
 
 @contextmanager
@@ -343,6 +357,24 @@ def zero3_partition(parameter: Any) -> tuple[Tensor, int] | None:
         return None
     numel, first = _zero3_range(parameter)
     return parameter.ds_tensor.detach().view(-1)[:numel], first
+
+
+def zero_gradients_wait(optimizer: Any) -> bool:
+    """Whether a backward has left gradients there for a step that is still to come (stages 1 to 3)."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return bool(optimizer.micro_step_id > 0 or optimizer._epilogue_ran_this_backward)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return bool(optimizer.micro_step_id >= 0)
+    return any(any(group) for group in getattr(optimizer, "fp32_groups_has_gradients", ()))
+
+
+def zero_steps(optimizer: Any, flats: list[Flat]) -> bool:
+    """Whether the model's weights are still tied to these partitions: `deepspeed.initialize` ties them to new ones."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return all(part.parameter._z3_optimizer is optimizer for flat in flats for part in flat.parts)
+    mapped = [(f, getattr(part.parameter, "_hp_mapping", None)) for f in flats if not f.replicated for part in f.parts]
+    storages = [(m.hp_fragment.untyped_storage(), f.tensor.untyped_storage()) for f, m in mapped if m is not None]
+    return all(one.data_ptr() == other.data_ptr() for one, other in storages)
 
 
 def zero_step_that_reads(optimizer: Any, inner: Any, read: list[tuple[Any, Tensor]]) -> None:

@@ -22,6 +22,7 @@ class ReplicatedEngine(Engine):
     def __init__(self, model: nn.Module, module: nn.Module, name: str) -> None:
         super().__init__(model, module, ParameterNames.of(module))
         self.name = name
+        self._shapes = {id(p): p.shape for p in self.names.parameters.values()}
         group = getattr(model, "process_group", None) if name == "ddp" else None
         if group is not None and dist.get_world_size(group) != collectives.world_size():
             raise EngineError(
@@ -41,8 +42,10 @@ class ReplicatedEngine(Engine):
         return [flat_shard(name, p, p.detach(), p.numel(), 0, share) for name, p in self.names.parameters.items()]
 
     def stepped(self) -> dict[int, list[str]]:
-        # The module's weights as they are now: others than in `names` if it was sharded or re-built since.
-        return {id(p): [clean(name)] for name, p in self.module.named_parameters()}
+        # The module's weights as they are now: others than in `names` if it was sharded or re-built since, or the same
+        # objects with a part of their values each (FSDP1 with use_orig_params).
+        now = {id(p): (clean(name), p.shape) for name, p in self.module.named_parameters()}
+        return {key: [name] for key, (name, shape) in now.items() if self._shapes.get(key, shape) == shape}
 
     def scoring_model(self) -> nn.Module:
         return self.module  # below DDP

@@ -93,6 +93,9 @@ class ZeroEngine(Engine):
         # All of a group's names, whether or not this rank's partition has any of their cells: the same on every rank.
         return {id(flat.tensor): [self._names[id(part.parameter)] for part in flat.parts] for flat in self._flats}
 
+    def holds(self) -> bool:
+        return private.zero_steps(self.model.optimizer, self._flats)
+
     # -- scoring ----------------------------------------------------------------------------------------------------
 
     def expect(self, last: bool) -> None:
@@ -122,7 +125,8 @@ class ZeroEngine(Engine):
     def gradients_aside(self) -> Iterator[None]:
         if not self.model.managed_gradient_accumulation():
             raise EngineError("scoring needs managed_gradient_accumulation = true in DeepSpeed's configuration")
-        if self.model.micro_steps % self.model.gradient_accumulation_steps():
+        waiting = private.zero_gradients_wait(self.model.optimizer)
+        if waiting or self.model.micro_steps % self.model.gradient_accumulation_steps():
             raise EngineError("gradients are being accumulated: score at a step boundary")
         with super().gradients_aside(), private.zero_undisturbed(self.model):
             yield

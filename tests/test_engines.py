@@ -141,7 +141,7 @@ def scale_after_scoring(engine: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
     prepared, batches = get(engine), [my_part(b) for b in make_batches(2, SIZE, torch.float32)]
     optimizer = prepared.model.optimizer
-    scaler = DynamicLossScaler(64.0, 2.0, 1, 1.0, 1, False, False, torch.float16)
+    scaler = DynamicLossScaler(64.0, 1, 1.0, 1, False)
     optimizer.loss_scaler = scaler
     before = dict(vars(scaler)), prepared.model.micro_steps, prepared.model.global_steps, prepared.model.skipped_steps
     score_importance(prepared.model, batches, loss_fn, head=HEAD)
@@ -419,7 +419,9 @@ def silent_failures(engine: str) -> dict[str, str]:
         """`load_state_dict(assign=True)` puts other tensors in the place of the sharded ones."""
         prepared = get(engine, optimizer="adamw")
         attach_penalty(prepared.model, chosen, optimizer=prepared.optimizer)
-        state = {n: torch.nn.Parameter(t.detach().clone()) for n, t in prepared.model.state_dict().items()}
+        names = {n for n, _ in prepared.model.named_parameters()}
+        state = {n: t.detach().clone() for n, t in prepared.model.state_dict().items()}
+        state = {n: nn.Parameter(t) if n in names else t for n, t in state.items()}
         prepared.model.load_state_dict(state, assign=True)
         prepared.model.frozen.requires_grad_(False)
         prepared.optimizer = make_optimizer("adamw", prepared.model.parameters())
@@ -455,11 +457,11 @@ def silent_failures(engine: str) -> dict[str, str]:
 
     cases = [attached_before_wrapping, attached_with_optimizer_before_wrapping, hooks_lost, applied_twice]
     cases += [optimizer_before_wrapping]
-    if engine.startswith("fsdp"):
+    if engine.startswith("fsdp2") or engine.endswith("orig"):
         cases.append(hooks_on_the_sharded)
     if engine == "fsdp2":
         cases.append(weights_assigned)
-    if engine.startswith("zero"):
+    if engine in ("zero1", "zero2"):  # at stage 3 DeepSpeed itself fails
         cases.append(wrapped_again)
     for case in cases:
         try:
@@ -476,21 +478,20 @@ def test_what_fails_in_silence_elsewhere_raises(engine: str, ranks: int) -> None
     for found in run_ranks(ranks, silent_failures, engine):
         assert "hold a gradient, but no hook fired" in found["hooks_lost"]
         assert "fired 2 times for 1 backwards" in found["applied_twice"]
-        if engine.endswith("orig"):
+        if engine.endswith("orig") and ranks == 1:  # the same objects, whole
             assert "a model that was wrapped again" in found["attached_before_wrapping"]
         elif engine.startswith("fsdp"):  # DDP and DeepSpeed keep the parameters, and with them the hooks
             assert "attach it after sharding" in found["attached_before_wrapping"]
         else:
             assert "attached_before_wrapping" not in found
-        if engine.endswith("orig"):  # the same objects, with a part of their values each
+        if engine.endswith("orig") and ranks > 1:  # the same objects, with a part of their values each
             assert "attach it after sharding" in found["attached_with_optimizer_before_wrapping"]
         elif engine.startswith("zero"):
             assert "attach the penalty after deepspeed.initialize" in found["attached_with_optimizer_before_wrapping"]
-        assert "hold a gradient, but no hook fired" in found.get(
-            "hooks_on_the_sharded", "hold a gradient, but no hook fired"
-        )
-        assert ("hooks_on_the_sharded" in found) == engine.startswith("fsdp")
-        assert ("attach it after sharding" in found.get("wrapped_again", "")) == engine.startswith("zero")
+        silent = ("hold a gradient, but no hook fired", "fired 0 times for 1 backwards")
+        hooked = any(text in found.get("hooks_on_the_sharded", "") for text in silent)
+        assert hooked == (engine.startswith("fsdp2") or engine.endswith("orig"))
+        assert ("attach it after sharding" in found.get("wrapped_again", "")) == (engine in ("zero1", "zero2"))
         assert ("attach it after sharding" in found.get("weights_assigned", "")) == (engine == "fsdp2")
         wrong = (
             "DeepSpeed steps with the optimizer given" if engine.startswith("zero") else "steps none of the model's weights"

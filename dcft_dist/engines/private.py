@@ -94,7 +94,7 @@ USES: dict[str, tuple[str, ...]] = {
         "fp32_groups_has_gradients",
         "_hp_optimizer_states_linked",
     ),
-    "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups", "clip_grad", "cur_scale", "cur_iter"),
+    "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups", "clip_grad"),
     "CheckpointWrapper": ("_checkpoint_wrapped_module",),
     "OptimizedModule": ("_orig_mod",),
     "deepspeed.ops": ("__compatible_ops__",),

@@ -32,7 +32,7 @@ USES: dict[str, tuple[str, ...]] = {
     "FSDPModule": ("_get_fsdp_state",),
     "FSDPState": ("_fsdp_param_groups",),
     "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
-    "FSDPParam": ("unsharded_accumulated_grad", "sharded_param"),
+    "FSDPParam": ("unsharded_accumulated_grad", "_unsharded_param", "sharded_param"),
     "FullyShardedDataParallel": ("_handle", "_inter_node_pg"),
     "FlatParamHandle": ("flat_param", "process_group", "uses_sharded_strategy", "reshard"),
     "FlatParameter": (
@@ -164,8 +164,10 @@ def fsdp2_groups(unit: Any) -> list[Any]:
 
 
 def fsdp2_accumulates(group: Any) -> bool:
-    """Whether gradients wait there to be reduced."""
-    return any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+    """Whether gradients wait there to be reduced: in the reduction's data type if it is another one, else as they came."""
+    leaves = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]  # made by the first unshard
+    waiting = any(leaf is not None and leaf.grad is not None for leaf in leaves)
+    return waiting or any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
 
 
 def fsdp2_sharded(unit: Any) -> list[Any]:

@@ -14,11 +14,13 @@ factor 0.1 the penalised weights move 0.10 of their way under SGD, but 1.00 unde
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import TracebackType
 from typing import Any, Literal
 
@@ -207,7 +209,9 @@ class Penalty:
 
     def remove(self) -> None:
         """Takes all hooks off; the model trains on without penalty. May be called more than once."""
-        _remove_all(self._handles)
+        _watching.pop(self._number, None)
+        for handle in self._handles:
+            handle.remove()
         self._handles.clear()
         self._leaves.clear()
         if self._engine.penalty is self:
@@ -253,24 +257,20 @@ class Penalty:
 
     def _hook_optimizers(self) -> None:
         """Watches every optimizer: also one that was not passed, several that share the weights, one made too early."""
-        this = weakref.ref(self)
+        _watch_optimizers()
+        self._number = next(_numbers)
+        _watching[self._number] = self
+        self._handles.append(self._engine.module.register_forward_pre_hook(_ForwardHook(self)))
 
-        def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-            if (penalty := this()) is None or not penalty._before_step(optimizer):
-                return None
-            given = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
-            if not given:
-                return penalty._gradients_are_there(optimizer)
-            instead = {id(given[0]): penalty._closure(optimizer, given[0])}
-            return tuple(instead.get(id(a), a) for a in args), {k: instead.get(id(a), a) for k, a in kwargs.items()}
-
-        def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            if (penalty := this()) is not None:
-                penalty._after_step(optimizer)
-
-        step_hooks = [register_optimizer_step_pre_hook(pre), register_optimizer_step_post_hook(post)]
-        weakref.finalize(self, _remove_all, step_hooks)
-        self._handles += [*step_hooks, self._engine.module.register_forward_pre_hook(_ForwardHook(self))]
+    def on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """Called before a step of any optimizer; returns other arguments for it, or None."""
+        if not self._before_step(optimizer):
+            return None
+        given = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
+        if not given:
+            return self._gradients_are_there(optimizer)
+        instead = {id(given[0]): self._closure(optimizer, given[0])}
+        return tuple(instead.get(id(a), a) for a in args), {k: instead.get(id(a), a) for k, a in kwargs.items()}
 
     def _before_step(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer steps weights that are penalised, or should be."""
@@ -319,7 +319,8 @@ class Penalty:
             log.warning(CANCELLED, type(optimizer).__name__)
         self._told = True
 
-    def _after_step(self, optimizer: Optimizer) -> None:
+    def on_stepped(self, optimizer: Optimizer) -> None:
+        """Called after a step of any optimizer."""
         if self._stepping is not optimizer:
             return
         self._stepping = None
@@ -397,6 +398,31 @@ class Penalty:
         return {s.name for s in shards if (gradient := s.gradient) is not None and bool(gradient.any())}
 
 
+# In the order in which they were attached, which is the same on every rank: they meet in collectives.
+_watching: weakref.WeakValueDictionary[int, Penalty] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@cache
+def _watch_optimizers() -> None:
+    """Once for the process: hooks that go with their penalty might go while torch is walking through its hooks."""
+
+    def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        changed = None
+        for penalty in list(_watching.values()):
+            found = penalty.on_step(optimizer, args, kwargs)
+            if found is not None:
+                changed = args, kwargs = found
+        return changed
+
+    def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for penalty in list(_watching.values()):
+            penalty.on_stepped(optimizer)
+
+    register_optimizer_step_pre_hook(pre)
+    register_optimizer_step_post_hook(post)
+
+
 class _ForwardHook:
     """A forward in training: new gradients are on their way, and what was multiplied for a skipped step does not count."""
 
@@ -418,11 +444,6 @@ def _inert_hook() -> Callable[[torch.nn.Module, Any], None]:
 
 def _ignore(module: torch.nn.Module, args: Any) -> None:
     return None
-
-
-def _remove_all(handles: list[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _witness(count: _LeafCount) -> Callable[[Tensor], None]:

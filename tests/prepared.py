@@ -100,8 +100,11 @@ class Prepared:
             from deepspeed.utils import safe_get_full_fp32_param
 
             out = {}
+            outer = self.model.optimizer
+            groups = (outer.fp16_groups, outer.fp32_groups) if hasattr(outer, "fp32_groups") else ((), ())  # bf16, stage 0
+            masters = {id(p): m for ps, ms in zip(*groups, strict=True) for p, m in zip(ps, ms, strict=True)}
             for n, p in bare.named_parameters():
-                whole = safe_get_full_fp32_param(p) if p.requires_grad and self.engine != "zero0" else None
+                whole = safe_get_full_fp32_param(p) if p.requires_grad and self.engine != "zero0" else masters.get(id(p))
                 if whole is None:
                     with GatheredParameters([p]):
                         whole = p.detach().clone()

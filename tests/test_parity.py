@@ -130,24 +130,26 @@ def reference(case: Case, unused_are_zero: bool, parts: int = 1, masks_by_rank: 
 
 
 @cache
-def bf16_reference(case: Case, rounded_start: bool, autocast: bool, ranks: int) -> dict[str, Tensor]:
+def bf16_reference(case: Case, engine: str, ranks: int) -> dict[str, Tensor]:
     """Compute in bfloat16 emulated: each rank's part of the batch, weights and gradients rounded, summed in float32; or
     each part under autocast."""
+    autocast = engine in ("single", "ddp")
     net = make_net(torch.float32)
-    if rounded_start:  # DeepSpeed's float32 weights are copies of the rounded ones
+    if engine == "zero":  # DeepSpeed's float32 weights are copies of the rounded ones
         net.to(torch.bfloat16).to(torch.float32)
     optimizer = make_optimizer(case.optimizer, net.parameters())
     batches = make_batches(STEPS * case.accumulation, GLOBAL_BATCH, torch.float32)
     named = {n: p for n, p in net.named_parameters() if p.requires_grad}
     m = {n: multiplier(n, p, make_masks(torch.float32)) for n, p in named.items()}
     for step in range(STEPS):
-        total = {n: torch.zeros_like(p) for n, p in named.items()}
+        total = {n: torch.zeros_like(p) for n, p in named.items() if gives_zeros(engine) or not n.startswith("unused")}
         for x, y in batches[step * case.accumulation : (step + 1) * case.accumulation]:
             for part in zip(x.chunk(ranks), y.chunk(ranks), strict=True):
                 if autocast:
                     loss = autocast_loss(net, part) / case.accumulation
                     for n, g in zip(named, torch.autograd.grad(loss, named.values(), allow_unused=True), strict=True):
-                        total[n] += g / ranks if g is not None else 0.0
+                        if g is not None:
+                            total[n] += g / ranks
                     continue
                 low = make_net(torch.float32)
                 low.load_state_dict(net.state_dict())
@@ -156,13 +158,13 @@ def bf16_reference(case: Case, rounded_start: bool, autocast: bool, ranks: int) 
                 for n, p in low.named_parameters():
                     if p.grad is not None:
                         total[n] += p.grad.float() / ranks
-        for n, p in named.items():
-            p.grad = total[n] * m[n] if case.level == "gradient" and case.clip != "before_penalty" else total[n]
+        for n, whole in total.items():
+            named[n].grad = whole * m[n] if case.level == "gradient" and case.clip != "before_penalty" else whole
         if case.clip:
             torch.nn.utils.clip_grad_norm_(named.values(), CLIP_NORM)
         if case.level == "gradient" and case.clip == "before_penalty":
-            for n, p in named.items():
-                p.grad = p.grad * m[n]
+            for n in total:
+                named[n].grad *= m[n]
         old = {n: p.detach().clone() for n, p in named.items()}
         optimizer.step()
         if case.level == "update":
@@ -229,8 +231,12 @@ def gives_zeros(engine: str) -> bool:
     return engine.startswith(("fsdp1", "zero"))
 
 
-def limit(case: Case) -> float:
-    return 5e-4 if case.precision == "bf16" else 1e-10 if case.dtype == torch.float64 else 1e-6
+def limit(engine: str, case: Case) -> float:
+    """In bfloat16 about a tenth of what it would make to leave out the penalty, and above what one rounding the other way
+    makes of ten steps. Without `sum32` DeepSpeed adds up and reduces in bfloat16 too, which is not emulated."""
+    if case.precision == "bf16":
+        return 2e-3 if engine.startswith("zero") and not engine.endswith("sum32") else 1e-3
+    return 1e-10 if case.dtype == torch.float64 else 1e-6
 
 
 def cases_for(engine: str, cases: list[Case]) -> list[Case]:
@@ -256,12 +262,12 @@ def check(engine: str, world_size: int, cases: list[Case]) -> None:
     for results in run_ranks(world_size, run_cases, engine, cases, deadline_s=300):
         for case, (state, calls, frozen) in zip(cases, results, strict=True):
             expected = (
-                bf16_reference(case, engine.startswith("zero"), engine.startswith(("single", "ddp")), world_size)
+                bf16_reference(case, "zero" if engine.startswith("zero") else engine.partition("-")[0], world_size)
                 if case.precision == "bf16"
                 else reference(case, gives_zeros(engine))
             )
             difference = max(float((state[n].view_as(e) - e).abs().max()) for n, e in expected.items())
-            assert difference <= limit(case), (case, difference)
+            assert difference <= limit(engine, case), (case, difference)
             hooks = STEPS * case.accumulation if (case.level, case.where) == ("gradient", "before") else STEPS
             assert calls.get("blocks.0.up.weight", hooks) == hooks, (case, calls)
             if not gives_zeros(engine):

@@ -43,7 +43,6 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None
     optimizer.step()
 
 
-@pytest.mark.parametrize("factor", [0.0, 0.1, 1.0])
 def test_a_penalty_that_is_collected_while_another_optimizer_steps() -> None:
     """Its going must not disturb torch, which is walking through its hooks just then."""
     net, other = make_net(), make_net()
@@ -63,6 +62,7 @@ def test_a_penalty_that_is_collected_while_another_optimizer_steps() -> None:
         after.remove()
 
 
+@pytest.mark.parametrize("factor", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("name", ["sgd", "momentum", "sgd_decay", "adamw", "rmsprop"])
 def test_update_level_shortens_the_step_of_the_optimizer_alone(name: str, factor: float) -> None:
     """At each step the held weights move factor x the step that the optimizer alone makes from the same state."""

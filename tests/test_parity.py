@@ -50,6 +50,10 @@ class Case:
     def dtype(self) -> torch.dtype:
         return torch.float64 if self.optimizer == "adamw" and self.precision == "full" else torch.float32
 
+    @property
+    def steps(self) -> int:
+        return 4 if self.precision == "bf16" else STEPS  # one rounding the other way grows with every step
+
 
 FULL = [Case(*place, a, o) for place, a, o in itertools.product(PLACES, (1, 3), ("sgd", "momentum", "adamw"))]
 SMOOTH = ("sgd", "momentum", "adamw_smooth")
@@ -96,13 +100,13 @@ def reference(case: Case, unused_are_zero: bool, parts: int = 1, masks_by_rank: 
     """`parts` > 1: the gradient is the mean over parts of the batch, each multiplied by the mask of its own rank."""
     net = make_net(case.dtype)
     optimizer = make_optimizer(case.optimizer, net.parameters())
-    batches = make_batches(STEPS * case.accumulation, GLOBAL_BATCH, case.dtype)
+    batches = make_batches(case.steps * case.accumulation, GLOBAL_BATCH, case.dtype)
     named = {n: p for n, p in net.named_parameters() if p.requires_grad}
     m = [
         {n: multiplier(n, p, make_masks(case.dtype, r if masks_by_rank else 0)) for n, p in named.items()}
         for r in range(parts)
     ]
-    for step in range(STEPS):
+    for step in range(case.steps):
         optimizer.zero_grad()
         for x, y in batches[step * case.accumulation : (step + 1) * case.accumulation]:
             for r, part in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
@@ -135,13 +139,17 @@ def bf16_reference(case: Case, engine: str, ranks: int) -> dict[str, Tensor]:
     each part under autocast."""
     autocast = engine in ("single", "ddp")
     net = make_net(torch.float32)
-    if engine == "zero":  # DeepSpeed's float32 weights are copies of the rounded ones
+    if engine.startswith("zero"):  # DeepSpeed's float32 weights are copies of the rounded ones
         net.to(torch.bfloat16).to(torch.float32)
     optimizer = make_optimizer(case.optimizer, net.parameters())
-    batches = make_batches(STEPS * case.accumulation, GLOBAL_BATCH, torch.float32)
+    if engine == "zero0":  # there it begins with a step on zeros, which AdamW counts
+        for p in net.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    batches = make_batches(case.steps * case.accumulation, GLOBAL_BATCH, torch.float32)
     named = {n: p for n, p in net.named_parameters() if p.requires_grad}
     m = {n: multiplier(n, p, make_masks(torch.float32)) for n, p in named.items()}
-    for step in range(STEPS):
+    for step in range(case.steps):
         total = {n: torch.zeros_like(p) for n, p in named.items() if gives_zeros(engine) or not n.startswith("unused")}
         for x, y in batches[step * case.accumulation : (step + 1) * case.accumulation]:
             for part in zip(x.chunk(ranks), y.chunk(ranks), strict=True):
@@ -211,8 +219,8 @@ def train(engine: str, case: Case, to_none: bool, masks_by_rank: bool = False) -
     )  # type: ignore[arg-type]
     half = autocast_loss if engine.startswith(("single", "ddp")) else half_loss
     loss = half if case.precision == "bf16" else loss_fn
-    batches = make_batches(STEPS * case.accumulation, GLOBAL_BATCH, case.dtype)
-    for step in range(STEPS):
+    batches = make_batches(case.steps * case.accumulation, GLOBAL_BATCH, case.dtype)
+    for step in range(case.steps):
         prepared.zero_grad(to_none)
         micro_batches = batches[step * case.accumulation : (step + 1) * case.accumulation]
         for i, batch in enumerate(micro_batches):
@@ -232,10 +240,10 @@ def gives_zeros(engine: str) -> bool:
 
 
 def limit(engine: str, case: Case) -> float:
-    """In bfloat16 about a tenth of what it would make to leave out the penalty, and above what one rounding the other way
-    makes of ten steps. Without `sum32` DeepSpeed adds up and reduces in bfloat16 too, which is not emulated."""
+    """In bfloat16 what a few roundings the other way make, far below what leaving out the penalty would. Without `sum32`
+    DeepSpeed adds up and reduces in bfloat16 too, which is not emulated."""
     if case.precision == "bf16":
-        return 2e-3 if engine.startswith("zero") and not engine.endswith("sum32") else 1e-3
+        return 5e-4 if engine.startswith("zero") and not engine.endswith("sum32") else 2e-4
     return 1e-10 if case.dtype == torch.float64 else 1e-6
 
 
@@ -262,13 +270,15 @@ def check(engine: str, world_size: int, cases: list[Case]) -> None:
     for results in run_ranks(world_size, run_cases, engine, cases, deadline_s=300):
         for case, (state, calls, frozen) in zip(cases, results, strict=True):
             expected = (
-                bf16_reference(case, "zero" if engine.startswith("zero") else engine.partition("-")[0], world_size)
+                bf16_reference(
+                    case, "zero" if engine.startswith(("zero1", "zero2", "zero3")) else engine.split("-")[0], world_size
+                )
                 if case.precision == "bf16"
                 else reference(case, gives_zeros(engine))
             )
             difference = max(float((state[n].view_as(e) - e).abs().max()) for n, e in expected.items())
             assert difference <= limit(engine, case), (case, difference)
-            hooks = STEPS * case.accumulation if (case.level, case.where) == ("gradient", "before") else STEPS
+            hooks = case.steps * (case.accumulation if (case.level, case.where) == ("gradient", "before") else 1)
             assert calls.get("blocks.0.up.weight", hooks) == hooks, (case, calls)
             if not gives_zeros(engine):
                 assert "unused.weight" not in calls, (case, calls)
@@ -305,7 +315,18 @@ def test_bf16_in_variants(engine: str) -> None:
     check(engine, 2, pairs(BF16))
 
 
-@pytest.mark.parametrize(("engine", "world_size"), list(itertools.product(MAIN[1:], [1, 4])))
+OTHER_RANKS = [
+    ("ddp", 4),
+    ("fsdp2", 4),
+    ("fsdp1-full-orig", 1),
+    ("fsdp1-full-flat", 4),
+    ("zero1", 1),
+    ("zero2", 4),
+    ("zero3", 1),
+]
+
+
+@pytest.mark.parametrize(("engine", "world_size"), OTHER_RANKS)
 def test_bf16_on_other_numbers_of_ranks(engine: str, world_size: int) -> None:
     check(engine, world_size, pairs(BF16)[(1, 4).index(world_size) :: 2])
 

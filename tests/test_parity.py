@@ -55,9 +55,9 @@ class Case:
         return 4 if self.precision == "bf16" else STEPS  # one rounding the other way grows with every step
 
 
-FULL = [Case(*place, a, o) for place, a, o in itertools.product(PLACES, (1, 3), ("sgd", "momentum", "adamw"))]
-SMOOTH = ("sgd", "momentum", "adamw_smooth")
-BF16 = [Case(*place, a, o, "bf16") for place, a, o in itertools.product(PLACES, (1, 3), SMOOTH)]
+ALL = [Case(*place, a, o) for place, a, o in itertools.product(PLACES, (1, 2), ("sgd", "momentum", "adamw"))]
+FULL = [case for case in ALL if case.optimizer != "momentum"]
+BF16 = [Case(*place, a, o, "bf16") for place, a, o in itertools.product(PLACES, (1, 2), ("momentum", "adamw_smooth"))]
 
 
 def pairs(cases: list[Case]) -> list[Case]:
@@ -243,7 +243,7 @@ def limit(engine: str, case: Case) -> float:
     """In bfloat16 what a few roundings the other way make, far below what leaving out the penalty would. Without `sum32`
     DeepSpeed adds up and reduces in bfloat16 too, which is not emulated."""
     if case.precision == "bf16":
-        return 5e-4 if engine.startswith("zero") and not engine.endswith("sum32") else 2e-4
+        return 1e-3 if engine.startswith("zero") and not engine.endswith("sum32") else 5e-4
     return 1e-10 if case.dtype == torch.float64 else 1e-6
 
 
@@ -260,94 +260,74 @@ def cases_for(engine: str, cases: list[Case]) -> list[Case]:
     return [replace(c, optimizer="adamw_smooth") if s else c for c, s in zip(cases, single, strict=True)]
 
 
-def run_cases(engine: str, cases: list[Case]) -> list[Any]:
-    """Cases under one engine in one process group: [(whole weights, calls, frozen)]."""
-    return [train(engine, case, to_none=i % 2 == 0) for i, case in enumerate(cases)]
+def run_cases(work: dict[str, list[Case]]) -> list[Any]:
+    """Cases under some engines, all in one process group: [(whole weights, calls, frozen)]."""
+    every = [(engine, case) for engine, cases in work.items() for case in cases]
+    return [train(engine, case, to_none=i % 2 == 0) for i, (engine, case) in enumerate(every)]
 
 
-def check(engine: str, world_size: int, cases: list[Case]) -> None:
-    cases = cases_for(engine, cases)
-    for results in run_ranks(world_size, run_cases, engine, cases, deadline_s=300):
-        for case, (state, calls, frozen) in zip(cases, results, strict=True):
-            expected = (
-                bf16_reference(
-                    case, "zero" if engine.startswith(("zero1", "zero2", "zero3")) else engine.split("-")[0], world_size
-                )
-                if case.precision == "bf16"
-                else reference(case, gives_zeros(engine))
-            )
+def check(world_size: int, work: dict[str, list[Case]]) -> None:
+    work = {engine: cases_for(engine, cases) for engine, cases in work.items()}
+    every = [(engine, case) for engine, cases in work.items() for case in cases]
+    for results in run_ranks(world_size, run_cases, work, deadline_s=500):
+        for (engine, case), (state, calls, frozen) in zip(every, results, strict=True):
+            kind = engine if engine == "zero0" else "zero" if engine.startswith("zero") else engine.split("-")[0]
+            half = case.precision == "bf16"
+            expected = bf16_reference(case, kind, world_size) if half else reference(case, gives_zeros(engine))
             difference = max(float((state[n].view_as(e) - e).abs().max()) for n, e in expected.items())
-            assert difference <= limit(engine, case), (case, difference)
+            assert difference <= limit(engine, case), (engine, case, difference)
             hooks = case.steps * (case.accumulation if (case.level, case.where) == ("gradient", "before") else 1)
-            assert calls.get("blocks.0.up.weight", hooks) == hooks, (case, calls)
+            assert calls.get("blocks.0.up.weight", hooks) == hooks, (engine, case, calls)
             if not gives_zeros(engine):
-                assert "unused.weight" not in calls, (case, calls)
+                assert "unused.weight" not in calls, (engine, case, calls)
             assert frozen == ("frozen.weight", "frozen.bias")
 
 
 MAIN = ["single", "ddp", "fsdp2", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[:4]]
+FAMILIES = {"fsdp2": [*DDP, *FSDP2], "fsdp1": FSDP1, "zero": ZERO}
 
 
 @pytest.mark.parametrize("engine", MAIN)
 def test_equals_one_process(engine: str) -> None:
-    """The full product of level, place, clipping, accumulation and optimizer."""
-    check(engine, 1 if engine == "single" else 2, FULL)
+    """The full product of level, place, clipping, accumulation and optimizer, in full precision and in bfloat16."""
+    check(1 if engine == "single" else 2, {engine: FULL + BF16})
 
 
-@pytest.mark.parametrize(("engine", "world_size"), list(itertools.product(ENGINES[1:], [1, 2, 4])))
-def test_equals_one_process_in_every_variant(engine: str, world_size: int) -> None:
+@pytest.mark.parametrize(("family", "world_size"), list(itertools.product(FAMILIES, [1, 2, 4])))
+def test_equals_one_process_in_every_variant(family: str, world_size: int) -> None:
     """Every variant on every number of ranks; together the three meet all pairs of the other axes' values."""
-    first = (ENGINES.index(engine) + (1, 2, 4).index(world_size)) % 3
-    check(engine, world_size, pairs(FULL)[first::3])
-
-
-@pytest.mark.parametrize("engine", MAIN)
-def test_bf16_is_within_its_rounding(engine: str) -> None:
-    """The full product again."""
-    check(engine, 1 if engine == "single" else 2, BF16)
+    turn = (1, 2, 4).index(world_size)
+    check(world_size, {e: pairs(ALL)[(ENGINES.index(e) + turn) % 3 :: 3] for e in FAMILIES[family]})
 
 
 HALF = ["ddp-nosync", "fsdp2-hybrid", "fsdp2-groups", "fsdp1-hybrid-orig", *(f"zero{s}-sum32" for s in (1, 2, 3))]
 
 
-@pytest.mark.parametrize("engine", HALF)
-def test_bf16_in_variants(engine: str) -> None:
-    check(engine, 2, pairs(BF16))
+def test_bf16_in_variants() -> None:
+    check(2, {engine: pairs(BF16) for engine in HALF})
 
 
-OTHER_RANKS = [
-    ("ddp", 4),
-    ("fsdp2", 4),
-    ("fsdp1-full-orig", 1),
-    ("fsdp1-full-flat", 4),
-    ("zero1", 1),
-    ("zero2", 4),
-    ("zero3", 1),
-]
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_bf16_on_other_numbers_of_ranks(world_size: int) -> None:
+    turn = (1, 4).index(world_size)
+    check(world_size, {engine: pairs(BF16)[(i + turn) % 2 :: 2] for i, engine in enumerate(MAIN[1:])})
 
 
-@pytest.mark.parametrize(("engine", "world_size"), OTHER_RANKS)
-def test_bf16_on_other_numbers_of_ranks(engine: str, world_size: int) -> None:
-    check(engine, world_size, pairs(BF16)[(1, 4).index(world_size) :: 2])
-
-
-def by_rank(engine: str) -> list[float]:
-    out = []
-    for accumulation in (1, 3):
+def by_rank(engines: list[str]) -> dict[tuple[str, int], float]:
+    out = {}
+    for engine, accumulation in itertools.product(engines, (1, 3)):
         case = Case("gradient", "before", None, accumulation, "sgd")
         state, _, _ = train(engine, case, to_none=True, masks_by_rank=True)
         expected = reference(case, gives_zeros(engine), parts=dist.get_world_size(), masks_by_rank=True)
-        out.append(max(float((state[n].view_as(e) - e).abs().max()) for n, e in expected.items()))
+        out[engine, accumulation] = max(float((state[n].view_as(e) - e).abs().max()) for n, e in expected.items())
     return out
 
 
 HYBRID = ["fsdp2-groups", *(engine for engine in ENGINES if "hybrid" in engine)]
 
 
-@pytest.mark.parametrize(
-    ("engine", "world_size"), [*((e, 2) for e in (*DDP, *FSDP2, *FSDP1, *ZERO)), *((e, 4) for e in HYBRID)]
-)
-def test_before_is_before_the_reduction(engine: str, world_size: int) -> None:
+@pytest.mark.parametrize(("engines", "world_size"), [*((e, 2) for e in FAMILIES.values()), (HYBRID, 4)])
+def test_before_is_before_the_reduction(engines: list[str], world_size: int) -> None:
     """With another mask on each rank, the result is that of masks applied to each rank's own gradient."""
-    for differences in run_ranks(world_size, by_rank, engine):
-        assert max(differences) <= 1e-6, differences
+    for differences in run_ranks(world_size, by_rank, engines):
+        assert max(differences.values()) <= 1e-6, differences

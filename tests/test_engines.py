@@ -196,7 +196,7 @@ def without(engine: str, bf16: bool) -> list[float]:
 @pytest.mark.parametrize(("engine", "bf16"), [*((e, False) for e in ENGINES), *((e, True) for e in ("fsdp2", *ZERO[:4]))])
 def test_removed_weights_are_gone_and_come_back(engine: str, bf16: bool) -> None:
     net, batch = make_net().eval(), make_batches(1, SIZE, torch.float32)[0]
-    loss, limit = (half_loss, 1e-2) if bf16 else (loss_fn, 1e-6)
+    loss, limit = (half_loss, 5e-3) if bf16 else (loss_fn, 1e-6)
     if bf16:
         net.bfloat16()
     with torch.no_grad():

@@ -22,7 +22,7 @@ from .nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
 from .prepared import DDP, ENGINES, FSDP1, FSDP2, ZERO, prepare
 from .ranks import run_ranks
 
-STEPS, GLOBAL_BATCH, CLIP_NORM = 10, 8, 0.2
+STEPS, GLOBAL_BATCH, CLIP_NORM = 8, 8, 0.2
 FACTOR, REST, UNSCORED = 0.1, 0.7, 0.4
 
 # (level, where, what clipping sees). DeepSpeed clips by itself inside its step: `after` comes after it there.

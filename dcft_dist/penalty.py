@@ -277,7 +277,7 @@ class Penalty:
         nested = getattr(self._stepping, "optim", None) is optimizer  # the inner one of ZeroRedundancyOptimizer
         names = set() if nested else self._stepped_by(optimizer)
         if not names and not self._steps_what_is_new(optimizer) and self._engine.holds():
-            if self._given is not None and self._given() is optimizer:
+            if self._given is not None and self._given() is optimizer and not names_stepped(optimizer, self._known()):
                 raise PenaltyError(
                     f"rank {collectives.rank()}: {type(optimizer).__name__}, given to attach_penalty, steps none of the "
                     "weights that it stepped then: attach the penalty after deepspeed.initialize, or after wrapping"
@@ -336,8 +336,11 @@ class Penalty:
                 count.fired = count.reached = 0
 
     def _stepped_by(self, optimizer: Optimizer) -> set[str]:
-        known = self._at_attach | self._engine.stepped()
-        return self._multipliers.bits.keys() & set(names_stepped(optimizer, known))
+        return self._multipliers.bits.keys() & set(names_stepped(optimizer, self._known()))
+
+    def _known(self) -> dict[int, list[str]]:
+        """What an optimizer may step: as it is now, and as it was when the penalty was attached."""
+        return self._at_attach | self._engine.stepped()
 
     def _steps_what_is_new(self, optimizer: Optimizer) -> bool:
         """Whether it steps tensors that the model did not have when the penalty was attached."""

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from . import collectives
 from .data import Batch
@@ -24,6 +22,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], num_classes: int, compu
 
     Runs in eval mode and restores the mode. `batches`: this rank's, as many on every rank.
     """
+    from torchmetrics import MetricCollection  # late: a second to import, for nothing in a run that only scores or stops
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
     device = next(model.parameters()).device
     # torchmetrics sums the states of all ranks (true and false positives and negatives) when it computes.
     metrics = MetricCollection(

@@ -27,7 +27,7 @@ SlurmctldHost={host}(10.77.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# cred_expire is also how long a requeued job waits before it may start again
+# cred_expire is also how long a requeued job waits before it may start again; below 5 it counts as 120
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation={folder}/state
@@ -67,6 +67,7 @@ SelectTypeParameters=CR_CPU
 GresTypes=gpu
 NodeName=node[0-{last}] NodeAddr=10.77.0.[10-{last_address}] CPUs={cpus} Gres=gpu:a100:{gpus} State=UNKNOWN
 PartitionName=normal Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=30
+PartitionName=spare Nodes=node[2-3] MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 """
 
@@ -195,7 +196,7 @@ class Cluster:
         )
 
     @contextmanager
-    def started(self, *command: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    def started(self, *command: str, cwd: Path, **environment: str) -> Iterator[subprocess.Popen[str]]:
         """A command that runs beside the block."""
         process = subprocess.Popen(
             self._inside(*command),
@@ -203,7 +204,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             cwd=cwd,
-            env=self.environment,
+            env=self.environment | environment,
         )
         try:
             yield process

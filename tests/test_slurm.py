@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +72,23 @@ def daemons() -> Iterator[Cluster]:
         shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module")
+def beside(daemons: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
+    """What takes long on nodes 0 and 1 goes on beside the tests on nodes 2 and 3: most of the time it waits for Slurm."""
+    with ThreadPoolExecutor(1) as pool:
+        yield Beside(*(pool.submit(job, daemons, tmp_path_factory.mktemp("beside")) for job in (calm_job, disturbed_job)))
+        pool.shutdown(wait=False, cancel_futures=True)
+        daemons.run("scancel", "--user=root")
+
+
 @pytest.fixture
 def cluster(daemons: Cluster) -> Iterator[Cluster]:
-    until("four idle nodes", lambda: daemons.states() == ["idle"] * 4, 60, lambda: str(daemons.states()))
+    def idle() -> bool:
+        return daemons.states()[2:] == ["idle"] * 2
+
+    until("idle nodes", idle, 60, lambda: str(daemons.states()))
     yield daemons
-    daemons.run("scancel", "--user=root")
+    daemons.run("scancel", "--user=root", "--partition=spare")
 
 
 @pytest.fixture
@@ -82,6 +96,14 @@ def site(tmp_path: Path) -> Path:
     """A folder to submit from."""
     (tmp_path / "tiny.toml").write_text(CONFIG)
     return tmp_path
+
+
+@dataclass
+class Beside:
+    """`calm`: the folder of its runs; `disturbed`: the folder it was submitted from."""
+
+    calm: Future[Path]
+    disturbed: Future[Path]
 
 
 def output(folder: Path) -> str:
@@ -135,50 +157,52 @@ def phase_of(run: Path) -> str:
 # -- as they are -------------------------------------------------------------------------------------------------------
 
 
+SPARE = {"SBATCH_PARTITION": "spare"}  # nodes 2 and 3
 ONE = {"DCFT_RANKS_PER_NODE": "1"}  # imports take longer than steps here
 STEPS = ("--train.epochs", "2", "--checkpoint.every", "1")  # 12 steps
 
 
-@pytest.fixture(scope="module")
-def calm(daemons: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of a job on two nodes, one rank each, that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("calm")
+def calm_job(cluster: Cluster, folder: Path) -> Path:
+    """The runs of a job on two nodes, one rank each, that nothing disturbs."""
     (folder / "tiny.toml").write_text(CONFIG)
-    job = daemons.sbatch(str(SLURM / "multi_node_fsdp2.sbatch"), "tiny.toml", "--name", "calm", *STEPS, cwd=folder, **ONE)
-    assert daemons.end(job) == "COMPLETED", output(folder)
+    file = str(SLURM / "multi_node_fsdp2.sbatch")
+    job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", "--name", "calm", *STEPS, cwd=folder, **ONE)
+    assert cluster.end(job) == "COMPLETED", output(folder)
     for node in ("node0", "node1"):
         assert len(list((folder / "logs").glob(f"{job}.0/{node}/*/attempt_0/*/stdout.log"))) == 1  # one for each rank
     return folder / "runs"
 
 
 @pytest.mark.timeout(400)
-def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: Cluster, site: Path, calm: Path) -> None:
+def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: Cluster, site: Path, beside: Beside) -> None:
     """2 nodes x 2 ranks by torchrun under ZeRO-3, and by submitit, with a requeue in the middle, under FSDP2; 2 nodes with
     a rank each under FSDP2, by sbatch and by torchrun alone; 2 ranks on one node, one for each GPU."""
     launcher = [sys.executable, str(ROOT / "launch/with_submitit.py"), "tiny.toml", "--nodes", "2", "--ranks-per-node", "2"]
-    with cluster.started(*launcher, "--name", "by_submitit", *STEPS, cwd=site) as submitit:
-        until("step 2", lambda: step_of(site, "by_submitit") >= 2, 90, lambda: output(site), 0.05)
-        cluster.run("scancel", "--signal=USR2", "--name=by_submitit")  # as Slurm does ahead of the time limit
-        single = ("tiny.toml", "--name", "single_node", *STEPS)
+    single, zero3 = str(SLURM / "single_node.sbatch"), str(SLURM / "multi_node_zero3.sbatch")
+    with cluster.started(*launcher, "--name", "by_submitit", *STEPS, cwd=site, **SPARE) as submitit:
         jobs = [
-            cluster.sbatch(str(SLURM / "single_node.sbatch"), *single, cwd=site, SBATCH_GPUS_PER_NODE="2"),
-            cluster.sbatch(str(SLURM / "multi_node_zero3.sbatch"), "tiny.toml", "--name", "zero3", *STEPS, cwd=site),
+            cluster.sbatch(
+                single, "tiny.toml", "--name", "single_node", *STEPS, cwd=site, SBATCH_GPUS_PER_NODE="2", **SPARE
+            ),
+            cluster.sbatch(zero3, "tiny.toml", "--name", "zero3", *STEPS, cwd=site, **SPARE),
         ]
+        until("step 2", lambda: step_of(site, "by_submitit") >= 2, 120, lambda: output(site), 0.05)
+        cluster.run("scancel", "--signal=USR2", "--name=by_submitit")  # as Slurm does ahead of the time limit
+        environment = {**ONE, "DCFT_PYTHON": sys.executable, "HEAD": "10.77.0.12", "NODES": "2", "RANKS": "1"}
+        script = [str(ROOT / "launch/torchrun_multi_node.sh"), str(site / "tiny.toml"), "--runs_dir", str(site / "runs")]
+        command = [*script, "--name", "no_slurm", *STEPS]
+        nodes = [subprocess.Popen(cluster.in_node(i, *command), env=os.environ | environment) for i in (2, 3)]
+        cli = [sys.executable, "-m", "dcft_dist.cli", "train", "tiny.toml"]
+        cluster.run(*cli, "--name", "one", "--engine", "single", *STEPS, cwd=site)
+        assert [process.wait(120) for process in nodes] == [0, 0]
         for job in jobs:
             assert cluster.end(job) == "COMPLETED", output(site)
         said = submitit.communicate(timeout=120)[0]
     assert "it is done" in said, said
-    environment = {**ONE, "DCFT_PYTHON": sys.executable, "HEAD": "10.77.0.12", "NODES": "2", "RANKS": "1"}
-    script = [str(ROOT / "launch/torchrun_multi_node.sh"), str(site / "tiny.toml"), "--runs_dir", str(site / "runs")]
-    command = [*script, "--name", "no_slurm", *STEPS]
-    nodes = [subprocess.Popen(cluster.in_node(i, *command), env=os.environ | environment) for i in (2, 3)]
-    assert [process.wait(120) for process in nodes] == [0, 0]
-    cli = [sys.executable, "-m", "dcft_dist.cli", "train", "tiny.toml"]
-    cluster.run(*cli, "--name", "one", "--engine", "single", *STEPS, cwd=site)
     expected = weights(site / "runs", "one")
     runs = {"single_node": 2, "zero3": 4, "by_submitit": 4, "calm": 2, "no_slurm": 2}
     for name, ranks in runs.items():
-        folder = calm if name == "calm" else site / "runs"
+        folder = beside.calm.result() if name == "calm" else site / "runs"
         assert summary(folder, name)["ranks"] == ranks
         for key, value in weights(folder, name).items():
             torch.testing.assert_close(
@@ -198,7 +222,7 @@ def test_sweep_that_scores_once(cluster: Cluster, site: Path) -> None:
     (site / "configs").mkdir()
     smoke = CONFIG.replace('extends = "smoke.toml"\n', 'extends = "icd.toml"\n').replace('"tiny"', '"smoke"')
     (site / "configs/smoke.toml").write_text(smoke.replace("epochs = 1", "epochs = 2"))
-    options = {"DCFT_SWEEP_FILE": str(SLURM / "sweep.sbatch"), "DCFT_FACTORS": "0.0 0.5", **ONE}
+    options = {"DCFT_SWEEP_FILE": str(SLURM / "sweep.sbatch"), "DCFT_FACTORS": "0.0 0.5", **ONE, **SPARE}
     more = {"DCFT_RUNS_DIR": "other", "DCFT_GRACE_S": "0"}
     name = "smoke_seed0_top0.1_x0.5"
     whole = cluster.sbatch("--array=1", options["DCFT_SWEEP_FILE"], cwd=site, **options, **more)
@@ -234,7 +258,7 @@ def test_sweep_that_scores_once(cluster: Cluster, site: Path) -> None:
 @pytest.mark.timeout(200)
 def test_dcft_submit(cluster: Cluster, site: Path) -> None:
     """A site file, a smoke test, and what is found before anything is submitted."""
-    (site / "site.toml").write_text('partition = "normal"\n[environment]\nHF_HUB_OFFLINE = "1"\n')
+    (site / "site.toml").write_text('partition = "spare"\n[environment]\nHF_HUB_OFFLINE = "1"\n')
     submit = [sys.executable, "-m", "dcft_dist.cli", "submit", "tiny.toml"]
     said = cluster.run(*submit, "--smoke", "--gpus-per-node", "2", "--ranks-per-node", "1", cwd=site, DCFT_SITE="site.toml")
     for arguments, expected in {
@@ -248,7 +272,7 @@ def test_dcft_submit(cluster: Cluster, site: Path) -> None:
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done
     (site / "bad.toml").write_text('partition = "norml"\n')
     done = cluster.call(*submit, cwd=site, DCFT_SITE="bad.toml")
-    assert done.stderr == "dcft: error: no partition norml (did you mean 'normal'?); there are normal, urgent\n"
+    assert done.stderr == "dcft: error: no partition norml (did you mean 'normal'?); there are normal, spare, urgent\n"
     done = cluster.call("env", "PATH=/nowhere", *submit, cwd=site)
     assert "there is no sbatch on this machine" in done.stderr
     assert cluster.end(said.split()[1].rstrip(";")) == "COMPLETED", output(site)
@@ -261,28 +285,29 @@ def test_dcft_submit(cluster: Cluster, site: Path) -> None:
 # -- what clusters do to jobs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(500)
-def test_a_disturbed_job_ends_with_the_same_bits(cluster: Cluster, site: Path, calm: Path) -> None:
+def disturbed_job(cluster: Cluster, folder: Path) -> Path:
     """A warning of its end, a requeue, a preemption, the failure of a node and one cut off, one after the other."""
-    file, options = str(SLURM / "multi_node_fsdp2.sbatch"), ("--name", "disturbed", *STEPS, "--timeout_s", "6")
-    job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", *options, cwd=site, **ONE)
+    (folder / "tiny.toml").write_text(CONFIG)
+    file, options = str(SLURM / "multi_node_fsdp2.sbatch"), ("--name", "disturbed", *STEPS, "--timeout_s", "10")
+    job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", *options, cwd=folder, **ONE)
 
     def reached(step: int) -> None:
         """In the start that is at work now: a former one may have been further than its last checkpoint."""
-        until(f"step {step}", lambda: starts() == restarts + 1 and step_of(site, "disturbed") >= step, 90, output_now, 0.05)
+        here = restarts + 1
+        until(f"step {step}", lambda: starts() == here and step_of(folder, "disturbed") >= step, 120, output_now, 0.05)
 
     def starts() -> int:
-        return len((site / "runs/disturbed/attempts.jsonl").read_text().splitlines()) if step_of(site, "disturbed") else 0
+        return len(attempts.read_text().splitlines()) if attempts.exists() else 0
 
     def output_now() -> str:
-        return f"{cluster.job(job)}\n{output(site)}"
+        return f"{cluster.job(job)}\n{output(folder)}"
 
     def restarted() -> None:
         nonlocal restarts
         restarts += 1
         until(f"restart {restarts}", lambda: cluster.job(job)["Restarts"] == str(restarts), 90, output_now)
 
-    restarts = 0
+    restarts, attempts = 0, folder / "runs/disturbed/attempts.jsonl"
     reached(1)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     restarted()
@@ -290,7 +315,7 @@ def test_a_disturbed_job_ends_with_the_same_bits(cluster: Cluster, site: Path, c
     cluster.run("scontrol", "requeue", job)
     restarted()
     reached(5)
-    urgent = cluster.sbatch("--partition=urgent", "--nodelist=node1", "--exclusive", "--wrap=sleep 1", cwd=site)
+    urgent = cluster.sbatch("--partition=urgent", "--nodelist=node1", "--exclusive", "--wrap=sleep 1", cwd=folder)
     restarted()
     assert cluster.end(urgent) == "COMPLETED"
     reached(7)
@@ -303,27 +328,14 @@ def test_a_disturbed_job_ends_with_the_same_bits(cluster: Cluster, site: Path, c
         restarted()
     finally:
         cluster.cut(1, "up")  # Slurm has missed it long enough, and takes it back when it hears of it
-    log = (site / f"dcft-{job}.out").read_text()
-    assert cluster.end(job) == "COMPLETED", output(site)
-
-    assert differing(bits(site / "runs", "disturbed"), bits(calm, "calm")) == []
-    found, expected = summary(site / "runs", "disturbed"), summary(calm, "calm")
-    for key in ("weights_checksum", "test", "validation", "ranks"):
-        assert found[key] == expected[key], key
-    begun = [json.loads(line) for line in (site / "runs/disturbed/attempts.jsonl").read_text().splitlines()]
-    assert [s["restart"] for s in begun] == [0, 1, 2, 3, 4, 5]
-    steps = [int(s["at"].removeprefix("step ")) for s in begun[1:]]
-    # Asked to stop: no step is done twice. Ended without warning: at most the one that had no checkpoint yet.
-    assert all(at >= step - 1 for at, step in zip(steps, (1, 3, 5, 7, 9), strict=True)), steps
-    assert "stopped at step" in log and "disturbed: again: it was asked to stop" in log
-    cut_off = log[log.rindex("going on from step") :]
-    assert "on node1 does not answer" in cut_off or "on node1 has not arrived" in cut_off, cut_off
+    assert cluster.end(job) == "COMPLETED", output(folder)
+    return folder
 
 
 @pytest.mark.timeout(300)
 def test_on_fewer_nodes_with_the_same_global_batch(cluster: Cluster, site: Path) -> None:
     file = str(SLURM / "multi_node_fsdp2.sbatch")
-    job = cluster.sbatch(file, "tiny.toml", "--name", "fewer", *STEPS, cwd=site, **ONE)
+    job = cluster.sbatch(file, "tiny.toml", "--name", "fewer", *STEPS, cwd=site, **ONE, **SPARE)
     until("step 2", lambda: step_of(site, "fewer") >= 2, 90, lambda: output(site))
     cluster.run("scontrol", "requeuehold", job)
     until("the job to be held", lambda: cluster.job(job)["JobState"] == "PENDING", 60)
@@ -339,8 +351,8 @@ def test_on_fewer_nodes_with_the_same_global_batch(cluster: Cluster, site: Path)
 def test_bad_input_is_not_tried_again(cluster: Cluster, site: Path) -> None:
     """Neither what is found before the ranks start, nor what they find."""
     file = str(SLURM / "single_node.sbatch")
-    config = cluster.sbatch(file, "tiny.toml", "--penalty.factr", "1", cwd=site)
-    diverges = cluster.sbatch(file, "tiny.toml", "--name", "diverges", "--optimizer.lr", "1e30", cwd=site, **ONE)
+    config = cluster.sbatch(file, "tiny.toml", "--penalty.factr", "1", cwd=site, **SPARE)
+    diverges = cluster.sbatch(file, "tiny.toml", "--name", "diverges", "--optimizer.lr", "1e30", cwd=site, **ONE, **SPARE)
     assert cluster.end(config) == cluster.end(diverges) == "FAILED", output(site)
     assert cluster.job(diverges)["Restarts"] == "0"
     assert (site / f"dcft-{config}.out").read_text().count("did you mean 'factor'?") == 1
@@ -352,11 +364,31 @@ def test_bad_input_is_not_tried_again(cluster: Cluster, site: Path) -> None:
     assert "last failure: rank " in said and f"Slurm job {diverges}" in said
 
 
+@pytest.mark.timeout(500)
+def test_a_disturbed_job_ends_with_the_same_bits(beside: Beside) -> None:
+    site, calm = beside.disturbed.result(), beside.calm.result()
+    (log,) = (file.read_text() for file in site.glob("dcft-*.out"))
+
+    assert differing(bits(site / "runs", "disturbed"), bits(calm, "calm")) == []
+    found, expected = summary(site / "runs", "disturbed"), summary(calm, "calm")
+    for key in ("weights_checksum", "test", "validation", "ranks"):
+        assert found[key] == expected[key], key
+    begun = [json.loads(line) for line in (site / "runs/disturbed/attempts.jsonl").read_text().splitlines()]
+    assert [s["restart"] for s in begun] == [0, 1, 2, 3, 4, 5]
+    steps = [int(s["at"].removeprefix("step ")) for s in begun[1:]]
+    # Asked to stop: no step is done twice. Ended without warning: at most the one that had no checkpoint yet.
+    assert all(at >= step - 1 for at, step in zip(steps, (1, 3, 5, 7, 9), strict=True)), steps
+    assert "stopped at step" in log and "disturbed: again: it was asked to stop" in log
+    cut_off = log.split("going on from step")[-2]
+    assert "on node1 does not answer" in cut_off or "on node1 has not arrived" in cut_off, cut_off
+
+
 # -- the network -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(200)
 def test_nodes_that_cannot_meet_are_named(cluster: Cluster, site: Path) -> None:
+    until("node1 idle again", lambda: cluster.states()[1] == "idle", 60)
     file, short = str(SLURM / "multi_node_fsdp2.sbatch"), {"DCFT_MEET_S": "4"}
     wrong = cluster.sbatch("-w", "node[0-1]", file, "tiny.toml", cwd=site, DCFT_HEAD_ADDRESS="10.77.0.99", **short)
     # What node2 sends from that port is lost, as behind a firewall.

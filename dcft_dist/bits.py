@@ -60,6 +60,19 @@ class Box:
             local = local // self.size[dim]
         return index
 
+    def num_before(self, flat: int) -> int:
+        """How many of this box's cells have a flat index below `flat`: row-major order is that of the flat index."""
+        if not self.grid:
+            return int(flat > 0)
+        before, cells = 0, self.numel
+        for dim, (start, size) in enumerate(zip(self.start, self.size, strict=True)):
+            row, cells = prod(self.grid[dim + 1 :]), cells // max(size, 1)
+            place, flat = divmod(flat, row)
+            before += min(max(place - start, 0), size) * cells
+            if not start <= place < start + size:
+                break
+        return before
+
     def share(self, index: int, count: int) -> tuple[tuple[int, int], Box]:
         """The `index`-th of `count` parts: its range of this box's cells in row-major order, and those cells as a box."""
         first = self.first

@@ -159,6 +159,13 @@ def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
     return all_reduce(table, what=what).tolist()
 
 
+def all_gather_uneven(mine: Tensor, sizes: list[int], *, what: str) -> Tensor:
+    """The flat integer tensors of all ranks, one after the other; `sizes[r]` is the length of rank r's."""
+    table = torch.zeros(sum(sizes), dtype=mine.dtype)
+    table[sum(sizes[: rank()]) :][: sizes[rank()]] = mine
+    return all_reduce(table, what=what)
+
+
 def on_every_rank(flag: bool) -> bool:
     """Whether it is so on every rank: ranks may see a shared file system at different moments."""
     return all(value for (value,) in all_gather_ints([int(flag)], what="files of an earlier attempt"))

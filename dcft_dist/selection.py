@@ -3,15 +3,17 @@
 Every weight has a composite rank: first its score, then its canonical position (names in UTF-8 order, then flat index;
 earlier is higher). Composite ranks are all different, so "the k highest" is one set, whatever the sharding.
 
-The k-th highest composite rank is found digit by digit from the top (radix selection): each rank histograms one digit of
-its own weights that match the digits found so far, the histograms are all-reduced, and the digit of the k-th is read off.
-Three digits (11 + 11 + 10 bits) hold the score: IEEE-754 bit patterns, mapped so that they sort as integers. Five more of
-11 bits hold the position and are needed only where equal scores straddle the k-th place. So a global selection moves
-16 KiB a digit, in at most ten collectives, for any number of weights.
+Over the whole model, that cut is found by `threshold.kth_highest` in about one pass; where equal scores straddle it, the
+position by a search in the one weight where it lies. Where each weight or magnitude bin has a cut of its own (`per_tensor`,
+floor and cap, the random controls), all cuts are found at once, digit by digit from the top (radix selection): each rank
+histograms one digit of its own weights that match the digits found so far, the histograms are all-reduced, and the digit of
+the k-th is read off. Three digits (11 + 11 + 10 bits) hold the score: IEEE-754 bit patterns, mapped so that they sort as
+integers. Five more of 11 bits hold the position and are needed only where equal scores straddle the k-th place.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,15 +24,18 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .bits import CHUNK, Box, Packed, pack
+from .bits import CHUNK, Box, Packed, num_bytes, pack, popcount
 from .errors import ScoreError, SelectionError, did_you_mean, listing
 from .fundamental import FundamentalSet, SetInfo
 from .importance import Scores, ScoreShard
+from .threshold import STEP, how_many, kth_highest, pieces
 
 Scope = Literal["global", "per_tensor"]
 Keep = Callable[["Chunk"], Tensor]  # which cells of a chunk take part
 Group = Callable[["Chunk"], Tensor]  # the group of each cell of a chunk (int64)
 
+FEW = 256  # equal scores whose places are simply gathered
+FAN = 64  # places that are tried at once where the cut goes through equal scores
 _SCORE_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the 32-bit score key
 _POSITION_BITS = 55
 _POSITION_DIGITS = ((44, 11), (33, 11), (22, 11), (11, 11), (0, 11))
@@ -47,9 +52,13 @@ class Chunk:
     shard: ScoreShard
     base: int  # canonical position of the weight's first element
 
+    @property
+    def values(self) -> Tensor:
+        return self.shard.values[self.begin : self.end]
+
     def key(self) -> Tensor:
         """Scores as integers in [0, 2^32) that sort the same way; -0.0 and 0.0 are one value."""
-        bits = (self.shard.values[self.begin : self.end] + 0.0).view(torch.int32).to(torch.int64)
+        bits = (self.values + 0.0).view(torch.int32).to(torch.int64)
         return torch.where(bits >= 0, bits + (1 << 31), ~bits & 0x7FFFFFFF)
 
     def place(self) -> Tensor:
@@ -74,6 +83,27 @@ class Cut:
         return chosen
 
 
+@dataclass(frozen=True)
+class Line:
+    """The cut through the whole model: scores above `value` are selected, and those equal to it at places before `end`."""
+
+    value: float
+    end: int
+
+    def selects(self, chunk: Chunk) -> Tensor:
+        ties = min(max(chunk.shard.box.num_before(self.end - chunk.base) - chunk.begin, 0), chunk.end - chunk.begin)
+        if chunk.values.device.type == "cpu":  # numpy compares three times as fast as torch
+            values = chunk.values.numpy()
+            if ties == len(values):
+                return torch.from_numpy(values >= self.value)
+            chosen = values > self.value
+            chosen[:ties] |= values[:ties] == self.value
+            return torch.from_numpy(chosen)
+        selected = chunk.values > self.value
+        selected[:ties] |= chunk.values[:ties] == self.value
+        return selected
+
+
 def select_fundamental(
     scores: Scores, fraction: float = 0.10, *, scope: Scope = "global", floor: float = 0.0, cap: float = 1.0
 ) -> FundamentalSet:
@@ -96,11 +126,11 @@ def select_fundamental(
     ranking = Ranking(scores)
     ranking.require_finite()
     sizes = [prod(shape) for shape in scores.shapes.values()]
-    selects, cut = _chooser(ranking, sizes, fraction, scope, floor, cap)
-    pieces, counts = ranking.collect(selects)
+    selects, line = _chooser(ranking, sizes, fraction, scope, floor, cap)
+    bits, counts = ranking.collect(selects)
     threshold = None
-    if scope == "global" and cut is not None and any(counts.values()):
-        threshold = _score_of(int(cut.key[0]))
+    if line is not None and any(counts.values()):
+        threshold = line.value
     info = SetInfo(
         shapes=dict(scores.shapes),
         counts=counts,
@@ -114,7 +144,7 @@ def select_fundamental(
         num_weights=scores.num_weights,
         extra={"floor": floor, "cap": cap, **scores.extra},
     )
-    return FundamentalSet.from_pieces(info, pieces)
+    return FundamentalSet.from_pieces(info, bits)
 
 
 def _check(scores: Scores, fraction: float, scope: str, floor: float, cap: float) -> None:
@@ -133,7 +163,7 @@ def _check(scores: Scores, fraction: float, scope: str, floor: float, cap: float
 
 def _chooser(
     ranking: Ranking, sizes: list[int], fraction: float, scope: str, floor: float, cap: float
-) -> tuple[Keep, Cut | None]:
+) -> tuple[Keep, Line | None]:
     """What decides whether a cell is selected, and the cut of the whole model where there is one."""
     low, high = [round(floor * n) for n in sizes], [round(cap * n) for n in sizes]
     if scope == "per_tensor":
@@ -150,8 +180,8 @@ def _chooser(
             f"{sum(low)} to {sum(high)}"
         )
     if sum(low) == 0 and sum(high) == sum(sizes):
-        cut = ranking.cut([total])
-        return cut.selects, cut
+        line = ranking.line(total)
+        return line.selects, line
     must, may = ranking.cut(low, by_tensor), ranking.cut(high, by_tensor)
 
     def contested(chunk: Chunk) -> Tensor:
@@ -177,6 +207,7 @@ class Ranking:
         for name in sorted(self.names, key=lambda n: n.encode()):
             self._base[name] = position
             position += prod(scores.shapes[name])
+        self._total = position
         self._device = next((s.values.device for s in scores.shards.values()), torch.device("cpu"))
 
     def chunks(self) -> Iterator[Chunk]:
@@ -187,13 +218,60 @@ class Ranking:
 
     def require_finite(self) -> None:
         bad = torch.zeros(len(self.names), dtype=torch.int64)
-        for chunk in self.chunks():
-            values = chunk.shard.values[chunk.begin : chunk.end]
-            bad[chunk.tensor] += values.numel() - int(torch.isfinite(values).sum())
+        for tensor, name in enumerate(self.names):
+            for values in pieces(self._shards[name].values):
+                if not (torch.isfinite(values) if isinstance(values, Tensor) else np.isfinite(values)).all():
+                    bad[tensor] += int((~torch.isfinite(torch.as_tensor(values))).sum())
         bad = collectives.all_reduce(bad, what="selection: finite scores")
         if bad.any():
             where = [f"{name} ({n})" for name, n in zip(self.names, bad.tolist(), strict=True) if n]
             raise ScoreError(f"scores are NaN or infinite in {listing(where)}: lower the learning rate or check the data")
+
+    def line(self, k: int) -> Line:
+        """The cut that selects exactly the k highest. Collective."""
+        if k == 0:
+            return Line(torch.inf, 0)
+        found = kth_highest([self._shards[name].values for name in self.names], k)
+        wanted = k - found.above
+        return Line(found.value, self._total if wanted == found.ties else self._end(found.value, wanted, found.ties))
+
+    def _end(self, value: float, wanted: int, total: int) -> int:
+        """Before which place there are exactly `wanted` of the `total` cells with this score. Collective."""
+        ties = {name: [how_many(v == value) for v in pieces(self._shards[name].values)] for name in self.names}
+        if total <= FEW:
+            return self._places(value, ties)[wanted - 1] + 1
+        table = torch.tensor([sum(ties[name]) for name in self._base], dtype=torch.int64)
+        sums = collectives.all_reduce(table, what="selection: ties").cumsum(0).tolist()
+        at = bisect_left(sums, wanted)
+        name, wanted = list(self._base)[at], wanted - (sums[at - 1] if at else 0)
+        values, box, until = self._shards[name].values, self._shards[name].box, np.cumsum([0, *ties[name]])
+        step = STEP[values.device.type]
+
+        def before(flat: int) -> int:
+            cells = box.num_before(flat)
+            whole = cells // step
+            return int(until[whole]) + sum(how_many(v == value) for v in pieces(values[whole * step : cells]))
+
+        low, high = 0, prod(box.grid)  # fewer than `wanted` before low, at least as many before high
+        while high - low > 1:
+            places = sorted({low + (high - low) * i // FAN for i in range(1, FAN)} - {low})
+            table = torch.tensor([before(flat) for flat in places], dtype=torch.int64)
+            at = bisect_left(collectives.all_reduce(table, what="selection: place of a tie").tolist(), wanted)
+            low, high = [low, *places][at], [*places, high][at]
+        return self._base[name] + high
+
+    def _places(self, value: float, ties: dict[str, list[int]]) -> list[int]:
+        """The places of the cells with this score, of all ranks; `ties`: how many are in each piece of this rank's."""
+        found: list[int] = []
+        for name in self.names:
+            shard = self._shards[name]
+            for i, part in enumerate(pieces(shard.values)):
+                if ties[name][i]:
+                    cells = (torch.as_tensor(part == value).nonzero().view(-1) + i * STEP[shard.values.device.type]).tolist()
+                    found += [int(shard.box.flat_index(cell, cell + 1)) + self._base[name] for cell in cells]
+        sizes = [n for (n,) in collectives.all_gather_ints([len(found)], what="selection: ties")]
+        mine = torch.tensor(found, dtype=torch.int64)
+        return sorted(collectives.all_gather_uneven(mine, sizes, what="selection: places of ties").tolist())
 
     def cut(self, counts: Sequence[int], group: Group | None = None, keep: Keep | None = None) -> Cut:
         """The cut that selects exactly `counts[g]` cells in each group g. Collective.
@@ -260,19 +338,10 @@ class Ranking:
 
     def collect(self, selects: Keep) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
         """This rank's bits by name, and how many are selected in each weight over all ranks. Collective."""
-        packed: dict[str, list[Packed]] = {name: [] for name in self.names}
-        counts = torch.zeros(len(self.names), dtype=torch.int64)
-        for chunk in self.chunks():
-            chosen = selects(chunk)
-            packed[chunk.name].append(pack(chosen))  # chunks start at multiples of 8
-            counts[chunk.tensor] += int(chosen.sum())
+        packed = {name: np.empty(num_bytes(self._shards[name].box.numel), dtype=np.uint8) for name in self.names}
+        for chunk in self.chunks():  # chunks start at multiples of 8
+            packed[chunk.name][chunk.begin // 8 : num_bytes(chunk.end)] = pack(selects(chunk))
+        counts = torch.tensor([popcount(packed[name]) for name in self.names], dtype=torch.int64)
         counts = collectives.all_reduce(counts, what="selection: counts")
-        empty = pack(torch.zeros(0, dtype=torch.bool))
-        pieces = {n: (self._shards[n].box, np.concatenate([empty, *parts])) for n, parts in packed.items()}
-        return pieces, dict(zip(self.names, [int(n) for n in counts.tolist()], strict=True))
-
-
-def _score_of(key: int) -> float:
-    """The float32 score that has this key."""
-    bits = key - (1 << 31) if key >= 1 << 31 else ~key
-    return float(torch.tensor([bits], dtype=torch.int32).view(torch.float32))
+        bits = {name: (self._shards[name].box, packed[name]) for name in self.names}
+        return bits, dict(zip(self.names, [int(n) for n in counts.tolist()], strict=True))

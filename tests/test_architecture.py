@@ -26,6 +26,7 @@ LAYERS = [
     ["engines"],
     ["engines.wrap"],
     ["fundamental", "multiplier", "importance", "weights"],
+    ["threshold"],
     ["selection", "penalty_checks", "warmup", "score_file"],
     ["penalty"],
     ["__init__"],

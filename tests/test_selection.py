@@ -16,6 +16,7 @@ from dcft_dist import DcftError, FundamentalSet, Scores, collectives, select_fun
 from dcft_dist.bits import Box
 from dcft_dist.errors import ScoreError, SelectionError
 from dcft_dist.importance import ScoreShard
+from dcft_dist.threshold import SAMPLE
 
 from .ranks import run_ranks
 
@@ -164,20 +165,20 @@ def test_same_set_for_every_sharding(layout: str, tmp_path: Any) -> None:
                     assert torch.equal(found[case][name], mask), (ranks, case, name)
 
 
-def count_collectives(side: int) -> tuple[int, int]:
+def count_collectives(kind: str, side: int) -> tuple[int, int]:
     rank, ranks = collectives.rank(), collectives.world_size()
-    tensors = {"w": torch.full((side, side), 0.5), "v": torch.full((side,), 0.5)}
+    values = torch.full((side, side), 0.5) if kind == "equal" else torch.rand(side, side)
     with collectives.counted() as count:
-        select_fundamental(make_scores(tensors, rank, ranks), 0.1)
+        select_fundamental(make_scores({"w": values, "v": values[0]}, rank, ranks), 0.1)
     return count.calls, count.num_bytes
 
 
-def test_traffic_does_not_depend_on_the_number_of_weights() -> None:
-    """All scores equal, so that even the tie-breaking passes run."""
-    small, large = run_ranks(2, count_collectives, 10), run_ranks(2, count_collectives, 1500)
-    assert small == large
-    calls, num_bytes = small[0]
-    assert calls <= 10 and num_bytes <= 10 * 16 * 1024
+@pytest.mark.parametrize("kind", ["equal", "random"])
+def test_traffic_does_not_grow_with_the_number_of_weights(kind: str) -> None:
+    """Equal scores: the cut goes through them, and its place is searched for."""
+    for side in (10, 400, 2000):
+        ((calls, num_bytes),) = {*run_ranks(2, count_collectives, kind, side)}
+        assert calls <= 16 and num_bytes <= 4 * 4 * SAMPLE, (side, calls, num_bytes)
 
 
 @pytest.mark.parametrize(

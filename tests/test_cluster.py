@@ -33,6 +33,11 @@ SITE = Site(
     container=["apptainer", "exec", "--nv", "/proj/dcft.sif"],
 )  # fmt: skip
 
+PYXIS = Site(
+    partition="gpu", account="med42", sbatch=["--reservation=course"], runs_dir="/scratch/runs",
+    srun=["--container-image=/proj/dcft.sqsh", "--container-mounts=/scratch,/proj"],
+)  # fmt: skip
+
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_of_slurm_are_what_is_rendered(name: str) -> None:
@@ -44,11 +49,14 @@ def golden_job(name: str) -> tuple[Job, Site]:
     if name == "site":
         job, _ = plan_job("icd.toml", ["--seed", "3"], smoke=False, site=SITE, nodes=4, time="1:00:00", **sizes)
         return job, SITE
+    if name == "pyxis":
+        job, _ = plan_job("icd.toml", ["--engine", "deepspeed"], smoke=False, site=PYXIS, nodes=2, time="8:00:00", **sizes)
+        return job, PYXIS
     job, _ = plan_job("icd.toml", ["--name", "it"], smoke=True, site=Site(), nodes=1, time=None, **sizes)
     return job, Site()
 
 
-@pytest.mark.parametrize("name", ["site", "smoke"])
+@pytest.mark.parametrize("name", ["site", "pyxis", "smoke"])
 @pytest.mark.parametrize("way", ["sbatch", "torchrun"])
 def test_rendered_text_is_the_golden_file(name: str, way: str) -> None:
     """After a change that is meant: delete the golden files, run this once, and read them."""

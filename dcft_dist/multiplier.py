@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .bits import CHUNK, Packed, num_bytes
+from .bits import STEP, Packed, num_bytes
 
 
 class Multipliers:
@@ -36,14 +36,19 @@ class Multipliers:
     def scale(self, name: str, gradient: Tensor) -> None:
         """gradient <- m * gradient, in place."""
         with _as_flat(gradient) as flat:
-            for part, m, chosen in self._parts(name, flat):
-                self._watched(part, None, chosen, "proposed")
-                part.mul_(m)
-                self._watched(part, None, chosen, "applied")
+            self.scale_into(name, flat, flat)
+
+    def scale_into(self, name: str, gradient: Tensor, out: Tensor) -> None:
+        """out <- m * gradient; both flat, and `out` may be `gradient`."""
+        parts = zip(out.split(STEP[out.device.type]), self._parts(name, gradient), strict=True)
+        for target, (part, m, chosen) in parts:
+            self._watched(part, None, chosen, "proposed")
+            torch.mul(part, m, out=target)
+            self._watched(target, None, chosen, "applied")
 
     def shorten(self, name: str, old: Tensor, new: Tensor) -> None:
         """new <- old + m * (new - old), in place: exactly `old` where m is 0 and exactly `new` where it is 1."""
-        starts = old.contiguous().view(-1).split(CHUNK)
+        starts = old.contiguous().view(-1).split(STEP[old.device.type])
         with _as_flat(new) as flat:
             for start, (part, m, chosen) in zip(starts, self._parts(name, flat), strict=True):
                 self._watched(part, start, chosen, "proposed")
@@ -60,15 +65,15 @@ class Multipliers:
         return ((octets.unsqueeze(1) >> places) & 1).view(-1)[: end - begin].bool()
 
     def _parts(self, name: str, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Chunks of a tensor with their multipliers, and which cells are fundamental if that is watched."""
+        """Pieces of a tensor with their multipliers, and which cells are fundamental if that is watched."""
         octets, end = self.bits[name], 0
-        for part in flat.split(CHUNK):
+        for part in flat.split(STEP[flat.device.type]):
             begin, end = end, end + part.numel()
             if octets is None:
                 yield part, torch.full((), self.unscored, dtype=_wide(part), device=part.device), None
             else:
-                rows = octets[begin // 8 : num_bytes(end)].to(part.device).int()
-                m = self._table(_wide(part), part.device).index_select(0, rows).view(-1)[: part.numel()]
+                rows = octets[begin // 8 : num_bytes(end)].to(part.device)
+                m = _rows(self._table(_wide(part), part.device), rows).view(-1)[: part.numel()]
                 yield part, m, self.chosen(name, begin, end).to(part.device) if self.watch else None
 
     def _table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -82,6 +87,12 @@ class Multipliers:
         if chosen is not None:
             moved = part[chosen].double() if start is None else part[chosen].double() - start[chosen].double()
             setattr(self, what, getattr(self, what) + float(moved.square().sum()))
+
+
+def _rows(table: Tensor, rows: Tensor) -> Tensor:
+    if table.device.type == "cpu":  # numpy copies short rows faster than torch
+        return torch.from_numpy(table.numpy().take(rows.numpy(), axis=0, mode="clip"))
+    return table.index_select(0, rows.int())
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

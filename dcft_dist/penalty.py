@@ -71,7 +71,8 @@ def attach_penalty(
     Raises:
         FundamentalSetError: names or shapes of the set that the model does not have.
         PenaltyError: a factor out of range, a penalty already attached, an optimizer that does not step the model, weights
-            stored in half precision. At each optimizer step, on all ranks together: a hook that did not fire.
+            stored in half precision. At an optimizer step: a hook that did not fire, which all ranks find together at the
+            first, and at each `in_force`; other steps check what a rank can tell alone and send nothing.
     """
     engine = find_engine(model)
     with collectives.agreed("attach penalty"):
@@ -142,6 +143,9 @@ class Penalty:
         self._engine, self._multipliers = engine, multipliers
         self._at_attach = engine.stepped()
         self._leaves: list[_LeafCount] = []
+        self._agreed: set[str] = set()  # weights whose first step has been seen by all ranks together
+        self._fired: set[str] = set()  # since ranks last agreed: multiplied here
+        self._silent: set[str] = set()  # and: held a gradient here that was not multiplied here
         self._handles: list[Any] = []
         self._scaled: set[str] = set()  # weights whose reduced gradient has been multiplied for the coming step
         self._old: list[tuple[Shard, Tensor]] = []
@@ -200,7 +204,11 @@ class Penalty:
 
         At the update level of the steps, at the gradient level of the gradients where they are multiplied. NaN where
         nothing was proposed, or `watch` is off. Collective.
+
+        Raises:
+            PenaltyError: the ranks have different factors, or a weight that holds a gradient was multiplied on no rank.
         """
+        self._agree("")
         m = self._multipliers
         sums = torch.tensor([m.applied, m.proposed], dtype=torch.float64)
         applied, proposed = collectives.all_reduce(sums, what="penalty in force").tolist()
@@ -241,12 +249,19 @@ class Penalty:
     def _leaf_hook(self, segments: list[Segment], count: _LeafCount) -> Callable[[Tensor], Tensor]:
         multipliers, calls = self._multipliers, self.calls
 
+        cells = sum(s.box.numel for s in segments)
+
         def hook(gradient: Tensor) -> Tensor:
             # Out of place: autograd may have given the same memory to other leaves.
-            scaled = gradient.clone(memory_format=torch.contiguous_format)
-            flat = local_tensor(scaled).view(-1)
+            if type(gradient) is Tensor and gradient.is_contiguous() and gradient.numel() == cells:
+                scaled, source = torch.empty_like(gradient), gradient.detach().view(-1)
+                flat = scaled.view(-1)
+            else:
+                scaled = gradient.clone(memory_format=torch.contiguous_format)
+                flat = source = local_tensor(scaled).view(-1)
             for s in segments:
-                multipliers.scale(s.name, flat[s.offset : s.offset + s.box.numel])
+                part = slice(s.offset, s.offset + s.box.numel)
+                multipliers.scale_into(s.name, source[part], flat[part])
                 calls[s.name] += 1
             count.fired += 1
             return scaled
@@ -362,17 +377,33 @@ class Penalty:
     # -- is it in force? --------------------------------------------------------------------------------------------
 
     def _check_in_force(self, names: set[str]) -> None:
-        """All ranks together: hooks fired once per backward, none was lost, the factor is the same everywhere."""
+        """Hooks fired once per backward, and none was lost: on the first step of these weights all ranks agree on it.
+
+        Later steps check what this rank can tell alone, and send nothing. What only all can tell waits for `in_force`.
+        """
         problem = self._local_problem()
         leaves = [count for count in self._leaves if names.intersection(count.names)]
-        # A weight that is unused on this rank alone gets its gradient from the others, who multiplied it.
-        fired = [float(c.fired > 0) for c in leaves]
         held = self._held({n for c in leaves if c.fired == 0 for n in c.names})
-        holds = [float(not held.isdisjoint(c.names)) for c in leaves]
-        state = torch.tensor([float(bool(problem)), self.factor, -self.factor, *fired, *holds], dtype=torch.float64)
+        self._fired.update(n for c in leaves if c.fired for n in c.names)
+        self._silent.update(n for c in leaves if c.fired == 0 and held.intersection(c.names) for n in c.names)
+        if not names <= self._agreed or collectives.world_size() == 1:
+            self._agreed |= names
+            self._agree(problem)
+        elif problem:
+            raise PenaltyError(f"rank {collectives.rank()}: {problem}")
+
+    def _agree(self, problem: str) -> None:
+        """All ranks together: the factor is the same, and what holds a gradient was multiplied on some rank. A weight that
+        is unused on this rank alone gets its gradient from the others."""
+        names = list(self._multipliers.bits)
+        seen = [float(n in where) for where in (self._fired, self._silent) for n in names]
+        state = torch.tensor([float(bool(problem)), self.factor, -self.factor, *seen], dtype=torch.float64)
         bad, high, low, *seen = collectives.all_reduce(state, "max", what="penalty check").tolist()
-        somewhere = zip(leaves, seen[: len(leaves)], seen[len(leaves) :], strict=True)
-        silent = [n for c, fired_there, held_there in somewhere if held_there and not fired_there for n in c.names]
+        silent = [
+            n for n, fired, held in zip(names, seen[: len(names)], seen[len(names) :], strict=True) if held and not fired
+        ]
+        self._fired.clear()
+        self._silent.clear()
         if high != -low:
             problem = problem or f"the ranks disagree on the factor ({-low} to {high})"
         if silent:

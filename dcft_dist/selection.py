@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .bits import CHUNK, Box, Packed, num_bytes, pack, popcount
+from .bits import CHUNK, STEP, Box, Packed, num_bytes, pack, popcount
 from .errors import ScoreError, SelectionError, did_you_mean, listing
 from .fundamental import FundamentalSet, SetInfo
 from .importance import Scores, ScoreShard
-from .threshold import STEP, how_many, kth_highest, pieces
+from .threshold import how_many, kth_highest, pieces
 
 Scope = Literal["global", "per_tensor"]
 Keep = Callable[["Chunk"], Tensor]  # which cells of a chunk take part

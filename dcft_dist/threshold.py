@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import collectives
+from .bits import STEP
 
 SAMPLE = 1 << 16  # values that a round looks at, of all ranks together: 256 KiB in one collective
 ROOM = 1 << 22  # values that a rank keeps at most: 16 MiB
 DRAWS = 1 << 20  # positions that a rank looks at to find its part of a sample
-STEP = {"cpu": 1 << 18, "cuda": 1 << 24}  # values at a time: what stays in a core's cache, what keeps a GPU busy
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import optimizer as optimizer_module
 
-from dcft_dist import DcftError, FundamentalSet, attach_penalty, score_importance
+from dcft_dist import DcftError, FundamentalSet, attach_penalty, collectives, score_importance
 from dcft_dist.errors import EngineError, FundamentalSetError, PenaltyError
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
@@ -385,6 +385,7 @@ def failures(engine: str) -> dict[str, str]:
             for handle in penalty._handles[:-1]:
                 handle.remove()
         step(model, optimizer, batch)
+        penalty.in_force()
 
     def doubled_hook() -> None:
         model = wrap(make_net(), engine)
@@ -411,6 +412,15 @@ def failures(engine: str) -> dict[str, str]:
         attach_penalty(model, some_set(), optimizer=optimizer).set_factor(0.1 * (1 + dist.get_rank()))
         step(model, optimizer, batch)
 
+    def other_factor_later() -> None:
+        model = wrap(make_net(), engine)
+        optimizer = make_optimizer("sgd", model.parameters())
+        penalty = attach_penalty(model, some_set(), optimizer=optimizer)
+        step(model, optimizer, batch)
+        penalty.set_factor(0.1 * (1 + dist.get_rank()))
+        step(model, optimizer, batch)
+        penalty.in_force()
+
     def bad_factor_on_one_rank() -> None:
         attach_penalty(wrap(make_net(), engine), some_set(), 0.1 + 2 * dist.get_rank())
 
@@ -429,7 +439,7 @@ def failures(engine: str) -> dict[str, str]:
 
     for case in (
         lost_hook, doubled_hook, attached_before_sharding, optimizer_before_sharding, other_factor_on_one_rank,
-        bad_factor_on_one_rank, thawed, half_outside,
+        other_factor_later, bad_factor_on_one_rank, thawed, half_outside,
     ):  # fmt: skip
         attempt(case.__name__, case)
     return found
@@ -441,6 +451,7 @@ def test_a_penalty_that_is_not_in_force_is_an_error_on_every_rank(engine: str) -
         assert "attach it after sharding" in found["attached_before_sharding"]
         assert "create it after the model was wrapped" in found["optimizer_before_sharding"]
         assert "the ranks disagree on the factor (0.1 to 0.2)" in found["other_factor_on_one_rank"]
+        assert "the ranks disagree on the factor (0.1 to 0.2)" in found["other_factor_later"]
         assert "factor must lie between 0 and 1, not 2.1" in found["bad_factor_on_one_rank"]
         assert "frozen.weight were frozen when the penalty was attached" in found["thawed"]
         assert "outside every fully_shard group" in found["half_outside"]
@@ -448,6 +459,27 @@ def test_a_penalty_that_is_not_in_force_is_an_error_on_every_rank(engine: str) -
         assert expected in found["doubled_hook"]
         if engine == "fsdp2":
             assert "hold a gradient, but no hook fired" in found["lost_hook"]
+
+
+def collectives_of_steps(engine: str) -> dict[str, list[int]]:
+    found = {}
+    for level, where in (("gradient", "before"), ("gradient", "after"), ("update", "before")):
+        model = wrap(make_net(), engine)
+        optimizer = make_optimizer("sgd", model.parameters())
+        penalty = attach_penalty(model, some_set(), optimizer=optimizer, level=level, where=where)  # type: ignore[arg-type]
+        found[f"{level} {where}"] = []
+        for i in range(4):
+            penalty.set_factor(0.1 * i)
+            with collectives.counted() as count:
+                step(model, optimizer, my_part(make_batches(1, 8, torch.float32)[0]))
+            found[f"{level} {where}"].append(count.calls)
+    return found
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_step_sends_nothing_after_the_first(engine: str) -> None:
+    for found in run_ranks(2, collectives_of_steps, engine):
+        assert set(map(tuple, found.values())) == {(1, 0, 0, 0)}, found
 
 
 class Branches(nn.Module):

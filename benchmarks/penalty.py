@@ -9,6 +9,7 @@ weights. A step's cost grows with the samples and the penalty's does not, so the
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=2)
     given = options.parse_args()
     torch.set_num_threads(given.threads)
+    logging.disable(logging.WARNING)  # AdamW cancels the gradient penalty: here only its cost counts
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     arms = {name: Arm(name, given.layers, given.width, device, dtype) for name in ARMS}
@@ -127,7 +129,7 @@ def main() -> None:
                 "mask bytes a weight": arm.mask_bytes / number,
             }
         )
-    show(rows, given.json)
+    show(rows, given.json, 2 * REPEATS)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def machine() -> str:
     return f"{datetime.date.today()}, {where}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def show(rows: list[dict[str, Any]], as_json: bool) -> None:
+def show(rows: list[dict[str, Any]], as_json: bool, repeats: int = REPEATS) -> None:
     """Prints the cases: as JSON lines with the machine in each, or as a Markdown table with it below."""
     if as_json:
         for row in rows:
@@ -47,7 +47,7 @@ def show(rows: list[dict[str, Any]], as_json: bool) -> None:
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(_text(row.get(key, '')) for key in columns)} |")
-    print(f"\n{machine()}; medians of {REPEATS}.\n", flush=True)
+    print(f"\n{machine()}; medians of {repeats}.\n", flush=True)
 
 
 def _text(value: Any) -> str:

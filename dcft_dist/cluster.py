@@ -173,8 +173,8 @@ def render_sbatch(job: Job, site: Site) -> str:
     lines += ["", "# -- the run --", *_arguments(job), *job.before]
     ranks = str(job.local_ranks) if job.fixed else "${DCFT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-2}}"
     lines += [f"ranks={ranks}" + ("" if job.fixed else "   # a node's GPUs; two gloo ranks where there are none")]
-    prefix = "".join(f"{shlex.quote(word)} " for word in site.container)
-    options = "".join(f" {shlex.quote(word)}" for word in site.srun)
+    prefix = "".join(f"{_quoted(word)} " for word in site.container)
+    options = "".join(f" {_quoted(word)}" for word in site.srun)
     python = f'"{job.python}"' if job.python.startswith("$") else shlex.quote(job.python)
     lines += [
         f"run=({prefix}{python})",
@@ -184,6 +184,11 @@ def render_sbatch(job: Job, site: Site) -> str:
         "one=(" + (f'srun --nodes=1 --ntasks=1{options} "${{run[@]}}")' if options else '"${run[@]}")'),
     ]
     return "\n".join(lines) + "\n" + _BODY.replace("@GRACE@", str(GRACE_S))
+
+
+def _quoted(word: str) -> str:
+    """As `shlex.quote`, and with quotes around commas, which look like a mistake in an array of the shell."""
+    return f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word)
 
 
 def _arguments(job: Job) -> list[str]:

@@ -9,5 +9,5 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"${PYTHON%/*}/shellcheck" -e SC1091 launch/*.sh slurm/*.sbatch tests/golden/*.sbatch tests/run.sh
+"${PYTHON%/*}/shellcheck" -e SC1091 launch/*.sh slurm/*.sbatch tests/golden/*.sbatch tests/run.sh benchmarks/*.sh
 "$PYTHON" -m pytest "$@"

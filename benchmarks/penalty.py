@@ -78,7 +78,7 @@ class Arm:
         elif (options := ARMS[name]) is not None:
             chosen: Any = FundamentalSet.from_masks(masks)
             self.penalty = attach_penalty(self.model, chosen, FACTOR, optimizer=self.optimizer, **options)  # type: ignore[arg-type]
-            self.mask_bytes = sum(b.numel() for b in self.penalty._multipliers.bits.values() if b is not None)
+            self.mask_bytes = self.penalty.mask_bytes
 
     def step(self, x: Tensor, y: Tensor) -> None:
         begin = self._now()

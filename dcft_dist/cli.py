@@ -71,6 +71,22 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--with", dest="way", choices=("slurm", "submitit", "torchrun"), default="slurm")
     submit.add_argument("--smoke", action="store_true", help="20 steps, then seconds a step, hours and end of the whole run")
     submit.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    plan = commands.add_parser(
+        "plan", help="what a model would need on each of N GPUs: memory by kind, bytes sent", allow_abbrev=False
+    )
+    plan.add_argument("--model", required=True, help="vit_large, vit_huge, vit_giant, decoder_7b, decoder_70b, or a folder "
+                      "with a transformers config.json")  # fmt: skip
+    plan.add_argument("--ranks", type=int, default=8)
+    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--engine", choices=("fsdp2",), default="fsdp2")
+    plan.add_argument("--replicas", type=int, default=1, help="groups of ranks that each hold all shards (hybrid sharding)")
+    plan.add_argument("--micro-batch", type=int, default=1)
+    plan.add_argument("--length", type=int, default=512, help="tokens of a sample (decoders)")
+    plan.add_argument("--level", choices=("update", "gradient"), default="update")
+    plan.add_argument("--where", choices=("before", "after"), default="before")
+    plan.add_argument("--fp32", dest="bf16", action="store_false", help="compute in float32 instead of bfloat16")
+    plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of one GPU")
+    plan.add_argument("--json", action="store_true")
     commands.add_parser("config-reference", help="print docs/configuration.md")
     files = commands.add_parser("slurm-files", help="write the files of slurm/ again")
     files.add_argument("folder", type=Path)
@@ -140,6 +156,16 @@ def _submit(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"job {found or cluster.submit_sbatch(job, site, folder)}; where it stands: dcft status {folder}")
 
 
+def _plan(options: argparse.Namespace, rest: list[str]) -> None:
+    import json
+
+    from . import plan
+
+    given = {key: value for key, value in vars(options).items() if key not in ("command", "engine", "json")}
+    found = plan.plan(plan.Request(**given))
+    print(json.dumps(found.to_json()) if options.json else plan.table(found))
+
+
 def _slurm_files(options: argparse.Namespace, rest: list[str]) -> None:
     from .cluster import FILES, Site, render_sbatch
 
@@ -158,6 +184,7 @@ _COMMANDS = {
     "report": _report,
     "table": _table,
     "submit": _submit,
+    "plan": _plan,
     "config-reference": _config_reference,
     "slurm-files": _slurm_files,
 }

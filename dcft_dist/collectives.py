@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -152,11 +152,25 @@ def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
     return moved.to(tensor.device)
 
 
+def reduce_numbers(values: Sequence[Any], op: Op = "sum", *, what: str) -> list[float]:
+    """Sums (maxima, minima) over the ranks of float64 numbers; a tensor with one element counts as its value."""
+    from .engines.private import number, real_tensors  # late: the engines import this module
+
+    with real_tensors():
+        table = torch.tensor([number(value) for value in values], dtype=torch.float64)
+        return all_reduce(table, op, what=what).tolist()
+
+
 def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
     """The same number of integers from every rank, in rank order."""
-    table = torch.zeros(world_size(), len(values), dtype=torch.int64)
-    table[rank()] = torch.tensor(values, dtype=torch.int64)
-    return all_reduce(table, what=what).tolist()
+    if dist.is_initialized() and dist.get_backend() == "fake":  # `dcft plan`: the others would do as this one does
+        return [list(values)] * world_size()
+    from .engines.private import real_tensors  # late: the engines import this module
+
+    with real_tensors():
+        table = torch.zeros(world_size(), len(values), dtype=torch.int64)
+        table[rank()] = torch.tensor(values, dtype=torch.int64)
+        return all_reduce(table, what=what).tolist()
 
 
 def all_gather_uneven(mine: Tensor, sizes: list[int], *, what: str) -> Tensor:

@@ -33,7 +33,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], num_classes: int, compu
             "macro_f1": MulticlassF1Score(num_classes, average="macro"),
         }
     ).to(device)
-    total = torch.zeros(2, dtype=torch.float64)
+    losses, number = [], 0
     training = model.training
     model.eval()
     try:
@@ -43,11 +43,11 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], num_classes: int, compu
             real = batch["real"]
             if real.any():
                 metrics.update(logits[real], batch["labels"][real])
-                loss = functional.cross_entropy(logits[real], batch["labels"][real], reduction="sum")
-                total += torch.tensor([float(loss), float(real.sum())], dtype=torch.float64)
+                losses.append(functional.cross_entropy(logits[real], batch["labels"][real], reduction="sum").double())
+                number += int(real.sum())
     finally:
         model.train(training)
         find_engine(model).settle()
-    loss_sum, count = collectives.all_reduce(total, what="evaluation loss").tolist()
+    loss_sum, count = collectives.reduce_numbers([sum(losses), number], what="evaluation loss")
     values = metrics.compute()
     return {"loss": loss_sum / count, "accuracy": float(values["accuracy"]), "macro_f1": float(values["macro_f1"])}

@@ -242,7 +242,8 @@ def _score_batches(batches: Iterable[Any], accumulation: int) -> Iterator[list[A
 def _backward(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float, float]:
     """Runs one score batch; returns its mean loss and the factor that turns the reduced gradients into those of it."""
     model = engine.scoring_model()
-    total = torch.zeros(2, dtype=torch.float64)  # sum of losses, sum of counts
+    losses: list[Any] = []
+    counts: list[Any] = []
     counted = False
     for i, item in enumerate(items):
         engine.expect(last=i == len(items) - 1)
@@ -252,11 +253,11 @@ def _backward(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float,
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ScoreError("loss_fn must return a scalar tensor with a gradient, or (sum, count)")
         engine.backward(loss)
-        total += torch.tensor([float(loss.detach()), float(count)], dtype=torch.float64)
+        losses.append(loss.detach().double())  # read at the end: a GPU need not wait for the host
+        counts.append(count)
     engine.reduce_gradients()
     ranks = collectives.world_size()
-    total = collectives.all_reduce(total, what="score loss")
-    loss_sum, weight = total.tolist()
+    loss_sum, weight = collectives.reduce_numbers([sum(losses), sum(counts)], what="score loss")
     if weight <= 0:
         raise ScoreError("loss_fn returned a count of 0 for a whole score batch")
     mean = loss_sum / weight

@@ -90,7 +90,7 @@ class Multipliers:
 
 
 def _rows(table: Tensor, rows: Tensor) -> Tensor:
-    if table.device.type == "cpu":  # numpy copies short rows faster than torch
+    if table.device.type == "cpu" and type(table) is Tensor:  # numpy copies short rows faster than torch
         return torch.from_numpy(table.numpy().take(rows.numpy(), axis=0, mode="clip"))
     return table.index_select(0, rows.int())
 

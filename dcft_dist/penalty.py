@@ -168,6 +168,11 @@ class Penalty:
         return self._multipliers.factor
 
     @property
+    def mask_bytes(self) -> int:
+        """What this rank keeps of the set: a bit for each weight that it holds or, before the reduction, for all."""
+        return sum(packed.numel() for packed in self._multipliers.bits.values() if packed is not None)
+
+    @property
     def watch(self) -> bool:
         """True: measure what is applied over what is proposed, for `in_force`. Costs another pass over the weights."""
         return self._multipliers.watch
@@ -210,8 +215,7 @@ class Penalty:
         """
         self._agree("")
         m = self._multipliers
-        sums = torch.tensor([m.applied, m.proposed], dtype=torch.float64)
-        applied, proposed = collectives.all_reduce(sums, what="penalty in force").tolist()
+        applied, proposed = collectives.reduce_numbers([m.applied, m.proposed], what="penalty in force")
         m.applied = m.proposed = 0.0
         return float((applied / proposed) ** 0.5) if proposed else float("nan")
 
@@ -253,7 +257,7 @@ class Penalty:
 
         def hook(gradient: Tensor) -> Tensor:
             # Out of place: autograd may have given the same memory to other leaves.
-            if type(gradient) is Tensor and gradient.is_contiguous() and gradient.numel() == cells:
+            if local_tensor(gradient) is gradient and gradient.is_contiguous() and gradient.numel() == cells:
                 scaled, source = torch.empty_like(gradient), gradient.detach().view(-1)
                 flat = scaled.view(-1)
             else:
@@ -397,8 +401,8 @@ class Penalty:
         is unused on this rank alone gets its gradient from the others."""
         names = list(self._multipliers.bits)
         seen = [float(n in where) for where in (self._fired, self._silent) for n in names]
-        state = torch.tensor([float(bool(problem)), self.factor, -self.factor, *seen], dtype=torch.float64)
-        bad, high, low, *seen = collectives.all_reduce(state, "max", what="penalty check").tolist()
+        state = [bool(problem), self.factor, -self.factor, *seen]
+        bad, high, low, *seen = collectives.reduce_numbers(state, "max", what="penalty check")
         silent = [
             n for n, fired, held in zip(names, seen[: len(names)], seen[len(names) :], strict=True) if held and not fired
         ]

@@ -17,7 +17,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.tensorboard import SummaryWriter
@@ -304,16 +303,16 @@ class Trainer:
         prepared.zero_grad()
         if penalty:
             penalty.watch = groups is not None
-        losses = torch.tensor([0.0, float(life.stop_requested())], dtype=torch.float64)
+        stop, losses = life.stop_requested(), []
         for i, batch in enumerate(micros):
             seed_randomness(self.config.seed, step, world.rank * len(micros) + i)
             with prepared.accumulating(last=i == len(micros) - 1):
                 loss = self._loss(prepared.model, batch) / len(micros)
                 prepared.backward(loss)
-            losses[0] += loss.detach().double().cpu()
+            losses.append(loss.detach().double())
         norms = self._clip(penalty, groups)
         prepared.step()
-        total_loss, stops = collectives.all_reduce(losses, what="training loss").tolist()
+        total_loss, stops = collectives.reduce_numbers([sum(losses), stop], what="training loss")
         mean_loss, self.stopping = total_loss / world.world_size, stops > 0
         if not math.isfinite(mean_loss):
             raise DcftError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")

@@ -30,7 +30,7 @@ LAYERS = [
     ["selection", "penalty_checks", "warmup", "score_file"],
     ["penalty"],
     ["__init__"],
-    ["recipe"],
+    ["plan", "recipe"],
     ["hf", "lightning"],
     ["tasks", "data", "models"],
     ["life"],

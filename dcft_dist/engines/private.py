@@ -29,6 +29,9 @@ USES: dict[str, tuple[str, ...]] = {
     "Module": ("_non_persistent_buffers_set",),
     "torch.distributed.distributed_c10d": ("_get_default_store",),
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
+    "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily"),
+    "torch.testing._internal.distributed.fake_pg": (),
+    "torch.distributed._tools.fsdp2_mem_tracker": ("FSDPMemTracker",),
     "FSDPModule": ("_get_fsdp_state",),
     "FSDPState": ("_fsdp_param_groups",),
     "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
@@ -148,6 +151,50 @@ def default_store() -> Any:
     return distributed_c10d._get_default_store()
 
 
+# -- tensors without memory ------------------------------------------------------------------------------------------------
+
+
+def number(value: Any) -> float:
+    """The value of a one-element tensor; 1 for a tensor without memory (`dcft plan` runs the code on such tensors)."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return 1.0 if isinstance(value, FakeTensor) else float(value)
+
+
+def without_memory() -> Any:
+    """A block in which tensors have shapes and types, but no values; real ones may take part."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def fake_ranks(ranks: int) -> Iterator[None]:
+    """A process group in which this process is rank 0 of many that are not there: collectives do nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  it registers the backend
+
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def memory_tracker(model: Any, optimizer: Any) -> Any:
+    """Torch's own account of the memory of an FSDP2 model by kind, over a block; its optimizer's states included."""
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+    return FSDPMemTracker(model, optimizer)
+
+
+def real_tensors() -> Any:
+    """A block in which new tensors have values, whatever is around it."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
 # -- FSDP2 ----------------------------------------------------------------------------------------------------------------
 
 
@@ -155,7 +202,8 @@ def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...
     """Shape of a DTensor's local tensor, and where it starts in the whole."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    with real_tensors():  # it computes with tensors
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(shape), tuple(offset)
 
 

@@ -108,7 +108,8 @@ def prepare(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prep
         raise EngineError(f"engine 'single' on {ranks} ranks: use another engine, or start one rank")
     if ranks % plan.replicas:
         raise EngineError(f"{plan.replicas} replicas do not divide {ranks} ranks")
-    model.to(plan.device)
+    if any(p.device != plan.device for p in model.parameters()):
+        model.to(plan.device)
     if plan.engine == "deepspeed":
         return _deepspeed(model, plan, make_optimizer)
     wrap = {"single": lambda m, _: m, "ddp": _ddp, "fsdp2": _fsdp2, "fsdp1": _fsdp1}[plan.engine]

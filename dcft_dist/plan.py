@@ -1,0 +1,285 @@
+"""What a model needs on each of N GPUs, found without any: the code runs as rank 0 of N on tensors without memory.
+
+Wrapping, scoring, attaching and steps are the real ones, on torch's fake process group. Only the selection is not run,
+since it looks at values: its bits are there (none set), and its own memory and traffic have bounds that do not depend
+on the number of weights (`threshold`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from math import ceil, prod
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import bits
+from .engines import find_engine, private, wrap
+from .errors import ConfigError, did_you_mean
+from .fundamental import FundamentalSet, SetInfo
+from .importance import Scores, score_importance
+from .penalty import attach_penalty
+
+GIB = 2**30
+
+
+def _vit(width: int, layers: int, heads: int, patch: int) -> tuple[str, dict[str, int]]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
+    return "ViTConfig", {**sizes, "patch_size": patch}
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int) -> tuple[str, dict[str, int]]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner}
+    return "LlamaConfig", {**sizes, "num_key_value_heads": kv_heads, "vocab_size": words}
+
+
+# Name -> class of transformers' configuration, and sizes: ViT-L/16, ViT-H/14, ViT-g/14 (DINOv2), Llama 2 7B, Llama 3 70B.
+MODELS = {
+    "vit_large": _vit(1024, 24, 16, 16),
+    "vit_huge": _vit(1280, 32, 16, 14),
+    "vit_giant": _vit(1536, 40, 24, 14),
+    "decoder_7b": _llama(4096, 11008, 32, 32, 32, 32000),
+    "decoder_70b": _llama(8192, 28672, 80, 64, 8, 128256),
+}
+KINDS = {
+    "parameters": ("Sharded Param", "Unsharded Param", "Buffer"),
+    "gradients": ("Sharded Grad", "Unsharded Grad"),
+    "optimizer": ("OptState",),
+    "communication": ("All Gather", "Reduce Scatter"),
+    "activations": ("Activation", "Temp", "Inputs"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned. `length`: tokens of a decoder's sample; `memory_gib`: of one GPU; `replicas`: of hybrid sharding."""
+
+    model: str
+    ranks: int
+    gpus_per_node: int = 8
+    micro_batch: int = 1
+    length: int = 512
+    level: Literal["update", "gradient"] = "update"
+    where: Literal["before", "after"] = "before"
+    bf16: bool = True
+    replicas: int = 1
+    memory_gib: float = 80.0
+
+
+@dataclass
+class Found:
+    """Bytes of rank 0, which has the largest shards. `*_step`: by kind at the peak of a step; `sent`: by collective."""
+
+    request: Request
+    weights: int = 0
+    eligible: int = 0
+    plain_step: dict[str, int] = field(default_factory=dict)
+    dcft_step: dict[str, int] = field(default_factory=dict)
+    score_peak: int = 0
+    scores: int = 0
+    bits: int = 0
+    sent_plain: dict[str, int] = field(default_factory=dict)
+    sent_dcft: dict[str, int] = field(default_factory=dict)
+    sent_score: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        peaks = {"plain_peak": self.plain_peak, "dcft_peak": self.dcft_peak, "peak": self.peak, "fits": self.fits}
+        return {**asdict(self), **peaks}
+
+    @property
+    def plain_peak(self) -> int:
+        return sum(self.plain_step.values())
+
+    @property
+    def dcft_peak(self) -> int:
+        return sum(self.dcft_step.values()) + self.bits
+
+    @property
+    def peak(self) -> int:
+        """Of scoring or of a step: scores are gone when steps begin."""
+        return max(self.score_peak, self.dcft_peak)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.request.memory_gib * GIB
+
+
+def plan(request: Request) -> Found:
+    """Runs the code as rank 0 of `request.ranks`, and tells what it needs. No process group may be there.
+
+    Raises:
+        ConfigError: a size below 1, an unknown model, or one whose loss is not known.
+        EngineError: replicas that do not divide the ranks.
+    """
+    for key in ("ranks", "gpus_per_node", "micro_batch", "length", "replicas"):
+        if getattr(request, key) < 1:
+            raise ConfigError(f"{key} must be at least 1, not {getattr(request, key)}")
+    with private.fake_ranks(request.ranks), _as_on_a_gpu():
+        return carry_out(request, private.without_memory)
+
+
+def table(found: Found) -> str:
+    """The plan as text."""
+    r = found.request
+    lines = [
+        f"{r.model}: {found.weights:,} weights, {found.eligible:,} eligible; FSDP2 on {r.ranks} ranks "
+        f"({ceil(r.ranks / r.gpus_per_node)} nodes), {r.replicas} replicas, {'bf16' if r.bf16 else 'fp32'}, AdamW, "
+        f"micro-batch {r.micro_batch}, penalty on the {r.level}" + (f", {r.where}" if r.level == "gradient" else ""),
+        "",
+        f"{'GiB on a rank':<28}{'plain step':>12}{'with DCFT':>12}",
+    ]
+    rows = [(kind, found.plain_step[kind], found.dcft_step[kind]) for kind in found.plain_step]
+    rows += [("mask", 0, found.bits), ("peak of a step", found.plain_peak, found.dcft_peak)]
+    rows += [("peak of scoring", 0, found.score_peak), ("  scores", 0, found.scores)]
+    lines += [f"{name:<28}{a / GIB:>12.3f}{b / GIB:>12.3f}" for name, a, b in rows]
+    lines += ["", f"{'GiB sent or gathered':<28}{'plain step':>12}{'with DCFT':>12}{'score batch':>12}"]
+    for name in sorted({*found.sent_plain, *found.sent_dcft, *found.sent_score}):
+        sizes = [sent.get(name, 0) / GIB for sent in (found.sent_plain, found.sent_dcft, found.sent_score)]
+        lines.append(f"{name:<28}" + "".join(f"{size:>12.3f}" for size in sizes))
+    share = 100 * (found.peak / found.plain_peak - 1)
+    verdict = "fits into" if found.fits else "does not fit into"
+    lines += ["", f"needs {found.peak / GIB:.2f} GiB, {share:+.1f} % for DCFT: {verdict} {r.memory_gib:g} GiB"]
+    return "\n".join(lines)
+
+
+def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
+    """The same on the ranks that are there, on tensors made inside `memory()`."""
+    mode, found = memory(), Found(request)
+    with mode:
+        model = _model(request.model)
+        batch = _batch(model, request)
+    head = _head(model)
+    with torch.no_grad(), mode:
+        for p in model.parameters():
+            p.fill_(0.01)
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    blocks = max(lists, key=len)
+    device = torch.device("cpu")  # a fake of one: sizes are the same
+    how = wrap.Plan("fsdp2", device, blocks, bf16=request.bf16, replicas=request.replicas)
+    prepared = wrap.prepare(model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-4))
+    found.weights = sum(prod(shape) for shape in find_engine(prepared.model).full_shapes().values())
+
+    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            prepared.zero_grad()
+            prepared.backward(loss_of(prepared.model, batch))
+            prepared.step()
+
+    with mode:
+        with _measured(prepared) as (peak, found.sent_score):
+            scores = score_importance(prepared.model, [batch], loss_of, head=head)
+        found.score_peak = sum(peak.values())
+        found.scores = sum(4 * s.values.numel() for s in scores.shards.values())
+        found.eligible, chosen = scores.num_eligible, _empty_set(scores)
+        del scores
+        steps(1)
+        with _measured(prepared) as (found.plain_step, found.sent_plain):
+            steps(1)
+        penalty = attach_penalty(
+            prepared.model, chosen, optimizer=prepared.optimizer, level=request.level, where=request.where
+        )
+        found.bits = penalty.mask_bytes
+        steps(1)
+        with _measured(prepared) as (found.dcft_step, found.sent_dcft):
+            steps(1)
+        penalty.remove()
+    return found
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    """Tensors without memory are the CPU's, to torch; a GPU's are handled in larger pieces."""
+    step = bits.STEP["cpu"]
+    bits.STEP["cpu"] = bits.STEP["cuda"]
+    try:
+        yield
+    finally:
+        bits.STEP["cpu"] = step
+
+
+def _model(name: str) -> nn.Module:
+    """A model of `MODELS`, or of the folder of a transformers configuration, with values that do not matter."""
+    import transformers
+    from transformers.initialization import no_init_weights
+    from transformers.models.auto import modeling_auto
+
+    if name in MODELS:
+        kind, sizes = MODELS[name]
+        config = getattr(transformers, kind)(**sizes)
+    elif (Path(name) / "config.json").is_file():
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    else:
+        raise ConfigError(f"unknown model {name!r}{did_you_mean(name, MODELS)}: there are {', '.join(MODELS)}, or a folder "
+                          "with a transformers config.json")  # fmt: skip
+    if config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        auto: Any = transformers.AutoModelForCausalLM
+    elif config.model_type in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        auto = transformers.AutoModelForImageClassification
+    else:
+        raise ConfigError(f"{name}: neither a causal language model nor an image classifier ({config.model_type})")
+    with no_init_weights():  # some draw until the values suit
+        model: nn.Module = auto.from_config(config)
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def _head(model: Any) -> str:
+    """The name of the classifier, or of the layer that gives the words' scores."""
+    last = getattr(model, "classifier", None) or model.get_output_embeddings()
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    return names[last]
+
+
+def _batch(model: nn.Module, request: Request) -> dict[str, Tensor]:
+    config: Any = model.config
+    if hasattr(config, "image_size"):
+        pixels = torch.zeros(request.micro_batch, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": pixels, "labels": torch.zeros(request.micro_batch, dtype=torch.int64)}
+    tokens = torch.zeros(request.micro_batch, request.length, dtype=torch.int64)
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def _empty_set(scores: Scores) -> FundamentalSet:
+    info = SetInfo(shapes=scores.shapes, counts=dict.fromkeys(scores.shapes, 0), fraction=0.1, head=scores.head)
+    return FundamentalSet(info, lambda name: np.zeros(bits.num_bytes(prod(info.shapes[name])), dtype=np.uint8))
+
+
+@contextmanager
+def _measured(prepared: wrap.Prepared) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
+    """Bytes by kind at the peak of the block, and bytes given to each kind of collective in it; filled at its end."""
+    tracker, sent = private.memory_tracker(prepared.model, prepared.optimizer), _Sent()
+    peak: dict[str, int] = {}
+    traffic: dict[str, int] = {}
+    with tracker, sent:
+        yield peak, traffic
+    seen = next(iter(tracker.get_tracker_snapshot("peak").values()))
+    by_name = {str(getattr(kind, "value", kind)): size for kind, size in seen.items()}
+    peak.update({kind: sum(by_name.pop(name, 0) for name in names) for kind, names in KINDS.items()})
+    by_name.pop("Total", None)
+    peak["other"] = sum(by_name.values())
+    traffic.update(sent.bytes)
+
+
+class _Sent(TorchDispatchMode):
+    """Counts the bytes of the larger side of every collective."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            sizes = [t.numel() * t.element_size() for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
+            self.bytes[func._opname.strip("_")] += max(sizes, default=0)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,79 @@
+"""`dcft plan`: what is foretold without memory is what real ranks then need."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, T5Config, ViTConfig
+
+from dcft_dist import cli, plan
+from dcft_dist.bits import num_bytes
+from dcft_dist.errors import ConfigError, EngineError
+from dcft_dist.plan import Found, Request
+
+from .ranks import run_ranks
+
+SIZES = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 256}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("configs")
+    configs: dict[str, Any] = {
+        "vit": ViTConfig(**SIZES, image_size=64, patch_size=16),
+        "decoder": LlamaConfig(**SIZES, vocab_size=1000, tie_word_embeddings=True),
+        "t5": T5Config(),
+    }
+    for name, config in configs.items():
+        config.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in configs}
+
+
+def really(request: Request) -> Found:
+    return plan.carry_out(request, nullcontext)
+
+
+CASES = [(2, "vit", "update"), (4, "vit", "before"), (2, "decoder", "after"), (4, "decoder", "update")]
+
+
+@pytest.mark.parametrize(("ranks", "model", "how"), CASES)
+def test_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, model: str, how: str) -> None:
+    """Not to the byte: gloo holds on to a buffer for a moment longer, as it happens."""
+    request = Request(folders[model], ranks, micro_batch=2, length=32, bf16=model == "vit")
+    if how != "update":
+        request = replace(request, level="gradient", where=how)  # type: ignore[arg-type]
+    foretold, real = plan.plan(request), run_ranks(ranks, really, request)[0]
+    for key in ("weights", "eligible", "scores", "bits"):
+        assert getattr(foretold, key) == getattr(real, key), key
+    for key in ("plain_peak", "dcft_peak", "score_peak"):
+        assert getattr(foretold, key) == pytest.approx(getattr(real, key), rel=0.05), key
+    for key in ("sent_plain", "sent_dcft", "sent_score"):
+        for name in ("allgather_base", "reduce_scatter_base"):
+            assert getattr(foretold, key)[name] == getattr(real, key)[name], (key, name)
+    assert real.sent_dcft == real.sent_plain, "the penalty sends nothing in a step after the first"
+    assert foretold.scores == pytest.approx(4 * foretold.eligible / ranks, rel=0.02)
+    share = 1 if how == "before" else ranks
+    assert foretold.bits == pytest.approx(num_bytes(foretold.eligible) / share, rel=0.02)
+
+
+def test_a_large_model_on_many_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "vit_large", "--ranks", "1024", "--replicas", "8", "--memory-gib", "0.1"]) == 0
+    text = capsys.readouterr().out
+    assert "303,303,682 weights" in text and "on 1024 ranks (128 nodes), 8 replicas" in text
+    assert "does not fit into 0.1 GiB" in text
+    rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in text.splitlines() if line.count("  ")}
+    assert float(rows["mask"][1]) == pytest.approx(302776320 / 8 / 128 / 2**30, abs=6e-4)
+
+
+def test_refusals(folders: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"unknown model 'vit_larg' .did you mean 'vit_large'"):
+        plan.plan(Request("vit_larg", 2))
+    with pytest.raises(ConfigError, match="neither a causal language model nor an image classifier"):
+        plan.plan(Request(folders["t5"], 2))
+    with pytest.raises(ConfigError, match="ranks must be at least 1, not 0"):
+        plan.plan(Request(folders["vit"], 0))
+    with pytest.raises(EngineError, match="3 replicas do not divide 4 ranks"):
+        plan.plan(Request(folders["vit"], 4, replicas=3))

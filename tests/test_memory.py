@@ -1,0 +1,72 @@
+"""What selecting and attaching take besides their result: resident memory of real processes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dcft_dist import FundamentalSet, Scores, attach_penalty, collectives, select_fundamental
+from dcft_dist.bits import Box
+from dcft_dist.importance import ScoreShard
+
+from .ranks import run_ranks
+
+MIB = 2**20
+
+
+def peak(call: Callable[[], Any]) -> tuple[Any, float]:
+    """The call's result, and the rise of this process's resident memory during it, in MiB."""
+
+    def status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key))
+
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = status("VmRSS")
+    result = call()
+    return result, (status("VmHWM") - before) / 1024
+
+
+def selection_memory(kind: str) -> float:
+    number = 1 << 25  # 128 MiB of scores on each rank
+    values = torch.rand(number) if kind == "random" else (torch.rand(number) * 4).round()
+    rank, ranks = collectives.rank(), collectives.world_size()
+    shards = {f"w{i}": ScoreShard(Box.flat(ranks * len(v), rank * len(v), len(v)), v) for i, v in enumerate(values.chunk(4))}
+    shapes = {name: shard.box.grid for name, shard in shards.items()}
+    found, rise = peak(lambda: select_fundamental(Scores("given", shapes, shards)))
+    assert found.num_selected == round(0.1 * number * ranks)
+    return rise - number / 8 / MIB
+
+
+@pytest.mark.parametrize("kind", ["random", "tied"])
+def test_selection(kind: str) -> None:
+    """A copy of the scores would be 128 MiB, a mask of booleans 32."""
+    assert max(run_ranks(2, selection_memory, kind)) < 30
+
+
+def attach_memory(path: str) -> list[tuple[float, int]]:
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(12)))  # 48 million weights
+    masks = {f"{i}.weight": torch.zeros(2048, 2048, dtype=torch.bool).fill_diagonal_(True) for i in range(12)}
+    FundamentalSet.from_masks(masks).save(path)
+    del masks
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for where in ("before", "after"):
+        chosen = FundamentalSet.load(path)
+        penalty, rise = peak(lambda c=chosen, w=where: attach_penalty(model, c, optimizer=optimizer, where=w))  # type: ignore[misc]
+        found.append((rise, penalty.mask_bytes))
+        penalty.remove()
+    return found
+
+
+def test_attaching(tmp_path: Path) -> None:
+    """A mask of booleans would be 48 MiB; the bits are 6, and so is the file."""
+    for rise, mask_bytes in run_ranks(1, attach_memory, str(tmp_path / "set.safetensors"))[0]:
+        assert mask_bytes == 12 * 2048 * 2048 // 8
+        assert rise < 20

@@ -279,7 +279,14 @@ class _Sent(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            sizes = [t.numel() * t.element_size() for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
-            self.bytes[func._opname.strip("_")] += max(sizes, default=0)
+        space, _, name = str(func.name()).partition("::")
+        if space in ("c10d", "_c10d_functional"):
+            sizes = [t.numel() * t.element_size() for t in _tensors(args)]
+            self.bytes[name.strip("_")] += max(sizes, default=0)
         return func(*args, **(kwargs or {}))
+
+
+def _tensors(given: Any) -> list[Tensor]:
+    if isinstance(given, list | tuple):
+        return [t for part in given for t in _tensors(part)]
+    return [given] if isinstance(given, Tensor) else []

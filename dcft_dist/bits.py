@@ -14,8 +14,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Packed = NDArray[np.uint8]
-CHUNK = 1 << 20  # elements handled at a time: bounds the extra memory of every pass over the weights
+CHUNK = 1 << 20  # elements handled at a time: bounds the extra memory of a pass over the weights
 STEP = {"cpu": 1 << 18, "cuda": 1 << 22}  # where speed counts: what stays in a core's cache, what keeps a GPU busy
+
+
+def step_of(device: torch.device) -> int:
+    return STEP.get(device.type, CHUNK)
 
 
 @dataclass(frozen=True)

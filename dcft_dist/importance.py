@@ -254,7 +254,7 @@ def _backward(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float,
             raise ScoreError("loss_fn must return a scalar tensor with a gradient, or (sum, count)")
         engine.backward(loss)
         losses.append(loss.detach().double())  # read at the end: a GPU need not wait for the host
-        counts.append(count)
+        counts.append(count.detach().double() if isinstance(count, Tensor) else float(count))
     engine.reduce_gradients()
     ranks = collectives.world_size()
     loss_sum, weight = collectives.reduce_numbers([sum(losses), sum(counts)], what="score loss")

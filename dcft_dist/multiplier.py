@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .bits import STEP, Packed, num_bytes
+from .bits import Packed, num_bytes, step_of
 
 
 class Multipliers:
@@ -40,7 +40,7 @@ class Multipliers:
 
     def scale_into(self, name: str, gradient: Tensor, out: Tensor) -> None:
         """out <- m * gradient; both flat, and `out` may be `gradient`."""
-        parts = zip(out.split(STEP[out.device.type]), self._parts(name, gradient), strict=True)
+        parts = zip(out.split(step_of(out.device)), self._parts(name, gradient), strict=True)
         for target, (part, m, chosen) in parts:
             self._watched(part, None, chosen, "proposed")
             torch.mul(part, m, out=target)
@@ -48,7 +48,7 @@ class Multipliers:
 
     def shorten(self, name: str, old: Tensor, new: Tensor) -> None:
         """new <- old + m * (new - old), in place: exactly `old` where m is 0 and exactly `new` where it is 1."""
-        starts = old.contiguous().view(-1).split(STEP[old.device.type])
+        starts = old.contiguous().view(-1).split(step_of(old.device))
         with _as_flat(new) as flat:
             for start, (part, m, chosen) in zip(starts, self._parts(name, flat), strict=True):
                 self._watched(part, start, chosen, "proposed")
@@ -67,7 +67,7 @@ class Multipliers:
     def _parts(self, name: str, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Pieces of a tensor with their multipliers, and which cells are fundamental if that is watched."""
         octets, end = self.bits[name], 0
-        for part in flat.split(STEP[flat.device.type]):
+        for part in flat.split(step_of(flat.device)):
             begin, end = end, end + part.numel()
             if octets is None:
                 yield part, torch.full((), self.unscored, dtype=_wide(part), device=part.device), None

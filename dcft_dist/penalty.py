@@ -115,6 +115,7 @@ class _LeafCount:
     names: list[str]
     fired: int = 0
     reached: int = 0
+    forwards: int = 0  # of the model, up to the last step
 
 
 class Penalty:
@@ -143,6 +144,7 @@ class Penalty:
         self._engine, self._multipliers = engine, multipliers
         self._at_attach = engine.stepped()
         self._leaves: list[_LeafCount] = []
+        self._forwards = 0  # of the model, in training
         self._agreed: set[str] = set()  # weights whose first step has been seen by all ranks together
         self._fired: set[str] = set()  # since ranks last agreed: multiplied here
         self._silent: set[str] = set()  # and: held a gradient here that was not multiplied here
@@ -257,12 +259,13 @@ class Penalty:
 
         def hook(gradient: Tensor) -> Tensor:
             # Out of place: autograd may have given the same memory to other leaves.
-            if local_tensor(gradient) is gradient and gradient.is_contiguous() and gradient.numel() == cells:
+            plain = local_tensor(gradient) is gradient and not torch.is_grad_enabled()  # enabled: create_graph
+            if plain and gradient.is_contiguous() and gradient.numel() == cells:
                 scaled, source = torch.empty_like(gradient), gradient.detach().view(-1)
                 flat = scaled.view(-1)
             else:
                 scaled = gradient.clone(memory_format=torch.contiguous_format)
-                flat = source = local_tensor(scaled).view(-1)
+                flat = source = local_tensor(scaled).detach().view(-1)
             for s in segments:
                 part = slice(s.offset, s.offset + s.box.numel)
                 multipliers.scale_into(s.name, source[part], flat[part])
@@ -353,6 +356,7 @@ class Penalty:
         for count in self._leaves:
             if names.intersection(count.names):
                 count.fired = count.reached = 0
+                count.forwards = self._forwards
 
     def _stepped_by(self, optimizer: Optimizer) -> set[str]:
         return self._multipliers.bits.keys() & set(names_stepped(optimizer, self._known()))
@@ -389,10 +393,13 @@ class Penalty:
         leaves = [count for count in self._leaves if names.intersection(count.names)]
         held = self._held({n for c in leaves if c.fired == 0 for n in c.names})
         self._fired.update(n for c in leaves if c.fired for n in c.names)
-        self._silent.update(n for c in leaves if c.fired == 0 and held.intersection(c.names) for n in c.names)
+        silent = [c for c in leaves if c.fired == 0 and held.intersection(c.names)]
+        self._silent.update(n for c in silent for n in c.names)
+        if self._forwards and any(c.forwards == self._forwards for c in silent):  # no rank can have had a backward
+            problem = problem or self._unhooked([n for c in silent for n in c.names])
         if not names <= self._agreed or collectives.world_size() == 1:
-            self._agreed |= names
             self._agree(problem)
+            self._agreed |= names
         elif problem:
             raise PenaltyError(f"rank {collectives.rank()}: {problem}")
 
@@ -411,12 +418,16 @@ class Penalty:
         if high != -low:
             problem = problem or f"the ranks disagree on the factor ({-low} to {high})"
         if silent:
-            problem = problem or (
-                f"{listing(silent)} hold a gradient, but no hook fired since the last step: a second step on the same "
-                "gradients, gradients set by hand, or a model that was wrapped again"
-            )
+            problem = problem or self._unhooked(silent)
         if bad or problem:
             raise PenaltyError(f"rank {collectives.rank()}: {problem or 'another rank is without penalty'}")
+
+    @staticmethod
+    def _unhooked(names: list[str]) -> str:
+        return (
+            f"{listing(names)} hold a gradient, but no hook fired: a second step on the same gradients, gradients set by "
+            "hand, or a model that was wrapped again"
+        )
 
     def _local_problem(self) -> str:
         if self._engine.stepped().keys() != self._at_attach.keys() or not self._engine.holds():
@@ -471,6 +482,7 @@ class _ForwardHook:
         penalty = self._penalty()
         if penalty is not None and module is penalty._engine.module and module.training and torch.is_grad_enabled():
             penalty._scaled.clear()
+            penalty._forwards += 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_inert_hook, ())

@@ -1,8 +1,8 @@
 """What a model needs on each of N GPUs, found without any: the code runs as rank 0 of N on tensors without memory.
 
 Wrapping, scoring, attaching and steps are the real ones, on torch's fake process group. Only the selection is not run,
-since it looks at values: its bits are there (none set), and its own memory and traffic have bounds that do not depend
-on the number of weights (`threshold`).
+since it looks at values: its bits are there (none set), and what it needs besides does not depend on the number of
+weights (`threshold`).
 """
 
 from __future__ import annotations
@@ -160,6 +160,8 @@ def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
         for p in model.parameters():
             p.fill_(0.01)
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(f"{request.model}: no list of blocks to shard one by one")
     blocks = max(lists, key=len)
     device = torch.device("cpu")  # a fake of one: sizes are the same
     how = wrap.Plan("fsdp2", device, blocks, bf16=request.bf16, replicas=request.replicas)
@@ -238,13 +240,16 @@ def _head(model: Any) -> str:
     """The name of the classifier, or of the layer that gives the words' scores."""
     last = getattr(model, "classifier", None) or model.get_output_embeddings()
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    if last not in names:
+        raise ConfigError(f"{type(model).__name__}: neither a classifier nor an output embedding, so the head is not known")
     return names[last]
 
 
 def _batch(model: nn.Module, request: Request) -> dict[str, Tensor]:
     config: Any = model.config
-    if hasattr(config, "image_size"):
-        pixels = torch.zeros(request.micro_batch, config.num_channels, config.image_size, config.image_size)
+    if model.main_input_name == "pixel_values":
+        side = getattr(config, "image_size", 224)
+        pixels = torch.zeros(request.micro_batch, config.num_channels, side, side)
         return {"pixel_values": pixels, "labels": torch.zeros(request.micro_batch, dtype=torch.int64)}
     tokens = torch.zeros(request.micro_batch, request.length, dtype=torch.int64)
     return {"input_ids": tokens, "labels": tokens}

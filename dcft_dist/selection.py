@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import collectives
-from .bits import CHUNK, STEP, Box, Packed, num_bytes, pack, popcount
+from .bits import CHUNK, Box, Packed, num_bytes, pack, popcount, step_of
 from .errors import ScoreError, SelectionError, did_you_mean, listing
 from .fundamental import FundamentalSet, SetInfo
 from .importance import Scores, ScoreShard
@@ -116,7 +116,7 @@ def select_fundamental(
         floor, cap: at least / at most round(floor x numel) / round(cap x numel) of each tensor.
 
     Ties are decided by parameter name in UTF-8 order, then flat index, so that the set has exactly k members and is the
-    same for every number of ranks. Extra memory is that of one chunk of 2^20 weights, and one bit for each owned weight.
+    same for every number of ranks. Extra memory is one bit for each owned weight, and less than 64 MiB.
 
     Raises:
         SelectionError: a fraction out of range, or a floor and cap that cannot be met together with k.
@@ -245,7 +245,7 @@ class Ranking:
         at = bisect_left(sums, wanted)
         name, wanted = list(self._base)[at], wanted - (sums[at - 1] if at else 0)
         values, box, until = self._shards[name].values, self._shards[name].box, np.cumsum([0, *ties[name]])
-        step = STEP[values.device.type]
+        step = step_of(values.device)
 
         def before(flat: int) -> int:
             cells = box.num_before(flat)
@@ -267,7 +267,7 @@ class Ranking:
             shard = self._shards[name]
             for i, part in enumerate(pieces(shard.values)):
                 if ties[name][i]:
-                    cells = (torch.as_tensor(part == value).nonzero().view(-1) + i * STEP[shard.values.device.type]).tolist()
+                    cells = (torch.as_tensor(part == value).nonzero().view(-1) + i * step_of(shard.values.device)).tolist()
                     found += [int(shard.box.flat_index(cell, cell + 1)) + self._base[name] for cell in cells]
         sizes = [n for (n,) in collectives.all_gather_ints([len(found)], what="selection: ties")]
         mine = torch.tensor(found, dtype=torch.int64)

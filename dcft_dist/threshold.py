@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import collectives
-from .bits import STEP
+from .bits import step_of
 
 SAMPLE = 1 << 16  # values that a round looks at, of all ranks together: 256 KiB in one collective
-ROOM = 1 << 22  # values that a rank keeps at most: 16 MiB
+ROOM = 1 << 22  # values that a rank keeps at most: 16 MiB, twice that for a moment
 DRAWS = 1 << 20  # positions that a rank looks at to find its part of a sample
 
 
@@ -46,7 +46,7 @@ def kth_highest(arrays: Sequence[Tensor], k: int) -> Threshold:
     while search.inside > SAMPLE and search.high > _next(search.low):
         search.narrow()
     if search.inside > SAMPLE:
-        return Threshold(search.low, search.above, search.inside)
+        return Threshold(search.low + 0.0, search.above, search.inside)
     found = np.sort(search.sample())
     value = found[len(found) - (k - search.above)]
     return Threshold(float(value) + 0.0, search.above + int((found > value).sum()), int((found == value).sum()))
@@ -55,7 +55,7 @@ def kth_highest(arrays: Sequence[Tensor], k: int) -> Threshold:
 def pieces(values: Tensor) -> Iterator[Any]:
     """A flat tensor in steps that suit its device: numpy arrays on the CPU, where numpy compares faster than torch."""
     held = values.numpy() if values.device.type == "cpu" else values
-    step = STEP[values.device.type]
+    step = step_of(values.device)
     return (held[begin : begin + step] for begin in range(0, len(held), step))
 
 
@@ -122,14 +122,15 @@ class _Search:
 
     def _count(self, limits: list[float], least: float, most: float) -> tuple[list[int], Tensor | None]:
         """How many held values reach each limit, and those between `least` and `most`, or None if that are too many."""
-        counts, kept, room = [0] * len(limits), [torch.zeros(0)], ROOM
+        counts, kept, room = [0] * len(limits), list[Tensor](), ROOM
         for piece in (piece for array in self.held for piece in pieces(array)):
             reached = [piece >= limit for limit in limits]
             counts = [n + how_many(mask) for n, mask in zip(counts, reached, strict=True)]
             if room >= 0:
                 kept.append(torch.as_tensor(piece[reached[limits.index(least)] ^ reached[limits.index(most)]]))
                 room -= len(kept[-1])
-        return counts, torch.cat(kept) if room >= 0 else None
+        between = torch.cat(kept) if kept else torch.zeros(0)
+        return counts, between if room >= 0 else None
 
     def sample(self) -> NDArray[np.float32]:
         """Values between the limits, of all ranks by their shares: all if they are at most SAMPLE. Collective."""
@@ -165,4 +166,5 @@ def _take(values: Tensor, places: NDArray[np.int64], begin: int) -> Tensor:
 
 def _next(value: float) -> float:
     """The next higher float32."""
-    return float(np.nextafter(np.float32(value), np.float32(inf)))
+    with np.errstate(over="ignore", under="ignore"):  # after the highest comes infinity, after 0 a denormal number
+        return float(np.nextafter(np.float32(value), np.float32(inf)))

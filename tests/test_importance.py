@@ -51,6 +51,20 @@ def formula(net: nn.Module, batches: list[Any], criterion: str) -> dict[str, Ten
     return out
 
 
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float16, 40000), (torch.uint8, 200)])
+def test_counts_of_a_small_type(dtype: torch.dtype, count: int) -> None:
+    """Two items: the sum of their counts is beyond what the type can hold."""
+    batches = make_batches(2, SIZE, torch.float32)
+
+    def sums(make: Any) -> Scores:
+        return score_importance(make_net(), batches, lambda m, b: (loss_fn(m, b), make(count)), head=HEAD, accumulation=2)
+
+    expected, found = sums(float), sums(lambda n: torch.tensor(n, dtype=dtype))
+    assert found.loss == expected.loss
+    for name, shard in expected.shards.items():
+        assert torch.equal(found.shards[name].values, shard.values)
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_equals_formula(criterion: str) -> None:
     batches = make_batches(NUM, SIZE, torch.float64)

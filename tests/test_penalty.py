@@ -412,6 +412,22 @@ def failures(engine: str) -> dict[str, str]:
         attach_penalty(model, some_set(), optimizer=optimizer).set_factor(0.1 * (1 + dist.get_rank()))
         step(model, optimizer, batch)
 
+    def second_step_on_the_same_gradients() -> None:
+        model = wrap(make_net(), engine)
+        optimizer = make_optimizer("sgd", model.parameters())
+        attach_penalty(model, some_set(), optimizer=optimizer)
+        step(model, optimizer, batch)
+        step(model, optimizer, batch)
+        optimizer.step()
+
+    def other_factor_and_on_it_goes() -> None:
+        model = wrap(make_net(), engine)
+        optimizer = make_optimizer("sgd", model.parameters())
+        attach_penalty(model, some_set(), optimizer=optimizer).set_factor(0.1 * (1 + dist.get_rank()))
+        with pytest.raises(PenaltyError):
+            step(model, optimizer, batch)
+        optimizer.step()
+
     def other_factor_later() -> None:
         model = wrap(make_net(), engine)
         optimizer = make_optimizer("sgd", model.parameters())
@@ -439,7 +455,8 @@ def failures(engine: str) -> dict[str, str]:
 
     for case in (
         lost_hook, doubled_hook, attached_before_sharding, optimizer_before_sharding, other_factor_on_one_rank,
-        other_factor_later, bad_factor_on_one_rank, thawed, half_outside,
+        other_factor_later, other_factor_and_on_it_goes, second_step_on_the_same_gradients,
+        bad_factor_on_one_rank, thawed, half_outside,
     ):  # fmt: skip
         attempt(case.__name__, case)
     return found
@@ -452,6 +469,8 @@ def test_a_penalty_that_is_not_in_force_is_an_error_on_every_rank(engine: str) -
         assert "create it after the model was wrapped" in found["optimizer_before_sharding"]
         assert "the ranks disagree on the factor (0.1 to 0.2)" in found["other_factor_on_one_rank"]
         assert "the ranks disagree on the factor (0.1 to 0.2)" in found["other_factor_later"]
+        assert "the ranks disagree on the factor (0.1 to 0.2)" in found["other_factor_and_on_it_goes"]
+        assert "a second step on the same gradients" in found["second_step_on_the_same_gradients"]
         assert "factor must lie between 0 and 1, not 2.1" in found["bad_factor_on_one_rank"]
         assert "frozen.weight were frozen when the penalty was attached" in found["thawed"]
         assert "outside every fully_shard group" in found["half_outside"]
@@ -512,6 +531,15 @@ def unused_on_one_rank() -> int:
 
 def test_a_weight_unused_on_one_rank_is_no_false_alarm() -> None:
     assert run_ranks(2, unused_on_one_rank) == [3, 3]
+
+
+def test_a_graph_of_gradients_is_kept() -> None:
+    """For penalties on the norm of the gradient: contiguous gradients, and others."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1, bias=False))
+    masks = {n: torch.eye(*p.shape, dtype=torch.bool) for n, p in model.named_parameters()}
+    with attach_penalty(model, FundamentalSet.from_masks(masks), 0.5):
+        (model(torch.randn(3, 4)).square().sum() + model[0].weight.t().square().sum()).backward(create_graph=True)
+        assert all(p.grad is not None and p.grad.requires_grad for p in model.parameters())
 
 
 # -- refused at once ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, T5Config, ViTConfig
+from transformers import LlamaConfig, ResNetConfig, T5Config, ViTConfig
 
 from dcft_dist import cli, plan
 from dcft_dist.bits import num_bytes
@@ -26,6 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "vit": ViTConfig(**SIZES, image_size=64, patch_size=16),
         "decoder": LlamaConfig(**SIZES, vocab_size=1000, tie_word_embeddings=True),
         "t5": T5Config(),
+        "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
     }
     for name, config in configs.items():
         config.save_pretrained(folder / name)
@@ -66,6 +67,11 @@ def test_a_large_model_on_many_ranks(capsys: pytest.CaptureFixture[str]) -> None
     assert "does not fit into 0.1 GiB" in text
     rows = {line.split("  ")[0].strip(): line.split()[-2:] for line in text.splitlines() if line.count("  ")}
     assert float(rows["mask"][1]) == pytest.approx(302776320 / 8 / 128 / 2**30, abs=6e-4)
+
+
+def test_a_model_of_convolutions(folders: dict[str, str]) -> None:
+    found = plan.plan(Request(folders["resnet"], 4, micro_batch=2))
+    assert found.weights > found.eligible > 0 and found.dcft_peak > 0
 
 
 def test_refusals(folders: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcft_dist import collectives, threshold
+from dcft_dist import bits, collectives, threshold
 from dcft_dist.bits import Box
 from dcft_dist.threshold import Threshold, kth_highest
 
@@ -61,8 +61,17 @@ def test_with_hardly_any_sample_and_room(numbers: list[float], data: st.DataObje
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(threshold, "SAMPLE", 3)
         patch.setattr(threshold, "ROOM", room)
-        patch.setattr(threshold, "STEP", {"cpu": 4})
+        patch.setitem(bits.STEP, "cpu", 4)
         assert kth_highest([values[: len(values) // 3], values[len(values) // 3 :]], k) == brute_force(values, k)
+
+
+def test_edges_of_float32() -> None:
+    top, low = float(np.finfo(np.float32).max), -float(np.finfo(np.float32).max)
+    values = torch.tensor([top, low, 0.0, -0.0] * 30_000)
+    with np.errstate(all="raise"):
+        assert kth_highest([values], 1) == Threshold(top, 0, 30_000)
+        assert kth_highest([values], 120_000) == Threshold(low, 90_000, 30_000)
+        assert str(kth_highest([values], 40_000)) == str(Threshold(0.0, 30_000, 60_000)), "not -0.0"
 
 
 def of_ranks(kind: str, shares: list[int]) -> list[Threshold]:

@@ -1,0 +1,63 @@
+"""How long a training step of the quickstart waits for its data, and how long `dcft --help` takes.
+
+    python benchmarks/input.py
+
+Batches are cut from token lists in memory, in the training process: no workers, nothing to wait for but the cutting.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from side_by_side import REPEATS, parser, show
+from torch.nn import functional
+
+from dcft_dist.config import load_config
+from dcft_dist.data import micro_batches, order, tokenize
+from dcft_dist.models import build_model
+from dcft_dist.tasks import load_task
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--config", default="icd.toml")
+    given = options.parse_args()
+    config, device = load_config(given.config), torch.device("cpu")
+    task = load_task(config.task)
+    model, tokenizer = build_model(config.model, len(task.class_names), config.seed)
+    tokens = tokenize(task.train, tokenizer, config.task.max_tokens)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    waits, steps = [], []
+    for step in range(1 + REPEATS):
+        begin = time.perf_counter()
+        indices = order(config.seed, 1, len(tokens))[step * config.train.global_batch :][: config.train.global_batch]
+        batches = micro_batches(indices, 0, 1, config.train.micro_batch, tokens, device)
+        ready = time.perf_counter()
+        optimizer.zero_grad()
+        for batch in batches:
+            functional.cross_entropy(model(batch), batch["labels"]).backward()
+        optimizer.step()
+        waits.append(ready - begin)
+        steps.append(time.perf_counter() - ready)
+    wait, work = statistics.median(waits[1:]), statistics.median(steps[1:])
+    helps = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "dcft_dist.cli", "--help"], capture_output=True, check=True)
+        helps.append(time.perf_counter() - begin)
+    show(
+        [
+            {"input": f"{given.config}: batches of a step", "s": wait, "of a step": f"{100 * wait / work:.2f} %"},
+            {"input": "forward, backward, optimizer", "s": work},
+            {"input": "dcft --help", "s": statistics.median(helps)},
+        ],
+        given.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -29,7 +29,7 @@ def planned(model: str, ranks: int, level: str) -> dict[str, Any]:
 
 def main() -> None:
     chosen = sys.argv[1:] or list(MODELS)
-    print(__doc__)
+    print(f"# Foundation models on up to 1,024 GPUs\n\n{__doc__}")
     print("| model | ranks | plain | update | +% | mask MiB | before | +% | mask MiB | scoring | fits 80 GiB |")
     print(f"|{' --- |' * 11}")
     for model, fewest in ((name, MODELS[name]) for name in chosen):

@@ -28,7 +28,7 @@ from .bits import CHUNK, Box, Packed, num_bytes, pack, popcount, step_of
 from .errors import ScoreError, SelectionError, did_you_mean, listing
 from .fundamental import FundamentalSet, SetInfo
 from .importance import Scores, ScoreShard
-from .threshold import how_many, kth_highest, pieces
+from .threshold import comparable, how_many, kth_highest, pieces
 
 Scope = Literal["global", "per_tensor"]
 Keep = Callable[["Chunk"], Tensor]  # which cells of a chunk take part
@@ -92,16 +92,12 @@ class Line:
 
     def selects(self, chunk: Chunk) -> Tensor:
         ties = min(max(chunk.shard.box.num_before(self.end - chunk.base) - chunk.begin, 0), chunk.end - chunk.begin)
-        if chunk.values.device.type == "cpu":  # numpy compares three times as fast as torch
-            values = chunk.values.numpy()
-            if ties == len(values):
-                return torch.from_numpy(values >= self.value)
-            chosen = values > self.value
-            chosen[:ties] |= values[:ties] == self.value
-            return torch.from_numpy(chosen)
-        selected = chunk.values > self.value
-        selected[:ties] |= chunk.values[:ties] == self.value
-        return selected
+        values = comparable(chunk.values)
+        if ties == len(values):
+            return torch.as_tensor(values >= self.value)
+        chosen = values > self.value
+        chosen[:ties] |= values[:ties] == self.value
+        return torch.as_tensor(chosen)
 
 
 def select_fundamental(

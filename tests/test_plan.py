@@ -56,6 +56,10 @@ def test_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, model:
             assert getattr(foretold, key)[name] == getattr(real, key)[name], (key, name)
     assert real.sent_dcft == real.sent_plain, "the penalty sends nothing in a step after the first"
     assert foretold.scores == pytest.approx(4 * foretold.eligible / ranks, rel=0.02)
+    # What does not come from the code that both ran: Adam's two moments; scoring has scores in their place.
+    moments = foretold.plain_step["optimizer"]
+    assert moments == pytest.approx(8 * foretold.weights / ranks, rel=0.02)
+    assert foretold.score_peak == pytest.approx(foretold.plain_peak - moments + foretold.scores, rel=0.02)
     share = 1 if how == "before" else ranks
     assert foretold.bits == pytest.approx(num_bytes(foretold.eligible) / share, rel=0.02)
 

@@ -49,6 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     table = commands.add_parser("table", help="compare finished runs")
     table.add_argument("runs", type=Path, nargs="+")
     table.add_argument("--removal", action="store_true", help="the removal check of each run instead")
+    compare = commands.add_parser(
+        "compare", help="carry out a study (STUDY.toml), or what is left of it: arms x seeds x settings"
+    )
+    compare.add_argument("study", type=Path)
+    compare.add_argument("--folder", type=Path, help="where its results go (default: runs/<name of the file>)")
+    compare.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    compare.add_argument("--share", metavar="I/N", help="only the I-th of N shares: an array task")
+    compare.add_argument("--wait", type=float, default=86400.0, metavar="S", help="seconds to wait for the other shares")
+    compare.add_argument("--again", type=float, metavar="PART", help="run that part of the finished cells again and compare")
     status = commands.add_parser("status", help="where a run stands: step, time left, starts, last checkpoint, last failure")
     status.add_argument("run", help="a run's directory, or its configuration (any key after it, as for train)")
     status.add_argument(
@@ -140,6 +149,34 @@ def _table(options: argparse.Namespace, rest: list[str]) -> None:
     print("\n\n".join(map(removal_table, options.runs)) if options.removal else comparison(options.runs))
 
 
+def _compare(options: argparse.Namespace, rest: list[str]) -> int:
+    import subprocess
+
+    folder = options.folder or Path("runs") / options.study.stem
+    if options.workers > 1 and not options.share and options.again is None:
+        from .study import load_study
+
+        load_study(options.study)  # one message for what is wrong, not one a process
+        words = ["compare", str(options.study), "--folder", str(folder), "--wait", str(options.wait), "--share"]
+        begin = [sys.executable, "-m", "dcft_dist.cli", *words]
+        from .compare import in_parallel
+
+        return in_parallel(lambda share: subprocess.Popen([*begin, share]), options.workers)
+    from .compare import Share, again, compare, quiet
+    from .world import joined_world
+
+    quiet()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with joined_world(3600.0) as world:
+        if options.again is not None:
+            different = again(options.study, folder, world, options.again)
+            print("\n".join(different) or "every cell came out the same, to the last digit")
+            return int(bool(different))
+        compare(options.study, folder, world, Share.parse(options.share or "1/1"), options.wait)
+    return 0
+
+
 def _submit(options: argparse.Namespace, rest: list[str]) -> None:
     from . import cluster
 
@@ -183,6 +220,7 @@ _COMMANDS = {
     "status": _status,
     "report": _report,
     "table": _table,
+    "compare": _compare,
     "submit": _submit,
     "plan": _plan,
     "config-reference": _config_reference,

@@ -48,6 +48,9 @@ class Task(Section):
     validation_per_class: Count = Field(50, description="Validation texts of each class.")
     test_per_class: Count = Field(100, description="Test texts of each class.")
     split_seed: Seed = Field(1, description="Seed of the split by 3-character category and of the draw of texts.")
+    sample_seed: Seed | None = Field(
+        None, description="Draws other training texts from the training categories; validation and test stay. Absent: none."
+    )
     max_tokens: Count = Field(48, description="Longer texts are cut to this many tokens.")
 
 
@@ -56,7 +59,7 @@ class HeadWarmup(Section):
 
     lr: Positive = Field(3e-3, description="Learning rate of AdamW.")
     batch: Count = Field(256, description="Texts in a batch over all ranks (the body's features are computed once).")
-    max_epochs: Count = Field(200, description="Epochs at most.")
+    max_epochs: Annotated[int, Field(ge=0)] = Field(200, description="Epochs at most; 0: a cold head.")
     patience: Count = Field(5, description="Epochs without a better validation loss before it stops.")
 
 
@@ -79,6 +82,11 @@ class Selection(Section):
     """Which weights are fundamental."""
 
     fraction: Share = Field(0.10, description="Share of the eligible weights to select.")
+    kind: Literal["top", "lowest", "random", "random_tensor", "random_magnitude"] = Field(
+        "top",
+        description="`top`: the highest scores. Controls with as many weights: `lowest` scores; `random`; `random_tensor`: "
+        "random, as many in each tensor as `top`; `random_magnitude`: random, as many in each tensor and magnitude bin.",
+    )
     scope: Literal["global", "per_tensor"] = Field("global", description="One ranking for the whole model, or one a tensor.")
     floor: Share = Field(0.0, description="Least share of each tensor.")
     cap: Share = Field(1.0, description="Largest share of each tensor.")
@@ -151,7 +159,9 @@ class Checkpoint(Section):
     """What is saved to go on from. Each epoch's end, and a request to stop, always leave a checkpoint."""
 
     every: Count | None = Field(None, description="Steps between further checkpoints; absent: none.")
-    keep_last: Count = Field(1, description="Newest checkpoints to keep.")
+    keep_last: Annotated[int, Field(ge=0)] = Field(
+        1, description="Newest checkpoints to keep; 0: none is made, and a run that is cut off starts its training again."
+    )
     keep_best: Count = Field(1, description="Best epochs to keep.")
 
 
@@ -159,8 +169,11 @@ class Config(Section):
     """One run."""
 
     name: str = Field(description="Name of the run's directory.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    method: Literal["dcft", "full", "linear_probe", "random_set"] = Field(
-        "dcft", description="`random_set`: as dcft, with a random set of the same size. `linear_probe`: the warmed-up head."
+    method: Literal["dcft", "equal_displacement", "full", "linear_probe"] = Field(
+        "dcft",
+        description="`dcft`: two multipliers over the set of `[selection]`; hence also a frozen set (factor 0) and sparse "
+        "fine-tuning (factor 1, rest_factor 0). `equal_displacement`: a control, every body step shrunk as a whole to the "
+        "length that dcft would leave of it. `full`: no penalty. `linear_probe`: the warmed-up head.",
     )
     engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] = Field(
         "fsdp2", description="How the model is spread over the ranks (docs/engines.md)."
@@ -171,6 +184,7 @@ class Config(Section):
     until: Literal["score", "select", "train"] = Field(
         "train", description="End after that phase; with a later one the run goes on. `score` leaves the scores in a file."
     )
+    test: bool = Field(True, description="Whether the test data are used, once, at the end.")
     start_from: str | None = Field(
         None,
         description="Directory of a run of the same task, model and seed: its head is used, and its scores and set if what "
@@ -198,6 +212,11 @@ class Config(Section):
         if self.penalty.level != "auto":
             return self.penalty.level
         return "gradient" if self.optimizer.name == "sgd" and self.optimizer.weight_decay == 0 else "update"
+
+    @property
+    def uses_set(self) -> bool:
+        """Whether the method has a set of weights that it treats differently."""
+        return self.method in ("dcft", "equal_displacement")
 
     @model_validator(mode="after")
     def _clipping_is_explicit(self) -> Config:
@@ -233,7 +252,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _has_phases(self) -> Config:
-        if self.until != "train" and self.method not in ("dcft", "random_set"):
+        if self.until != "train" and not self.uses_set:
             raise ValueError(f"until = '{self.until}' has no meaning for method = '{self.method}', which selects no weights")
         return self
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .tasks import Split
 
-Batch = dict[str, Tensor]  # input_ids, attention_mask [size, tokens]; labels [size]; real [size] (False: padding sample)
+Batch = dict[str, Tensor]  # input_ids, attention_mask [size, tokens]; labels, index [size]; real [size] (False: padding)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,13 @@ class Tokens:
             attention[i, : len(row)] = 1
         labels = torch.tensor([self.labels[i] for i in indices])
         counted = torch.arange(len(rows)) < (len(rows) if real is None else real)
-        batch = {"input_ids": ids, "attention_mask": attention, "labels": labels, "real": counted}
+        batch = {
+            "input_ids": ids,
+            "attention_mask": attention,
+            "labels": labels,
+            "real": counted,
+            "index": torch.tensor(indices),
+        }
         return {key: value.to(device) for key, value in batch.items()}
 
 

@@ -48,6 +48,10 @@ class CheckpointError(DcftError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
+class DivergedError(DcftError):
+    """The training loss is no longer a number."""
+
+
 class RunError(DcftError):
     """A run directory cannot be used: held by another job, without a run, or getting nowhere."""
 

@@ -1,4 +1,4 @@
-"""What the fundamental weights and the rest do during training: norms of gradients, distance from the start."""
+"""What the fundamental weights, the rest and the whole body do in training: norms of gradients, distance from the start."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from . import collectives
 from .bits import cut, unpack
 from .engines import Shard, find_engine
 from .fundamental import FundamentalSet
+from .names import Patterns
 
 
 class Groups:
-    """This rank's owned eligible weights, sorted into fundamental and rest. Making it is collective."""
+    """This rank's owned body weights, the eligible ones sorted into fundamental and rest. Making it is collective."""
 
-    def __init__(self, model: nn.Module, fundamental: FundamentalSet) -> None:
+    def __init__(self, model: nn.Module, fundamental: FundamentalSet | None, head: Patterns) -> None:
         self._engine = find_engine(model)
+        self._head = set(self._engine.names.match(head, what="head"))
         boxes = {shard.name: shard.owned_box for shard in self._engine.shards()}
-        bits = {name: cut(fundamental.packed(name), boxes[name]) for name in fundamental.names}
+        eligible = fundamental.names if fundamental else ()
+        bits = {name: cut(fundamental.packed(name), boxes[name]) for name in eligible if fundamental}
         self._masks = {name: unpack(b, boxes[name].numel) for name, b in bits.items()}
         self._start: dict[str, Tensor] = {}
 
@@ -28,33 +31,31 @@ class Groups:
         self._start = {s.name: _owned(s, s.local).clone() for s in self._shards()}
 
     def gradient_norms(self) -> dict[str, float]:
-        """Euclidean norms of the reduced gradients: {"fundamental", "rest"}. Collective."""
-        return self._norms(lambda s: _owned(s, s.gradient) if s.gradient is not None else None)
+        """Euclidean norms of the reduced gradients: {"fundamental", "rest", "body"}. Collective."""
+        inside, outside, body, *_ = self._sums(lambda s: _owned(s, s.gradient) if s.gradient is not None else None)
+        return {"fundamental": inside**0.5, "rest": outside**0.5, "body": body**0.5}
 
     def movement(self) -> dict[str, float]:
-        """Root mean square of the change since `remember_start`: {"fundamental", "rest"}. Collective."""
-        norms = self._norms(lambda s: _owned(s, s.local) - self._start[s.name])
-        return {group: norms[group] / max(norms[f"{group}_count"], 1.0) ** 0.5 for group in ("fundamental", "rest")}
+        """Change since the start: root mean square of {"fundamental", "rest"}, Euclidean norm of {"body"}. Collective."""
+        inside, outside, body, n, m = self._sums(lambda s: _owned(s, s.local) - self._start[s.name])
+        return {"fundamental": (inside / max(n, 1.0)) ** 0.5, "rest": (outside / max(m, 1.0)) ** 0.5, "body": body**0.5}
 
-    def _norms(self, values: Callable[[Shard], Tensor | None]) -> dict[str, float]:
-        sums = torch.zeros(4, dtype=torch.float64)
+    def _sums(self, values: Callable[[Shard], Tensor | None]) -> list[float]:
+        """Sums of squares over fundamental, rest and body, and the first two's numbers of weights."""
+        sums = torch.zeros(5, dtype=torch.float64)
         for shard in self._shards():
-            value, mask = values(shard), self._masks[shard.name]
+            value, mask = values(shard), self._masks.get(shard.name)
             if value is not None:
                 squares = value.double().square().cpu()
-                inside = squares[mask].sum()
-                count = float(mask.sum())
-                sums += torch.tensor([inside, squares.sum() - inside, count, mask.numel() - count], dtype=torch.float64)
-        a, b, n, m = collectives.all_reduce(sums, what="norms").tolist()
-        return {
-            "fundamental": a**0.5,
-            "rest": max(b, 0.0) ** 0.5,
-            "fundamental_count": n,
-            "rest_count": m,
-        }
+                inside, all_ = squares[mask].sum() if mask is not None else squares.new_zeros(()), squares.sum()
+                n, size = (float(mask.sum()), mask.numel()) if mask is not None else (0.0, 0)
+                sums += torch.stack(
+                    [inside, all_ - inside if size else 0 * all_, all_, all_.new_tensor(n), all_.new_tensor(size - n)]
+                )
+        return [max(v, 0.0) for v in collectives.all_reduce(sums, what="norms").tolist()]
 
     def _shards(self) -> list[Shard]:
-        return [s for s in self._engine.shards() if s.name in self._masks]
+        return [s for s in self._engine.shards() if s.name not in self._head]
 
 
 def _owned(shard: Shard, values: Tensor | None) -> Tensor:

@@ -88,13 +88,14 @@ def comparison(runs: Sequence[Path]) -> str:
         if s["method"] == "linear_probe":
             what = "linear probe"
         lines.append(
-            f"| {s['name']} | {what} | {s['test']['accuracy']:.3f} | {s['test']['macro_f1']:.3f} "
+            f"| {s['name']} | {what} | {_shown(s['test'], 'accuracy')} | {_shown(s['test'], 'macro_f1')} "
             f"| {s['validation']['accuracy']:.3f} | {s['best_epoch']} | {minutes:.1f} |"
         )
-    best_probe = max((s["test"]["accuracy"] for s in summaries if s["method"] == "linear_probe"), default=None)
+    tested = [s for s in summaries if s["test"]]
+    best_probe = max((s["test"]["accuracy"] for s in tested if s["method"] == "linear_probe"), default=None)
     beaten = [
         s["name"]
-        for s in summaries
+        for s in tested
         if best_probe is not None and s["method"] != "linear_probe" and s["test"]["accuracy"] < best_probe
     ]
     if beaten:
@@ -103,6 +104,10 @@ def comparison(runs: Sequence[Path]) -> str:
     lines += ["", f"Not finished: {', '.join(unfinished)}."] if unfinished else []
     lines += ["", *dict.fromkeys(s["caveat"] for s in summaries), "One seed a row: differences of a few points are noise."]
     return "\n".join(lines)
+
+
+def _shown(metrics: dict[str, float] | None, key: str) -> str:
+    return f"{metrics[key]:.3f}" if metrics else "not tested"
 
 
 def _summary(run: Path) -> dict[str, Any]:
@@ -127,8 +132,9 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{s['num_selected'] / s['num_eligible']:.1%} "
                 f"of these, {s['num_selected'] / s['num_weights']:.1%} of all (criterion {s['criterion']})",
             ),
-            ("penalty", f"factor {s['factor']:g}, {s['level']} level, {s['optimizer']}"),
         ]
+    if s["factor"] is not None:
+        facts.append(("penalty", f"factor {s['factor']:g}, {s['level']} level, {s['optimizer']}"))
     facts += [
         ("seed", str(s["seed"])),
         ("time", ", ".join(f"{k} {v:.0f} s" for k, v in s["seconds"].items())),

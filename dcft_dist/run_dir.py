@@ -16,7 +16,7 @@ from .run_folder import RunFolder, differences
 
 # What the results of another run must have in common with this one to be used here.
 _HEAD = ("task.", "model.", "seed", "head_warmup.")
-_SCORES = (*_HEAD, "importance.", "method", "train.precision")
+_SCORES = (*_HEAD, "importance.", "train.precision")
 _SET = (*_SCORES, "selection.", "removal.")
 
 

@@ -1,7 +1,7 @@
 """What is in a run's directory, and what can be read from it without joining the ranks (and without torch).
 
 config.toml  metrics.jsonl  head.safetensors  scores.safetensors  fundamental.safetensors  removal.json  checkpoints/
-tensorboard/  model/ (the adapted weights)  summary.json  estimate.json  report.html
+tensorboard/  model/ (the adapted weights)  predictions.csv (of the test data)  summary.json  estimate.json  report.html
 lock  attempts.jsonl  errors/  progress.json: see `life`
 """
 
@@ -31,6 +31,7 @@ class RunFolder:
         self.scores = path / "scores.safetensors"
         self.model = path / "model"
         self.metrics = path / "metrics.jsonl"
+        self.predictions = path / "predictions.csv"
         self.estimate = path / "estimate.json"
         self.summary = path / "summary.json"
         self.report = path / "report.html"

@@ -61,6 +61,8 @@ def _icd10cm_chapter(task: config.Task) -> TaskData:
             continue
         draw = random.Random(f"{task.split_seed}:{number}")
         for split, texts in _held_out(chapter, draw).items():
+            if split == "train" and task.sample_seed is not None:
+                texts = _drawn_again(texts, random.Random(f"sample:{task.sample_seed}:{number}"))
             chosen = texts[: sizes[split]]
             splits[split].texts.extend(text for text, _ in chosen)
             splits[split].groups.extend(group for _, group in chosen)
@@ -88,6 +90,18 @@ def _held_out(chapter: ElementTree.Element, draw: random.Random) -> dict[str, li
     first, second = round(0.75 * len(categories)), round(0.85 * len(categories))
     parts = {"train": categories[:first], "validation": categories[first:second], "test": categories[second:]}
     return {split: _in_turns(part, by_category) for split, part in parts.items()}
+
+
+def _drawn_again(texts: list[tuple[str, str]], draw: random.Random) -> list[tuple[str, str]]:
+    """The same texts in another order, still one of each category before any second one."""
+    by_category: dict[str, list[str]] = defaultdict(list)
+    for text, category in texts:
+        by_category[category].append(text)
+    categories = sorted(by_category)
+    draw.shuffle(categories)
+    for category in categories:
+        draw.shuffle(by_category[category])
+    return _in_turns(categories, by_category)
 
 
 def _in_turns(categories: list[str], texts: dict[str, list[str]]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from tqdm import tqdm
 from . import collectives, life
 from .checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
 from .config import Config, check_ranks, check_sizes
+from .controls import control_set
 from .data import Batch, Tokens, evaluation_batches, micro_batches, order, tokenize
+from .displacement import EqualDisplacement
 from .engines.wrap import Plan, prepare
-from .errors import CheckpointError, DcftError
+from .errors import CheckpointError, DivergedError
 from .evaluate import EVALUATION_BATCH, evaluate
-from .files import read_json, sha256_of, write_json
+from .files import read_json, sha256_of, write_atomic, write_json
 from .fundamental import FundamentalSet
 from .head import Head
 from .importance import Scores, score_importance
@@ -114,7 +117,7 @@ class Trainer:
         head.warm_up_or_load(self.directory.head, self.train, self.validation)
         self._stop_between_phases()
         self.prepared = prepare(self.model, self._plan(), lambda weights: make_optimizer(weights, config))
-        fundamental = self.find_fundamental() if config.method in ("dcft", "random_set") else None
+        fundamental = self.find_fundamental() if config.uses_set else None
         if config.until != "train":
             self.directory.phase(f"{life.REACHED} {config.until}")
             return {}
@@ -147,7 +150,7 @@ class Trainer:
 
     def find_fundamental(self) -> FundamentalSet | None:
         """Scores, selects and runs the removal check; or loads the set of an earlier attempt. None: it was only to score."""
-        wants_check = bool(self.config.removal.fractions) and self.config.method == "dcft"
+        wants_check = bool(self.config.removal.fractions) and self.config.selection.kind == "top"
         done = self.directory.fundamental.exists() and (self.directory.removal.exists() or not wants_check)
         if collectives.on_every_rank(done):
             with collectives.agreed("load the fundamental set"):
@@ -161,6 +164,7 @@ class Trainer:
         self.directory.phase("select")
         s = self.config.selection
         fundamental = select_fundamental(scores, s.fraction, scope=s.scope, floor=s.floor, cap=s.cap)
+        fundamental = control_set(self.prepared.model, scores, fundamental, s.kind, self.config.seed)
         fundamental = fundamental.with_extra(
             score_loss=None if math.isnan(scores.loss) else scores.loss, seed=self.config.seed
         )
@@ -185,17 +189,8 @@ class Trainer:
     def _scores(self) -> Scores:
         """Scores the weights, or reads the scores of an earlier run; kept in a file if they are what was asked for."""
         self.directory.phase("score")
-        file = self.directory.scores
-        if collectives.on_every_rank(file.exists()):
-            return load_scores(file, self.prepared.model)
-        scores = self._score()
-        if self.config.until == "score":
-            save_scores(scores, file)
-        return scores
-
-    def _score(self) -> Scores:
-        settings = self.config.importance
-        if self.config.method == "random_set":
+        settings, file = self.config.importance, self.directory.scores
+        if self.config.selection.kind == "random" and self.config.until != "score":  # no scores are needed
             return score_importance(
                 self.prepared.model,
                 None,
@@ -205,6 +200,15 @@ class Trainer:
                 eligible=settings.eligible,
                 seed=self.config.seed,
             )
+        if collectives.on_every_rank(file.exists()):
+            return load_scores(file, self.prepared.model)
+        scores = self._score()
+        if self.config.until == "score":
+            save_scores(scores, file)
+        return scores
+
+    def _score(self) -> Scores:
+        settings = self.config.importance
         wanted = order(self.config.seed, 0, len(self.train))[: settings.num_samples]
         items = []
         for begin in range(0, len(wanted), settings.score_batch):
@@ -240,9 +244,8 @@ class Trainer:
         settings, config = self.config.train, self.config
         steps_per_epoch = len(self.train) // settings.global_batch
         epochs = 0 if config.method == "linear_probe" else settings.epochs
-        groups = Groups(self.prepared.model, fundamental) if fundamental is not None else None
-        if groups:
-            groups.remember_start()
+        groups = Groups(self.prepared.model, fundamental, HEAD)
+        groups.remember_start()
         penalty = self._attach(fundamental) if fundamental is not None else None
         self._print_plan(fundamental, penalty, epochs * steps_per_epoch)
         self.directory.phase("train")
@@ -274,8 +277,18 @@ class Trainer:
             writer.close()
         return best, penalty
 
-    def _attach(self, fundamental: FundamentalSet) -> Penalty:
+    def _attach(self, fundamental: FundamentalSet) -> Penalty | None:
         p = self.config.penalty
+        if self.config.method == "equal_displacement":
+            EqualDisplacement(
+                self.prepared.model,
+                fundamental,
+                p.factor,
+                optimizer=self.prepared.optimizer,
+                rest_factor=p.rest_factor,
+                unscored_factor=p.unscored_factor,
+            )
+            return None
         return attach_penalty(
             self.prepared.model,
             fundamental,
@@ -288,7 +301,7 @@ class Trainer:
         )
 
     def _step(self, step: int, total: int, penalty: Penalty | None, groups: Groups | None) -> dict[str, float]:
-        """One optimizer step; returns what to log if `groups` is given or there is no penalty to watch."""
+        """One optimizer step; returns what to log. With `groups`, the penalty is watched."""
         settings, world = self.config.train, self.world
         steps_per_epoch = len(self.train) // settings.global_batch
         epoch, place = divmod(step, steps_per_epoch)
@@ -315,11 +328,11 @@ class Trainer:
         total_loss, stops = collectives.reduce_numbers([sum(losses), stop], what="training loss")
         mean_loss, self.stopping = total_loss / world.world_size, stops > 0
         if not math.isfinite(mean_loss):
-            raise DcftError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")
+            raise DivergedError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")
         values = {"train/loss": mean_loss, "train/learning_rate": lr, "train/epoch": (step + 1) / steps_per_epoch}
         if penalty and groups:
-            values |= {"penalty/factor": penalty.factor, "penalty/applied_over_proposed": penalty.in_force(), **norms}
-        return values
+            values |= {"penalty/factor": penalty.factor, "penalty/applied_over_proposed": penalty.in_force()}
+        return values | norms
 
     def _clip(self, penalty: Penalty | None, groups: Groups | None) -> dict[str, float]:
         """Clips before or after the penalty, as configured; returns the gradient norms of both groups before clipping."""
@@ -328,14 +341,14 @@ class Trainer:
             penalty.apply()
         found = groups.gradient_norms() if groups else {}
         self.prepared.clip()
-        return {f"gradient_norm/{group}": found[group] for group in ("fundamental", "rest") if group in found}
+        return {f"gradient_norm/{group}": norm for group, norm in found.items()}
 
     def _end_of_epoch(
         self,
         step: int,
         epoch: int,
         best: Best,
-        groups: Groups | None,
+        groups: Groups,
         writer: SummaryWriter | None,
         write: bool = True,
     ) -> Best:
@@ -343,8 +356,7 @@ class Trainer:
         self.directory.phase("validate", step)
         found = self._evaluate(self.validation)
         values = {f"validation/{key}": value for key, value in found.items()}
-        if groups:
-            values |= {f"movement/{key}": value for key, value in groups.movement().items()}
+        values |= {f"movement/{key}": value for key, value in groups.movement().items()}
         self._log(writer, step, values | {"train/epoch": float(epoch)})
         self.directory.phase("checkpoint", step)
         if found["accuracy"] > best.accuracy:
@@ -357,6 +369,10 @@ class Trainer:
         return best
 
     def _save(self, step: int, best: Best, validated: bool) -> None:
+        if self.config.checkpoint.keep_last == 0:
+            if self.world.is_first:
+                self._remove_old("best", best.step, self.config.checkpoint.keep_best)
+            return
         state = model_state(self.prepared.model, self.prepared.optimizer)
         about = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
         save_checkpoint(self.directory.checkpoint(step), state, about)
@@ -423,8 +439,9 @@ class Trainer:
         folder = self._best_folder(best)
         state = read_state(folder)
         load_checkpoint(folder, self.prepared.model)
-        test = self._evaluate(self.test)
-        self._export(fundamental)
+        test = self._test() if self.config.test else None
+        if self.config.checkpoint.keep_last:
+            self._export(fundamental)
         self.directory.phase("done", best.step)
         config = self.config
         summary = {
@@ -461,6 +478,16 @@ class Trainer:
             write_json(self.directory.summary, summary)
         return summary
 
+    def _test(self) -> dict[str, float]:
+        """Metrics on the test data; the prediction for each example goes into a file."""
+        predicted: dict[int, int] = {}
+        found = self._evaluate(self.test, predictions=predicted)
+        if self.world.is_first:
+            split = self.task.test
+            rows = [f"{split.groups[i]},{split.labels[i]},{predicted[i]}" for i in range(len(split))]
+            write_atomic(self.directory.predictions, "\n".join(["group,label,predicted", *rows]) + "\n")
+        return found
+
     def _export(self, fundamental: FundamentalSet | None) -> None:
         """The adapted model as a folder that `AutoModel` and `AutoTokenizer` read; its head; the fundamental set."""
         folder = self.directory.model
@@ -480,11 +507,13 @@ class Trainer:
             logits = model(batch)
         return functional.cross_entropy(logits.float(), batch["labels"])
 
-    def _evaluate(self, tokens: Tokens, limit: int | None = None) -> dict[str, float]:
+    def _evaluate(
+        self, tokens: Tokens, limit: int | None = None, predictions: dict[int, int] | None = None
+    ) -> dict[str, float]:
         batches = evaluation_batches(
             tokens, self.world.rank, self.world.world_size, EVALUATION_BATCH, self.world.device, limit
         )
-        return evaluate(self.prepared.model, batches, len(self.task.class_names), self.prepared.computing)
+        return evaluate(self.prepared.model, batches, len(self.task.class_names), self.prepared.computing, predictions)
 
     def _log(self, writer: SummaryWriter | None, step: int, values: dict[str, float]) -> None:
         self.directory.log(step, **values)
@@ -493,7 +522,8 @@ class Trainer:
                 writer.add_scalar(tag, value, step)
 
     def _progress_bar(self, items: Any, what: str, **options: Any) -> Any:
-        return tqdm(items, desc=f"{self.config.name}: {what}", disable=not self.world.is_first, mininterval=2.0, **options)
+        off = not self.world.is_first or bool(os.environ.get("TQDM_DISABLE"))
+        return tqdm(items, desc=f"{self.config.name}: {what}", disable=off, mininterval=2.0, **options)
 
     def _print_plan(self, fundamental: FundamentalSet | None, penalty: Penalty | None, steps: int) -> None:
         if not self.world.is_first:

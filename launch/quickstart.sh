@@ -34,7 +34,7 @@ adapt icd.toml icd_linear_probe --method linear_probe
 adapt icd.toml icd_dcft
 if [ -n "$compare" ]; then
     adapt icd.toml icd_full --method full
-    adapt icd.toml icd_random_set --method random_set
+    adapt icd.toml icd_random_set --selection.kind random --removal.fractions "[]"
     adapt icd_sgd.toml icd_sgd_dcft
 fi
 echo

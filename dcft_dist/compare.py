@@ -1,0 +1,286 @@
+"""Carries out a study: prepares heads and scores, tunes every arm on validation data, then runs and tests it on fresh seeds.
+
+    <folder>/prepared/  heads and scores, made once for all cells that share them
+    <folder>/examples/  group and label of each test example, by setting
+    <folder>/cells/     one file a cell, written when it is done; a study that was cut off goes on with the others
+    <folder>/runs/      the runs that are under way
+
+Several processes may share a study out (`--share 2/8`, an array task each): each does every eighth cell, and waits at the
+end of a phase for the files of the others.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, DivergedError, RunError, listing
+from .files import read_json, read_lines, write_atomic
+from .study import Cell, Study, Values, final_cells, load_study, make_config, make_preparation, tuning_cells
+from .trainer import run
+from .world import World
+
+log = logging.getLogger(__name__)
+POLL_S = 5.0
+# Facts of a summary that another run of the same cell may change: all others must come out the same.
+_PASSING = ("seconds", "peak_memory_gib", "date", "machine", "git_commit")
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of a study's cells are this process's: those at places index, index + number, ..."""
+
+    index: int = 0
+    number: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """`2/8`: the second of eight."""
+        index, _, number = text.partition("/")
+        if not (index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)):
+            raise RunError(f"a share looks like 2/8, the second of eight, not {text!r}")
+        return cls(int(index) - 1, int(number))
+
+
+def compare(file: Path, folder: Path, world: World, share: Share, wait_s: float) -> None:
+    """Carries out this process's share of the study, or what is left of it.
+
+    Raises:
+        ConfigError: the study, or one of its cells, is wrong, or a file in the folder is of another version of it.
+        RunError: cells of other shares were not there after `wait_s`.
+    """
+    study = load_study(file)
+    write_atomic(folder / "study.toml", file.read_text())
+    runner = Runner(study, folder, world, share, wait_s)
+    tuning = list(tuning_cells(study))
+    runner.prepare(tuning)
+    runner.run_all(tuning, "tuning")
+    final = list(final_cells(study, choose_all(study, folder)))
+    runner.prepare(final)
+    runner.run_all(final, "testing")
+
+
+class Runner:
+    """Runs cells of a study, one after the other."""
+
+    def __init__(self, study: Study, folder: Path, world: World, share: Share, wait_s: float) -> None:
+        self.study, self.folder, self.world, self.share, self.wait_s = study, folder, world, share, wait_s
+
+    def prepare(self, cells: Iterable[Cell]) -> None:
+        """Makes the heads and scores that the cells start from."""
+        wanted = {}
+        for cell in cells:
+            config = make_preparation(make_config(self.study, cell, self.folder), self.folder)
+            wanted[config.name] = config
+        marks = {name: self.folder / "prepared" / name / "ready" for name in wanted}
+        for name in self._mine(wanted):
+            if not marks[name].exists():
+                log.info("preparing %s", name)
+                run(wanted[name], self.world)
+                write_atomic(marks[name], "")
+        self._wait_for(marks.values(), "preparations")
+
+    def run_all(self, cells: Sequence[Cell], phase: str) -> None:
+        for number, cell in enumerate(mine := self._mine(cells), 1):
+            if not result_file(self.folder, cell).exists():
+                began = time.monotonic()
+                result = self.run_cell(cell)
+                write_atomic(result_file(self.folder, cell), json.dumps(result))
+                shutil.rmtree(self.folder / "runs" / cell.name, ignore_errors=True)
+                log.info(
+                    "%s %d/%d: %s: %s (%.0f s)",
+                    phase,
+                    number,
+                    len(mine),
+                    cell.name,
+                    _in_short(result),
+                    time.monotonic() - began,
+                )
+            check_result(self.study, self.folder, cell)
+        self._wait_for([result_file(self.folder, cell) for cell in cells], phase)
+
+    def run_cell(self, cell: Cell) -> dict[str, Any]:
+        config = make_config(self.study, cell, self.folder)
+        source = self.folder / "prepared" / make_preparation(config, self.folder).name
+        config = config.model_copy(update={"start_from": str(source)})
+        about = {
+            "setting": cell.setting,
+            "arm": cell.arm,
+            "values": dict(cell.values),
+            "seed": cell.seed,
+            "tuning": cell.tuning,
+        }
+        try:
+            summary = run(config, self.world)
+        except DivergedError as error:  # a learning rate that is too high is a result
+            return {**about, "config": facts_of(config), "diverged": str(error)}
+        place = self.folder / "runs" / cell.name
+        rows = read_lines(place / "metrics.jsonl")
+        kept = ("validation/", "movement/")
+        return {
+            **about,
+            "config": facts_of(config),
+            "summary": {key: value for key, value in summary.items() if key not in ("name", "removal")},
+            "epochs": [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows if "validation/loss" in row],
+            "in_force": _mean(
+                [row["penalty/applied_over_proposed"] for row in rows if "penalty/applied_over_proposed" in row]
+            ),
+            "predicted": None if cell.tuning else self._predicted(cell, place / "predictions.csv"),
+        }
+
+    def _predicted(self, cell: Cell, file: Path) -> list[int]:
+        """The predicted class of each test example; what all cells of a setting share goes into one file."""
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        examples = {"group": [row["group"] for row in rows], "label": [int(row["label"]) for row in rows]}
+        shared = self.folder / "examples" / f"{cell.setting}.json"
+        if not shared.exists():
+            write_atomic(shared, json.dumps(examples))
+        elif read_json(shared) != examples:
+            raise RunError(f"the test data of {cell.name} are not those of {shared}: give them a setting of their own")
+        return [int(row["predicted"]) for row in rows]
+
+    def _mine(self, items: Iterable[Any]) -> list[Any]:
+        return list(items)[self.share.index :: self.share.number]
+
+    def _wait_for(self, files: Iterable[Path], what: str) -> None:
+        missing, end = [f for f in files if not f.exists()], time.monotonic() + self.wait_s
+        if missing:
+            log.info("waiting for %d %s of the other shares", len(missing), what)
+        while missing := [f for f in missing if not f.exists()]:
+            if time.monotonic() > end:
+                raise RunError(
+                    f"after {self.wait_s:.0f} s these {what} of other shares are missing: {listing(map(str, missing))}"
+                )
+            time.sleep(POLL_S)
+
+
+def result_file(folder: Path, cell: Cell) -> Path:
+    return folder / "cells" / f"{cell.name}.json"
+
+
+def facts_of(config: Any) -> dict[str, Any]:
+    """What of a cell's configuration decides about its numbers."""
+    data: dict[str, Any] = config.model_dump()
+    return {
+        key: value for key, value in data.items() if key not in ("name", "runs_dir", "start_from", "timeout_s", "log_every")
+    }
+
+
+def check_result(study: Study, folder: Path, cell: Cell) -> dict[str, Any]:
+    """The result of a cell.
+
+    Raises:
+        RunError: it was made with another configuration than the study now asks for.
+    """
+    file = result_file(folder, cell)
+    found: dict[str, Any] = read_json(file)
+    if found["config"] != facts_of(make_config(study, cell, folder)):
+        raise RunError(f"{file} is of another version of the study: delete it to run the cell again, or use another folder")
+    return found
+
+
+# -- choosing --------------------------------------------------------------------------------------------------------------
+
+
+def choose_all(study: Study, folder: Path) -> dict[tuple[str, str], Values]:
+    """The values of every (setting, arm)."""
+    return {(setting, arm): choose(study, folder, setting, arm) for setting in study.settings for arm in study.arms}
+
+
+def choose(study: Study, folder: Path, setting: str, arm: str) -> Values:
+    """The values with the highest mean validation accuracy over the tuning seeds; ties go to the earlier in the grid.
+
+    Raises:
+        DataError: tuning cells are missing.
+    """
+    grid = study.grid(arm)
+    if len(grid) == 1:
+        return grid[0]
+    scores = tuning_scores(study, folder, setting, arm)
+    missing = [values for values in grid if len(scores[values]) < len(study.tune_seeds)]
+    if missing:
+        raise DataError(f"{setting}, {arm}: tuning is not finished for {listing(map(str, missing))}")
+    return max(grid, key=lambda values: sum(scores[values]))  # the first of equals
+
+
+def tuning_scores(study: Study, folder: Path, setting: str, arm: str) -> dict[Values, list[float]]:
+    """Validation accuracy of the tuning cells that are done, by values; a run that diverged counts as 0."""
+    found: dict[Values, list[float]] = {}
+    for values in study.grid(arm):
+        files = [result_file(folder, Cell(setting, arm, values, seed, True)) for seed in study.tune_seeds]
+        results = [read_json(file) for file in files if file.exists()]
+        found[values] = [r["summary"]["validation"]["accuracy"] if "summary" in r else 0.0 for r in results]
+    return found
+
+
+# -- regenerating ----------------------------------------------------------------------------------------------------------
+
+
+def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
+    """Runs a random part of the finished cells again, beside the folder; returns what came out otherwise."""
+    study = load_study(file)
+    cells = [*tuning_cells(study), *final_cells(study, choose_all(study, folder))]
+    done = [cell for cell in cells if result_file(folder, cell).exists()]
+    drawn = random.Random(0).sample(done, max(1, round(part * len(done))))
+    runner = Runner(study, folder.with_name(f"{folder.name}_again"), world, Share(), 0.0)
+    runner.prepare(drawn)
+    differences = []
+    for cell in drawn:
+        before, after = _lasting(check_result(study, folder, cell)), _lasting(runner.run_cell(cell))
+        log.info("%s: %s", cell.name, "the same" if before == after else "DIFFERENT")
+        differences += [f"{cell.name}: {key}" for key in before if before[key] != after.get(key)]
+    return differences
+
+
+def _lasting(result: dict[str, Any]) -> dict[str, Any]:
+    kept = dict(result)
+    if "summary" in kept:
+        kept["summary"] = {key: value for key, value in kept["summary"].items() if key not in _PASSING}
+    return kept
+
+
+def _in_short(result: dict[str, Any]) -> str:
+    if "diverged" in result:
+        return "diverged"
+    summary = result["summary"]
+    tested = f", test {summary['test']['accuracy']:.4f}" if summary["test"] else ""
+    return f"validation {summary['validation']['accuracy']:.4f} at epoch {summary['best_epoch']}{tested}"
+
+
+def _mean(values: list[float]) -> float | None:
+    known = [v for v in values if v == v]
+    return sum(known) / len(known) if known else None
+
+
+# -- several processes on one machine --------------------------------------------------------------------------------------
+
+
+def in_parallel(start: Callable[[str], Any], workers: int) -> int:
+    """Starts a process for each share and waits for all; stops the others where one fails. Returns an exit code."""
+    processes = [start(f"{i + 1}/{workers}") for i in range(workers)]
+    try:
+        while any(p.poll() is None for p in processes):
+            if any(p.poll() for p in processes):
+                break
+            time.sleep(0.5)
+        return max(abs(int(p.returncode or 0)) for p in processes)
+    finally:
+        for p in processes:
+            if p.poll() is None:
+                p.terminate()
+            p.wait()
+
+
+def quiet() -> None:
+    """No progress bar for each of some hundred runs."""
+    os.environ.setdefault("TQDM_DISABLE", "1")

@@ -1,0 +1,86 @@
+"""Controls that act on the whole step of the body, beside the penalty's multipliers on single weights.
+
+`EqualDisplacement` asks whether DCFT is more than moving less: each step of the body is shrunk as a whole, by one number, to
+the length that DCFT's multipliers would have left of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import collectives
+from .bits import cut, unpack
+from .engines import Shard, find_engine
+from .errors import EngineError
+from .fundamental import FundamentalSet
+from .penalty_checks import check_factors
+
+
+class EqualDisplacement:
+    """From here on every step of `optimizer` moves the body by r times what it proposes, r = |m D| / |D| of that step.
+
+    D is the proposed step of all weights outside the head and m DCFT's multipliers, as in `attach_penalty`. Collective at
+    each step. The total way after many steps need not be the same: report it (`measure.Groups.movement`).
+
+    Attributes:
+        share: r of the last step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        fundamental: FundamentalSet,
+        factor: float,
+        *,
+        optimizer: torch.optim.Optimizer,
+        rest_factor: float = 1.0,
+        unscored_factor: float = 1.0,
+    ) -> None:
+        check_factors(factor=factor, rest_factor=rest_factor, unscored_factor=unscored_factor)
+        self._engine = find_engine(model)
+        if self._engine.name == "deepspeed":
+            raise EngineError("equal displacement is not there for DeepSpeed: use another engine")
+        names = self._engine.names
+        head = set(names.match(fundamental.info.head, what="head")) if fundamental.info.head else set()
+        self._body = set(names.trainable) - head
+        boxes = {shard.name: shard.owned_box for shard in self._engine.shards()}
+        bits = {name: cut(fundamental.packed(name), boxes[name]) for name in fundamental.names}
+        self._masks = {name: unpack(b, boxes[name].numel) for name, b in bits.items()}
+        self._factors = factor, rest_factor, unscored_factor
+        self._old: list[tuple[Shard, Tensor]] = []
+        self.share = 1.0
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.no_grad()
+    def _before(self, *_: Any) -> None:
+        self._old = [(s, s.local.detach().clone()) for s in self._engine.shards() if s.name in self._body]
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        proposed = applied = 0.0
+        for shard, old in self._old:
+            squares = (shard.local.detach() - old).reshape(-1)[slice(*shard.owned)].double().square()
+            proposed += float(squares.sum())
+            applied += float(self._kept(shard.name, squares))
+        applied, proposed = collectives.reduce_numbers([applied, proposed], what="length of a step")
+        self.share = (applied / proposed) ** 0.5 if proposed else 1.0
+        for shard, old in self._old:
+            shard.local.copy_(torch.lerp(old, shard.local, self.share))
+        self._old = []
+
+    def _kept(self, name: str, squares: Tensor) -> Tensor:
+        factor, rest, unscored = self._factors
+        if name not in self._masks:
+            return squares.sum() * unscored**2
+        inside = squares[self._masks[name].to(squares.device)].sum()
+        return inside * factor**2 + (squares.sum() - inside) * rest**2

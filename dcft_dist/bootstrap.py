@@ -1,8 +1,8 @@
 """Intervals for accuracies and their differences over seeds and groups of test examples.
 
 Runs differ by seed, and examples of one group (a patient, a code category) are alike, so both are resampled with
-replacement, independently: the pigeonhole bootstrap (Owen 2007, "The pigeonhole bootstrap", Annals of Applied Statistics 1:386), which
-is conservative. Differences are paired: the same seeds and the same examples of both arms.
+replacement, independently: the pigeonhole bootstrap (Owen 2007, Annals of Applied Statistics 1:386), which is conservative.
+Differences are paired: the same seeds and the same examples of both arms.
 """
 
 from __future__ import annotations

@@ -46,8 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="make report.html of a run again")
     report.add_argument("run", type=Path)
     report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG there")
-    table = commands.add_parser("table", help="compare finished runs")
-    table.add_argument("runs", type=Path, nargs="+")
+    table = commands.add_parser("table", help="compare finished runs, or the arms of a study")
+    table.add_argument("runs", type=Path, nargs="+", help="directories of runs, or the folder of one study")
+    table.add_argument("--format", choices=("md", "csv", "tex"), default="md", help="of a study's table")
+    table.add_argument("--pack", type=Path, metavar="DIR", help="also copy the study with all its results there, to be kept")
     table.add_argument("--removal", action="store_true", help="the removal check of each run instead")
     compare = commands.add_parser(
         "compare", help="carry out a study (STUDY.toml), or what is left of it: arms x seeds x settings"
@@ -144,6 +146,16 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _table(options: argparse.Namespace, rest: list[str]) -> None:
+    if (options.runs[0] / "study.toml").exists():
+        from .study import load_study
+        from .study_folder import StudyFolder
+        from .study_table import table
+
+        folder = options.runs[0]
+        if options.pack:
+            StudyFolder(load_study(folder / "study.toml"), folder).pack(options.pack)
+        print(table(folder, options.format))
+        return
     from .report import comparison, removal_table
 
     print("\n\n".join(map(removal_table, options.runs)) if options.removal else comparison(options.runs))

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, DivergedError, RunError, listing
+from .errors import DivergedError, RunError, listing
 from .files import read_json, read_lines, write_atomic
-from .study import Cell, Study, Values, final_cells, load_study, make_config, make_preparation, tuning_cells
+from .study import Cell, Study, facts_of, final_cells, load_study, make_config, make_preparation, tuning_cells
+from .study_folder import StudyFolder
 from .trainer import run
 from .world import World
 
@@ -64,7 +65,7 @@ def compare(file: Path, folder: Path, world: World, share: Share, wait_s: float)
     tuning = list(tuning_cells(study))
     runner.prepare(tuning)
     runner.run_all(tuning, "tuning")
-    final = list(final_cells(study, choose_all(study, folder)))
+    final = list(final_cells(study, runner.results.choose_all()))
     runner.prepare(final)
     runner.run_all(final, "testing")
 
@@ -74,6 +75,7 @@ class Runner:
 
     def __init__(self, study: Study, folder: Path, world: World, share: Share, wait_s: float) -> None:
         self.study, self.folder, self.world, self.share, self.wait_s = study, folder, world, share, wait_s
+        self.results = StudyFolder(study, folder)
 
     def prepare(self, cells: Iterable[Cell]) -> None:
         """Makes the heads and scores that the cells start from."""
@@ -91,10 +93,10 @@ class Runner:
 
     def run_all(self, cells: Sequence[Cell], phase: str) -> None:
         for number, cell in enumerate(mine := self._mine(cells), 1):
-            if not result_file(self.folder, cell).exists():
+            if not self.results.has(cell):
                 began = time.monotonic()
                 result = self.run_cell(cell)
-                write_atomic(result_file(self.folder, cell), json.dumps(result))
+                self.results.put(cell, result)
                 shutil.rmtree(self.folder / "runs" / cell.name, ignore_errors=True)
                 log.info(
                     "%s %d/%d: %s: %s (%.0f s)",
@@ -105,8 +107,8 @@ class Runner:
                     _in_short(result),
                     time.monotonic() - began,
                 )
-            check_result(self.study, self.folder, cell)
-        self._wait_for([result_file(self.folder, cell) for cell in cells], phase)
+            self.results.get(cell)
+        self._wait_for([self.results.file(cell) for cell in cells if not self.results.has(cell)], phase)
 
     def run_cell(self, cell: Cell) -> dict[str, Any]:
         config = make_config(self.study, cell, self.folder)
@@ -164,79 +166,20 @@ class Runner:
             time.sleep(POLL_S)
 
 
-def result_file(folder: Path, cell: Cell) -> Path:
-    return folder / "cells" / f"{cell.name}.json"
-
-
-def facts_of(config: Any) -> dict[str, Any]:
-    """What of a cell's configuration decides about its numbers."""
-    data: dict[str, Any] = config.model_dump()
-    return {
-        key: value for key, value in data.items() if key not in ("name", "runs_dir", "start_from", "timeout_s", "log_every")
-    }
-
-
-def check_result(study: Study, folder: Path, cell: Cell) -> dict[str, Any]:
-    """The result of a cell.
-
-    Raises:
-        RunError: it was made with another configuration than the study now asks for.
-    """
-    file = result_file(folder, cell)
-    found: dict[str, Any] = read_json(file)
-    if found["config"] != facts_of(make_config(study, cell, folder)):
-        raise RunError(f"{file} is of another version of the study: delete it to run the cell again, or use another folder")
-    return found
-
-
-# -- choosing --------------------------------------------------------------------------------------------------------------
-
-
-def choose_all(study: Study, folder: Path) -> dict[tuple[str, str], Values]:
-    """The values of every (setting, arm)."""
-    return {(setting, arm): choose(study, folder, setting, arm) for setting in study.settings for arm in study.arms}
-
-
-def choose(study: Study, folder: Path, setting: str, arm: str) -> Values:
-    """The values with the highest mean validation accuracy over the tuning seeds; ties go to the earlier in the grid.
-
-    Raises:
-        DataError: tuning cells are missing.
-    """
-    grid = study.grid(arm)
-    if len(grid) == 1:
-        return grid[0]
-    scores = tuning_scores(study, folder, setting, arm)
-    missing = [values for values in grid if len(scores[values]) < len(study.tune_seeds)]
-    if missing:
-        raise DataError(f"{setting}, {arm}: tuning is not finished for {listing(map(str, missing))}")
-    return max(grid, key=lambda values: sum(scores[values]))  # the first of equals
-
-
-def tuning_scores(study: Study, folder: Path, setting: str, arm: str) -> dict[Values, list[float]]:
-    """Validation accuracy of the tuning cells that are done, by values; a run that diverged counts as 0."""
-    found: dict[Values, list[float]] = {}
-    for values in study.grid(arm):
-        files = [result_file(folder, Cell(setting, arm, values, seed, True)) for seed in study.tune_seeds]
-        results = [read_json(file) for file in files if file.exists()]
-        found[values] = [r["summary"]["validation"]["accuracy"] if "summary" in r else 0.0 for r in results]
-    return found
-
-
 # -- regenerating ----------------------------------------------------------------------------------------------------------
 
 
 def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
     """Runs a random part of the finished cells again, beside the folder; returns what came out otherwise."""
     study = load_study(file)
-    cells = [*tuning_cells(study), *final_cells(study, choose_all(study, folder))]
-    done = [cell for cell in cells if result_file(folder, cell).exists()]
+    kept = StudyFolder(study, folder)
+    done = [cell for cell in (*tuning_cells(study), *final_cells(study, kept.choose_all())) if kept.has(cell)]
     drawn = random.Random(0).sample(done, max(1, round(part * len(done))))
     runner = Runner(study, folder.with_name(f"{folder.name}_again"), world, Share(), 0.0)
     runner.prepare(drawn)
     differences = []
     for cell in drawn:
-        before, after = _lasting(check_result(study, folder, cell)), _lasting(runner.run_cell(cell))
+        before, after = _lasting(kept.get(cell)), _lasting(runner.run_cell(cell))
         log.info("%s: %s", cell.name, "the same" if before == after else "DIFFERENT")
         differences += [f"{cell.name}: {key}" for key in before if before[key] != after.get(key)]
     return differences

@@ -163,6 +163,12 @@ def make_preparation(config: Config, folder: Path) -> Config:
     )
 
 
+def facts_of(config: Config) -> dict[str, Any]:
+    """What of a cell's configuration decides about its numbers."""
+    passing = ("name", "runs_dir", "start_from", "timeout_s", "log_every", "max_attempts")
+    return {key: value for key, value in _flat(config.model_dump()).items() if key not in passing}
+
+
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value."""
     flat: dict[str, Any] = {}

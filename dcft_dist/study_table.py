@@ -1,0 +1,178 @@
+"""What came out of a study: tables (Markdown, CSV, LaTeX) from the files of its cells; cells that are missing are shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bootstrap import Estimate, estimate, verdict
+from .errors import DataError
+from .study import Contrast, Study, Values, load_study
+from .study_folder import StudyFolder
+
+Format = Literal["md", "csv", "tex"]
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """An arm in one setting. `correct`: [examples] of right or wrong by seed; `chosen`: None while tuning goes on."""
+
+    arm: str
+    chosen: Values | None
+    at_edge: tuple[str, ...]
+    correct: dict[int, NDArray[np.float64]]
+    summaries: dict[int, dict[str, Any]]
+    accuracy: Estimate | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    contrast: Contrast
+    value: Estimate | None
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    setting: str
+    num_examples: int
+    num_groups: int
+    arms: list[ArmResult]
+    differences: list[Difference]
+
+
+def results(folder: Path) -> tuple[Study, list[SettingResult]]:
+    """
+    Raises:
+        DataError: the folder holds no study.
+    """
+    if not (folder / "study.toml").is_file():
+        raise DataError(f"{folder} holds no study")
+    study = load_study(folder / "study.toml")
+    found = StudyFolder(study, folder)
+    return study, [_setting(study, found, setting) for setting in study.settings]
+
+
+def _setting(study: Study, folder: StudyFolder, setting: str) -> SettingResult:
+    examples = folder.examples(setting)
+    groups, labels = examples["group"], np.asarray(examples["label"])
+    arms = [_arm(study, folder, setting, arm, groups, labels) for arm in study.arms]
+    by_name = {a.arm: a for a in arms}
+    differences = []
+    for contrast in study.contrasts:
+        a, b = by_name[contrast.arm].correct, by_name[contrast.minus].correct
+        seeds = sorted(a.keys() & b.keys())
+        value = estimate(np.stack([a[s] - b[s] for s in seeds]), groups) if len(seeds) > 1 else None
+        differences.append(Difference(contrast, value))
+    return SettingResult(setting, len(labels), len(set(groups)), arms, differences)
+
+
+def _arm(
+    study: Study, folder: StudyFolder, setting: str, arm: str, groups: Sequence[str], labels: NDArray[np.int64]
+) -> ArmResult:
+    try:
+        chosen = folder.choose(setting, arm)
+    except DataError:  # tuning goes on
+        return ArmResult(arm, None, (), {}, {}, None)
+    cells = {seed: folder.final(setting, arm, chosen, seed) for seed in study.seeds}
+    done = {seed: cell for seed, cell in cells.items() if cell and "summary" in cell}
+    correct = {seed: (np.asarray(cell["predicted"]) == labels).astype(np.float64) for seed, cell in done.items()}
+    accuracy = estimate(np.stack(list(correct.values())), groups) if len(correct) > 1 else None
+    summaries = {seed: cell["summary"] | {"body": cell["epochs"][-1]["movement/body"]} for seed, cell in done.items()}
+    return ArmResult(arm, chosen, _edges(study, arm, chosen), correct, summaries, accuracy)
+
+
+def _edges(study: Study, arm: str, chosen: Values) -> tuple[str, ...]:
+    """Keys whose chosen value is the first or last of at least three: the grid may be too narrow there."""
+    found = []
+    for key, value in chosen:
+        values = sorted({dict(combination)[key] for combination in study.grid(arm)})
+        if len(values) > 2 and value in (values[0], values[-1]):
+            found.append(key)
+    return tuple(found)
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------------
+
+
+def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
+    rows = []
+    for a in result.arms:
+        chosen = ", ".join(
+            f"{k.rpartition('.')[2]} {v:g}{' (end of the grid)' if k in a.at_edge else ''}" for k, v in a.chosen or ()
+        )
+        s = list(a.summaries.values())
+        rows.append(
+            {
+                "arm": a.arm,
+                "chosen": chosen if a.chosen is not None else "tuning is not finished",
+                "seeds": f"{len(a.correct)} of {num_seeds}",
+                "test accuracy": _percent(a.accuracy),
+                "macro-F1": f"{100 * np.mean([x['test']['macro_f1'] for x in s]):.1f}" if s else "",
+                "validation accuracy": f"{100 * np.mean([x['validation']['accuracy'] for x in s]):.1f}" if s else "",
+                "best epoch": f"{np.mean([x['best_epoch'] for x in s]):.1f}" if s else "",
+                "way of the body": f"{np.mean([x['body'] for x in s]):.3g}" if s else "",
+            }
+        )
+    return rows
+
+
+def contrast_rows(result: SettingResult) -> list[dict[str, str]]:
+    return [
+        {
+            "contrast": f"{d.contrast.arm} minus {d.contrast.minus}" + (" (deciding)" if d.contrast.deciding else ""),
+            "points": _percent(d.value, sign=True),
+            "seeds": str(d.value.num_seeds) if d.value else "fewer than 2",
+            "above 0": verdict(d.value) if d.value else "",
+        }
+        for d in result.differences
+    ]
+
+
+def _percent(value: Estimate | None, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    plus = "+" if sign else ""
+    return f"{100 * value.mean:{plus}.2f} [{100 * value.low:{plus}.2f}, {100 * value.high:{plus}.2f}]"
+
+
+def table(folder: Path, form: Format) -> str:
+    """Every setting's arms and contrasts."""
+    study, found = results(folder)
+    parts = []
+    for result in found:
+        title = f"{result.setting}: {result.num_examples} test examples in {result.num_groups} groups"
+        for rows in (arm_rows(result, len(study.seeds)), contrast_rows(result)):
+            if rows:
+                parts.append({"md": _markdown, "csv": _csv, "tex": _latex}[form](rows, title))
+    note = "Mean over seeds in percent [95 % interval over seeds and groups of examples]; way of the body: Euclidean."
+    return "\n\n".join([*parts, note] if form == "md" else parts)
+
+
+def _markdown(rows: list[dict[str, str]], title: str) -> str:
+    lines = [f"**{title}**", "", "| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
+
+
+def _csv(rows: list[dict[str, str]], title: str) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, ["study", *rows[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{"study": title, **row} for row in rows])
+    return out.getvalue().rstrip()
+
+
+def _latex(rows: list[dict[str, str]], title: str) -> str:
+    def clean(text: str) -> str:
+        return text.replace("_", r"\_").replace("%", r"\%")
+
+    lines = [rf"% {title}", r"\begin{tabular}{" + "l" * len(rows[0]) + "}", r"\hline"]
+    lines += [" & ".join(map(clean, row)) + r" \\" for row in ([*rows[0]], *([*r.values()] for r in rows))]
+    lines.insert(4, r"\hline")
+    return "\n".join([*lines, r"\hline", r"\end{tabular}"])

@@ -173,6 +173,20 @@ def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
         return all_reduce(table, what=what).tolist()
 
 
+def all_gather_equal(mine: Tensor, *, what: str) -> Tensor:
+    """The flat tensors of all ranks, of equal length, one after the other, on the tensors' own device."""
+    everyone = mine.new_empty(world_size() * len(mine))
+    _total.calls += 1
+    _total.num_bytes += everyone.numel() * everyone.element_size()
+    if world_size() == 1:
+        return mine
+    arrive(what)
+    near = _reachable(everyone)
+    with explained(what):
+        dist.all_gather_into_tensor(near, _reachable(mine))
+    return near.to(mine.device)
+
+
 def all_gather_uneven(mine: Tensor, sizes: list[int], *, what: str) -> Tensor:
     """The flat integer tensors of all ranks, one after the other; `sizes[r]` is the length of rank r's."""
     table = torch.zeros(sum(sizes), dtype=mine.dtype)

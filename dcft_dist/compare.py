@@ -115,6 +115,7 @@ class Runner:
         source = self.folder / "prepared" / make_preparation(config, self.folder).name
         config = config.model_copy(update={"start_from": str(source)})
         about = {
+            "cell": cell.name,
             "setting": cell.setting,
             "arm": cell.arm,
             "values": dict(cell.values),

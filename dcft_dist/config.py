@@ -102,6 +102,11 @@ class Penalty(Section):
         "auto", description="`auto`: gradient for SGD without weight decay, update for everything else."
     )
     where: Literal["before", "after"] = Field("before", description="Gradient level: before or after the reduction.")
+    mask_placement: Literal["replicated", "sharded"] = Field(
+        "replicated",
+        description="Gradient level before the reduction: each rank has the bits of all weights, or a part that is gathered "
+        "when a gradient is ready.",
+    )
 
 
 class Optimizer(Section):

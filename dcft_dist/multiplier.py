@@ -6,24 +6,36 @@ a mask is unpacked one chunk at a time. The product is computed in float32 (floa
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from . import collectives
 from .bits import Packed, num_bytes, step_of
 
 
 class Multipliers:
     """Multipliers of some weights: `bits[name]` packed, or None for a weight that is wholly unscored.
 
+    With `shared`, a rank holds an equal part of each weight's bits, and all ranks together gather those of one weight
+    whenever they are needed: in the same order on every rank.
+
     Attributes:
         proposed, applied: sums of squares over the fundamental cells, before and after multiplying, while `watch` is on.
     """
 
-    def __init__(self, bits: Mapping[str, Packed | None], device: torch.device, rest: float, unscored: float) -> None:
-        self.bits = {n: None if b is None else torch.from_numpy(b).to(device) for n, b in bits.items()}
+    def __init__(
+        self, bits: Mapping[str, Packed | None], device: torch.device, rest: float, unscored: float, shared: bool = False
+    ) -> None:
+        self.bits = {
+            n: None if b is None else torch.from_numpy(_part(b) if shared else b).to(device) for n, b in bits.items()
+        }
+        self._shared = shared
         self.factor, self.rest, self.unscored = 1.0, rest, unscored
         self.watch = False
         self.proposed = self.applied = 0.0
@@ -40,7 +52,13 @@ class Multipliers:
 
     def scale_into(self, name: str, gradient: Tensor, out: Tensor) -> None:
         """out <- m * gradient; both flat, and `out` may be `gradient`."""
-        parts = zip(out.split(step_of(out.device)), self._parts(name, gradient), strict=True)
+        octets = self._octets(name)
+        if octets is not None and not self.watch and _fused(gradient):
+            from . import kernels  # late: needs Triton
+
+            kernels.scale(gradient, octets, self.factor, self.rest, out)
+            return
+        parts = zip(out.split(step_of(out.device)), self._parts(octets, gradient), strict=True)
         for target, (part, m, chosen) in parts:
             self._watched(part, None, chosen, "proposed")
             torch.mul(part, m, out=target)
@@ -48,25 +66,26 @@ class Multipliers:
 
     def shorten(self, name: str, old: Tensor, new: Tensor) -> None:
         """new <- old + m * (new - old), in place: exactly `old` where m is 0 and exactly `new` where it is 1."""
-        starts = old.contiguous().view(-1).split(step_of(old.device))
+        starts, octets = old.contiguous().view(-1), self._octets(name)
         with _as_flat(new) as flat:
-            for start, (part, m, chosen) in zip(starts, self._parts(name, flat), strict=True):
+            if octets is not None and not self.watch and _fused(flat):
+                from . import kernels  # late: needs Triton
+
+                kernels.shorten(starts, octets, self.factor, self.rest, flat)
+                return
+            parts = zip(starts.split(step_of(old.device)), self._parts(octets, flat), strict=True)
+            for start, (part, m, chosen) in parts:
                 self._watched(part, start, chosen, "proposed")
                 torch.lerp(start, part, m, out=part)
                 self._watched(part, start, chosen, "applied")
 
-    def chosen(self, name: str, begin: int, end: int) -> Tensor:
-        """Boolean: which of the cells `begin:end` (begin a multiple of 8) are fundamental; all False if unscored."""
-        octets = self.bits[name]
-        if octets is None:
-            return torch.zeros(end - begin, dtype=torch.bool)
-        octets = octets[begin // 8 : num_bytes(end)]
-        places = torch.arange(8, dtype=torch.uint8, device=octets.device)
-        return ((octets.unsqueeze(1) >> places) & 1).view(-1)[: end - begin].bool()
+    def _octets(self, name: str) -> Tensor | None:
+        held = self.bits[name]
+        return collectives.all_gather_equal(held, what=f"bits of {name}") if self._shared and held is not None else held
 
-    def _parts(self, name: str, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    def _parts(self, octets: Tensor | None, flat: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Pieces of a tensor with their multipliers, and which cells are fundamental if that is watched."""
-        octets, end = self.bits[name], 0
+        end = 0
         for part in flat.split(step_of(flat.device)):
             begin, end = end, end + part.numel()
             if octets is None:
@@ -74,7 +93,7 @@ class Multipliers:
             else:
                 rows = octets[begin // 8 : num_bytes(end)].to(part.device)
                 m = _rows(self._table(_wide(part), part.device), rows).view(-1)[: part.numel()]
-                yield part, m, self.chosen(name, begin, end).to(part.device) if self.watch else None
+                yield part, m, _unpacked(rows)[: part.numel()] if self.watch else None
 
     def _table(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         if (dtype, device) not in self._tables:
@@ -87,6 +106,28 @@ class Multipliers:
         if chosen is not None:
             moved = part[chosen].double() if start is None else part[chosen].double() - start[chosen].double()
             setattr(self, what, getattr(self, what) + float(moved.square().sum()))
+
+
+def _part(packed: Packed) -> Packed:
+    """This rank's of as many equal parts as there are ranks; the last ones are padded."""
+    size = -(-len(packed) // collectives.world_size())
+    mine = packed[collectives.rank() * size :][:size]
+    return np.concatenate([mine, np.zeros(size - len(mine), np.uint8)])
+
+
+def _fused(flat: Tensor) -> bool:
+    """Whether Triton's kernels can take this tensor."""
+    return flat.is_cuda and type(flat) is Tensor and flat.dtype != torch.float64 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _unpacked(octets: Tensor) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=octets.device)
+    return ((octets.unsqueeze(1) >> places) & 1).view(-1).bool()
 
 
 def _rows(table: Tensor, rows: Tensor) -> Tensor:

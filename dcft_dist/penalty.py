@@ -34,7 +34,19 @@ from .engines import Engine, Leaf, Segment, Shard, find_engine, local_tensor
 from .errors import EngineError, PenaltyError, listing
 from .fundamental import FundamentalSet
 from .multiplier import Multipliers
-from .penalty_checks import CANCELLED, Level, Optimizer, Where, check_factors, check_model, choose_level, names_stepped
+from .penalty_checks import (
+    CANCELLED,
+    Level,
+    Optimizer,
+    Placement,
+    Where,
+    check_factors,
+    check_model,
+    check_placement,
+    check_shareable,
+    choose_level,
+    names_stepped,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +61,7 @@ def attach_penalty(
     where: Where = "before",
     rest_factor: float = 1.0,
     unscored_factor: float = 1.0,
+    mask_placement: Placement = "replicated",
 ) -> Penalty:
     """Puts the penalty in force on `model`, prepared for training (wrapped, sharded). Collective.
 
@@ -63,6 +76,10 @@ def attach_penalty(
         where: place of the gradient level: `before` or `after` the reduction.
         rest_factor: multiplier of eligible weights that are not fundamental, in [0, 1].
         unscored_factor: multiplier of weights that are neither eligible nor head, in [0, 1].
+        mask_placement: for the gradient level before the reduction, which needs the bits of whole weights. `replicated`:
+            each rank holds all, an eighth of a byte a weight, and sends nothing. `sharded`: each rank holds its part, and
+            the bits of a leaf are gathered when its gradient is ready (1/32 of the traffic of a float32 gradient); every
+            rank's backward must then reach the same weights in the same order. No effect elsewhere: a shard needs its own.
 
     Returns:
         A handle: `calls`, `set_factor`, `remove`; also a context manager that removes the penalty at its end. The model
@@ -79,10 +96,14 @@ def attach_penalty(
         check_factors(factor=factor, rest_factor=rest_factor, unscored_factor=unscored_factor)
         optimizer = check_model(engine, fundamental, optimizer)
         chosen = choose_level(level, where, optimizer)
+        check_placement(mask_placement)
     leaves = engine.leaves() if chosen == "gradient" and where == "before" else []
     boxes = {s.name: s.box for leaf in leaves for s in leaf.segments} or {s.name: s.box for s in engine.shards()}
     device = leaves[0].tensor.device if leaves else engine.shards()[0].local.device
-    multipliers = Multipliers(_read_bits(engine, fundamental, boxes, unscored_factor), device, rest_factor, unscored_factor)
+    if shared := mask_placement == "sharded" and bool(leaves):
+        check_shareable(leaves, fundamental)
+    bits = _read_bits(engine, fundamental, boxes, unscored_factor)
+    multipliers = Multipliers(bits, device, rest_factor, unscored_factor, shared)
     multipliers.set_factor(factor)
     engine.penalty = penalty = Penalty(engine, multipliers, leaves, chosen, where, optimizer)
     return penalty
@@ -171,7 +192,8 @@ class Penalty:
 
     @property
     def mask_bytes(self) -> int:
-        """What this rank keeps of the set: a bit for each weight that it holds or, before the reduction, for all."""
+        """What this rank keeps of the set: a bit for each weight that it holds or, before the reduction, for all; of the
+        latter its part if they are sharded."""
         return sum(packed.numel() for packed in self._multipliers.bits.values() if packed is not None)
 
     @property

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from math import prod
 from typing import Literal, get_args
 
 import torch
 
 from . import collectives
-from .engines import Engine, torch_optimizer
+from .engines import Engine, Leaf, torch_optimizer
 from .errors import FundamentalSetError, PenaltyError, did_you_mean, listing
 from .fundamental import FundamentalSet
 
 Level = Literal["auto", "gradient", "update"]
 Where = Literal["before", "after"]
+Placement = Literal["replicated", "sharded"]
 Optimizer = torch.optim.Optimizer
 
 log = logging.getLogger(__name__)
@@ -23,6 +26,24 @@ def check_factors(**factors: float) -> None:
     for what, value in factors.items():
         if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
             raise PenaltyError(f"{what} must lie between 0 and 1, not {value}")
+
+
+def check_placement(placement: str) -> None:
+    if placement not in get_args(Placement):
+        raise PenaltyError(f"mask_placement must be 'replicated' or 'sharded', not {placement!r}")
+
+
+def check_shareable(leaves: list[Leaf], fundamental: FundamentalSet) -> None:
+    """Whether each rank can hold a part of the bits: all need the same ones. Collective."""
+    digest = hashlib.sha256(repr((fundamental.info.shapes, fundamental.info.counts)).encode()).digest()
+    marks = collectives.all_gather_ints([int.from_bytes(digest[:7], "little")], what="comparison of the sets")
+    if any(mark != marks[0] for mark in marks):
+        raise PenaltyError("the ranks have different sets, of which they cannot each hold a part")
+    parts = [s.name for leaf in leaves for s in leaf.segments if s.box.numel != prod(s.box.grid)]
+    if parts:
+        raise PenaltyError(
+            f"mask_placement='sharded' is not there for tensor parallelism ({listing(parts, 3)} are split): use 'replicated'"
+        )
 
 
 def check_model(engine: Engine, fundamental: FundamentalSet, given: Optimizer | None) -> Optimizer | None:

@@ -36,7 +36,7 @@ class StudyFolder:
         return self.file(cell).exists() or cell.name in self._packed
 
     def put(self, cell: Cell, result: Result) -> None:
-        write_atomic(self.file(cell), json.dumps({"cell": cell.name, **result}))
+        write_atomic(self.file(cell), json.dumps(result))
 
     def get(self, cell: Cell) -> Result:
         """

@@ -298,6 +298,7 @@ class Trainer:
             where=p.where,
             rest_factor=p.rest_factor,
             unscored_factor=p.unscored_factor,
+            mask_placement=p.mask_placement,
         )
 
     def _step(self, step: int, total: int, penalty: Penalty | None, groups: Groups | None) -> dict[str, float]:

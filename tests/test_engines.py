@@ -31,6 +31,7 @@ from dcft_dist import (
 )
 from dcft_dist.checkpoint import load_checkpoint, model_state, save_checkpoint
 from dcft_dist.engines import Leaf, Segment, find_engine, private, wrap
+from dcft_dist.errors import PenaltyError
 from dcft_dist.importance import Scores
 from dcft_dist.removal import removed
 
@@ -312,6 +313,17 @@ def test_tensor_parallel_and_compiled_blocks(kind: str, ranks: int, level: str, 
         for name, values in scores.items():
             torch.testing.assert_close(found[name], values, rtol=1e-4, atol=1e-9)
         assert max(float((weights[n] - state[n]).abs().max()) for n in state) <= 1e-10
+
+
+def sharded_bits_of_split_weights() -> str:
+    with pytest.raises(PenaltyError) as error:
+        chosen = FundamentalSet.from_masks(mlp_masks(), head=HEAD)
+        attach_penalty(make_mlp("tensor_parallel"), chosen, level="gradient", mask_placement="sharded")
+    return str(error.value)
+
+
+def test_sharded_bits_are_refused_under_tensor_parallelism() -> None:
+    assert all("not there for tensor parallelism" in found for found in run_ranks(4, sharded_bits_of_split_weights))
 
 
 def save_mlp(folder: str) -> None:

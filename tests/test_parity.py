@@ -195,7 +195,7 @@ def half_loss(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 # -- the same under an engine -------------------------------------------------------------------------------------------
 
 
-def train(engine: str, case: Case, to_none: bool, masks_by_rank: bool = False) -> Any:
+def train(engine: str, case: Case, to_none: bool, masks_by_rank: bool = False, placement: Any = "replicated") -> Any:
     """The same training under an engine, on this rank's part of each batch: (whole weights, calls, frozen)."""
     rank = dist.get_rank() if masks_by_rank else 0
     prepared = prepare(
@@ -216,6 +216,7 @@ def train(engine: str, case: Case, to_none: bool, masks_by_rank: bool = False) -
         where=case.where,
         rest_factor=REST,
         unscored_factor=UNSCORED,
+        mask_placement=placement,
     )  # type: ignore[arg-type]
     half = autocast_loss if engine.startswith(("single", "ddp")) else half_loss
     loss = half if case.precision == "bf16" else loss_fn
@@ -331,3 +332,25 @@ def test_before_is_before_the_reduction(engines: list[str], world_size: int) -> 
     """With another mask on each rank, the result is that of masks applied to each rank's own gradient."""
     for differences in run_ranks(world_size, by_rank, engines):
         assert max(differences.values()) <= 1e-6, differences
+
+
+def both_placements(engines: list[str], accumulation: int) -> list[str]:
+    """Engines whose weights differ in any bit."""
+    differ = []
+    for engine in engines:
+        case = Case("gradient", "before", None, accumulation, "sgd")
+        (whole, *calls), (parts, *same) = (train(engine, case, True, placement=p) for p in ("replicated", "sharded"))
+        if calls != same or any(not torch.equal(w, parts[n]) for n, w in whole.items()):
+            differ.append(engine)
+    return differ
+
+
+SHARED = ["ddp", "fsdp2", "fsdp2-checkpoint", "fsdp2-groups", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[1:4]]
+
+
+@pytest.mark.parametrize(
+    ("engines", "world_size", "accumulation"),
+    [(SHARED, 2, 1), (["ddp-nosync", "fsdp2"], 2, 3), (["fsdp2-hybrid", "fsdp1-hybrid-flat", "zero3"], 4, 1)],
+)
+def test_sharded_bits_do_what_replicated_ones_do(engines: list[str], world_size: int, accumulation: int) -> None:
+    assert run_ranks(world_size, both_placements, engines, accumulation, deadline_s=300) == [[]] * world_size

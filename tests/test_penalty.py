@@ -7,6 +7,7 @@ import gc
 import logging
 import pickle
 import weakref
+from math import prod
 from typing import Any
 
 import pytest
@@ -499,6 +500,41 @@ def collectives_of_steps(engine: str) -> dict[str, list[int]]:
 def test_a_step_sends_nothing_after_the_first(engine: str) -> None:
     for found in run_ranks(2, collectives_of_steps, engine):
         assert set(map(tuple, found.values())) == {(1, 0, 0, 0)}, found
+
+
+def sharded_bits(placement: Any) -> tuple[int, int, int, set[str]]:
+    model = wrap(make_net(), "fsdp2")
+    optimizer = make_optimizer("sgd", model.parameters())
+    penalty = attach_penalty(model, some_set(), optimizer=optimizer, level="gradient", mask_placement=placement)
+    step(model, optimizer, my_part(make_batches(1, 8, torch.float32)[0]))
+    with collectives.counted() as count:
+        step(model, optimizer, my_part(make_batches(1, 8, torch.float32)[0]))
+    return penalty.mask_bytes, count.calls, count.num_bytes, set(penalty.calls)
+
+
+def test_no_rank_holds_all_bits_when_they_are_sharded() -> None:
+    whole = {name: -(-prod(shape) // 8) for name, shape in some_set().info.shapes.items()}
+    assert {found[:3] for found in run_ranks(2, sharded_bits, "replicated")} == {(sum(whole.values()), 0, 0)}
+    part = {name: -(-size // 2) for name, size in whole.items()}  # the last part is padded
+    for held, calls, sent, fired in run_ranks(2, sharded_bits, "sharded"):
+        assert held == sum(part.values()) and calls == len(fired) == len(whole) - 1  # one is unused
+        assert sent == sum(2 * part[name] for name in fired)
+
+
+def refused_placements() -> list[str]:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    other = FundamentalSet.from_masks({"conv.weight": torch.rand(make_net().conv.weight.shape, generator=generator) < 0.5})
+    found = []
+    for chosen, placement in ((other, "sharded"), (some_set(), "split")):
+        with pytest.raises(PenaltyError) as error:
+            attach_penalty(wrap(make_net(), "fsdp2"), chosen, level="gradient", mask_placement=placement)  # type: ignore[arg-type]
+        found.append(str(error.value))
+    return found
+
+
+def test_sharded_bits_of_different_sets_are_refused() -> None:
+    for different, typo in run_ranks(2, refused_placements):
+        assert "the ranks have different sets" in different and "not 'split'" in typo
 
 
 class Branches(nn.Module):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes docs/results/performance.md again: about fifteen minutes on an idle machine with two cores and 16 GiB.
+# Writes docs/results/performance.md again: about half an hour on an idle machine with two cores and 16 GiB.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python} page=docs/results/performance.md
@@ -11,7 +11,9 @@ export OMP_NUM_THREADS=1
         "selection.py --elements 1_000_000_000 --ranks 2 --kinds normal --alone" \
         "penalty.py --samples 4" "penalty.py --samples 16" \
         "scoring.py --ranks 2" \
-        "attach.py --weights 1_000_000_000 --ranks 2"; do
+        "attach.py --weights 1_000_000_000 --ranks 2" \
+        "input.py" \
+        "growth.py --picture docs/images/growth.png"; do
         printf '\n## \x60%s\x60\n\n' "$line"
         # shellcheck disable=SC2086 # words
         "$python" benchmarks/${line}

@@ -18,7 +18,7 @@ def scale(gradient: Tensor, octets: Tensor, factor: float, rest: float, out: Ten
 
 
 def shorten(start: Tensor, octets: Tensor, factor: float, rest: float, new: Tensor) -> None:
-    """new <- start + m * (new - start), in place, flat, float32: exactly `start` where m is 0, exactly `new` where it is 1."""
+    """new <- start + m * (new - start), flat, float32, in place: exactly `start` where m is 0, `new` where it is 1."""
     _shorten[_grid(new)](start, octets, new, new.numel(), factor, rest, BLOCK=BLOCK)
 
 

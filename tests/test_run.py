@@ -141,12 +141,13 @@ def check_export(folder: Path, loss: float) -> None:
 
 def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path: Path) -> None:
     heads = []
-    for method in ("linear_probe", "full", "random_set"):
-        summary = train(tiny, tmp_path, "--name", method, "--method", method, "--engine", "ddp", "--train.epochs", "1")
+    for method in ("linear_probe", "full", "random"):
+        how = ["--selection.kind", "random"] if method == "random" else ["--method", method]
+        summary = train(tiny, tmp_path, "--name", method, *how, "--engine", "ddp", "--train.epochs", "1")
         heads.append(load_file(tmp_path / method / "head.safetensors"))
         if method == "linear_probe":
             assert summary["best_epoch"] == 0 and summary["num_selected"] is None
-        if method == "random_set":
+        if method == "random":
             assert summary["criterion"] == "random" and summary["removal"] is None
     assert all(torch.equal(h["weight"], heads[0]["weight"]) for h in heads)
     sgd = [

@@ -96,6 +96,14 @@ class Penalty(Section):
     """Multipliers of gradient or update."""
 
     factor: Share = Field(0.1, description="Multiplier of the fundamental weights.")
+    schedule: Literal["constant", "linear", "cosine", "learned"] = Field(
+        "constant",
+        description="`linear`, `cosine`: from `factor` to `final_factor` over all steps. `learned`: from `factor` on, by "
+        "the gradient of the validation loss (update level).",
+    )
+    final_factor: Share = Field(1.0, description="Factor of the last step, if scheduled.")
+    learn_every: Count = Field(4, description="Steps between two changes of a learned factor.")
+    learn_rate: Positive = Field(0.05, description="Change of a learned factor, about.")
     rest_factor: Share = Field(1.0, description="Multiplier of the other eligible weights.")
     unscored_factor: Share = Field(1.0, description="Multiplier of weights that are neither eligible nor head.")
     level: Literal["auto", "gradient", "update"] = Field(
@@ -109,6 +117,14 @@ class Penalty(Section):
     )
 
 
+class Lora(Section):
+    """Low-rank adapters, for `method = "lora"`: every linear layer of the body gets one."""
+
+    rank: Count = Field(8, description="Rank of the adapters.")
+    alpha: Count = Field(16, description="Their output is scaled by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout before the adapters.")
+
+
 class Optimizer(Section):
     """The optimizer of the fine-tuning."""
 
@@ -117,6 +133,14 @@ class Optimizer(Section):
     head_lr: Positive | None = Field(None, description="Peak learning rate of the head; absent: `lr`.")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight decay of matrices (not of vectors).")
     momentum: Share = Field(0.0, description="Momentum of SGD.")
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        1.0,
+        description="Learning rate of a block over that of the block above it (layer-wise decay); below all: embeddings.",
+    )
+    pull_to_start: Annotated[float, Field(ge=0.0)] = Field(
+        0.0,
+        description="After each step the body goes back by `lr` times this share of its way (decoupled L2-SP).",
+    )
 
 
 class Train(Section):
@@ -174,11 +198,12 @@ class Config(Section):
     """One run."""
 
     name: str = Field(description="Name of the run's directory.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    method: Literal["dcft", "equal_displacement", "full", "linear_probe"] = Field(
+    method: Literal["dcft", "equal_displacement", "full", "linear_probe", "bitfit", "lora"] = Field(
         "dcft",
         description="`dcft`: two multipliers over the set of `[selection]`; hence also a frozen set (factor 0) and sparse "
         "fine-tuning (factor 1, rest_factor 0). `equal_displacement`: a control, every body step shrunk as a whole to the "
-        "length that dcft would leave of it. `full`: no penalty. `linear_probe`: the warmed-up head.",
+        "length that dcft would leave of it. `full`: no penalty. `linear_probe`: the warmed-up head. `bitfit`: the body's "
+        "biases alone. `lora`: adapters of `[lora]` alone, merged at the end.",
     )
     engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] = Field(
         "fsdp2", description="How the model is spread over the ranks (docs/engines.md)."
@@ -205,6 +230,7 @@ class Config(Section):
     importance: Importance = Importance()
     selection: Selection = Selection()
     penalty: Penalty = Penalty()
+    lora: Lora = Lora()
     optimizer: Optimizer = Optimizer()
     train: Train = Train()
     sharding: Sharding = Sharding()
@@ -247,12 +273,24 @@ class Config(Section):
             raise ValueError(f"sharding.replicas is for the engines fsdp2 and fsdp1, not for {engine}")
         if sharding.offload and (engine in ("single", "ddp") or (engine == "deepspeed" and sharding.zero_stage == 0)):
             raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
+        if self.method == "lora" and engine not in ("single", "ddp"):
+            raise ValueError(f"method 'lora' is a baseline for the engines single and ddp, not for {engine}")
+        if engine == "deepspeed" and (self.method == "equal_displacement" or self.optimizer.pull_to_start):
+            raise ValueError("method 'equal_displacement' and optimizer.pull_to_start are not there for deepspeed")
         after = self.penalty.where == "after" and self.level == "gradient"
         if engine == "deepspeed" and after and self.train.clip_order == "after_penalty":
             raise ValueError(
                 "DeepSpeed clips inside its step, before penalty.where = 'after' can act: use penalty.where = 'before', or "
                 "train.clip_order = 'before_penalty'"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _factor_can_change(self) -> Config:
+        if self.penalty.schedule == "learned" and self.level != "update":
+            raise ValueError("penalty.schedule = 'learned' is for the update level, where the gradient is left alone")
+        if self.penalty.schedule != "constant" and self.method != "dcft":
+            raise ValueError(f"penalty.schedule has no meaning for method = '{self.method}'")
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
-"""Controls that act on the whole step of the body, beside the penalty's multipliers on single weights.
+"""Controls that act on the whole body at each step, beside the penalty's multipliers on single weights.
 
 `EqualDisplacement` asks whether DCFT is more than moving less: each step of the body is shrunk as a whole, by one number, to
-the length that DCFT's multipliers would have left of it.
+the length that DCFT's multipliers would have left of it. `PullToStart` is L2-SP (Li et al. 2018), decoupled from the
+gradient as AdamW's weight decay is.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .bits import cut, unpack
 from .engines import Shard, find_engine
 from .errors import EngineError
 from .fundamental import FundamentalSet
+from .names import Patterns
 from .penalty_checks import check_factors
 
 
@@ -84,3 +86,27 @@ class EqualDisplacement:
             return squares.sum() * unscored**2
         inside = squares[self._masks[name].to(squares.device)].sum()
         return inside * factor**2 + (squares.sum() - inside) * rest**2
+
+
+class PullToStart:
+    """After every step of `optimizer` the weights w outside the head go to w - rate * strength * (w - w_start).
+
+    `rate` is the learning rate of the weight's group at that step; the start is where the weights are now.
+    """
+
+    def __init__(self, model: nn.Module, head: Patterns, strength: float, optimizer: torch.optim.Optimizer) -> None:
+        engine = find_engine(model)
+        heads = set(engine.names.match(head, what="head"))
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        body = [s for s in engine.shards() if s.name not in heads and id(s.parameter) in groups]
+        self._kept = [(s, groups[id(s.parameter)], s.local.detach().clone()) for s in body]
+        self._strength = strength
+        self._handle = optimizer.register_step_post_hook(self._after)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        for shard, group, start in self._kept:
+            shard.local.copy_(torch.lerp(shard.local, start, min(group["lr"] * self._strength, 1.0)))

@@ -193,9 +193,9 @@ def _owned(engine: Engine, scores: Scores) -> Iterator[tuple[str, Shard]]:
 def _score_gradients(engine: Engine, scores: Scores, batches: Iterable[Any], loss_fn: LossFn, accumulation: int) -> Scores:
     term = _TERMS[scores.criterion]
     total_loss, num_batches = 0.0, 0
-    with _undisturbed(engine):
+    with undisturbed(engine):
         for items in _score_batches(batches, accumulation):
-            loss, scale = _backward(engine, items, loss_fn)
+            loss, scale = backward_batch(engine, items, loss_fn)
             total_loss += loss
             num_batches += 1
             for name, shard in _owned(engine, scores):
@@ -239,8 +239,8 @@ def _score_batches(batches: Iterable[Any], accumulation: int) -> Iterator[list[A
         yield items
 
 
-def _backward(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float, float]:
-    """Runs one score batch; returns its mean loss and the factor that turns the reduced gradients into those of it."""
+def backward_batch(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float, float]:
+    """Runs one batch, inside `undisturbed`; returns its mean loss, and the factor that turns the reduced gradients into its own."""
     model = engine.scoring_model()
     losses: list[Any] = []
     counts: list[Any] = []
@@ -267,7 +267,7 @@ def _backward(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float,
 
 
 @contextmanager
-def _undisturbed(engine: Engine) -> Iterator[None]:
+def undisturbed(engine: Engine) -> Iterator[None]:
     """Eval mode and empty gradients for the block; then modes, buffers, gradients and random states are as before."""
     modes = [(m, m.training) for m in engine.model.modules()]
     # By slot: a forward may put a new tensor where the old one was.

@@ -79,6 +79,13 @@ class Multipliers:
                 torch.lerp(start, part, m, out=part)
                 self._watched(part, start, chosen, "applied")
 
+    def only_chosen(self, name: str, values: Tensor) -> Tensor:
+        """The values of fundamental cells, zero elsewhere."""
+        octets = self.bits[name]
+        if octets is None:
+            return torch.zeros_like(values)
+        return torch.where(_unpacked(octets)[: values.numel()].to(values.device), values.reshape(-1), 0.0)
+
     def _octets(self, name: str) -> Tensor | None:
         held = self.bits[name]
         return collectives.all_gather_equal(held, what=f"bits of {name}") if self._shared and held is not None else held

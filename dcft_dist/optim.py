@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .config import Config
+from .config import Penalty as PenaltySettings
 from .engines.wrap import Weight
 from .models import HEAD
 
 
-def make_optimizer(weights: Iterable[Weight], config: Config) -> torch.optim.Optimizer:
-    """AdamW or SGD over body and head; weight decay on matrices only. Each group keeps its peak rate as `peak_lr`."""
+def make_optimizer(weights: Iterable[Weight], config: Config, depths: Mapping[str, int]) -> torch.optim.Optimizer:
+    """AdamW or SGD over what is trained; weight decay on matrices only. Each group keeps its peak rate as `peak_lr`.
+
+    Args:
+        depths: block of each body weight, counted from the top (0: the last block), for layer-wise learning rates.
+    """
     settings = config.optimizer
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for name, parameter, is_matrix in weights:
-        groups.setdefault((name.startswith(f"{HEAD}."), is_matrix), []).append(parameter)
+        if parameter.requires_grad:
+            depth = depths.get(name, 0) if settings.layer_decay < 1.0 else 0
+            groups.setdefault((name.startswith(f"{HEAD}."), is_matrix, depth), []).append(parameter)
     rows: list[dict[str, Any]] = [
         {
             "params": parameters,
-            "peak_lr": settings.head_lr if in_head and settings.head_lr else settings.lr,
+            "peak_lr": settings.head_lr if in_head and settings.head_lr else settings.lr * settings.layer_decay**depth,
             "weight_decay": settings.weight_decay if is_matrix else 0.0,
         }
-        for (in_head, is_matrix), parameters in groups.items()
+        for (in_head, is_matrix, depth), parameters in groups.items()
     ]
     if settings.name == "sgd":
         return torch.optim.SGD(rows, lr=settings.lr, momentum=settings.momentum)
@@ -46,6 +53,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share
     return config.optimizer.lr * share
+
+
+def factor_at(penalty: PenaltySettings, step: int, total: int) -> float:
+    """The scheduled factor of a step (counted from 0): `factor` at the first, `final_factor` at the last."""
+    share = step / max(total - 1, 1)
+    if penalty.schedule == "cosine":
+        share = 0.5 * (1 - math.cos(math.pi * share))
+    return penalty.factor + (penalty.final_factor - penalty.factor) * share
 
 
 def seed_randomness(seed: int, step: int, place: int) -> None:

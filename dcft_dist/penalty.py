@@ -146,6 +146,8 @@ class Penalty:
         level, where: what was chosen.
         calls: per parameter name, how often its gradient or its step has been multiplied on this rank.
         frozen: names that are skipped since they are not trained.
+        keep_proposal: True: after each step at the update level `proposal` has what the optimizer proposed for the
+            fundamental weights of each shard, zero for others. Takes the memory of another set of weights.
     """
 
     def __init__(
@@ -173,6 +175,8 @@ class Penalty:
         self._scaled: set[str] = set()  # weights whose reduced gradient has been multiplied for the coming step
         self._old: list[tuple[Shard, Tensor]] = []
         self._stepping: Optimizer | None = None
+        self.keep_proposal = False
+        self.proposal: dict[str, Tensor] = {}
         if self.frozen:
             log.info("penalty: %d frozen weights are skipped: %s", len(self.frozen), listing(self.frozen))
         if level == "gradient" and where == "before":
@@ -370,6 +374,8 @@ class Penalty:
         self._stepping = None
         with torch.no_grad():
             for shard, old in self._old:
+                if self.keep_proposal:
+                    self.proposal[shard.name] = self._multipliers.only_chosen(shard.name, shard.local - old)
                 self._multipliers.shorten(shard.name, old, shard.local)
                 self.calls[shard.name] += 1
         names = self._stepped_by(optimizer)

@@ -28,18 +28,19 @@ from .checkpoint import load_checkpoint, model_state, read_state, save_checkpoin
 from .config import Config, check_ranks, check_sizes
 from .controls import control_set
 from .data import Batch, Tokens, evaluation_batches, micro_batches, order, tokenize
-from .displacement import EqualDisplacement
 from .engines.wrap import Plan, prepare
 from .errors import CheckpointError, DivergedError
 from .evaluate import EVALUATION_BATCH, evaluate
+from .factor import LearnedFactor
 from .files import read_json, sha256_of, write_atomic, write_json
 from .fundamental import FundamentalSet
 from .head import Head
 from .importance import Scores, score_importance
 from .measure import Groups
+from .methods import begin, choose_trained, depths, merge_adapters
 from .models import HEAD, build_model
-from .optim import make_optimizer, seed_randomness, set_learning_rate
-from .penalty import Penalty, attach_penalty
+from .optim import factor_at, make_optimizer, seed_randomness, set_learning_rate
+from .penalty import Penalty
 from .provenance import git_commit, machine, peak_memory_gib, versions, weights_checksum
 from .removal import check_removal
 from .run_dir import RunDirectory
@@ -97,6 +98,7 @@ class Trainer:
         self.config, self.world, self.directory = config, world, directory
         self.stopping = False
         self.step_seconds: list[float] = []
+        self.learned: LearnedFactor | None = None
         self.directory.phase("setup")
         with collectives.agreed("set-up"):
             self.task: TaskData = load_task(config.task)
@@ -116,7 +118,9 @@ class Trainer:
         head = Head(self.model, config.head_warmup, config.seed, self.world)
         head.warm_up_or_load(self.directory.head, self.train, self.validation)
         self._stop_between_phases()
-        self.prepared = prepare(self.model, self._plan(), lambda weights: make_optimizer(weights, config))
+        choose_trained(self.model, config)
+        places = depths(self.model)
+        self.prepared = prepare(self.model, self._plan(), lambda weights: make_optimizer(weights, config, places))
         fundamental = self.find_fundamental() if config.uses_set else None
         if config.until != "train":
             self.directory.phase(f"{life.REACHED} {config.until}")
@@ -211,8 +215,8 @@ class Trainer:
         settings = self.config.importance
         wanted = order(self.config.seed, 0, len(self.train))[: settings.num_samples]
         items = []
-        for begin in range(0, len(wanted), settings.score_batch):
-            batch = wanted[begin : begin + settings.score_batch]
+        for first in range(0, len(wanted), settings.score_batch):
+            batch = wanted[first : first + settings.score_batch]
             items += micro_batches(
                 batch,
                 self.world.rank,
@@ -246,7 +250,9 @@ class Trainer:
         epochs = 0 if config.method == "linear_probe" else settings.epochs
         groups = Groups(self.prepared.model, fundamental, HEAD)
         groups.remember_start()
-        penalty = self._attach(fundamental) if fundamental is not None else None
+        penalty = begin(self.prepared, fundamental, config)
+        if penalty and config.penalty.schedule == "learned":
+            self.learned = LearnedFactor(self.prepared.model, penalty, self._loss, config.penalty.learn_rate)
         self._print_plan(fundamental, penalty, epochs * steps_per_epoch)
         self.directory.phase("train")
         step, best, validated = self._resume()
@@ -277,30 +283,6 @@ class Trainer:
             writer.close()
         return best, penalty
 
-    def _attach(self, fundamental: FundamentalSet) -> Penalty | None:
-        p = self.config.penalty
-        if self.config.method == "equal_displacement":
-            EqualDisplacement(
-                self.prepared.model,
-                fundamental,
-                p.factor,
-                optimizer=self.prepared.optimizer,
-                rest_factor=p.rest_factor,
-                unscored_factor=p.unscored_factor,
-            )
-            return None
-        return attach_penalty(
-            self.prepared.model,
-            fundamental,
-            p.factor,
-            optimizer=self.prepared.optimizer,
-            level=p.level,
-            where=p.where,
-            rest_factor=p.rest_factor,
-            unscored_factor=p.unscored_factor,
-            mask_placement=p.mask_placement,
-        )
-
     def _step(self, step: int, total: int, penalty: Penalty | None, groups: Groups | None) -> dict[str, float]:
         """One optimizer step; returns what to log. With `groups`, the penalty is watched."""
         settings, world = self.config.train, self.world
@@ -317,6 +299,8 @@ class Trainer:
         prepared.zero_grad()
         if penalty:
             penalty.watch = groups is not None
+            if self.config.penalty.schedule in ("linear", "cosine"):
+                penalty.set_factor(factor_at(self.config.penalty, step, total))
         stop, losses = life.stop_requested(), []
         for i, batch in enumerate(micros):
             seed_randomness(self.config.seed, step, world.rank * len(micros) + i)
@@ -326,6 +310,8 @@ class Trainer:
             losses.append(loss.detach().double())
         norms = self._clip(penalty, groups)
         prepared.step()
+        if (step + 1) % self.config.penalty.learn_every == 0:
+            self._learn_factor(step)
         total_loss, stops = collectives.reduce_numbers([sum(losses), stop], what="training loss")
         mean_loss, self.stopping = total_loss / world.world_size, stops > 0
         if not math.isfinite(mean_loss):
@@ -334,6 +320,15 @@ class Trainer:
         if penalty and groups:
             values |= {"penalty/factor": penalty.factor, "penalty/applied_over_proposed": penalty.in_force()}
         return values | norms
+
+    def _learn_factor(self, step: int) -> None:
+        """If it is to be learned: on a batch of validation texts, another one each time."""
+        if self.learned is None:
+            return
+        size, world = self.config.train.global_batch, self.world
+        drawn = order(self.config.seed, (1 << 32) + step, len(self.validation))[:size]
+        items = micro_batches(drawn, world.rank, world.world_size, self._micro_batch(size), self.validation, world.device)
+        self.learned.update(items)
 
     def _clip(self, penalty: Penalty | None, groups: Groups | None) -> dict[str, float]:
         """Clips before or after the penalty, as configured; returns the gradient norms of both groups before clipping."""
@@ -376,6 +371,7 @@ class Trainer:
             return
         state = model_state(self.prepared.model, self.prepared.optimizer)
         about = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
+        about["factor"] = self.learned.state() if self.learned else None
         save_checkpoint(self.directory.checkpoint(step), state, about)
         if self.world.is_first:  # the new checkpoint is whole: older ones are no longer needed
             self._remove_old("step", step, self.config.checkpoint.keep_last)
@@ -406,6 +402,8 @@ class Trainer:
         if state["fundamental"] != self._set_checksum():
             raise CheckpointError(f"{self.directory.fundamental} is not the set that {latest} was trained with")
         load_checkpoint(latest, self.prepared.model, self.prepared.optimizer)
+        if self.learned:
+            self.learned.load_state(state["factor"])
         self.directory.forget_after(state["step"])
         log.info("going on from step %d", state["step"])
         return int(state["step"]), Best(**state["best"]), bool(state["validated"])
@@ -492,6 +490,8 @@ class Trainer:
     def _export(self, fundamental: FundamentalSet | None) -> None:
         """The adapted model as a folder that `AutoModel` and `AutoTokenizer` read; its head; the fundamental set."""
         folder = self.directory.model
+        if self.config.method == "lora":
+            merge_adapters(self.model.backbone)
         save_weights(self.prepared.model, folder, prefix="backbone.")
         save_weights(self.prepared.model, folder / HEAD, prefix=f"{HEAD}.")
         if fundamental is not None:

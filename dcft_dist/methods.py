@@ -1,0 +1,75 @@
+"""What tells the methods of the trainer apart: which weights are trained, and what happens around a step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .config import Config, Lora
+from .displacement import EqualDisplacement, PullToStart
+from .engines.wrap import Prepared
+from .errors import DataError
+from .fundamental import FundamentalSet
+from .models import HEAD, TextClassifier
+from .penalty import Penalty, attach_penalty
+
+
+def choose_trained(model: TextClassifier, config: Config) -> None:
+    """Freezes what the method does not train, or puts adapters into the body; before the model is wrapped."""
+    if config.method == "bitfit":
+        for name, parameter in model.backbone.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+    elif config.method == "lora":
+        _insert_adapters(model.backbone, config.lora, config.seed)
+
+
+def depths(model: TextClassifier) -> dict[str, int]:
+    """Block of each body weight, counted from the top; what lies below all blocks comes last."""
+    blocks = model.blocks()
+    found = {id(p): len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
+    return {name: found.get(id(p), len(blocks)) for name, p in model.named_parameters() if not name.startswith(f"{HEAD}.")}
+
+
+def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config) -> Penalty | None:
+    """Puts in force what the method does around each step; returns the penalty if that is it. Collective."""
+    settings, penalty = config.penalty, None
+    factors = {"rest_factor": settings.rest_factor, "unscored_factor": settings.unscored_factor}
+    if fundamental is not None and config.method == "equal_displacement":
+        EqualDisplacement(prepared.model, fundamental, settings.factor, optimizer=prepared.optimizer, **factors)
+    elif fundamental is not None:
+        penalty = attach_penalty(
+            prepared.model,
+            fundamental,
+            settings.factor,
+            optimizer=prepared.optimizer,
+            level=settings.level,
+            where=settings.where,
+            mask_placement=settings.mask_placement,
+            **factors,
+        )
+    if config.optimizer.pull_to_start:
+        PullToStart(prepared.model, HEAD, config.optimizer.pull_to_start, prepared.optimizer)
+    return penalty
+
+
+def _insert_adapters(backbone: nn.Module, settings: Lora, seed: int) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise DataError("method 'lora' needs the package peft: pip install peft") from error
+    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=linear)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, backbone)
+
+
+def merge_adapters(backbone: nn.Module) -> None:
+    """Adds the adapters to the weights they adapt, and takes them out: the body has its own names again."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(backbone.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+            parent, _, slot = name.rpartition(".")
+            setattr(backbone.get_submodule(parent), slot, layer.get_base_layer())

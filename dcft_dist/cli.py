@@ -177,6 +177,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     from .compare import Share, again, compare, quiet
     from .world import joined_world
 
+    share = Share.parse(options.share or "1/1")
     quiet()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -185,7 +186,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
             different = again(options.study, folder, world, options.again)
             print("\n".join(different) or "every cell came out the same, to the last digit")
             return int(bool(different))
-        compare(options.study, folder, world, Share.parse(options.share or "1/1"), options.wait)
+        compare(options.study, folder, world, share, options.wait)
     return 0
 
 

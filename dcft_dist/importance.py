@@ -240,7 +240,7 @@ def _score_batches(batches: Iterable[Any], accumulation: int) -> Iterator[list[A
 
 
 def backward_batch(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float, float]:
-    """Runs one batch, inside `undisturbed`; returns its mean loss, and the factor that turns the reduced gradients into its own."""
+    """Runs one batch, inside `undisturbed`; returns its mean loss and what turns the reduced gradients into its own."""
     model = engine.scoring_model()
     losses: list[Any] = []
     counts: list[Any] = []

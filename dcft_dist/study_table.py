@@ -82,6 +82,8 @@ def _arm(
         return ArmResult(arm, None, (), {}, {}, None)
     cells = {seed: folder.final(setting, arm, chosen, seed) for seed in study.seeds}
     done = {seed: cell for seed, cell in cells.items() if cell and "summary" in cell}
+    if any(len(cell["predicted"]) != len(labels) for cell in done.values()):
+        raise DataError(f"{folder.path / 'examples' / setting}.json is missing, or of other test data")
     correct = {seed: (np.asarray(cell["predicted"]) == labels).astype(np.float64) for seed, cell in done.items()}
     accuracy = estimate(np.stack(list(correct.values())), groups) if len(correct) > 1 else None
     summaries = {seed: cell["summary"] | {"body": cell["epochs"][-1]["movement/body"]} for seed, cell in done.items()}

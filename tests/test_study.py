@@ -1,0 +1,235 @@
+"""Studies: what is asked for, what is chosen, what the intervals say; and a whole one, carried out by two processes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dcft_dist import cli
+from dcft_dist.bootstrap import Estimate, estimate, verdict
+from dcft_dist.config import load_config
+from dcft_dist.errors import ConfigError, DataError, RunError
+from dcft_dist.study import Cell, final_cells, load_study, make_config, make_preparation, tuning_cells
+from dcft_dist.study_folder import StudyFolder
+from dcft_dist.tasks import load_task
+
+ROOT = Path(__file__).parent.parent
+SMALL = """
+name = "small"
+base = "smoke.toml"
+tune_seeds = [10, 11]
+seeds = [0, 1]
+resample = true
+[settings.small]
+task.train_per_class = 8
+[arms.full]
+method = "full"
+optimizer.lr = [1e-4, 2e-4]
+[arms.dcft]
+penalty.factor = 0.0
+[[contrasts]]
+arm = "dcft"
+minus = "full"
+"""
+
+
+def dcft(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dcft_dist.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+def write(path: Path, text: str = SMALL) -> Path:
+    path.write_text(text)
+    return path
+
+
+# -- intervals ---------------------------------------------------------------------------------------------------------
+
+
+def test_interval_of_independent_examples_is_the_normal_one() -> None:
+    values = (np.random.default_rng(0).random((1, 4000)) < 0.7).astype(float)
+    found = estimate(values, [str(i) for i in range(4000)])
+    error = (0.7 * 0.3 / 4000) ** 0.5
+    assert found.mean == values.mean()
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.06)
+
+
+def test_interval_grows_with_likeness_in_groups_and_over_seeds() -> None:
+    draw = np.random.default_rng(0)
+    by_group = (draw.random(100) < 0.7).astype(float)
+    alike = np.repeat(by_group, 20)[None]  # 2,000 examples that say what 100 say
+    groups = [str(i // 20) for i in range(2000)]
+    wide, few = estimate(alike, groups), estimate(by_group[None], [str(i) for i in range(100)])
+    assert (wide.low, wide.high) == pytest.approx((few.low, few.high), abs=1e-9)
+    narrow = estimate(alike, [str(i) for i in range(2000)])
+    assert wide.high - wide.low > 3.5 * (narrow.high - narrow.low)
+    seeds = np.stack([np.full(2000, v) for v in (0.6, 0.7, 0.8, 0.7)])  # seeds differ, examples do not
+    spread = estimate(seeds, groups)
+    assert spread.high - spread.low == pytest.approx(2 * 1.96 * np.std([0.6, 0.7, 0.8, 0.7]) / 2, rel=0.15)
+
+
+def test_groups_of_unequal_size_weigh_by_their_examples() -> None:
+    values, groups = np.array([[1.0] * 9 + [0.0]]), ["a"] * 9 + ["b"]
+    found = estimate(values, groups)
+    assert found.mean == 0.9 and found.low == 0.0 and found.high == 1.0
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.001, 0.02, "supported"),
+        (-0.02, 0.0, "not supported"),
+        (-0.009, 0.009, "not supported"),
+        (-0.02, 0.01, "undecided"),
+    ],
+)
+def test_verdict(low: float, high: float, expected: str) -> None:
+    assert verdict(Estimate((low + high) / 2, low, high, 8)) == expected
+
+
+# -- what a study asks for ---------------------------------------------------------------------------------------------
+
+
+def test_cells_of_a_study(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path / "s.toml"))
+    tuning = list(tuning_cells(study))
+    assert [c.name for c in tuning][:2] == ["small.full.lr-0.0001.seed-10", "small.full.lr-0.0002.seed-10"] and len(
+        tuning
+    ) == 4
+    chosen = {("small", "full"): tuning[1].values, ("small", "dcft"): ()}
+    final = list(final_cells(study, chosen))
+    assert [c.name for c in final] == [f"small.{a}.seed-{s}" for s in (0, 1) for a in ("full.lr-0.0002", "dcft")]
+    configs = [make_config(study, cell, tmp_path) for cell in (tuning[0], final[0], final[1])]
+    assert [c.test for c in configs] == [False, True, True] and [c.seed for c in configs] == [10, 0, 0]
+    assert [c.task.sample_seed for c in configs] == [10, 0, 0] and configs[1].optimizer.lr == 2e-4
+    head, full, dcft = (make_preparation(c, tmp_path).name for c in configs)
+    assert full == dcft != head  # one head and one set of scores a seed, whatever the arm
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds = [0, 1]", "seeds = [0, 10]", r"seeds \[10\] are in tune_seeds and in seeds"),
+        ('minus = "full"', 'minus = "fall"', "contrasts name arms that are not there: fall"),
+        ("tune_seeds = [10, 11]", "tune_seeds = []", "there are no tune_seeds"),
+        ("penalty.factor", "penalty.facter", r"penalty.facter: unknown key \(did you mean 'factor'\?\)"),
+        ("1e-4", "-1e-4", r"optimizer.lr: Input should be greater than 0"),
+        ("[settings.small]", "[setting.small]", "settings: Field required"),
+    ],
+)
+def test_wrong_studies(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_study(write(tmp_path / "s.toml", SMALL.replace(old, new, 1)))
+
+
+def test_every_shipped_study_is_valid() -> None:
+    files = sorted((ROOT / "configs/studies").glob("*.toml"))
+    assert files and all(load_study(file).contrasts for file in files)
+
+
+def put(folder: StudyFolder, cell: Cell, accuracy: float | None) -> None:
+    config = {"optimizer.lr": dict(cell.values)["optimizer.lr"], "seed": cell.seed}
+    from dcft_dist.study import facts_of
+
+    whole = facts_of(make_config(folder.study, cell, folder.path)) | config
+    result: dict[str, Any] = {"cell": cell.name, "config": whole}
+    folder.put(
+        cell, result | ({"diverged": "x"} if accuracy is None else {"summary": {"validation": {"accuracy": accuracy}}})
+    )
+
+
+def test_choice_by_mean_validation_accuracy(tmp_path: Path) -> None:
+    folder = StudyFolder(load_study(write(tmp_path / "s.toml")), tmp_path)
+    cells = list(tuning_cells(folder.study))
+    for cell, accuracy in zip(cells[:3], (0.5, 0.9, 0.6), strict=True):
+        put(folder, cell, accuracy)
+    with pytest.raises(DataError, match="tuning is not finished for"):
+        folder.choose("small", "full")
+    put(folder, cells[3], None)  # diverged: counts as 0, so 0.55 beats 0.45
+    assert folder.choose("small", "full") == (("optimizer.lr", 1e-4),)
+    put(folder, cells[3], 0.2)
+    assert folder.choose("small", "full") == (("optimizer.lr", 1e-4),)  # equal: the earlier one
+    put(folder, cells[3], 0.3)
+    assert folder.choose("small", "full") == (("optimizer.lr", 2e-4),)
+
+
+def test_other_training_texts_by_seed_from_the_same_categories() -> None:
+    tasks = [load_task(load_config("smoke.toml", ["--task.sample_seed", str(s)]).task) for s in (0, 1)]
+    plain = load_task(load_config("smoke.toml").task)
+    assert len({t.checksum for t in (*tasks, plain)}) == 3
+    for task in tasks:
+        assert task.test == plain.test and task.validation == plain.validation and len(task.train) == len(plain.train)
+        assert not set(task.train.groups) & set(plain.test.groups + plain.validation.groups)
+    assert set(tasks[0].train.texts) != set(tasks[1].train.texts)
+
+
+# -- a whole study -----------------------------------------------------------------------------------------------------
+
+
+def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every method, by two processes; then a lost cell, a changed study, a second version of some cells, the tables."""
+    study, folder = ROOT / "configs/studies/smoke.toml", tmp_path / "smoke"
+    done = dcft("compare", study, "--folder", folder, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    results = {f.stem: json.loads(f.read_text()) for f in (folder / "cells").glob("*.json")}
+    loaded = load_study(study)
+    assert len(results) == 4 + 2 * len(loaded.arms)
+    for name, result in results.items():
+        assert (result["predicted"] is None) == (result["summary"]["test"] is None) == ("seed-1000" in name)
+    way = {r["arm"]: r["epochs"][-1]["movement/body"] for r in results.values() if r["seed"] == 0}
+    assert way["probe"] == 0.0 < min(w for arm, w in way.items() if arm != "probe")
+    assert not list((folder / "runs").iterdir())
+    lost = folder / "cells/tiny.inverse.seed-1.json"
+    before, old = lost.read_text(), {f: f.stat().st_mtime_ns for f in (folder / "cells").glob("*.json") if f != lost}
+    lost.unlink()
+    assert dcft("compare", study, "--folder", folder).returncode == 0
+    again, once = json.loads(lost.read_text()), json.loads(before)
+    assert again["predicted"] == once["predicted"] and again["epochs"] == once["epochs"]
+    assert all(f.stat().st_mtime_ns == t for f, t in old.items())
+    assert "the same, to the last digit" in dcft("compare", study, "--folder", folder, "--again", "0.05").stdout
+    check_tables(folder, tmp_path / "kept", capsys)
+    lost.unlink()
+    assert cli.main(["table", str(folder)]) == 0
+    assert "| inverse |  | 1 of 2 |" in capsys.readouterr().out
+    changed = write(tmp_path / "changed.toml", study.read_text().replace("train.epochs = 1", "train.epochs = 2"))
+    done = dcft("compare", changed, "--folder", folder)
+    assert done.returncode == 2 and "was run with another train.epochs" in done.stderr
+
+
+def check_tables(folder: Path, kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = {}
+    for form in ("md", "csv", "tex"):
+        assert cli.main(["table", str(folder), "--format", form, "--pack", str(kept)]) == 0
+        texts[form] = capsys.readouterr().out
+        assert cli.main(["table", str(kept), "--format", form]) == 0
+        assert capsys.readouterr().out == texts[form]  # what is kept says the same
+    assert "| dcft minus random_matched (deciding) |" in texts["md"] and "2 of 2" in texts["md"]
+    assert texts["tex"].count(r"\begin{tabular}") == 2 and r"random\_matched" in texts["tex"]
+    shutil.rmtree(kept / "examples")
+    assert cli.main(["table", str(kept)]) == 2
+
+
+def test_shares(tmp_path: Path) -> None:
+    """A share alone waits for the others, not for ever."""
+    study = write(tmp_path / "s.toml")
+    wrong = dcft("compare", study, "--folder", tmp_path / "f", "--share", "3/2")
+    assert wrong.returncode == 2 and "a share looks like 2/8" in wrong.stderr
+    alone = dcft("compare", study, "--folder", tmp_path / "f", "--share", "2/2", "--wait", "1")
+    assert alone.returncode == 2 and "these preparations of other shares are missing" in alone.stderr
+
+
+def test_a_result_of_another_study_is_refused(tmp_path: Path) -> None:
+    folder = StudyFolder(load_study(write(tmp_path / "s.toml")), tmp_path)
+    cell = next(tuning_cells(folder.study))
+    put(folder, cell, 0.5)
+    assert folder.get(cell)["summary"]["validation"]["accuracy"] == 0.5
+    other = StudyFolder(load_study(write(tmp_path / "t.toml", SMALL.replace("= 8", "= 9"))), tmp_path)
+    with pytest.raises(RunError, match=r"was run with another task\.train_per_class"):
+        other.get(cell)

@@ -66,11 +66,13 @@ class HeadWarmup(Section):
 class Importance(Section):
     """How weights are scored."""
 
-    criterion: Literal["taylor", "taylor_squared", "removal", "fisher", "magnitude", "random"] = Field(
+    criterion: Literal["taylor", "taylor_squared", "removal", "fisher", "obs", "magnitude", "random"] = Field(
         "taylor_squared", description="Importance criterion (docs/method.md)."
     )
     num_samples: Count = Field(1024, description="Training texts to score on; a multiple of `score_batch`.")
     score_batch: Count = Field(32, description="Texts in a score batch over all ranks: part of the criterion.")
+    block: Count = Field(192, description="`obs`: consecutive weights of a block of the Fisher matrix.")
+    damping: Positive = Field(1e-2, description="`obs`: added to the diagonal of the Fisher matrix.")
     eligible: list[str] | None = Field(
         None,
         description="Patterns of the weights to score (globs over names, such as `backbone.encoder.layer.5.*`, or names "

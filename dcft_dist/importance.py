@@ -7,6 +7,7 @@ With g the gradient of the mean loss of one score batch (averaged over ranks) an
                                                             Fisher form of the second-order term (Theis et al. 2018)
     removal         -mean_b(g_b) w + 1/2 mean_b(g_b^2) w^2  signed: both Taylor terms, the Hessian by the Fisher
     fisher          mean_b(g_b^2)                           empirical Fisher (Sung et al. 2021, FISH mask)
+    obs             w^2 / (2 [F^-1]_ii)                     optimal brain surgeon, blockwise Fisher (see `obs`)
     magnitude       |w|                                     control
     random          hash(seed, name, flat index)            control
 
@@ -19,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -34,8 +35,9 @@ from .bits import CHUNK, Box
 from .engines import Engine, Shard, find_engine
 from .errors import ScoreError, did_you_mean, listing
 from .names import Patterns, as_patterns, matrix_names
+from .obs import score_blocks
 
-Criterion = Literal["taylor", "taylor_squared", "removal", "fisher", "magnitude", "random"]
+Criterion = Literal["taylor", "taylor_squared", "removal", "fisher", "obs", "magnitude", "random"]
 LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | int | float]]
 
 
@@ -96,6 +98,9 @@ def score_importance(
     eligible: Patterns | None = None,
     accumulation: int = 1,
     seed: int = 0,
+    block: int = 192,
+    damping: float = 1e-2,
+    limit_bytes: int = 2 << 30,
 ) -> Scores:
     """Scores every eligible weight of `model` on the downstream loss. Collective.
 
@@ -112,6 +117,8 @@ def score_importance(
             `head`. Frozen weights are never scored.
         accumulation: items per score batch and rank.
         seed: seed of `random`.
+        block, damping: of `obs`: consecutive weights of a block; what is added to the diagonal of the Fisher matrix.
+        limit_bytes: of `obs`: memory for gradients; with less, `batches` (then a list) are gone through more often.
 
     Returns:
         The scores, 4 bytes for each weight this rank owns. Modes, buffers, gradients and random states are left as found.
@@ -131,6 +138,8 @@ def score_importance(
         return scores
     if batches is None or loss_fn is None:
         raise ScoreError(f"criterion {criterion!r} needs batches and a loss function")
+    if criterion == "obs":
+        return _score_obs(engine, scores, batches, loss_fn, accumulation, block, damping, limit_bytes)
     return _score_gradients(engine, scores, batches, loss_fn, accumulation)
 
 
@@ -212,6 +221,44 @@ def _score_gradients(engine: Engine, scores: Scores, batches: Iterable[Any], los
             if scores.criterion == "taylor":
                 values.mul_(shard.local.reshape(-1)[slice(*shard.owned)]).abs_()
     return Scores(**{**scores.__dict__, "loss": total_loss / num_batches, "num_batches": num_batches})
+
+
+def _score_obs(
+    engine: Engine,
+    scores: Scores,
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    accumulation: int,
+    block: int,
+    damping: float,
+    limit_bytes: int,
+) -> Scores:
+    if not isinstance(batches, Sequence) or len(batches) < accumulation:
+        raise ScoreError("criterion 'obs' needs its batches as a list, with at least one score batch")
+    if block < 1 or damping <= 0:
+        raise ScoreError(f"obs needs block >= 1 and damping > 0, not {block} and {damping}")
+    losses: list[float] = []
+
+    def gradients() -> Iterator[dict[str, Tensor]]:
+        losses.clear()
+        for items in _score_batches(batches, accumulation):
+            loss, scale = backward_batch(engine, items, loss_fn)
+            losses.append(loss)
+            yield {n: s.gradient.reshape(-1) * scale for n, s in _owned(engine, scores) if s.gradient is not None}
+            engine.clear_gradients()
+
+    with undisturbed(engine):
+        score_blocks(
+            dict(_owned(engine, scores)),
+            {name: shard.values for name, shard in scores.shards.items()},
+            gradients,
+            len(batches) // accumulation,
+            block=block,
+            damping=damping,
+            limit_bytes=limit_bytes,
+            num_passes=lambda n: max(row[0] for row in collectives.all_gather_ints([n], what="count of passes")),
+        )
+    return Scores(**{**scores.__dict__, "loss": sum(losses) / len(losses), "num_batches": len(losses)})
 
 
 def _add_term(

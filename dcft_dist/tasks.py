@@ -7,6 +7,8 @@ import random
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from . import config
 from .errors import DataError
@@ -48,10 +50,7 @@ def load_task(task: config.Task) -> TaskData:
 
 def _icd10cm_chapter(task: config.Task) -> TaskData:
     """ICD-10-CM tabular list (US public domain): description of a code -> chapter; whole categories are held out."""
-    try:
-        root = ElementTree.parse(icd_file()).getroot()
-    except (ElementTree.ParseError, OSError) as error:
-        raise DataError(f"{icd_file()} cannot be read: {error}") from error
+    root = _tabular_list(icd_file())
     names: list[str] = []
     splits = {"train": Split([], [], []), "validation": Split([], [], []), "test": Split([], [], [])}
     sizes = {"train": task.train_per_class, "validation": task.validation_per_class, "test": task.test_per_class}
@@ -73,6 +72,14 @@ def _icd10cm_chapter(task: config.Task) -> TaskData:
     digest = hashlib.sha256(repr(sorted((k, s.texts, s.labels) for k, s in splits.items())).encode()).hexdigest()
     caveat = "It classifies the descriptions of codes, not patient notes."
     return TaskData(names, splits["train"], splits["validation"], splits["test"], digest, caveat)
+
+
+@lru_cache(1)
+def _tabular_list(file: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.parse(file).getroot()
+    except (ElementTree.ParseError, OSError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _held_out(chapter: ElementTree.Element, draw: random.Random) -> dict[str, list[tuple[str, str]]]:

@@ -228,13 +228,15 @@ class Trainer:
         per_batch = settings.score_batch // self.world.world_size // self._micro_batch(settings.score_batch)
         return score_importance(
             self.prepared.model,
-            self._progress_bar(items, "score"),
+            items if settings.criterion == "obs" else self._progress_bar(items, "score"),
             self._loss,
             head=HEAD,
             criterion=settings.criterion,
             eligible=settings.eligible,
             accumulation=per_batch,
             seed=self.config.seed,
+            block=settings.block,
+            damping=settings.damping,
         )
 
     def _micro_batch(self, global_batch: int) -> int:

@@ -4,7 +4,7 @@
 
 A small trained network (ten classes, inputs of 64 numbers around class means, 20 % of the labels wrong), in float64: every
 weight of the body is set to zero alone, and the rise of the training loss is the truth. Spearman's rank correlation with it,
-over all weights and over the tenth with the largest rises, and the share of the true top tenth that is found; means over seeds.
+over all weights and over the tenth with the largest rises, and the share of the true top tenth found; means over seeds.
 """
 
 from __future__ import annotations

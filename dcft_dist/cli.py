@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="check a configuration and that its data and weights are installed")
     check.add_argument("config")
     check.add_argument("--ranks", type=int, default=1, help="number of ranks that will run it")
-    report = commands.add_parser("report", help="make report.html of a run again")
+    report = commands.add_parser("report", help="make report.html of a run again, or of a study")
     report.add_argument("run", type=Path)
     report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG there")
     table = commands.add_parser("table", help="compare finished runs, or the arms of a study")
@@ -140,6 +140,11 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
+    if (options.run / "study.toml").exists():
+        from .study_report import write_study_report
+
+        print(write_study_report(options.run, options.pictures))
+        return
     from .report import write_report
 
     print(write_report(options.run, options.pictures))

@@ -29,7 +29,7 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
         if pictures:
             write_atomic(pictures / f"{slug}.png", data)
     path = run / "report.html"
-    write_atomic(path, _template().render(summary=summary, facts=_facts(summary), pictures=drawn))
+    write_atomic(path, template("report.html").render(summary=summary, facts=_facts(summary), pictures=drawn))
     return path
 
 
@@ -147,8 +147,6 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
-        "report.html"
-    )
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)

@@ -42,9 +42,13 @@ class Difference:
 class SettingResult:
     setting: str
     num_examples: int
-    num_groups: int
+    groups: list[str]
     arms: list[ArmResult]
     differences: list[Difference]
+
+    @property
+    def num_groups(self) -> int:
+        return len(set(self.groups))
 
 
 def results(folder: Path) -> tuple[Study, list[SettingResult]]:
@@ -70,7 +74,7 @@ def _setting(study: Study, folder: StudyFolder, setting: str) -> SettingResult:
         seeds = sorted(a.keys() & b.keys())
         value = estimate(np.stack([a[s] - b[s] for s in seeds]), groups) if len(seeds) > 1 else None
         differences.append(Difference(contrast, value))
-    return SettingResult(setting, len(labels), len(set(groups)), arms, differences)
+    return SettingResult(setting, len(labels), groups, arms, differences)
 
 
 def _arm(

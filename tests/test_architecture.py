@@ -46,6 +46,7 @@ LAYERS = [
     ["bootstrap", "study"],
     ["study_folder"],
     ["study_table", "compare"],
+    ["study_report"],
     ["start"],
     ["cluster"],
     ["cli"],

@@ -114,7 +114,7 @@ def contrast_picture(result: SettingResult) -> Figure:
     right.axvspan(-1, 1, color="#eeeeee", zorder=0)
     right.axvline(0, color="black", linewidth=1)
     names = [f"{d.contrast.arm} - {d.contrast.minus}" for d in shown]
-    _label(right, names, "difference in points, 95 % interval (red: deciding)")
+    _label(right, names, "points, 95 % interval (red: deciding)")
     return figure
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, life
-from .config import check_ranks, check_sizes, load_config, reference
+from .config import check_ranks, check_sizes, find_config, load_config, reference
 from .errors import DcftError, RunError, WorldError
 
 
@@ -169,6 +169,7 @@ def _table(options: argparse.Namespace, rest: list[str]) -> None:
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     import subprocess
 
+    options.study = find_config(options.study)
     folder = options.folder or Path("runs") / options.study.stem
     if options.workers > 1 and not options.share and options.again is None:
         from .study import load_study

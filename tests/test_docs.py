@@ -142,11 +142,14 @@ def test_the_wheel_has_everything(tmp_path: Path) -> None:
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
 import dcft_dist, dcft_dist.report, pathlib
-from dcft_dist.config import load_config
+from dcft_dist.config import find_config, load_config
+from dcft_dist.study import load_study
 here = pathlib.Path(dcft_dist.__file__).parent
 assert str(here).startswith(sys.argv[1]), here
 names = [load_config(f.name).name for f in (here / "configs").glob("*.toml")]
-dcft_dist.report._template()
+for page in ("report.html", "study.html"):
+    dcft_dist.report.template(page)
+assert load_study(find_config("studies/icd_630.toml")).arms
 print(sorted(names))
 """
     done = subprocess.run(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
 from dcft_dist.config import Model, Task
 from dcft_dist.data import Batch, micro_batches, order, tokenize
-from dcft_dist.engines.wrap import wrap_model
+from dcft_dist.engines.wrap import Plan, prepare
 from dcft_dist.models import build_model
 from dcft_dist.tasks import load_task
 
@@ -39,7 +39,8 @@ def score(rank: int, ranks: int, folder: str, head: str, bf16: bool) -> None:
     model, tokenizer = build_model(Model(), len(data.class_names), seed=0)
     model.head.load_state_dict(load_file(head))
     tokens = tokenize(data.train, tokenizer, Task().max_tokens)
-    wrapped = wrap_model(model, "fsdp2", CPU, blocks=model.blocks(), bf16=bf16)
+    plan = Plan("fsdp2", CPU, model.blocks(), bf16=bf16)
+    wrapped = prepare(model, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
     wanted = order(0, 0, len(tokens))[:256]
     items = [b for i in range(0, 256, 32) for b in micro_batches(wanted[i : i + 32], rank, ranks, 32, tokens, CPU)]
     select_fundamental(score_importance(wrapped, items, loss_fn, head="head"), 0.1).save(f"{folder}/{ranks}.{bf16}")

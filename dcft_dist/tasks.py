@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import html
+import io
 import random
 import xml.etree.ElementTree as ElementTree
+import zipfile
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,7 +16,7 @@ from pathlib import Path
 
 from . import config
 from .errors import DataError
-from .packages import icd_file
+from .packages import drug_review_file, icd_file
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task: class names, three splits that share no group, a checksum of the texts, and what the task is not."""
+    """A task: class names, three splits (training and validation share no group), a checksum, and what the task is not."""
 
     class_names: list[str]
     train: Split
@@ -45,7 +49,7 @@ def load_task(task: config.Task) -> TaskData:
     Raises:
         DataError: the data package is not installed, or does not hold what it should.
     """
-    return _icd10cm_chapter(task)
+    return {"icd10cm_chapter": _icd10cm_chapter, "drug_review": _drug_review}[task.name](task)
 
 
 def _icd10cm_chapter(task: config.Task) -> TaskData:
@@ -69,9 +73,43 @@ def _icd10cm_chapter(task: config.Task) -> TaskData:
         names.append(title)
     if len(names) != 21 or not all(splits.values()):
         raise DataError(f"{icd_file()} has {len(names)} chapters besides 22, not 21")
+    return _task(names, splits, "It classifies the descriptions of codes, not patient notes.")
+
+
+def _task(names: list[str], splits: dict[str, Split], caveat: str) -> TaskData:
     digest = hashlib.sha256(repr(sorted((k, s.texts, s.labels) for k, s in splits.items())).encode()).hexdigest()
-    caveat = "It classifies the descriptions of codes, not patient notes."
     return TaskData(names, splits["train"], splits["validation"], splits["test"], digest, caveat)
+
+
+def _drug_review(task: config.Task) -> TaskData:
+    """Six hundred reviews and the package's own test split; a fifth of the training drugs validates."""
+    names = ["negative", "neutral", "positive"]
+    rows = {name: _reviews(drug_review_file(), f"drugsCom{name.title()}.tsv") for name in ("train", "test")}
+    drugs = sorted({row["drugName"] for row in rows["train"]})
+    random.Random(f"{task.split_seed}:drugs").shuffle(drugs)
+    held_out = set(drugs[: round(0.2 * len(drugs))])
+    parts = {
+        "train": [row for row in rows["train"] if row["drugName"] not in held_out],
+        "validation": [row for row in rows["train"] if row["drugName"] in held_out],
+        "test": rows["test"],
+    }
+    sizes = {"train": task.train_per_class, "validation": task.validation_per_class, "test": task.test_per_class}
+    splits = {}
+    for split, found in parts.items():
+        seed = task.sample_seed if split == "train" and task.sample_seed is not None else task.split_seed
+        random.Random(f"{seed}:{split}").shuffle(found)
+        chosen = [row for name in names for row in [r for r in found if r["rating"] == name][: sizes[split]]]
+        texts = [html.unescape(row["review"]).strip('"') for row in chosen]
+        splits[split] = Split(texts, [names.index(r["rating"]) for r in chosen], [r["drugName"] for r in chosen])
+    return _task(names, splits, "Drugs of the test reviews occur in the training reviews too; 600 training reviews in all.")
+
+
+def _reviews(archive: Path, member: str) -> list[dict[str, str]]:
+    try:
+        with zipfile.ZipFile(archive) as files, files.open(member) as raw:
+            return list(csv.DictReader(io.TextIOWrapper(raw, "utf-8", newline=""), delimiter="\t"))
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{archive} cannot be read: {error}") from error
 
 
 @lru_cache(1)

@@ -3,9 +3,9 @@
     python benchmarks/which_weights.py --folder runs/which_weights --pictures docs/images
 
 MiniLM with a warmed-up head on both text tasks (ICD-10-CM chapters, 3,150 training texts; drug reviews, 480). Only training
-and validation data are used. Removal: the selected weights are set to zero and the validation loss is measured, beside random
-sets of the same size, the same tensors, the same tensors and magnitudes, and the lowest scores. What is done stays in the
-folder. About 25 minutes on one core.
+and validation data are used. Removal: the selected weights are set to zero and the validation loss is measured, beside
+random sets of the same size, the same tensors, the same tensors and magnitudes, and the lowest scores. What is done stays in
+the folder. About 25 minutes on one core.
 """
 
 from __future__ import annotations

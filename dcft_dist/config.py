@@ -87,7 +87,11 @@ class Importance(Section):
 class Selection(Section):
     """Which weights are fundamental."""
 
-    fraction: Share = Field(0.10, description="Share of the eligible weights to select.")
+    fraction: Share | Literal["auto"] = Field(
+        0.10,
+        description="Share of the eligible weights to select. `auto`: the one whose removal raises the validation loss most "
+        "over that of the matched random set.",
+    )
     kind: Literal["top", "lowest", "random", "random_tensor", "random_magnitude"] = Field(
         "top",
         description="`top`: the highest scores. Controls with as many weights: `lowest` scores; `random`; `random_tensor`: "
@@ -483,13 +487,15 @@ def _is_section(field: FieldInfo) -> bool:
 
 def _values(field: FieldInfo) -> str:
     choices = [c for a in (field.annotation, *get_args(field.annotation)) for c in get_args(a) if isinstance(c, str)]
-    if choices:
-        return ", ".join(f"`{c}`" for c in dict.fromkeys(choices))
+    words = ", ".join(f"`{c}`" for c in dict.fromkeys(choices))
+    if choices and "float" not in str(field.annotation):
+        return words
     kind = str(field.annotation).replace("typing.", "").replace("<class '", "").replace("'>", "")
     kind = "list of text" if "list[str]" in kind else "list of numbers" if "list" in kind else kind
     base = next((word for word in ("list of text", "list of numbers", "int", "float", "str") if word in kind), kind)
     bounds = [f"{op} {getattr(m, name)}" for m in _limits(field) for name, op in _BOUNDS if hasattr(m, name)]
-    return " ".join([{"str": "text", "int": "integer", "float": "number"}.get(base, base), *bounds])
+    numbers = " ".join([{"str": "text", "int": "integer", "float": "number"}.get(base, base), *bounds])
+    return f"{numbers}, {words}" if words else numbers
 
 
 _BOUNDS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))

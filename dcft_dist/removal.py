@@ -20,6 +20,7 @@ from .importance import Scores
 from .selection import select_fundamental
 
 Evaluate = Callable[[], Mapping[str, float]]
+AUTO = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 
 
 def check_removal(
@@ -45,6 +46,26 @@ def check_removal(
             with removed(model, chosen):
                 rows.append({"set": kind, "fraction": fraction, "num_removed": chosen.num_selected, **evaluate()})
     return {"base": dict(evaluate()), "removed": rows}
+
+
+def choose_fraction(
+    model: nn.Module, scores: Scores, evaluate: Evaluate, seed: int, fractions: Sequence[float] = AUTO
+) -> tuple[float, list[dict[str, Any]]]:
+    """The share of weights that matter most beyond their tensors and magnitudes. Collective.
+
+    Among `fractions` the one at which removing the highest scores raises the validation loss most over removing a random set
+    that is matched to them per tensor and magnitude bin: with fewer, weights that matter are left out; with more, any set as
+    large does as much damage. Also returns the curve: {"fraction", "top", "random_magnitude": validation losses, "gap"}.
+    """
+    curve = []
+    for fraction in fractions:
+        top = select_fundamental(scores, fraction)
+        row: dict[str, Any] = {"fraction": fraction}
+        for kind in ("top", "random_magnitude"):
+            with removed(model, control_set(model, scores, top, kind, seed)):
+                row[kind] = evaluate()["loss"]
+        curve.append({**row, "gap": row["top"] - row["random_magnitude"]})
+    return max(curve, key=lambda row: row["gap"])["fraction"], curve
 
 
 @contextmanager

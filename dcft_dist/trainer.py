@@ -42,7 +42,7 @@ from .models import HEAD, build_model
 from .optim import factor_at, make_optimizer, seed_randomness, set_learning_rate
 from .penalty import Penalty
 from .provenance import git_commit, machine, peak_memory_gib, versions, weights_checksum
-from .removal import check_removal
+from .removal import check_removal, choose_fraction
 from .run_dir import RunDirectory
 from .score_file import load_scores, save_scores
 from .selection import select_fundamental
@@ -166,22 +166,27 @@ class Trainer:
         if scores.loss >= 0.95 * chance:
             log.warning("the loss while scoring (%.3f) is at chance level (%.3f): scores mean little", scores.loss, chance)
         self.directory.phase("select")
-        s = self.config.selection
-        fundamental = select_fundamental(scores, s.fraction, scope=s.scope, floor=s.floor, cap=s.cap)
+        s, curve = self.config.selection, None
+        limit = self.config.removal.num_samples
+
+        def validate() -> dict[str, float]:
+            return self._evaluate(self.validation, limit)
+
+        fraction = s.fraction
+        if fraction == "auto":
+            fraction, curve = choose_fraction(self.prepared.model, scores, validate, self.config.seed)
+            log.info("selection.fraction: %g of the eligible weights", fraction)
+        fundamental = select_fundamental(scores, fraction, scope=s.scope, floor=s.floor, cap=s.cap)
         fundamental = control_set(self.prepared.model, scores, fundamental, s.kind, self.config.seed)
         fundamental = fundamental.with_extra(
-            score_loss=None if math.isnan(scores.loss) else scores.loss, seed=self.config.seed
+            score_loss=None if math.isnan(scores.loss) else scores.loss,
+            seed=self.config.seed,
+            **({"fraction_curve": curve} if curve else {}),
         )
         if wants_check:
             self.directory.phase("removal_check")
-            limit = self.config.removal.num_samples
-            found = check_removal(
-                self.prepared.model,
-                scores,
-                self.config.removal.fractions,
-                lambda: self._evaluate(self.validation, limit),
-                self.config.seed,
-            )
+            fractions = self.config.removal.fractions
+            found = check_removal(self.prepared.model, scores, fractions, validate, self.config.seed)
             if self.world.is_first:
                 write_json(
                     self.directory.removal,
@@ -194,7 +199,8 @@ class Trainer:
         """Scores the weights, or reads the scores of an earlier run; kept in a file if they are what was asked for."""
         self.directory.phase("score")
         settings, file = self.config.importance, self.directory.scores
-        if self.config.selection.kind == "random" and self.config.until != "score":  # no scores are needed
+        s = self.config.selection
+        if s.kind == "random" and s.fraction != "auto" and self.config.until != "score":  # no scores are needed
             return score_importance(
                 self.prepared.model,
                 None,

@@ -22,8 +22,8 @@ def accuracies(split_seed: int) -> tuple[float, float]:
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
     )
-    train = features.fit_transform(data.train.texts)
-    validation, test = features.transform(data.validation.texts), features.transform(data.test.texts)
+    train = features.fit_transform(data.train.inputs)
+    validation, test = features.transform(data.validation.inputs), features.transform(data.test.inputs)
     models = [LogisticRegression(C=c, max_iter=500).fit(train, data.train.labels) for c in (3.0, 30.0)]
     best = max(models, key=lambda m: m.score(validation, data.validation.labels))
     return best.score(validation, data.validation.labels), best.score(test, data.test.labels)

@@ -17,7 +17,7 @@ from side_by_side import REPEATS, parser, show
 from torch.nn import functional
 
 from dcft_dist.config import load_config
-from dcft_dist.data import micro_batches, order, tokenize
+from dcft_dist.data import micro_batches, order
 from dcft_dist.models import build_model
 from dcft_dist.tasks import load_task
 
@@ -28,8 +28,8 @@ def main() -> None:
     given = options.parse_args()
     config, device = load_config(given.config), torch.device("cpu")
     task = load_task(config.task)
-    model, tokenizer = build_model(config.model, len(task.class_names), config.seed)
-    tokens = tokenize(task.train, tokenizer, config.task.max_tokens)
+    model, processor = build_model(config, len(task.class_names))
+    tokens = processor(task.train)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     waits, steps = [], []
     for step in range(1 + REPEATS):

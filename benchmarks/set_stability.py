@@ -18,8 +18,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
-from dcft_dist.config import Model, Task
-from dcft_dist.data import Batch, micro_batches, order, tokenize
+from dcft_dist.config import Config
+from dcft_dist.data import Batch, micro_batches, order
 from dcft_dist.engines.wrap import Plan, prepare
 from dcft_dist.models import build_model
 from dcft_dist.tasks import load_task
@@ -35,10 +35,11 @@ def score(rank: int, ranks: int, folder: str, head: str, bf16: bool) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store.{ranks}.{bf16}", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    data = load_task(Task())
-    model, tokenizer = build_model(Model(), len(data.class_names), seed=0)
+    config = Config(name="stability")
+    data = load_task(config.task)
+    model, processor = build_model(config, len(data.class_names))
     model.head.load_state_dict(load_file(head))
-    tokens = tokenize(data.train, tokenizer, Task().max_tokens)
+    tokens = processor(data.train)
     plan = Plan("fsdp2", CPU, model.blocks(), bf16=bf16)
     wrapped = prepare(model, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
     wanted = order(0, 0, len(tokens))[:256]

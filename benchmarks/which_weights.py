@@ -27,7 +27,7 @@ from torch.nn import functional
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
 from dcft_dist.config import Config, load_config
 from dcft_dist.controls import KINDS, control_set
-from dcft_dist.data import Batch, evaluation_batches, micro_batches, order, tokenize
+from dcft_dist.data import Batch, evaluation_batches, micro_batches, order
 from dcft_dist.evaluate import EVALUATION_BATCH, evaluate
 from dcft_dist.files import write_atomic
 from dcft_dist.head import Head
@@ -81,8 +81,8 @@ class Setting:
 def make(task: str, seed: int, world: World) -> Setting:
     config = load_config("icd.toml", [*TASKS[task], "--seed", str(seed)])
     data = load_task(config.task)
-    model, tokenizer = build_model(config.model, len(data.class_names), seed)
-    train, validation = (tokenize(s, tokenizer, config.task.max_tokens) for s in (data.train, data.validation))
+    model, processor = build_model(config, len(data.class_names))
+    train, validation = map(processor, (data.train, data.validation))
     with tempfile.TemporaryDirectory() as folder:
         Head(model, config.head_warmup, seed, world).warm_up_or_load(Path(folder) / "head.safetensors", train, validation)
     return Setting(config, model, train, validation, len(data.class_names), world)

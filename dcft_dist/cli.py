@@ -128,13 +128,13 @@ def _status(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
-    from .packages import minilm_folder
+    from .models import check_model
     from .run_folder import RunFolder
     from .tasks import load_task
 
     check_ranks(config, options.ranks)
     RunFolder.of(config).check(config)
-    minilm_folder()
+    check_model(config)
     check_sizes(config, len(load_task(config.task).train))
     print(f"{config.name}: the configuration is valid, and its data and weights are installed")
 

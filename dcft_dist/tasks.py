@@ -1,46 +1,21 @@
-"""Downstream tasks on real data that installs as a package."""
+"""Downstream tasks on real data that installs as a package. MRI patches: see `mri`."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import html
 import io
 import random
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections import defaultdict
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from . import config
 from .errors import DataError
 from .packages import drug_review_file, icd_file
-
-
-@dataclass(frozen=True)
-class Split:
-    """Texts, their class indices, and the group (3-character category) of each."""
-
-    texts: list[str]
-    labels: list[int]
-    groups: list[str]
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-
-@dataclass(frozen=True)
-class TaskData:
-    """A task: class names, three splits (training and validation share no group), a checksum, and what the task is not."""
-
-    class_names: list[str]
-    train: Split
-    validation: Split
-    test: Split
-    checksum: str
-    caveat: str
+from .splits import Split, TaskData, draw_of
 
 
 def load_task(task: config.Task) -> TaskData:
@@ -49,6 +24,10 @@ def load_task(task: config.Task) -> TaskData:
     Raises:
         DataError: the data package is not installed, or does not hold what it should.
     """
+    if task.name == "mri_region":
+        from .mri import mri_region  # late: needs nibabel
+
+        return mri_region(task)
     return {"icd10cm_chapter": _icd10cm_chapter, "drug_review": _drug_review}[task.name](task)
 
 
@@ -67,18 +46,13 @@ def _icd10cm_chapter(task: config.Task) -> TaskData:
             if split == "train" and task.sample_seed is not None:
                 texts = _drawn_again(texts, random.Random(f"sample:{task.sample_seed}:{number}"))
             chosen = texts[: sizes[split]]
-            splits[split].texts.extend(text for text, _ in chosen)
+            splits[split].inputs.extend(text for text, _ in chosen)
             splits[split].groups.extend(group for _, group in chosen)
             splits[split].labels.extend([len(names)] * len(chosen))
         names.append(title)
     if len(names) != 21 or not all(splits.values()):
         raise DataError(f"{icd_file()} has {len(names)} chapters besides 22, not 21")
-    return _task(names, splits, "It classifies the descriptions of codes, not patient notes.")
-
-
-def _task(names: list[str], splits: dict[str, Split], caveat: str) -> TaskData:
-    digest = hashlib.sha256(repr(sorted((k, s.texts, s.labels) for k, s in splits.items())).encode()).hexdigest()
-    return TaskData(names, splits["train"], splits["validation"], splits["test"], digest, caveat)
+    return TaskData.of(names, splits, "It classifies the descriptions of codes, not patient notes.")
 
 
 def _drug_review(task: config.Task) -> TaskData:
@@ -96,12 +70,13 @@ def _drug_review(task: config.Task) -> TaskData:
     sizes = {"train": task.train_per_class, "validation": task.validation_per_class, "test": task.test_per_class}
     splits = {}
     for split, found in parts.items():
-        seed = task.sample_seed if split == "train" and task.sample_seed is not None else task.split_seed
-        random.Random(f"{seed}:{split}").shuffle(found)
+        random.Random(draw_of(task, split)).shuffle(found)
         chosen = [row for name in names for row in [r for r in found if r["rating"] == name][: sizes[split]]]
         texts = [html.unescape(row["review"]).strip('"') for row in chosen]
         splits[split] = Split(texts, [names.index(r["rating"]) for r in chosen], [r["drugName"] for r in chosen])
-    return _task(names, splits, "Drugs of the test reviews occur in the training reviews too; 600 training reviews in all.")
+    return TaskData.of(
+        names, splits, "Drugs of the test reviews occur in the training reviews too; 600 training reviews in all."
+    )
 
 
 def _reviews(archive: Path, member: str) -> list[dict[str, str]]:

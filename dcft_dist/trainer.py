@@ -27,7 +27,7 @@ from . import collectives, life
 from .checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
 from .config import Config, check_ranks, check_sizes
 from .controls import control_set
-from .data import Batch, Tokens, evaluation_batches, micro_batches, order, tokenize
+from .data import Batch, Examples, evaluation_batches, micro_batches, order
 from .engines.wrap import Plan, prepare
 from .errors import CheckpointError, DivergedError
 from .evaluate import EVALUATION_BATCH, evaluate
@@ -46,7 +46,8 @@ from .removal import check_removal, choose_fraction
 from .run_dir import RunDirectory
 from .score_file import load_scores, save_scores
 from .selection import select_fundamental
-from .tasks import TaskData, load_task
+from .splits import TaskData
+from .tasks import load_task
 from .weights import save_weights
 from .world import World
 
@@ -102,9 +103,9 @@ class Trainer:
         self.directory.phase("setup")
         with collectives.agreed("set-up"):
             self.task: TaskData = load_task(config.task)
-            self.model, self.tokenizer = build_model(config.model, len(self.task.class_names), config.seed)
+            self.model, self.processor = build_model(config, len(self.task.class_names))
             splits = (self.task.train, self.task.validation, self.task.test)
-            self.train, self.validation, self.test = (tokenize(s, self.tokenizer, config.task.max_tokens) for s in splits)
+            self.train, self.validation, self.test = [self.processor(split) for split in splits]
             check_sizes(config, len(self.train))
         self.num_weights = sum(p.numel() for p in self.model.parameters())
 
@@ -507,7 +508,7 @@ class Trainer:
         with collectives.agreed("export"):
             if self.world.is_first:
                 self.model.describe(folder)
-                self.tokenizer.save_pretrained(folder)
+                self.processor.save(folder)
 
     # -- shared ----------------------------------------------------------------------------------------------------
 
@@ -517,10 +518,10 @@ class Trainer:
         return functional.cross_entropy(logits.float(), batch["labels"])
 
     def _evaluate(
-        self, tokens: Tokens, limit: int | None = None, predictions: dict[int, int] | None = None
+        self, examples: Examples, limit: int | None = None, predictions: dict[int, int] | None = None
     ) -> dict[str, float]:
         batches = evaluation_batches(
-            tokens, self.world.rank, self.world.world_size, EVALUATION_BATCH, self.world.device, limit
+            examples, self.world.rank, self.world.world_size, EVALUATION_BATCH, self.world.device, limit
         )
         return evaluate(self.prepared.model, batches, len(self.task.class_names), self.prepared.computing, predictions)
 

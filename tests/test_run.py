@@ -131,7 +131,7 @@ def check_export(folder: Path, loss: float) -> None:
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     head = torch.nn.Linear(384, len(task.class_names))
     head.load_state_dict(load_file(folder / "head/model.safetensors"))
-    batch = tokenizer(task.test.texts, padding=True, truncation=True, max_length=config.max_tokens, return_tensors="pt")
+    batch = tokenizer(task.test.inputs, padding=True, truncation=True, max_length=config.max_tokens, return_tensors="pt")
     weights = batch["attention_mask"].unsqueeze(-1).float()
     with torch.no_grad():
         mean = (model.eval()(**batch).last_hidden_state * weights).sum(1) / weights.sum(1)

@@ -167,7 +167,7 @@ def test_other_training_texts_by_seed_from_the_same_categories() -> None:
     for task in tasks:
         assert task.test == plain.test and task.validation == plain.validation and len(task.train) == len(plain.train)
         assert not set(task.train.groups) & set(plain.test.groups + plain.validation.groups)
-    assert set(tasks[0].train.texts) != set(tasks[1].train.texts)
+    assert set(tasks[0].train.inputs) != set(tasks[1].train.inputs)
 
 
 # -- a whole study -----------------------------------------------------------------------------------------------------

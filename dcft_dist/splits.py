@@ -1,0 +1,56 @@
+"""Labelled examples in three splits, as every task gives them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import config
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs (a list of texts, or a uint8 array [size, height, width] of grey images), class indices, and groups.
+
+    A group holds examples that are alike: codes of one category, reviews of one drug, patches of one place.
+    """
+
+    inputs: Any
+    labels: list[int]
+    groups: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task: class names, three splits (training and validation share no group), a checksum, and what the task is not."""
+
+    class_names: list[str]
+    train: Split
+    validation: Split
+    test: Split
+    checksum: str
+    caveat: str
+
+    @classmethod
+    def of(cls, class_names: list[str], splits: Mapping[str, Split], caveat: str) -> TaskData:
+        """With the checksum of all inputs and labels."""
+        facts = [(name, _plain(splits[name].inputs), splits[name].labels) for name in sorted(splits)]
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+        return cls(class_names, splits["train"], splits["validation"], splits["test"], digest, caveat)
+
+
+def draw_of(task: config.Task, split: str) -> str:
+    """Seed of the draw of a split's examples."""
+    again = split == "train" and task.sample_seed is not None
+    return f"sample:{task.sample_seed}" if again else f"{task.split_seed}:{split}"
+
+
+def _plain(inputs: Any) -> Any:
+    return hashlib.sha256(inputs.tobytes()).hexdigest() if isinstance(inputs, np.ndarray) else inputs

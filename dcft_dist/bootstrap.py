@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+_AT_ONCE = 500  # bounds the memory: that many counts for each group
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,12 @@ def estimate(values: NDArray[np.float64], groups: Sequence[str], seed: int = 0) 
     sums = np.stack([np.bincount(place, row, num_groups) for row in values])
     sizes = np.bincount(place, minlength=num_groups)
     draw = np.random.default_rng(seed)
-    num_seeds = len(values)
-    by_seed = draw.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), RESAMPLES)
-    by_group = draw.multinomial(num_groups, np.full(num_groups, 1 / num_groups), RESAMPLES)
-    means = ((by_seed @ sums) * by_group).sum(1) / (num_seeds * (by_group @ sizes))
-    low, high = np.quantile(means, [0.025, 0.975])
+    num_seeds, means = len(values), []
+    for _ in range(RESAMPLES // _AT_ONCE):
+        by_seed = draw.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), _AT_ONCE)
+        by_group = draw.multinomial(num_groups, np.full(num_groups, 1 / num_groups), _AT_ONCE)
+        means.append(((by_seed @ sums) * by_group).sum(1) / (num_seeds * (by_group @ sizes)))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(float(values.mean()), float(low), float(high), num_seeds)
 
 

@@ -81,6 +81,13 @@ class Importance(Section):
     )
     num_samples: Count = Field(1024, description="Training texts to score on; a multiple of `score_batch`.")
     score_batch: Count = Field(32, description="Texts in a score batch over all ranks: part of the criterion.")
+    after_epochs: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Epochs of fine-tuning before the weights are scored; all is then put back to where it was.",
+    )
+    rounds: Count = Field(
+        1, description="Rounds of those epochs: between two of them the lowest weights become zero (gradual pruning)."
+    )
     block: Count = Field(192, description="`obs`: consecutive weights of a block of the Fisher matrix.")
     damping: Positive = Field(1e-2, description="`obs`: added to the diagonal of the Fisher matrix.")
     eligible: list[str] | None = Field(
@@ -313,6 +320,17 @@ class Config(Section):
             raise ValueError("penalty.schedule = 'learned' is for the update level, where the gradient is left alone")
         if self.penalty.schedule != "constant" and self.method != "dcft":
             raise ValueError(f"penalty.schedule has no meaning for method = '{self.method}'")
+        return self
+
+    @model_validator(mode="after")
+    def _can_prune(self) -> Config:
+        epochs, rounds = self.importance.after_epochs, self.importance.rounds
+        if epochs % rounds:
+            raise ValueError(f"importance.rounds = {rounds} does not divide importance.after_epochs = {epochs}")
+        if epochs and self.engine == "deepspeed":
+            raise ValueError("importance.after_epochs is not there for deepspeed")
+        if rounds > 1 and (self.selection.fraction == "auto" or not epochs):
+            raise ValueError("importance.rounds need importance.after_epochs, and a selection.fraction that is a number")
         return self
 
     @model_validator(mode="after")

@@ -147,6 +147,9 @@ def make_preparation(config: Config, folder: Path) -> Config:
     """The run that makes the head and the scores which a cell starts from."""
     facts = {key: value for key, value in config.model_dump().items() if key in _PREPARED}
     facts["precision"] = config.train.precision
+    trains = {"train": config.train, "optimizer": config.optimizer, "selection": config.selection}
+    if config.importance.after_epochs:
+        facts["before scoring"] = {key: value.model_dump() for key, value in trains.items()}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     defaults = Config(name=digest)
     return config.model_copy(
@@ -159,6 +162,7 @@ def make_preparation(config: Config, folder: Path) -> Config:
             "penalty": defaults.penalty,
             "optimizer": defaults.optimizer,
             "train": defaults.train.model_copy(update={"precision": config.train.precision}),
+            **(trains if config.importance.after_epochs else {}),
         }
     )
 

@@ -41,6 +41,7 @@ from .methods import begin, choose_trained, depths, merge_adapters
 from .models import HEAD, build_model
 from .optim import factor_at, make_optimizer, seed_randomness, set_learning_rate
 from .penalty import Penalty
+from .prior import scores_after_training
 from .provenance import git_commit, machine, peak_memory_gib, versions, weights_checksum
 from .removal import check_removal, choose_fraction
 from .run_dir import RunDirectory
@@ -213,10 +214,33 @@ class Trainer:
             )
         if collectives.on_every_rank(file.exists()):
             return load_scores(file, self.prepared.model)
-        scores = self._score()
+        scores = self._score_after_training() if settings.after_epochs else self._score()
         if self.config.until == "score":
             save_scores(scores, file)
         return scores
+
+    def _score_after_training(self) -> Scores:
+        """Nothing of it is logged or saved: a run that is stopped meanwhile starts it again."""
+        settings, fraction = self.config.importance, self.config.selection.fraction
+        epochs = settings.after_epochs // settings.rounds
+        total = settings.after_epochs * (len(self.train) // self.config.train.global_batch)
+
+        def train(turn: int) -> None:
+            steps = range(turn * total // settings.rounds, (turn + 1) * total // settings.rounds)
+            for step in self._progress_bar(steps, f"{epochs} epochs before scoring"):
+                self._step(step, total, None, None)
+                if self.stopping:
+                    self.directory.phase("stopped")
+                    raise life.Stopped("before scoring")
+
+        return scores_after_training(
+            self.prepared.model,
+            self.prepared.optimizer,
+            rounds=settings.rounds,
+            fraction=0.0 if fraction == "auto" else fraction,
+            train=train,
+            score=self._score,
+        )
 
     def _score(self) -> Scores:
         settings = self.config.importance

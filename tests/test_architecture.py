@@ -40,7 +40,7 @@ LAYERS = [
     ["life"],
     ["run_folder"],
     ["checkpoint", "evaluate", "measure", "controls", "displacement", "run_dir", "optim"],
-    ["removal", "methods"],
+    ["removal", "methods", "prior"],
     ["provenance", "head"],
     ["trainer"],
     ["pictures"],

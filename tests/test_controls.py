@@ -16,6 +16,7 @@ from dcft_dist.errors import PenaltyError
 from dcft_dist.factor import LearnedFactor
 from dcft_dist.measure import Groups
 from dcft_dist.optim import factor_at
+from dcft_dist.prior import kept, scores_after_training
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
 from .ranks import run_ranks
@@ -177,3 +178,41 @@ def test_control_sets_have_as_many_members_and_are_the_same_on_any_number_of_ran
     for found in run_ranks(2, control_sets, "fsdp2"):
         for kind in ("random", "random_tensor", "random_magnitude"):
             assert all((found[kind][n] == m).all() for n, m in one[kind].items())
+
+
+def pruned_gradually(engine: str) -> dict[str, Any]:
+    model = wrap(make_net(torch.float64), engine)
+    optimizer = make_optimizer("adamw", model.parameters())
+    before, zeros, batches = full_state(model), [], make_batches(6, 8, torch.float64)
+
+    def train(turn: int) -> None:
+        for batch in batches[2 * turn : 2 * turn + 2]:
+            optimizer.zero_grad()
+            loss_fn(model, my_part(batch)).backward()
+            optimizer.step()
+        state = full_state(model)
+        zeros.append({n: int((state[n] == 0).sum()) for n in names})
+
+    def scores_now() -> Any:
+        return score_importance(model, [my_part(b) for b in batches[:2]], loss_fn, head=HEAD)
+
+    names = list(scores_now().shapes)
+    scores = scores_after_training(model, optimizer, rounds=3, fraction=0.2, train=train, score=scores_now)
+    after, top = full_state(model), select_fundamental(scores, 0.2)
+    return {
+        "put back": all(torch.equal(before[n], p) for n, p in after.items()) and not optimizer.state,
+        "zeros": [sum(z.values()) for z in zeros],
+        "eligible": scores.num_eligible,
+        "set": {n: top.mask(n).numpy() for n in top.names},
+    }
+
+
+def test_gradual_pruning_keeps_its_zeros_and_puts_all_back() -> None:
+    one = run_ranks(1, pruned_gradually, "single")[0]
+    n = one["eligible"]
+    assert [kept(0.2, turn, 3) for turn in range(3)] == pytest.approx([0.2 + 0.8 * 8 / 27, 0.2 + 0.8 / 27, 0.2])
+    # At the end of each round: what was pruned before it is still zero, though AdamW went on with its moments.
+    assert one["zeros"] == [0, n - round(n * kept(0.2, 0, 3)), n - round(n * kept(0.2, 1, 3))] and one["put back"]
+    for found in run_ranks(2, pruned_gradually, "fsdp2"):
+        assert found["put back"] and found["zeros"] == one["zeros"]
+        assert all((found["set"][name] == mask).all() for name, mask in one["set"].items())

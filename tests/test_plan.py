@@ -41,8 +41,7 @@ def really(request: Request) -> Found:
 
 
 def least_peaks(request: Request, foretold: Found) -> tuple[Found, dict[str, int]]:
-    """What real ranks need, at best of three: gloo holds on to a buffer for a moment longer, as it happens, more so where the
-    machine is busy."""
+    """What real ranks need, at best of three: gloo holds on to a buffer for a moment longer, as it happens."""
     found = [run_ranks(request.ranks, really, request)[0]]
     while len(found) < 3 and any(getattr(found[-1], key) > 1.05 * getattr(foretold, key) for key in PEAKS):
         found.append(run_ranks(request.ranks, really, request)[0])

@@ -195,6 +195,7 @@ def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert all(f.stat().st_mtime_ns == t for f, t in old.items())
     assert "the same, to the last digit" in dcft("compare", study, "--folder", folder, "--again", "0.05").stdout
     assert cli.main(["report", str(folder), "--pictures", str(tmp_path / "pictures")]) == 0
+    assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
     report = (folder / "report.html").read_text()
     assert "dcft minus random_matched is " in report and report.count("data:image/png;base64,") == 2 and "http" not in report
     assert {f.name for f in (tmp_path / "pictures").iterdir()} == {"tiny_contrasts.png", "tiny_tuning.png"}

@@ -453,7 +453,9 @@ def _value(text: str) -> Any:
 
 
 def _explain(detail: Any) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
+    # Pydantic adds which kind of value it tried, where there are several.
+    kinds = ("constrained-float", "float", "literal[")
+    path = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(kinds))
     if detail["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for part in detail["loc"][:-1]:

@@ -26,7 +26,7 @@ from typing import Any
 from .errors import DivergedError, RunError, listing
 from .files import read_json, read_lines, write_atomic
 from .study import Cell, Study, facts_of, final_cells, load_study, make_config, make_preparation, tuning_cells
-from .study_folder import StudyFolder
+from .study_folder import StudyFolder, completed
 from .trainer import run
 from .world import World
 
@@ -87,8 +87,11 @@ class Runner:
         for name in self._mine(wanted):
             if not marks[name].exists():
                 log.info("preparing %s", name)
-                run(wanted[name], self.world)
-                write_atomic(marks[name], "")
+                try:
+                    run(wanted[name], self.world)
+                    write_atomic(marks[name], "")
+                except DivergedError as error:  # while it trained before scoring
+                    write_atomic(marks[name], str(error))
         self._wait_for(marks.values(), "preparations")
 
     def run_all(self, cells: Sequence[Cell], phase: str) -> None:
@@ -123,6 +126,8 @@ class Runner:
             "tuning": cell.tuning,
         }
         try:
+            if why := (source / "ready").read_text():
+                raise DivergedError(f"before scoring: {why}")
             summary = run(config, self.world)
         except DivergedError as error:  # a learning rate that is too high is a result
             return {**about, "config": facts_of(config), "diverged": str(error)}
@@ -176,11 +181,13 @@ def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
     kept = StudyFolder(study, folder)
     done = [cell for cell in (*tuning_cells(study), *final_cells(study, kept.choose_all())) if kept.has(cell)]
     drawn = random.Random(0).sample(done, max(1, round(part * len(done))))
-    runner = Runner(study, folder.with_name(f"{folder.name}_again"), world, Share(), 0.0)
+    beside = folder.with_name(f"{folder.name}_again")
+    shutil.rmtree(beside, ignore_errors=True)  # nothing of a former time may be taken for this one
+    runner = Runner(study, beside, world, Share(), 0.0)
     runner.prepare(drawn)
     differences = []
     for cell in drawn:
-        before, after = _lasting(kept.get(cell)), _lasting(runner.run_cell(cell))
+        before, after = _lasting(completed(kept.get(cell))), _lasting(runner.run_cell(cell))
         log.info("%s: %s", cell.name, "the same" if before == after else "DIFFERENT")
         differences += [f"{cell.name}: {key}" for key in before if before[key] != after.get(key)]
     return differences

@@ -170,6 +170,10 @@ class Train(Section):
     """The fine-tuning."""
 
     epochs: Annotated[int, Field(ge=0)] = Field(4, description="Passes over the training data.")
+    fall_back: bool = Field(
+        True,
+        description="Whether epoch 0, the warmed-up head on the pre-trained body, may be the best epoch (the tested one).",
+    )
     max_steps: Count | None = Field(
         None, description="Stop after that many steps and say how long all would take; absent: all steps."
     )
@@ -318,6 +322,8 @@ class Config(Section):
     def _factor_can_change(self) -> Config:
         if self.penalty.schedule == "learned" and self.level != "update":
             raise ValueError("penalty.schedule = 'learned' is for the update level, where the gradient is left alone")
+        if self.optimizer.pull_to_start and self.uses_set:
+            raise ValueError("optimizer.pull_to_start is for methods without a set: which acts first would be open")
         if self.penalty.schedule != "constant" and self.method != "dcft":
             raise ValueError(f"penalty.schedule has no meaning for method = '{self.method}'")
         return self

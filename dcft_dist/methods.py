@@ -24,10 +24,16 @@ def choose_trained(model: Classifier, config: Config) -> None:
 
 
 def depths(model: Classifier) -> dict[str, int]:
-    """Block of each body weight, counted from the top; what lies below all blocks comes last."""
+    """Block of each body weight, counted from the top: what lies above all blocks counts with the last, what lies below them
+    comes after the first."""
     blocks = model.blocks()
-    found = {id(p): len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
-    return {name: found.get(id(p), len(blocks)) for name, p in model.named_parameters() if not name.startswith(f"{HEAD}.")}
+    inside = {id(p): len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
+    found, depth = {}, len(blocks)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(f"{HEAD}."):
+            depth = inside.get(id(parameter), 0 if depth < len(blocks) else depth)
+            found[name] = depth
+    return found
 
 
 def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config) -> Penalty | None:

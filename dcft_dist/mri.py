@@ -100,4 +100,6 @@ def _split(volume: NDArray[Any], groups: NDArray[Any], centres: list[tuple[int, 
         values = volume[a - half : a + half, b - half : b + half, c] / top * 255
         patch[:] = np.clip(values, 0, 255).T[::-1]  # front up, as radiologists see it
     labels = [int(groups[centre]) for centre in centres]
-    return Split(patches, labels, ["-".join(str(v // _CUBE) for v in centre) for centre in centres])
+    # One group for both halves: the MNI152 is symmetric, and any brain nearly so.
+    places = [(abs(x - groups.shape[0] // 2), y, z) for x, y, z in centres]
+    return Split(patches, labels, ["-".join(str(v // _CUBE) for v in place) for place in places])

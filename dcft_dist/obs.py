@@ -19,6 +19,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from . import collectives
 from .engines import Shard
 from .errors import EngineError
 
@@ -71,7 +72,8 @@ def score_blocks(
 ) -> None:
     """Fills `values` (flat, owned part, by name). `num_passes` makes ranks agree: own count -> the largest."""
     most = limit_bytes // (4 * num_batches)
-    pieces = [piece for shard in shards.values() for piece in blocks_of(shard, block, most)]
+    with collectives.agreed("blocks of the Fisher matrix"):
+        pieces = [piece for shard in shards.values() for piece in blocks_of(shard, block, most)]
     passes = _passes(pieces, most)
     for turn in range(num_passes(len(passes))):
         mine = passes[turn] if turn < len(passes) else []

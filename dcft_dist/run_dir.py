@@ -17,6 +17,7 @@ from .run_folder import RunFolder, differences
 # What the results of another run must have in common with this one to be used here.
 _HEAD = ("task.", "model.", "seed", "head_warmup.")
 _SCORES = (*_HEAD, "importance.", "train.precision")
+_TRAINING = ("optimizer.", "train.", "selection.")
 _SET = (*_SCORES, "selection.", "removal.")
 
 
@@ -51,13 +52,16 @@ class RunDirectory(RunFolder):
             if not (source / "config.toml").is_file():
                 raise ConfigError(f"start_from: no run in {source}")
             other = differences((source / "config.toml").read_text(), to_toml(config))
+            # If weights are scored after a training, what decides about that one decides about them.
+            more = _TRAINING if config.importance.after_epochs else ()
+            scores, chosen = (*_SCORES, *more), (*_SET, *more)
             wrong = [text for key, text in other.items() if key.startswith(_HEAD)]
             if wrong:
                 raise ConfigError(f"start_from: {source} is no run of the same task, model and seed ({listing(wrong)})")
-            if not any(key.startswith(_SCORES) for key in other) and (source / self.scores.name).exists():
+            if not any(key.startswith(scores) for key in other) and (source / self.scores.name).exists():
                 self.scores, taken = source / self.scores.name, "head and scores"
             files = [self.head]
-            if not any(key.startswith(_SET) for key in other) and (source / self.fundamental.name).exists():
+            if not any(key.startswith(chosen) for key in other) and (source / self.fundamental.name).exists():
                 files, taken = [self.head, self.removal, self.fundamental], "head and fundamental set"
             for file in files:
                 if collectives.rank() == 0 and (source / file.name).exists() and not file.exists():

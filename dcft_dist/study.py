@@ -137,6 +137,8 @@ def make_config(study: Study, cell: Cell, folder: Path) -> Config:
     given |= {key: value for key, value in _flat(study.arms[cell.arm]).items() if not isinstance(value, list)}
     given |= dict(cell.values) | {"name": cell.name, "runs_dir": str(folder / "runs"), "seed": cell.seed}
     given |= {"test": not cell.tuning, "engine": "single", "checkpoint.keep_last": 0, "removal.fractions": []}
+    if not cell.tuning:  # what is tested has been fine-tuned: two arms that both fell back on the probe could not differ
+        given["train.fall_back"] = False
     if study.resample:
         given["task.sample_seed"] = cell.seed
     words = [word for key, value in given.items() for word in (f"--{key}", json.dumps(value))]

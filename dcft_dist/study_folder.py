@@ -19,6 +19,11 @@ Result = dict[str, Any]
 _DEFAULTS = facts_of(Config(name="defaults"))
 
 
+def completed(result: Result) -> Result:
+    """With the keys of the configuration that came later: they had what is now their default."""
+    return result | {"config": _DEFAULTS | result["config"]}
+
+
 class StudyFolder:
     """Reads and writes results."""
 
@@ -45,7 +50,7 @@ class StudyFolder:
         """
         found: Result = read_json(self.file(cell)) if self.file(cell).exists() else self._packed[cell.name]
         wanted = facts_of(make_config(self.study, cell, self.path))
-        had = _DEFAULTS | found["config"]  # a key that came later had what is now its default
+        had = completed(found)["config"]
         different = [key for key in wanted.keys() | had.keys() if wanted.get(key) != had.get(key)]
         if different:
             raise RunError(
@@ -78,6 +83,8 @@ class StudyFolder:
     def choose(self, setting: str, arm: str) -> Values:
         """The values with the highest mean validation accuracy over the tuning seeds; ties go to the earlier in the grid.
 
+        Of each run the best epoch counts, epoch 0 excepted: it is the probe, whatever the values.
+
         Raises:
             DataError: tuning cells are missing.
         """
@@ -91,12 +98,14 @@ class StudyFolder:
         return max(grid, key=lambda values: sum(scores[values]))  # the first of equals
 
     def tuning_scores(self, setting: str, arm: str) -> dict[Values, list[float]]:
-        """Validation accuracy of the tuning cells that are done, by values; a run that diverged counts as 0."""
+        """Best validation accuracy after epoch 0 of the tuning cells that are done; a run that diverged counts as 0."""
         found: dict[Values, list[float]] = {}
         for values in self.study.grid(arm):
             cells = [Cell(setting, arm, values, seed, True) for seed in self.study.tune_seeds]
             results = [self.get(cell) for cell in cells if self.has(cell)]
-            found[values] = [r["summary"]["validation"]["accuracy"] if "summary" in r else 0.0 for r in results]
+            found[values] = [
+                max((row["validation/accuracy"] for row in r.get("epochs", [])[1:]), default=0.0) for r in results
+            ]
         return found
 
     def final(self, setting: str, arm: str, values: Values, seed: int) -> Result | None:

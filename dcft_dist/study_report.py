@@ -10,14 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .bootstrap import Estimate, estimate, verdict
+from .bootstrap import Estimate, estimate
 from .errors import DataError
 from .files import write_atomic
 from .pictures import png
 from .report import template
 from .study import Study, load_study
 from .study_folder import StudyFolder
-from .study_table import ArmResult, SettingResult, arm_rows, contrast_rows, results
+from .study_table import ArmResult, SettingResult, arm_rows, contrast_rows, results, shown
 
 _MEANING = {
     "supported": "Supported here",
@@ -64,7 +64,7 @@ def answers(result: SettingResult) -> list[str]:
     for d in result.differences:
         if d.contrast.deciding and d.value:
             texts.append(
-                f"{_MEANING[verdict(d.value)]}: {d.contrast.arm} minus {d.contrast.minus} is {_points(d.value)} points of "
+                f"{_MEANING[d.verdict]}: {d.contrast.arm} minus {d.contrast.minus} is {_points(d.value)} points of "
                 f"test accuracy (95 % interval, {d.value.num_seeds} seeds)."
             )
         elif d.contrast.deciding:
@@ -97,8 +97,8 @@ def _points(value: Estimate) -> str:
 def contrast_picture(result: SettingResult) -> Figure:
     """Left: accuracy of each arm, a dot a seed. Right: the contrasts with their intervals."""
     arms = [a for a in result.arms if a.correct]
-    shown = [d for d in result.differences if d.value]
-    figure = Figure(figsize=(10, 1.4 + 0.34 * max(len(arms), len(shown))), layout="constrained")
+    known = [d for d in result.differences if d.value]
+    figure = Figure(figsize=(10, 1.4 + 0.34 * max(len(arms), len(known))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
     for y, arm in enumerate(reversed(arms)):
         seeds = [100 * float(row.mean()) for row in arm.correct.values()]
@@ -106,14 +106,14 @@ def contrast_picture(result: SettingResult) -> Figure:
         if arm.accuracy:
             left.plot([100 * arm.accuracy.mean], [y], "|", color="black", markersize=14, markeredgewidth=2)
     _label(left, [a.arm for a in arms], "test accuracy, %: a dot a seed, a bar the mean")
-    for y, d in enumerate(reversed(shown)):
+    for y, d in enumerate(reversed(known)):
         value, color = d.value, "#c0392b" if d.contrast.deciding else "#444444"
         if value:
             right.plot([100 * value.low, 100 * value.high], [y, y], color=color, linewidth=2)
             right.plot([100 * value.mean], [y], "o", color=color)
     right.axvspan(-1, 1, color="#eeeeee", zorder=0)
     right.axvline(0, color="black", linewidth=1)
-    names = [f"{d.contrast.arm} - {d.contrast.minus}" for d in shown]
+    names = [f"{d.contrast.arm} - {d.contrast.minus}" for d in known]
     _label(right, names, "points, 95 % interval (red: deciding)")
     return figure
 
@@ -136,7 +136,7 @@ def tuning_picture(study: Study, store: StudyFolder, setting: str) -> Figure | N
     for place, arm in zip(axes, arms, strict=False):
         lines: dict[str, list[tuple[float, float]]] = {}
         for values, scores in store.tuning_scores(setting, arm).items():
-            others = ", ".join(f"{k.rpartition('.')[2]} {v:g}" for k, v in values if k != key) or "all seeds"
+            others = ", ".join(f"{k.rpartition('.')[2]} {shown(v)}" for k, v in values if k != key) or "all seeds"
             if scores and key in dict(values):
                 lines.setdefault(others, []).append((dict(values)[key], 100 * float(np.mean(scores))))
         for label, points in lines.items():

@@ -28,14 +28,18 @@ class ArmResult:
     chosen: Values | None
     at_edge: tuple[str, ...]
     correct: dict[int, NDArray[np.float64]]
+    diverged: tuple[int, ...]
     summaries: dict[int, dict[str, Any]]
     accuracy: Estimate | None
 
 
 @dataclass(frozen=True)
 class Difference:
+    """`verdict`: empty without an estimate; undecided where runs diverged, since those left out are not like the others."""
+
     contrast: Contrast
     value: Estimate | None
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ def _setting(study: Study, folder: StudyFolder, setting: str) -> SettingResult:
         a, b = by_name[contrast.arm].correct, by_name[contrast.minus].correct
         seeds = sorted(a.keys() & b.keys())
         value = estimate(np.stack([a[s] - b[s] for s in seeds]), groups) if len(seeds) > 1 else None
-        differences.append(Difference(contrast, value))
+        diverged = by_name[contrast.arm].diverged or by_name[contrast.minus].diverged
+        word = "" if value is None else "undecided" if diverged else verdict(value)
+        differences.append(Difference(contrast, value, word))
     return SettingResult(setting, len(labels), groups, arms, differences)
 
 
@@ -83,22 +89,27 @@ def _arm(
     try:
         chosen = folder.choose(setting, arm)
     except DataError:  # tuning goes on
-        return ArmResult(arm, None, (), {}, {}, None)
+        return ArmResult(arm, None, (), {}, (), {}, None)
     cells = {seed: folder.final(setting, arm, chosen, seed) for seed in study.seeds}
+    diverged = tuple(seed for seed, cell in cells.items() if cell and "diverged" in cell)
     done = {seed: cell for seed, cell in cells.items() if cell and "summary" in cell}
     if any(len(cell["predicted"]) != len(labels) for cell in done.values()):
         raise DataError(f"{folder.path / 'examples' / setting}.json is missing, or of other test data")
     correct = {seed: (np.asarray(cell["predicted"]) == labels).astype(np.float64) for seed, cell in done.items()}
     accuracy = estimate(np.stack(list(correct.values())), groups) if len(correct) > 1 else None
     summaries = {seed: cell["summary"] | {"body": cell["epochs"][-1]["movement/body"]} for seed, cell in done.items()}
-    return ArmResult(arm, chosen, _edges(study, arm, chosen), correct, summaries, accuracy)
+    return ArmResult(arm, chosen, _edges(study, arm, chosen), correct, diverged, summaries, accuracy)
 
 
 def _edges(study: Study, arm: str, chosen: Values) -> tuple[str, ...]:
     """Keys whose chosen value is the first or last of at least three: the grid may be too narrow there."""
     found = []
     for key, value in chosen:
-        values = sorted({dict(combination)[key] for combination in study.grid(arm)})
+        values = list({dict(combination)[key]: None for combination in study.grid(arm)})
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+            values.sort()
+        else:
+            continue
         if len(values) > 2 and value in (values[0], values[-1]):
             found.append(key)
     return tuple(found)
@@ -111,14 +122,15 @@ def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
     rows = []
     for a in result.arms:
         chosen = ", ".join(
-            f"{k.rpartition('.')[2]} {v:g}{' (end of the grid)' if k in a.at_edge else ''}" for k, v in a.chosen or ()
+            f"{key.rpartition('.')[2]} {shown(value)}{' (end of the grid)' if key in a.at_edge else ''}"
+            for key, value in a.chosen or ()
         )
         s = list(a.summaries.values())
         rows.append(
             {
                 "arm": a.arm,
                 "chosen": chosen if a.chosen is not None else "tuning is not finished",
-                "seeds": f"{len(a.correct)} of {num_seeds}",
+                "seeds": f"{len(a.correct)} of {num_seeds}" + (f", {len(a.diverged)} diverged" if a.diverged else ""),
                 "test accuracy": _percent(a.accuracy),
                 "macro-F1": f"{100 * np.mean([x['test']['macro_f1'] for x in s]):.1f}" if s else "",
                 "validation accuracy": f"{100 * np.mean([x['validation']['accuracy'] for x in s]):.1f}" if s else "",
@@ -135,10 +147,14 @@ def contrast_rows(result: SettingResult) -> list[dict[str, str]]:
             "contrast": f"{d.contrast.arm} minus {d.contrast.minus}" + (" (deciding)" if d.contrast.deciding else ""),
             "points": _percent(d.value, sign=True),
             "seeds": str(d.value.num_seeds) if d.value else "fewer than 2",
-            "above 0": verdict(d.value) if d.value else "",
+            "above 0": d.verdict,
         }
         for d in result.differences
     ]
+
+
+def shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _percent(value: Estimate | None, sign: bool = False) -> str:

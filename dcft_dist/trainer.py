@@ -98,7 +98,7 @@ class Trainer:
 
     def __init__(self, config: Config, world: World, directory: RunDirectory) -> None:
         self.config, self.world, self.directory = config, world, directory
-        self.stopping = False
+        self.stopping, self.commit = False, git_commit()  # the commit that began: the tree may change meanwhile
         self.step_seconds: list[float] = []
         self.learned: LearnedFactor | None = None
         self.directory.phase("setup")
@@ -179,11 +179,12 @@ class Trainer:
             fraction, curve = choose_fraction(self.prepared.model, scores, validate, self.config.seed)
             log.info("selection.fraction: %g of the eligible weights", fraction)
         fundamental = select_fundamental(scores, fraction, scope=s.scope, floor=s.floor, cap=s.cap)
-        fundamental = control_set(self.prepared.model, scores, fundamental, s.kind, self.config.seed)
+        top, fundamental = fundamental, control_set(self.prepared.model, scores, fundamental, s.kind, self.config.seed)
         fundamental = fundamental.with_extra(
             score_loss=None if math.isnan(scores.loss) else scores.loss,
             seed=self.config.seed,
             **({"fraction_curve": curve} if curve else {}),
+            **({"jaccard_with_top": top.jaccard(fundamental)} if s.kind != "top" else {}),
         )
         if wants_check:
             self.directory.phase("removal_check")
@@ -388,7 +389,8 @@ class Trainer:
         values |= {f"movement/{key}": value for key, value in groups.movement().items()}
         self._log(writer, step, values | {"train/epoch": float(epoch)})
         self.directory.phase("checkpoint", step)
-        if found["accuracy"] > best.accuracy:
+        fell_back = epoch == 0 and self.config.method != "linear_probe" and not self.config.train.fall_back
+        if found["accuracy"] > best.accuracy and not fell_back:
             best = Best(epoch, found["accuracy"], step)
             state = model_state(self.prepared.model)
             save_checkpoint(self._best_folder(best), state, {"epoch": epoch, "validation": found})
@@ -493,6 +495,7 @@ class Trainer:
             "where": penalty.where if penalty and penalty.level == "gradient" else None,
             "optimizer": config.optimizer.name,
             "best_epoch": best.epoch,
+            "jaccard_with_top": fundamental.info.extra.get("jaccard_with_top") if fundamental else None,
             "validation": state["validation"],
             "test": test,
             "seconds": self.directory.seconds,
@@ -500,7 +503,7 @@ class Trainer:
             "versions": versions(),
             "machine": machine(),
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "git_commit": git_commit(),
+            "git_commit": self.commit,
             "data_checksum": self.task.checksum,
             "weights_checksum": weights_checksum(self.prepared.model),
             "caveat": self.task.caveat,

@@ -16,8 +16,9 @@ from dcft_dist import cli
 from dcft_dist.bootstrap import Estimate, estimate, verdict
 from dcft_dist.config import load_config
 from dcft_dist.errors import ConfigError, DataError, RunError
-from dcft_dist.study import Cell, final_cells, load_study, make_config, make_preparation, tuning_cells
+from dcft_dist.study import Cell, facts_of, final_cells, load_study, make_config, make_preparation, tuning_cells
 from dcft_dist.study_folder import StudyFolder
+from dcft_dist.study_table import results, table
 from dcft_dist.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,7 @@ def test_cells_of_a_study(tmp_path: Path) -> None:
     final = list(final_cells(study, chosen))
     assert [c.name for c in final] == [f"small.{a}.seed-{s}" for s in (0, 1) for a in ("full.lr-0.0002", "dcft")]
     configs = [make_config(study, cell, tmp_path) for cell in (tuning[0], final[0], final[1])]
+    assert [c.train.fall_back for c in configs] == [True, False, False]
     assert [c.test for c in configs] == [False, True, True] and [c.seed for c in configs] == [10, 0, 0]
     assert [c.task.sample_seed for c in configs] == [10, 0, 0] and configs[1].optimizer.lr == 2e-4
     head, full, dcft = (make_preparation(c, tmp_path).name for c in configs)
@@ -134,15 +136,11 @@ def test_every_shipped_study_is_valid() -> None:
     assert files and all(load_study(file).contrasts for file in files)
 
 
-def put(folder: StudyFolder, cell: Cell, accuracy: float | None) -> None:
-    config = {"optimizer.lr": dict(cell.values)["optimizer.lr"], "seed": cell.seed}
-    from dcft_dist.study import facts_of
-
-    whole = facts_of(make_config(folder.study, cell, folder.path)) | config
-    result: dict[str, Any] = {"cell": cell.name, "config": whole}
-    folder.put(
-        cell, result | ({"diverged": "x"} if accuracy is None else {"summary": {"validation": {"accuracy": accuracy}}})
-    )
+def put(folder: StudyFolder, cell: Cell, accuracy: float | None, **more: Any) -> None:
+    """A result as a cell leaves it; None: it diverged."""
+    result: dict[str, Any] = {"cell": cell.name, "config": facts_of(make_config(folder.study, cell, folder.path))}
+    rows = [{"validation/accuracy": a, "movement/body": 0.1} for a in (0.95, accuracy)]  # epoch 0 does not count
+    folder.put(cell, result | ({"diverged": "x"} if accuracy is None else {"epochs": rows} | more))
 
 
 def test_choice_by_mean_validation_accuracy(tmp_path: Path) -> None:
@@ -158,6 +156,34 @@ def test_choice_by_mean_validation_accuracy(tmp_path: Path) -> None:
     assert folder.choose("small", "full") == (("optimizer.lr", 1e-4),)  # equal: the earlier one
     put(folder, cells[3], 0.3)
     assert folder.choose("small", "full") == (("optimizer.lr", 2e-4),)
+
+
+def test_runs_that_diverged_are_shown_and_decide_nothing(tmp_path: Path) -> None:
+    study = load_study(write(tmp_path / "study.toml", SMALL.replace("[1e-4, 2e-4]", "1e-4").replace("[0, 1]", "[0, 1, 2]")))
+    folder = StudyFolder(study, tmp_path)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples/small.json").write_text(json.dumps({"group": ["a", "b", "c"], "label": [0, 1, 2]}))
+    metrics = {"accuracy": 1.0, "macro_f1": 1.0}
+    for cell in final_cells(study, {("small", "full"): (), ("small", "dcft"): ()}):
+        lost = cell.arm == "full" and cell.seed == 2
+        right = [0, 1, 2] if cell.arm == "dcft" else [0, 0, 0]
+        summary = {"validation": metrics, "test": metrics, "best_epoch": 1}
+        put(folder, cell, None if lost else 0.5, predicted=right, summary=summary)
+    found = results(tmp_path)[1][0]
+    assert found.differences[0].value and found.differences[0].value.mean == pytest.approx(2 / 3)
+    assert found.differences[0].value.num_seeds == 2 and found.differences[0].verdict == "undecided"
+    assert "| full |  | 2 of 3, 1 diverged |" in table(tmp_path, "md")
+
+
+def test_tuned_words(tmp_path: Path) -> None:
+    """Values that are no numbers have no end of the grid, and a table."""
+    tuned = SMALL.replace("penalty.factor = 0.0", 'penalty.schedule = ["constant", "linear", "cosine"]')
+    study = load_study(write(tmp_path / "study.toml", tuned))
+    folder = StudyFolder(study, tmp_path)
+    for cell in tuning_cells(study):
+        put(folder, cell, 0.5)
+    assert "| dcft | schedule constant |" in table(tmp_path, "md")
+    assert "| full | lr 0.0001 |" in table(tmp_path, "md")
 
 
 def test_other_training_texts_by_seed_from_the_same_categories() -> None:
@@ -183,6 +209,8 @@ def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(results) == 4 + 2 * len(loaded.arms)
     for name, result in results.items():
         assert (result["predicted"] is None) == (result["summary"]["test"] is None) == ("seed-1000" in name)
+        if result["predicted"] is not None:  # what is tested has been fine-tuned
+            assert (result["summary"]["best_epoch"] == 0) == (result["arm"] == "probe")
     way = {r["arm"]: r["epochs"][-1]["movement/body"] for r in results.values() if r["seed"] == 0}
     assert way["probe"] == 0.0 < min(w for arm, w in way.items() if arm != "probe")
     assert not list((folder / "runs").iterdir())
@@ -234,7 +262,7 @@ def test_a_result_of_another_study_is_refused(tmp_path: Path) -> None:
     folder = StudyFolder(load_study(write(tmp_path / "s.toml")), tmp_path)
     cell = next(tuning_cells(folder.study))
     put(folder, cell, 0.5)
-    assert folder.get(cell)["summary"]["validation"]["accuracy"] == 0.5
+    assert folder.get(cell)["epochs"][1]["validation/accuracy"] == 0.5
     other = StudyFolder(load_study(write(tmp_path / "t.toml", SMALL.replace("= 8", "= 9"))), tmp_path)
     with pytest.raises(RunError, match=r"was run with another task\.train_per_class"):
         other.get(cell)

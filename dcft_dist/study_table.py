@@ -153,6 +153,21 @@ def contrast_rows(result: SettingResult) -> list[dict[str, str]]:
     ]
 
 
+def tuning_rows(study: Study, folder: StudyFolder, setting: str) -> list[dict[str, str]]:
+    """Best validation accuracy after epoch 0, in percent, mean over the tuning seeds: a column for each learning rate."""
+    key = "optimizer.lr"
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for arm in study.arms:
+        for values, scores in folder.tuning_scores(setting, arm).items() if len(study.grid(arm)) > 1 else ():
+            others = ", ".join(f"{k.rpartition('.')[2]} {shown(v)}" for k, v in values if k != key)
+            column = f"lr {dict(values)[key]:g}" if key in dict(values) else "one lr"
+            partly = f" ({len(scores)} of {len(study.tune_seeds)})" if len(scores) < len(study.tune_seeds) else ""
+            rows.setdefault((arm, others), {})[column] = f"{100 * np.mean(scores):.1f}{partly}" if scores else "-"
+            columns[column] = None
+    return [{"arm": arm, "values": others, **{c: row.get(c, "") for c in columns}} for (arm, others), row in rows.items()]
+
+
 def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -165,14 +180,17 @@ def _percent(value: Estimate | None, sign: bool = False) -> str:
 
 
 def table(folder: Path, form: Format) -> str:
-    """Every setting's arms and contrasts."""
+    """Every setting's arms, contrasts and tuning."""
     study, found = results(folder)
-    parts = []
+    store, parts = StudyFolder(study, folder), []
     for result in found:
         title = f"{result.setting}: {result.num_examples} test examples in {result.num_groups} groups"
+        write = {"md": _markdown, "csv": _csv, "tex": _latex}[form]
         for rows in (arm_rows(result, len(study.seeds)), contrast_rows(result)):
             if rows:
-                parts.append({"md": _markdown, "csv": _csv, "tex": _latex}[form](rows, title))
+                parts.append(write(rows, title))
+        if rows := tuning_rows(study, store, result.setting):
+            parts.append(write(rows, f"{result.setting}: validation accuracy of the tuning cells"))
     note = "Mean over seeds in percent [95 % interval over seeds and groups of examples]; way of the body: Euclidean."
     return "\n\n".join([*parts, note] if form == "md" else parts)
 

@@ -184,6 +184,9 @@ def test_tuned_words(tmp_path: Path) -> None:
         put(folder, cell, 0.5)
     assert "| dcft | schedule constant |" in table(tmp_path, "md")
     assert "| full | lr 0.0001 |" in table(tmp_path, "md")
+    assert "| arm | values | lr 0.0001 | lr 0.0002 | one lr |" in table(tmp_path, "md")
+    assert "| full |  | 50.0 | 50.0 |  |" in table(tmp_path, "md")
+    assert "| dcft | schedule linear |  |  | 50.0 |" in table(tmp_path, "md")
 
 
 def test_other_training_texts_by_seed_from_the_same_categories() -> None:
@@ -244,7 +247,7 @@ def check_tables(folder: Path, kept: Path, capsys: pytest.CaptureFixture[str]) -
         assert cli.main(["table", str(kept), "--format", form]) == 0
         assert capsys.readouterr().out == texts[form]  # what is kept says the same
     assert "| dcft minus random_matched (deciding) |" in texts["md"] and "2 of 2" in texts["md"]
-    assert texts["tex"].count(r"\begin{tabular}") == 2 and r"random\_matched" in texts["tex"]
+    assert texts["tex"].count(r"\begin{tabular}") == 3 and r"random\_matched" in texts["tex"]
     shutil.rmtree(kept / "examples")
     assert cli.main(["table", str(kept)]) == 2
 

@@ -134,7 +134,7 @@ def overlap(sets: dict[str, dict[str, FundamentalSet]], first: str, second: str)
     share = a["top"].num_selected / a["top"].num_eligible
     return {
         "sets": f"{first}, {second}",
-        "share": f"{100 * share:g} %",
+        "share": f"{100 * share:.3g} %",
         "Jaccard": f"{a['top'].jaccard(b['top']):.3f}",
         "matched random": f"{a['random_magnitude'].jaccard(b['random_magnitude']):.3f}",
         "chance": f"{share / (2 - share):.3f}",

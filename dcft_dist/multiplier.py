@@ -53,7 +53,7 @@ class Multipliers:
     def scale_into(self, name: str, gradient: Tensor, out: Tensor) -> None:
         """out <- m * gradient; both flat, and `out` may be `gradient`."""
         octets = self._octets(name)
-        if octets is not None and not self.watch and _fused(gradient):
+        if octets is not None and not self.watch and _fused(gradient, octets):
             from . import kernels  # late: needs Triton
 
             kernels.scale(gradient, octets, self.factor, self.rest, out)
@@ -68,7 +68,7 @@ class Multipliers:
         """new <- old + m * (new - old), in place: exactly `old` where m is 0 and exactly `new` where it is 1."""
         starts, octets = old.contiguous().view(-1), self._octets(name)
         with _as_flat(new) as flat:
-            if octets is not None and not self.watch and _fused(flat):
+            if octets is not None and not self.watch and _fused(flat, octets):
                 from . import kernels  # late: needs Triton
 
                 kernels.shorten(starts, octets, self.factor, self.rest, flat)
@@ -122,9 +122,10 @@ def _part(packed: Packed) -> Packed:
     return np.concatenate([mine, np.zeros(size - len(mine), np.uint8)])
 
 
-def _fused(flat: Tensor) -> bool:
-    """Whether Triton's kernels can take this tensor."""
-    return flat.is_cuda and type(flat) is Tensor and flat.dtype != torch.float64 and _has_triton()
+def _fused(flat: Tensor, octets: Tensor) -> bool:
+    """Whether Triton's kernels can take these: the bits may have stayed on the CPU, where weights are offloaded."""
+    here = flat.is_cuda and octets.device == flat.device
+    return here and type(flat) is Tensor and flat.dtype != torch.float64 and _has_triton()
 
 
 @cache

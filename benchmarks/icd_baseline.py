@@ -12,7 +12,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_union
 
-from dcft_dist.config import Task
+from dcft_dist.schema import Task
 from dcft_dist.tasks import load_task
 
 

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
-from dcft_dist.config import Config
 from dcft_dist.data import Batch, micro_batches, order
 from dcft_dist.engines.wrap import Plan, prepare
 from dcft_dist.models import build_model
+from dcft_dist.schema import Config
 from dcft_dist.tasks import load_task
 
 CPU = torch.device("cpu")

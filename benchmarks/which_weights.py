@@ -25,7 +25,7 @@ from side_by_side import parser, show
 from torch.nn import functional
 
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
-from dcft_dist.config import Config, load_config
+from dcft_dist.config import load_config
 from dcft_dist.controls import KINDS, control_set
 from dcft_dist.data import Batch, evaluation_batches, micro_batches, order
 from dcft_dist.evaluate import EVALUATION_BATCH, evaluate
@@ -35,6 +35,7 @@ from dcft_dist.importance import Scores
 from dcft_dist.models import HEAD, build_model
 from dcft_dist.pictures import SETS, png
 from dcft_dist.removal import removed
+from dcft_dist.schema import Config
 from dcft_dist.tasks import load_task
 from dcft_dist.world import World, joined_world
 

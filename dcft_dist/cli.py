@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import __version__, life
-from .config import check_ranks, check_sizes, find_config, load_config, reference
+from .config import check_ranks, check_sizes, find_config, load_config
 from .errors import DcftError, RunError, WorldError
 
 
@@ -230,6 +230,8 @@ def _slurm_files(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _config_reference(options: argparse.Namespace, rest: list[str]) -> None:
+    from .reference import reference
+
     sys.stdout.write(reference())
 
 

@@ -24,8 +24,9 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from .config import Config, Section, check_ranks, find_config, load_config
+from .config import check_ranks, find_config, load_config
 from .errors import ConfigError, DcftError, RunError, did_you_mean
+from .schema import Config, Section
 
 SMOKE_STEPS = 20
 SIGNAL_S = 120  # before its end a job is told to leave a checkpoint

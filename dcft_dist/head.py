@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from . import collectives, config
+from . import collectives, schema
 from .data import Examples, evaluation_batches, order
 from .errors import CheckpointError
 from .evaluate import EVALUATION_BATCH
@@ -32,7 +32,7 @@ class Head:
     def __init__(
         self,
         model: Classifier,
-        settings: config.HeadWarmup,
+        settings: schema.HeadWarmup,
         seed: int,
         world: World,
     ) -> None:

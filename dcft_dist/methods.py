@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .config import Config, Lora
 from .displacement import EqualDisplacement, PullToStart
 from .engines.wrap import Prepared
 from .errors import DataError
 from .fundamental import FundamentalSet
 from .models import HEAD, Classifier
 from .penalty import Penalty, attach_penalty
+from .schema import Config, Lora
 
 
 def choose_trained(model: Classifier, config: Config) -> None:

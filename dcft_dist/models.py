@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import Config
 from .data import Batch, ImageProcessor, TextProcessor
 from .errors import ConfigError, DataError, listing
 from .packages import dinov2_file, minilm_folder
+from .schema import Config
 
 HEAD = "head"  # the head's name in every model of this module
 Processor = TextProcessor | ImageProcessor  # called with a split, each gives its `Examples`

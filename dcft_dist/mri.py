@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import config
+from . import schema
 from .errors import DataError
 from .packages import mricron_file, nilearn_file
 from .splits import Split, TaskData, draw_of
@@ -25,7 +25,7 @@ _SLAB, _GAP = 12, 3  # mm
 _CUBE = 20  # mm: patches whose centres lie in one cube are a group
 
 
-def mri_region(task: config.Task) -> TaskData:
+def mri_region(task: schema.Task) -> TaskData:
     """
     Raises:
         DataError: nibabel, nilearn's or mricron's files are not installed, or are not what they should be.

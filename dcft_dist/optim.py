@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import Config
-from .config import Penalty as PenaltySettings
 from .engines.wrap import Weight
 from .models import HEAD
+from .schema import Config
+from .schema import Penalty as PenaltySettings
 
 
 def make_optimizer(weights: Iterable[Weight], config: Config, depths: Mapping[str, int]) -> torch.optim.Optimizer:

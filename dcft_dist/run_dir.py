@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from . import collectives
-from .config import Config, to_toml
+from .config import to_toml
 from .errors import CheckpointError, ConfigError, listing
 from .files import read_json, read_lines, write_atomic, write_json
 from .life import now
 from .run_folder import RunFolder, differences
+from .schema import Config
 
 # What the results of another run must have in common with this one to be used here.
 _HEAD = ("task.", "model.", "seed", "head_warmup.")

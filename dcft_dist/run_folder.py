@@ -11,8 +11,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, Self
 
-from .config import Config, to_toml
+from .config import to_toml
 from .errors import ConfigError, listing
+from .schema import Config
 
 # How a run is carried out, not what it does: it may go on otherwise, with the same numbers up to rounding.
 _FREE = ("engine", "sharding.", "train.micro_batch", "checkpoint.", "log_every", "timeout_s", "max_attempts", "until")

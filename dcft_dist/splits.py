@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from . import config
+from . import schema
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TaskData:
         return cls(class_names, splits["train"], splits["validation"], splits["test"], digest, caveat)
 
 
-def draw_of(task: config.Task, split: str) -> str:
+def draw_of(task: schema.Task, split: str) -> str:
     """Seed of the draw of a split's examples."""
     again = split == "train" and task.sample_seed is not None
     return f"sample:{task.sample_seed}" if again else f"{task.split_seed}:{split}"

@@ -8,8 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from . import life
-from .config import Config
 from .errors import WorldError
+from .schema import Config
 from .trainer import run
 from .world import joined_world
 

@@ -28,8 +28,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from .config import Config, Section, Seed, load_config
+from .config import load_config
 from .errors import ConfigError
+from .schema import Config, Section, Seed
 
 Values = tuple[tuple[str, Any], ...]  # dotted key, value
 

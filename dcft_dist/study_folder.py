@@ -10,9 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .config import Config
 from .errors import DataError, RunError, listing
 from .files import read_json, read_lines, write_atomic
+from .schema import Config
 from .study import Cell, Study, Values, facts_of, make_config
 
 Result = dict[str, Any]

@@ -12,13 +12,13 @@ from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
-from . import config
+from . import schema
 from .errors import DataError
 from .packages import drug_review_file, icd_file
 from .splits import Split, TaskData, draw_of
 
 
-def load_task(task: config.Task) -> TaskData:
+def load_task(task: schema.Task) -> TaskData:
     """Loads and splits the data of a task.
 
     Raises:
@@ -31,7 +31,7 @@ def load_task(task: config.Task) -> TaskData:
     return {"icd10cm_chapter": _icd10cm_chapter, "drug_review": _drug_review}[task.name](task)
 
 
-def _icd10cm_chapter(task: config.Task) -> TaskData:
+def _icd10cm_chapter(task: schema.Task) -> TaskData:
     """ICD-10-CM tabular list (US public domain): description of a code -> chapter; whole categories are held out."""
     root = _tabular_list(icd_file())
     names: list[str] = []
@@ -55,7 +55,7 @@ def _icd10cm_chapter(task: config.Task) -> TaskData:
     return TaskData.of(names, splits, "It classifies the descriptions of codes, not patient notes.")
 
 
-def _drug_review(task: config.Task) -> TaskData:
+def _drug_review(task: schema.Task) -> TaskData:
     """Six hundred reviews and the package's own test split; a fifth of the training drugs validates."""
     names = ["negative", "neutral", "positive"]
     rows = {name: _reviews(drug_review_file(), f"drugsCom{name.title()}.tsv") for name in ("train", "test")}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
-from dcft_dist.config import Penalty
 from dcft_dist.controls import KINDS, control_set
 from dcft_dist.displacement import EqualDisplacement, PullToStart
 from dcft_dist.errors import PenaltyError
@@ -17,6 +16,7 @@ from dcft_dist.factor import LearnedFactor
 from dcft_dist.measure import Groups
 from dcft_dist.optim import factor_at
 from dcft_dist.prior import kept, scores_after_training
+from dcft_dist.schema import Penalty
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
 from .ranks import run_ranks

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from dcft_dist import cli
-from dcft_dist.config import Config, load_config
+from dcft_dist.config import load_config
 from dcft_dist.data import make_batch
 from dcft_dist.errors import ConfigError, DataError
 from dcft_dist.files import read_json
 from dcft_dist.models import build_model
 from dcft_dist.mri import NAMES
 from dcft_dist.packages import dinov2_file
+from dcft_dist.schema import Config
 from dcft_dist.splits import TaskData
 from dcft_dist.tasks import load_task
 

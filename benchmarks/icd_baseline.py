@@ -12,12 +12,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_union
 
-from dcft_dist.schema import Task
+from dcft_dist.config import load_config
 from dcft_dist.tasks import load_task
 
 
 def accuracies(split_seed: int) -> tuple[float, float]:
-    data = load_task(Task(split_seed=split_seed))
+    data = load_task(load_config("icd.toml", ["--task.split_seed", str(split_seed)]))
     features = make_union(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
         TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True),
@@ -31,6 +31,7 @@ def accuracies(split_seed: int) -> tuple[float, float]:
 
 if __name__ == "__main__":
     print("| split seed | validation accuracy | test accuracy |\n|---|---|---|")
+    used = load_config("icd.toml").task.split_seed
     for seed in range(6):
         validation, test = accuracies(seed)
-        print(f"| {seed}{' (used)' if seed == Task().split_seed else ''} | {validation:.3f} | {test:.3f} |", flush=True)
+        print(f"| {seed}{' (used)' if seed == used else ''} | {validation:.3f} | {test:.3f} |", flush=True)

@@ -27,9 +27,9 @@ def main() -> None:
     options.add_argument("--config", default="icd.toml")
     given = options.parse_args()
     config, device = load_config(given.config), torch.device("cpu")
-    task = load_task(config.task)
-    model, processor = build_model(config, len(task.class_names))
-    tokens = processor(task.train)
+    task = load_task(config)
+    pretrained = build_model(config, len(task.class_names))
+    model, tokens = pretrained.module, pretrained.processor(task.train)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     waits, steps = [], []
     for step in range(1 + REPEATS):
@@ -39,7 +39,7 @@ def main() -> None:
         ready = time.perf_counter()
         optimizer.zero_grad()
         for batch in batches:
-            functional.cross_entropy(model(batch), batch["labels"]).backward()
+            functional.cross_entropy(pretrained.outputs(model, batch), batch["labels"]).backward()
         optimizer.step()
         waits.append(ready - begin)
         steps.append(time.perf_counter() - ready)

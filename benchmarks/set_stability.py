@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 
 
 def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(model(batch).float(), batch["labels"])
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    return torch.nn.functional.cross_entropy(model(**inputs).float(), batch["labels"])
 
 
 def score(rank: int, ranks: int, folder: str, head: str, bf16: bool) -> None:
@@ -36,12 +37,12 @@ def score(rank: int, ranks: int, folder: str, head: str, bf16: bool) -> None:
     store = dist.FileStore(f"{folder}/store.{ranks}.{bf16}", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     config = Config(name="stability")
-    data = load_task(config.task)
-    model, processor = build_model(config, len(data.class_names))
-    model.head.load_state_dict(load_file(head))
-    tokens = processor(data.train)
-    plan = Plan("fsdp2", CPU, model.blocks(), bf16=bf16)
-    wrapped = prepare(model, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
+    data = load_task(config)
+    pretrained = build_model(config, len(data.class_names))
+    pretrained.module.load_state_dict(load_file(head), strict=False)
+    tokens = pretrained.processor(data.train)
+    plan = Plan("fsdp2", CPU, pretrained.blocks, bf16=bf16)
+    wrapped = prepare(pretrained.module, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
     wanted = order(0, 0, len(tokens))[:256]
     items = [b for i in range(0, 256, 32) for b in micro_batches(wanted[i : i + 32], rank, ranks, 32, tokens, CPU)]
     select_fundamental(score_importance(wrapped, items, loss_fn, head="head"), 0.1).save(f"{folder}/{ranks}.{bf16}")

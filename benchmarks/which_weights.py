@@ -19,24 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from side_by_side import parser, show
-from torch.nn import functional
 
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
 from dcft_dist.config import load_config
 from dcft_dist.controls import KINDS, control_set
-from dcft_dist.data import Batch, evaluation_batches, micro_batches, order
-from dcft_dist.evaluate import EVALUATION_BATCH, evaluate
+from dcft_dist.data import order
 from dcft_dist.files import write_atomic
-from dcft_dist.head import Head
+from dcft_dist.head import warm_up_or_load
 from dcft_dist.importance import Scores
-from dcft_dist.models import HEAD, build_model
+from dcft_dist.job import Job, make_job
 from dcft_dist.pictures import SETS, png
 from dcft_dist.removal import removed
-from dcft_dist.schema import Config
-from dcft_dist.tasks import load_task
+from dcft_dist.run_dir import RunDirectory
 from dcft_dist.world import World, joined_world
 
 CRITERIA = ("taylor_squared", "taylor", "removal", "fisher", "magnitude")
@@ -49,44 +45,34 @@ TASKS = {
 }  # fmt: skip
 
 
-def loss_fn(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    return functional.cross_entropy(model(batch), batch["labels"])
-
-
 @dataclass
 class Setting:
     """A task with its model, the head warmed up."""
 
-    config: Config
-    model: Any
-    train: Any
-    validation: Any
-    classes: int
-    world: World
+    job: Job
+
+    @property
+    def model(self) -> Any:
+        return self.job.model
 
     def scores(self, criterion: str, num: int = SCORED, seed: int | None = None) -> Scores:
-        drawn = order(self.config.seed if seed is None else seed, 0, len(self.train))[:num]
-        items = [
-            b
-            for i in range(0, num, BATCH)
-            for b in micro_batches(drawn[i : i + BATCH], 0, 1, BATCH, self.train, self.world.device)
-        ]
-        return score_importance(self.model, items, loss_fn, head=HEAD, criterion=criterion)  # type: ignore[arg-type]
+        drawn = order(self.job.config.seed if seed is None else seed, 0, len(self.job.train))[:num]
+        items = [b for i in range(0, num, BATCH) for b in self.job.micro_batches(drawn[i : i + BATCH], self.job.train)]
+        return score_importance(self.model, items, self.job.loss, head=self.job.pretrained.head, criterion=criterion)  # type: ignore[arg-type]
 
     def validate(self) -> dict[str, float]:
-        batches = evaluation_batches(self.validation, 0, 1, EVALUATION_BATCH, self.world.device)
-        found = evaluate(self.model, batches, self.classes, lambda: torch.autocast("cpu", enabled=False))
+        found = self.job.evaluate(self.job.validation).metrics
         return {key: found[key] for key in ("loss", "accuracy")}
 
 
 def make(task: str, seed: int, world: World) -> Setting:
-    config = load_config("icd.toml", [*TASKS[task], "--seed", str(seed)])
-    data = load_task(config.task)
-    model, processor = build_model(config, len(data.class_names))
-    train, validation = map(processor, (data.train, data.validation))
+    config = load_config(
+        "icd.toml", [*TASKS[task], "--seed", str(seed), "--engine", "single", "--train.micro_batch", str(BATCH)]
+    )
     with tempfile.TemporaryDirectory() as folder:
-        Head(model, config.head_warmup, seed, world).warm_up_or_load(Path(folder) / "head.safetensors", train, validation)
-    return Setting(config, model, train, validation, len(data.class_names), world)
+        job = make_job(config, world, RunDirectory(Path(folder)))
+        warm_up_or_load(job)
+    return Setting(job)
 
 
 # -- removal -----------------------------------------------------------------------------------------------------------
@@ -170,7 +156,7 @@ def main() -> None:
     with joined_world(3600.0) as world:
         for task, seed in itertools.product(TASKS, (0, 1)):
             setting = make(task, seed, world)
-            classes[task] = setting.classes
+            classes[task] = setting.job.objective.num_outputs
             scores = setting.scores("taylor_squared")
             for share, kept in sets.items():
                 top = select_fundamental(scores, share)

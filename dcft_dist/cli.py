@@ -135,7 +135,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
     check_ranks(config, options.ranks)
     RunFolder.of(config).check(config)
     check_model(config)
-    check_sizes(config, len(load_task(config.task).train))
+    check_sizes(config, len(load_task(config).train))
     print(f"{config.name}: the configuration is valid, and its data and weights are installed")
 
 

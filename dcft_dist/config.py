@@ -151,8 +151,17 @@ def _explain(detail: Any) -> str:
 def to_toml(config: Config) -> str:
     """The whole configuration as TOML; keys that are absent (None) are left out."""
     data = config.model_dump(exclude_none=True)
-    lines = [f"{key} = {json.dumps(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {_as_toml(value)}" for key, value in data.items() if not isinstance(value, dict)]
     for section, values in data.items():
         if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+            lines += ["", f"[{section}]", *(f"{key} = {_as_toml(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
+
+
+def _as_toml(value: Any) -> str:
+    """Numbers, texts and lists are written as in JSON, and a table in a line of its own."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_as_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_toml, value)) + "]"
+    return json.dumps(value)

@@ -24,14 +24,24 @@ class Examples(Protocol):
     """A split as a model takes it."""
 
     @property
-    def labels(self) -> list[int]: ...
+    def labels(self) -> list[Any]: ...
 
     def __len__(self) -> int: ...
 
     def length(self, index: int) -> int:
         """Examples of like length are evaluated together."""
 
-    def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]: ...
+    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
+        """`draw`: which random variant of the examples (an epoch); None: no variation."""
+
+
+class Processor(Protocol):
+    """Makes inputs of a split."""
+
+    def __call__(self, split: Split) -> Examples: ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what transformers reads as a tokenizer or image processor, if there is such a thing."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +49,7 @@ class Tokens:
     """A tokenized split: token ids of each text, labels."""
 
     ids: list[list[int]]
-    labels: list[int]
+    labels: list[Any]
     pad_id: int
 
     def __len__(self) -> int:
@@ -48,7 +58,7 @@ class Tokens:
     def length(self, index: int) -> int:
         return len(self.ids[index])
 
-    def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
         """Texts padded to the longest of them."""
         rows = [self.ids[i] for i in indices]
         width = max(len(row) for row in rows)
@@ -65,7 +75,7 @@ class Images:
     """Grey images [size, height, width] of uint8, given to the model as `side` x `side` in three equal channels."""
 
     pixels: Tensor
-    labels: list[int]
+    labels: list[Any]
     side: int
 
     def __len__(self) -> int:
@@ -74,7 +84,7 @@ class Images:
     def length(self, index: int) -> int:
         return 0
 
-    def inputs(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
         """Normalised as ImageNet's are."""
         grey = self.pixels[list(indices)].unsqueeze(1).float() / 255
         sized = functional.interpolate(grey, (self.side, self.side), mode="bilinear", align_corners=False)
@@ -113,9 +123,15 @@ class ImageProcessor:
         )
 
 
-def make_batch(examples: Examples, indices: Sequence[int], device: torch.device, real: int | None = None) -> Batch:
+def make_batch(
+    examples: Examples,
+    indices: Sequence[int],
+    device: torch.device,
+    real: int | None = None,
+    draw: int | None = None,
+) -> Batch:
     """Only the first `real` samples count."""
-    batch = examples.inputs(indices) | {
+    batch = examples.inputs(indices, draw) | {
         "labels": torch.tensor([examples.labels[i] for i in indices]),
         "real": torch.arange(len(indices)) < (len(indices) if real is None else real),
         "index": torch.tensor(indices),
@@ -129,12 +145,18 @@ def order(seed: int, epoch: int, size: int) -> list[int]:
 
 
 def micro_batches(
-    indices: Sequence[int], rank: int, ranks: int, micro_batch: int, examples: Examples, device: torch.device
+    indices: Sequence[int],
+    rank: int,
+    ranks: int,
+    micro_batch: int,
+    examples: Examples,
+    device: torch.device,
+    draw: int | None = None,
 ) -> list[Batch]:
     """This rank's part of one global batch, cut into micro-batches of equal size."""
     share = len(indices) // ranks
     mine = indices[rank * share : (rank + 1) * share]
-    return [make_batch(examples, mine[i : i + micro_batch], device) for i in range(0, share, micro_batch)]
+    return [make_batch(examples, mine[i : i + micro_batch], device, draw=draw) for i in range(0, share, micro_batch)]
 
 
 def evaluation_batches(

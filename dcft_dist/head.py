@@ -1,96 +1,150 @@
-"""The head's warm-up in a run: on features that the frozen body computes once."""
+"""The head's warm-up in a run: on what the frozen body gives it, computed once."""
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torch.nn import functional
 
-from . import collectives, schema
+from . import collectives
 from .data import Examples, evaluation_batches, order
-from .errors import CheckpointError
+from .engines import find_engine
+from .engines.private import materialise
+from .errors import CheckpointError, ConfigError
 from .evaluate import EVALUATION_BATCH
 from .files import write_atomic
-from .models import Classifier
+from .job import Job
+from .loading import fill_weights
+from .names import clean
 from .warmup import warm_up_head
-from .world import World
+from .weights import whole_weight
 
 log = logging.getLogger(__name__)
-Features = tuple[Tensor, Tensor, int]  # [size, width] features, [size] labels, size
+Features = tuple[Tensor, Tensor, int]  # [size, ...] inputs of the head, [size, ...] labels, size
 
 
-class Head:
-    """Warms up the head of a model that is not wrapped yet; the linear probe is nothing else."""
+def warm_up_or_load(job: Job) -> None:
+    """Trains the head alone, unless its file is there from an earlier attempt; leaves it in the file and the model.
 
-    def __init__(
-        self,
-        model: Classifier,
-        settings: schema.HeadWarmup,
-        seed: int,
-        world: World,
-    ) -> None:
-        self._model, self._settings, self._seed, self._world = model, settings, seed, world
+    The linear probe is nothing else. Collective.
 
-    def warm_up_or_load(self, file: Path, train: Examples, validation: Examples) -> None:
-        """Trains the head, unless `file` has it from an earlier attempt; leaves it in `file` and in the model. Collective.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
-        head = self._model.head.to(self._world.device)
-        if not collectives.on_every_rank(file.exists()):
-            self._warm_up(file, train, validation)  # it is not read back: a node may not see the new file yet
-            return
+    Raises:
+        CheckpointError: the file is damaged.
+        ConfigError: the head is not one module that takes one tensor.
+    """
+    file, names = job.directory.head, job.pretrained.head_names
+    if not names:
+        return
+    if collectives.on_every_rank(file.exists()):
         with collectives.agreed("load the warmed-up head"):
             try:
-                head.load_state_dict(load_file(file))
-            except (OSError, SafetensorError, RuntimeError) as error:
+                found = load_file(file)
+                if set(found) != set(names):
+                    raise ValueError("it has other weights than this model's head")
+            except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{file} is damaged ({error}): delete it to make it again") from error
+        fill_weights(job.model, found)
+        return
+    found = _warm_up(job) if job.config.head_warmup.max_epochs else _weights(job, names)
+    fill_weights(job.model, found)
+    with collectives.agreed("save the warmed-up head"):  # it is not read back: a node may not see the new file yet
+        if job.world.is_first:
+            write_atomic(file, save({name: value.cpu().contiguous() for name, value in found.items()}))
 
-    def _warm_up(self, file: Path, train: Examples, validation: Examples) -> None:
-        self._model.to(self._world.device).eval()
-        head, settings = self._model.head, self._settings
-        done = warm_up_head(
-            head,
-            self._batches(train),
-            _loss,
-            head=("weight", "bias"),
-            validation=self._batches(validation),
-            lr=settings.lr,
-            max_epochs=settings.max_epochs,
-            patience=settings.patience,
+
+def _weights(job: Job, names: list[str]) -> dict[str, Tensor]:
+    """Whole weights by name, from the shards of all ranks. Collective."""
+    engine = find_engine(job.model)
+    shapes, shards = engine.full_shapes(), {shard.name: shard for shard in engine.shards()}
+    return {name: whole_weight(shards[name], shards[name].local).view(shapes[name]) for name in names}
+
+
+def _warm_up(job: Job) -> dict[str, Tensor]:
+    """The head's weights after training a copy of it."""
+    settings = job.config.head_warmup
+    name, head = _copied(job)
+    inside = {n: n.removeprefix(f"{name}.") for n in job.pretrained.head_names}
+    head.load_state_dict({inside[n]: value for n, value in _weights(job, list(inside)).items()}, strict=False)
+    objective = job.objective
+
+    def loss(module: nn.Module, batch: Features) -> tuple[Tensor, int]:
+        features, labels, count = batch
+        return objective.losses(module(features).float(), labels).sum(), count
+
+    done = warm_up_head(
+        head,
+        _features(job, name, job.train),
+        loss,
+        head=tuple(inside.values()),
+        validation=_features(job, name, job.validation),
+        lr=settings.lr,
+        max_epochs=settings.max_epochs,
+        patience=settings.patience,
+    )
+    if done.best_epoch == settings.max_epochs:
+        log.warning("the head was still improving after %d epochs of warm-up", settings.max_epochs)
+    log.info("head: %s", json.dumps({"epochs": done.best_epoch, "validation_loss": min(done.validation_losses)}))
+    weights = dict(head.named_parameters())
+    return {full: weights[short].detach() for full, short in inside.items()}
+
+
+def _copied(job: Job) -> tuple[str, nn.Module]:
+    """Name and a whole, plain copy of the head."""
+    if job.head is None:
+        raise ConfigError(
+            f"model.head = {list(job.pretrained.head)} is not one module, so it cannot be warmed up alone: "
+            "head_warmup.max_epochs = 0 starts with a cold head"
         )
-        if done.best_epoch == settings.max_epochs:
-            log.warning("the head was still improving after %d epochs of warm-up", settings.max_epochs)
-        with collectives.agreed("save the warmed-up head"):
-            if self._world.is_first:
-                weights = {k: v.cpu() for k, v in head.state_dict().items()}
-                write_atomic(file, save(weights, {"warm_up": json.dumps(done.__dict__)}))
+    head = copy.deepcopy(job.head)
+    materialise(head, job.world.device)
+    return job.pretrained.head[0], head
 
-    @torch.no_grad()
-    def _batches(self, examples: Examples) -> list[Features]:
-        """This rank's features of a split, in batches of `settings.batch` over all ranks, equally many on every rank."""
-        rank, ranks = self._world.rank, self._world.world_size
-        features, labels = [], []
-        for batch in evaluation_batches(examples, rank, ranks, EVALUATION_BATCH, self._world.device):
+
+@torch.no_grad()
+def _features(job: Job, name: str, examples: Examples) -> list[Features]:
+    """This rank's inputs of the head, in batches of the warm-up's size over all ranks, equally many on every rank."""
+    rank, ranks = job.world.rank, job.world.world_size
+    features, labels = [], []
+    with _inputs_of(job.model, name) as seen:
+        for batch in evaluation_batches(examples, rank, ranks, EVALUATION_BATCH, job.world.device):
+            with job.prepared.computing():
+                job.pretrained.outputs(job.model, batch)
             real = batch["real"]
-            features.append(self._model.features(batch)[real])
+            features.append(seen.pop().float()[real])
             labels.append(batch["labels"][real])
-        x, y = torch.cat(features), torch.cat(labels)
-        mixed = torch.tensor(order(self._seed, rank, len(x)), device=x.device)  # they come by length
-        share = max(self._settings.batch // ranks, 1)
-        num_batches = math.ceil(math.ceil(len(examples) / ranks) / share)
-        parts = [mixed[i * share : (i + 1) * share] for i in range(num_batches)]
-        return [(x[part], y[part], len(part)) for part in parts]
+    x, y = torch.cat(features), torch.cat(labels)
+    mixed = torch.tensor(order(job.config.seed, rank, len(x)), device=x.device)  # they come by length
+    share = max(job.config.head_warmup.batch // ranks, 1)
+    num_batches = math.ceil(math.ceil(len(examples) / ranks) / share)
+    parts = [mixed[i * share : (i + 1) * share] for i in range(num_batches)]
+    return [(x[part], y[part], len(part)) for part in parts]
 
 
-def _loss(head: nn.Module, batch: Features) -> tuple[Tensor, int]:
-    features, labels, count = batch
-    return functional.cross_entropy(head(features), labels, reduction="sum"), count
+@contextmanager
+def _inputs_of(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """In eval mode: what the module of that name is given in each forward goes into the list."""
+    engine, seen = find_engine(model), list[Tensor]()
+    module = {clean(path): m for path, m in engine.module.named_modules()}[name]
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+            raise ConfigError(f"model.head: {name} takes something else than one tensor, so it cannot be warmed up alone")
+        seen.append(inputs[0])
+
+    training, handle = model.training, module.register_forward_pre_hook(keep)
+    model.eval()
+    try:
+        yield seen
+    finally:
+        handle.remove()
+        model.train(training)
+        engine.settle()

@@ -9,34 +9,35 @@ from .displacement import EqualDisplacement, PullToStart
 from .engines.wrap import Prepared
 from .errors import DataError
 from .fundamental import FundamentalSet
-from .models import HEAD, Classifier
 from .penalty import Penalty, attach_penalty
+from .pretrained import Pretrained
 from .schema import Config, Lora
 
 
-def choose_trained(model: Classifier, config: Config) -> None:
+def choose_trained(pretrained: Pretrained, config: Config) -> None:
     """Freezes what the method does not train, or puts adapters into the body; before the model is wrapped."""
+    head = set(pretrained.head_names)
     if config.method == "bitfit":
-        for name, parameter in model.backbone.named_parameters():
-            parameter.requires_grad_(name.endswith("bias"))
+        for name, parameter in pretrained.module.named_parameters():
+            parameter.requires_grad_(name.endswith("bias") or name in head)
     elif config.method == "lora":
-        _insert_adapters(model.backbone, config.lora, config.seed)
+        _insert_adapters(pretrained.module, head, config.lora, config.seed)
 
 
-def depths(model: Classifier) -> dict[str, int]:
+def depths(pretrained: Pretrained) -> dict[str, int]:
     """Block of each body weight, counted from the top: what lies above all blocks counts with the last, what lies below them
     comes after the first."""
-    blocks = model.blocks()
+    blocks, head = pretrained.blocks, set(pretrained.head_names)
     inside = {id(p): len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
     found, depth = {}, len(blocks)
-    for name, parameter in model.named_parameters():
-        if not name.startswith(f"{HEAD}."):
+    for name, parameter in pretrained.module.named_parameters():
+        if name not in head:
             depth = inside.get(id(parameter), 0 if depth < len(blocks) else depth)
             found[name] = depth
     return found
 
 
-def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config) -> Penalty | None:
+def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config, head: tuple[str, ...]) -> Penalty | None:
     """Puts in force what the method does around each step; returns the penalty if that is it. Collective."""
     settings, penalty = config.penalty, None
     factors = {"rest_factor": settings.rest_factor, "unscored_factor": settings.unscored_factor}
@@ -54,28 +55,31 @@ def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config
             **factors,
         )
     if config.optimizer.pull_to_start:
-        PullToStart(prepared.model, HEAD, config.optimizer.pull_to_start, prepared.optimizer)
+        PullToStart(prepared.model, head, config.optimizer.pull_to_start, prepared.optimizer)
     return penalty
 
 
-def _insert_adapters(backbone: nn.Module, settings: Lora, seed: int) -> None:
+def _insert_adapters(module: nn.Module, head: set[str], settings: Lora, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise DataError("method 'lora' needs the package peft: pip install peft") from error
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in head]
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=linear)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, backbone)
+        inject_adapter_in_model(config, module)
+    for name, parameter in module.named_parameters():  # peft has frozen all but its own
+        if name in head:
+            parameter.requires_grad_(True)
 
 
-def merge_adapters(backbone: nn.Module) -> None:
+def merge_adapters(module: nn.Module) -> None:
     """Adds the adapters to the weights they adapt, and takes them out: the body has its own names again."""
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in list(backbone.named_modules()):
+    for name, layer in list(module.named_modules()):
         if isinstance(layer, LoraLayer):
             layer.merge()
             parent, _, slot = name.rpartition(".")
-            setattr(backbone.get_submodule(parent), slot, layer.get_base_layer())
+            setattr(module.get_submodule(parent), slot, layer.get_base_layer())

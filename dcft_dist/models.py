@@ -1,75 +1,32 @@
-"""Pre-trained models that install as a package, with a new head on top."""
+"""The pre-trained models of a run: those that install as a package, and the user's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .data import Batch, ImageProcessor, TextProcessor
+from .data import ImageProcessor, Processor, TextProcessor
 from .errors import ConfigError, DataError, listing
+from .images import OwnImageProcessor
+from .own_model import own_model
 from .packages import dinov2_file, minilm_folder
+from .pretrained import HEAD, Classifier, Pretrained, find_blocks
 from .schema import Config
 
-HEAD = "head"  # the head's name in every model of this module
-Processor = TextProcessor | ImageProcessor  # called with a split, each gives its `Examples`
 
-
-class Classifier(nn.Module):
-    """A transformer of the transformers library, a vector made of its states, and a linear head."""
-
-    def __init__(self, backbone: nn.Module, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(width, num_classes)
-
-    def features(self, batch: Batch) -> Tensor:
-        """[size, width]."""
-        raise NotImplementedError
-
-    def forward(self, batch: Batch) -> Tensor:
-        """[size, num_classes] logits."""
-        logits: Tensor = self.head(self.features(batch))
-        return logits
-
-    def describe(self, folder: Path) -> None:
-        """Writes what `AutoModel` needs to know of the backbone besides its weights."""
-        self.backbone.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-
-    def blocks(self) -> list[nn.Module]:
-        """The units to shard one by one."""
-        return list(self.backbone.encoder.layer)  # type: ignore[union-attr, arg-type]
-
-
-class TextClassifier(Classifier):
-    """Features: the mean of the token states."""
-
-    def features(self, batch: Batch) -> Tensor:
-        states = self.backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        weights = batch["attention_mask"].unsqueeze(-1).to(states.dtype)
-        mean: Tensor = (states * weights).sum(1) / weights.sum(1)
-        return mean
-
-
-class ImageClassifier(Classifier):
-    """Features: the class token."""
-
-    def features(self, batch: Batch) -> Tensor:
-        states: Tensor = self.backbone(pixel_values=batch["pixel_values"]).last_hidden_state
-        return states[:, 0]
-
-
-def build_model(config: Config, num_classes: int) -> tuple[Classifier, Processor]:
-    """The pre-trained model with a head drawn from the seed, and what turns a split into its inputs.
+def build_model(config: Config, num_outputs: int) -> Pretrained:
+    """The model with a head drawn from the seed.
 
     Raises:
         DataError: the package with the weights is not installed.
-        ConfigError: more layers are asked for than there are.
+        ConfigError: more layers are asked for than there are; see `own_model` too.
     """
-    backbone, processor, make = {"minilm": _minilm, "dinov2_small": _dinov2_small}[config.model.name](config)
+    if config.model.name == "own":
+        return own_model(config, num_outputs, make_processor(config))
+    backbone, features = {"minilm": _minilm, "dinov2_small": _dinov2_small}[config.model.name](config)
     layers = config.model.num_layers
     if layers is not None:
         if layers > len(backbone.encoder.layer):
@@ -78,7 +35,35 @@ def build_model(config: Config, num_classes: int) -> tuple[Classifier, Processor
         backbone.config.num_hidden_layers = layers
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        return make(backbone.float(), backbone.config.hidden_size, num_classes), processor
+        module = Classifier(backbone.float(), features, backbone.config.hidden_size, num_outputs)
+    return Pretrained(
+        module=module,
+        head=(HEAD,),
+        blocks=find_blocks(module),
+        processor=make_processor(config),
+        parts={"backbone.": ".", f"{HEAD}.": HEAD},
+        describe=backbone.config.save_pretrained,
+    )
+
+
+def make_processor(config: Config) -> Processor:
+    """What makes inputs of a split.
+
+    Raises:
+        ConfigError: the model has no tokenizer; keys of `[data]` do not fit each other.
+    """
+    if config.task.name == "mri_region":
+        return ImageProcessor(config.model.image_size)
+    if config.task.name == "own" and config.data.modality == "image":
+        return OwnImageProcessor(config)
+    from transformers import AutoTokenizer
+
+    folder = minilm_folder() if config.model.name == "minilm" else config.model.weights
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.weights: no tokenizer in {folder}: {error}") from error
+    return TextProcessor(tokenizer, config.task.max_tokens)
 
 
 def check_model(config: Config) -> None:
@@ -86,25 +71,20 @@ def check_model(config: Config) -> None:
     Raises:
         DataError: the package with the weights is not installed.
     """
-    {"minilm": minilm_folder, "dinov2_small": dinov2_file}[config.model.name]()
+    if config.model.name != "own":
+        {"minilm": minilm_folder, "dinov2_small": dinov2_file}[config.model.name]()
 
 
-Parts = tuple[Any, Processor, Callable[[nn.Module, int, int], Classifier]]
-
-
-def _minilm(config: Config) -> Parts:
-    folder = minilm_folder()
-    from transformers import AutoModel, AutoTokenizer
+def _minilm(config: Config) -> tuple[Any, str]:
+    from transformers import AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its load report lists the unused pooler
-    backbone = AutoModel.from_pretrained(folder, add_pooling_layer=False, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return backbone, TextProcessor(tokenizer, config.task.max_tokens), TextClassifier
+    return AutoModel.from_pretrained(minilm_folder(), add_pooling_layer=False, local_files_only=True), "mean"
 
 
-def _dinov2_small(config: Config) -> Parts:
+def _dinov2_small(config: Config) -> tuple[Any, str]:
     """DINOv2 ViT-S/14, from the ONNX file of another model that has it as its backbone."""
     from transformers import Dinov2Config, Dinov2Model
 
@@ -126,7 +106,7 @@ def _dinov2_small(config: Config) -> Parts:
         raise DataError(
             f"{dinov2_file()} is not the backbone it should be: missing {listing(missing)}; unexpected {listing(unexpected)}"
         )
-    return backbone, ImageProcessor(config.model.image_size), ImageClassifier
+    return backbone, "cls"
 
 
 def _renamed(name: str) -> str:

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from .engines.wrap import Weight
-from .models import HEAD
 from .schema import Config
 from .schema import Penalty as PenaltySettings
 
 
-def make_optimizer(weights: Iterable[Weight], config: Config, depths: Mapping[str, int]) -> torch.optim.Optimizer:
+def make_optimizer(
+    weights: Iterable[Weight], config: Config, depths: Mapping[str, int], head: Collection[str]
+) -> torch.optim.Optimizer:
     """AdamW or SGD over what is trained; weight decay on matrices only. Each group keeps its peak rate as `peak_lr`.
 
     Args:
         depths: block of each body weight, counted from the top (0: the last block), for layer-wise learning rates.
+        head: names of the head's weights.
     """
     settings = config.optimizer
     groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     for name, parameter, is_matrix in weights:
         if parameter.requires_grad:
             depth = depths.get(name, 0) if settings.layer_decay < 1.0 else 0
-            groups.setdefault((name.startswith(f"{HEAD}."), is_matrix, depth), []).append(parameter)
+            groups.setdefault((name in head, is_matrix, depth), []).append(parameter)
     rows: list[dict[str, Any]] = [
         {
             "params": parameters,

@@ -111,7 +111,7 @@ def _curves(draw: Callable[[Axes], None]) -> Figure:
 def removal_bars(check: dict[str, Any]) -> Figure:
     fractions = sorted({row["fraction"] for row in check["removed"]})
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for place, key, chance in ((1, "loss", check["chance_loss"]), (2, "accuracy", check["chance_accuracy"])):
+    for place, key, chance in ((1, "loss", check["chance"]["loss"]), (2, "accuracy", check["chance"]["accuracy"])):
         axes = figure.add_subplot(1, 2, place)
         for i, (kind, (label, color)) in enumerate(SETS.items()):
             values = {row["fraction"]: row[key] for row in check["removed"] if row["set"] == kind}

@@ -36,6 +36,8 @@ def _values(field: FieldInfo) -> str:
     if choices and "float" not in str(field.annotation):
         return words
     kind = str(field.annotation).replace("typing.", "").replace("<class '", "").replace("'>", "")
+    if kind.startswith("dict"):
+        return "table"
     kind = "list of text" if "list[str]" in kind else "list of numbers" if "list" in kind else kind
     base = next((word for word in ("list of text", "list of numbers", "int", "float", "str") if word in kind), kind)
     bounds = [f"{op} {getattr(m, name)}" for m in _limits(field) for name, op in _BOUNDS if hasattr(m, name)]

@@ -58,7 +58,7 @@ def removal_table(run: Path) -> str:
     fractions = sorted({row["fraction"] for row in check["removed"]})
     lines = [
         f"Nothing removed: loss {check['base']['loss']:.3f}, accuracy {check['base']['accuracy']:.3f}; at chance "
-        f"{check['chance_loss']:.3f} and {check['chance_accuracy']:.3f}. Rise of the loss, and accuracy:",
+        f"{check['chance']['loss']:.3f} and {check['chance']['accuracy']:.3f}. Rise of the loss, and accuracy:",
         "",
         "| removed | " + " | ".join(f"{100 * f:g} %" for f in fractions) + " |",
         "|---|" + "---|" * len(fractions),

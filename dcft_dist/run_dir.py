@@ -16,7 +16,7 @@ from .run_folder import RunFolder, differences
 from .schema import Config
 
 # What the results of another run must have in common with this one to be used here.
-_HEAD = ("task.", "model.", "seed", "head_warmup.")
+_HEAD = ("task.", "data.", "model.", "import_roots", "seed", "head_warmup.")
 _SCORES = (*_HEAD, "importance.", "train.precision")
 _TRAINING = ("optimizer.", "train.", "selection.")
 _SET = (*_SCORES, "selection.", "removal.")

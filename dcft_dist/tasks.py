@@ -14,16 +14,20 @@ from pathlib import Path
 
 from . import schema
 from .errors import DataError
+from .own_data import own_task
 from .packages import drug_review_file, icd_file
 from .splits import Split, TaskData, draw_of
 
 
-def load_task(task: schema.Task) -> TaskData:
+def load_task(config: schema.Config) -> TaskData:
     """Loads and splits the data of a task.
 
     Raises:
-        DataError: the data package is not installed, or does not hold what it should.
+        DataError: the data package is not installed, or does not hold what it should; see `own_task` too.
     """
+    task = config.task
+    if task.name == "own":
+        return own_task(config)
     if task.name == "mri_region":
         from .mri import mri_region  # late: needs nibabel
 

@@ -35,14 +35,18 @@ LAYERS = [
     ["__init__"],
     ["plan", "recipe"],
     ["hf", "lightning"],
-    ["splits"],
-    ["mri", "data"],
+    ["splits", "imports", "stored", "objectives"],
+    ["loading"],
+    ["mri", "data", "rows"],
+    ["pretrained", "images", "own_data"],
+    ["own_model"],
     ["tasks", "models"],
     ["life"],
     ["run_folder"],
     ["checkpoint", "evaluate", "measure", "controls", "displacement", "run_dir", "optim"],
     ["removal", "methods", "prior"],
-    ["provenance", "head"],
+    ["provenance", "job"],
+    ["head", "find_set", "training", "finish"],
     ["trainer"],
     ["pictures"],
     ["report"],
@@ -97,7 +101,9 @@ def test_the_package_raises_and_never_asserts() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 call = ast.unparse(node.func)
-                assert call not in ("torch.load", "pickle.load", "pickle.loads", "yaml.load"), (file, node.lineno)
+                assert call not in ("pickle.load", "pickle.loads", "yaml.load"), (file, node.lineno)
+                safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
+                assert call != "torch.load" or safe, (file, node.lineno)
 
 
 def test_private_parts_of_other_libraries_are_in_one_place() -> None:

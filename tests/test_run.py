@@ -126,12 +126,14 @@ def check_export(folder: Path, loss: float) -> None:
     from dcft_dist.tasks import load_task
 
     assert FundamentalSet.load(folder / "fundamental.safetensors").num_selected > 0
-    config = load_config(str(folder.parent / "config.toml")).task
+    config = load_config(str(folder.parent / "config.toml"))
     task = load_task(config)
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     head = torch.nn.Linear(384, len(task.class_names))
     head.load_state_dict(load_file(folder / "head/model.safetensors"))
-    batch = tokenizer(task.test.inputs, padding=True, truncation=True, max_length=config.max_tokens, return_tensors="pt")
+    batch = tokenizer(
+        task.test.inputs, padding=True, truncation=True, max_length=config.task.max_tokens, return_tensors="pt"
+    )
     weights = batch["attention_mask"].unsqueeze(-1).float()
     with torch.no_grad():
         mean = (model.eval()(**batch).last_hidden_state * weights).sum(1) / weights.sum(1)
@@ -149,7 +151,7 @@ def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path:
             assert summary["best_epoch"] == 0 and summary["num_selected"] is None
         if method == "random":
             assert summary["criterion"] == "random" and summary["removal"] is None
-    assert all(torch.equal(h["weight"], heads[0]["weight"]) for h in heads)
+    assert all(torch.equal(h["head.weight"], heads[0]["head.weight"]) for h in heads)
     sgd = [
         "--optimizer.name",
         "sgd",

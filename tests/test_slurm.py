@@ -136,7 +136,7 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """The weights after the last step, read into one process."""
     config = load_config(str(folder / name / "config.toml"))
     with torch.random.fork_rng():
-        model, _ = build_model(config, 21)
+        model = build_model(config, 21).module
     load_checkpoint(last(folder, name), model)
     return model.state_dict()
 

@@ -190,8 +190,8 @@ def test_tuned_words(tmp_path: Path) -> None:
 
 
 def test_other_training_texts_by_seed_from_the_same_categories() -> None:
-    tasks = [load_task(load_config("smoke.toml", ["--task.sample_seed", str(s)]).task) for s in (0, 1)]
-    plain = load_task(load_config("smoke.toml").task)
+    tasks = [load_task(load_config("smoke.toml", ["--task.sample_seed", str(s)])) for s in (0, 1)]
+    plain = load_task(load_config("smoke.toml"))
     assert len({t.checksum for t in (*tasks, plain)}) == 3
     for task in tasks:
         assert task.test == plain.test and task.validation == plain.validation and len(task.train) == len(plain.train)

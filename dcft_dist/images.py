@@ -1,0 +1,175 @@
+"""The user's images as a model takes them: read when they are needed, resized, varied in training, normalised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .errors import ConfigError, DataError, listing
+from .files import read_json, write_json
+from .imports import find_object
+from .rows import Cell
+from .schema import Config
+from .splits import Split
+
+PREPROCESSOR = "preprocessor_config.json"  # of transformers' image processors
+Transform = Callable[[Tensor], Any]
+
+
+def read_image(source: Any, channels: int) -> Tensor:
+    """[channels, height, width] in float32: integers are scaled to [0, 1], floats stay; grey goes into all channels.
+
+    Args:
+        source: path of an image or .npy file, an array [height, width] or [height, width, channels], or a `Cell`.
+
+    Raises:
+        DataError: it cannot be read, has another number of channels, or has values that are no numbers; it is named.
+    """
+    name = str(source) if isinstance(source, str | Path) else f"row {source.index}" if isinstance(source, Cell) else "array"
+    try:
+        pixels = _scaled(_array(source))
+    except (OSError, ValueError, SyntaxError) as error:  # the last of damaged PNG files
+        raise DataError(f"{name}: no image that can be read: {error}") from error
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.ndim != 3 or 0 in pixels.shape or pixels.shape[2] not in (1, channels, channels + 1):
+        raise DataError(f"{name}: an image of shape {list(pixels.shape)} does not go into {channels} channels")
+    if pixels.shape[2] == channels + 1:  # an opacity
+        pixels = pixels[:, :, :channels]
+    if not np.isfinite(pixels).all():
+        raise DataError(f"{name}: {int((~np.isfinite(pixels)).sum())} of its pixels are no numbers (NaN or infinite)")
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).expand(channels, -1, -1)
+
+
+def _array(source: Any) -> Any:
+    from PIL import Image
+
+    found = source.read() if isinstance(source, Cell) else source
+    if isinstance(found, str | Path):
+        if Path(found).suffix == ".npy":
+            return np.load(found, allow_pickle=False)
+        with Image.open(found) as image:
+            return np.asarray(image.convert("RGB") if image.mode in ("P", "CMYK", "YCbCr") else image)
+    return np.asarray(found)
+
+
+def _scaled(pixels: Any) -> Any:
+    if pixels.dtype == np.bool_:
+        return pixels.astype(np.float32)
+    if np.issubdtype(pixels.dtype, np.integer):
+        # Pillow gives 16-bit PNG files as int32.
+        top = 65535 if pixels.dtype.itemsize > 1 else 255
+        return pixels.astype(np.float32) / top
+    return pixels.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A split of images."""
+
+    sources: list[Any]
+    labels: list[Any]
+    processor: OwnImageProcessor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def length(self, index: int) -> int:
+        return 0
+
+    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
+        images = [self.processor.image(self.sources[i], None if draw is None else f"{draw}:{i}") for i in indices]
+        return {"pixel_values": torch.stack(images)}
+
+
+class OwnImageProcessor:
+    """Resizes to a square, varies, normalises; size, mean and deviation are those beside the model's weights, if there."""
+
+    def __init__(self, config: Config) -> None:
+        self._seed = config.seed
+        self.mean, self.std = list(config.data.mean), [float(s) for s in config.data.std]
+        self.side = config.model.image_size
+        beside = Path(config.model.weights or "") / PREPROCESSOR
+        if config.model.weights and beside.is_file():
+            facts = read_json(beside)
+            self.mean, self.std = facts.get("image_mean", self.mean), facts.get("image_std", self.std)
+        if len(self.mean) != len(self.std):
+            raise ConfigError(f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}")
+        self._transform = _transform(config)
+
+    def __call__(self, split: Split) -> ImageFiles:
+        return ImageFiles(list(split.inputs), split.labels, self)
+
+    def image(self, source: Any, draw: str | None = None) -> Tensor:
+        """[channels, side, side]. `draw`: which random variant; None: no variation."""
+        pixels = read_image(source, len(self.mean)).unsqueeze(0)
+        size = (self.side, self.side)
+        if pixels.shape[2:] != size:
+            pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+        pixels = pixels[0]
+        if draw is not None and self._transform is not None:
+            pixels = self._varied(pixels, draw)
+        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def _varied(self, pixels: Tensor, draw: str) -> Tensor:
+        """Whatever generator the transform uses, it starts from (seed, epoch, example)."""
+        digest = hashlib.sha256(f"{self._seed}:{draw}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "little")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            if reset := getattr(self._transform, "set_random_state", None):  # MONAI's
+                reset(seed)
+            found = torch.as_tensor(np.asarray(self._transform(pixels.clone())))  # type: ignore[misc]
+        if found.shape != pixels.shape:
+            raise ConfigError(f"data.transform: it makes {list(found.shape)} of an image {list(pixels.shape)}")
+        return found
+
+    def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
+        """Reads every image once, each rank its part.
+
+        Raises:
+            DataError: some cannot be read; the first are named.
+        """
+        sources = [source for split in splits for source in split.inputs][rank::ranks]
+
+        def problem(source: Any) -> str | None:
+            try:
+                read_image(source, len(self.mean))
+            except DataError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor() as threads:
+            wrong = [text for text in threads.map(problem, sources) if text]
+        if wrong:
+            raise DataError(f"{len(wrong)} of {len(sources)} images: {listing(wrong, 3)}")
+
+    def save(self, folder: Path) -> None:
+        """As transformers' image processors read it."""
+        facts = {"size": {"height": self.side, "width": self.side}, "image_mean": self.mean, "image_std": self.std}
+        write_json(folder / PREPROCESSOR, {**facts, "do_center_crop": False})
+
+
+def _transform(config: Config) -> Transform | None:
+    path, args = config.data.transform, config.data.transform_args
+    if path is None:
+        return None
+    found = find_object(path, config.import_roots, "data.transform")
+    try:
+        made = found(**args) if args or isinstance(found, type) else found
+    except Exception as error:
+        raise ConfigError(f"data.transform: {path} fails: {type(error).__name__}: {error}") from error
+    if not callable(made):
+        raise ConfigError(f"data.transform: {path} is no function")
+    transform: Transform = made
+    return transform

@@ -1,0 +1,135 @@
+"""What all phases of a run share: its data, its model, and one way to compute losses and metrics."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import collectives
+from .config import check_sizes
+from .data import Batch, Examples, micro_batches
+from .engines.wrap import Plan, Prepared, prepare, shards_weights
+from .evaluate import Evaluation, evaluate
+from .images import OwnImageProcessor
+from .methods import choose_trained, depths
+from .models import build_model
+from .objectives import Objective, make_objective
+from .optim import make_optimizer
+from .pretrained import Pretrained
+from .run_dir import RunDirectory
+from .schema import Config
+from .splits import TaskData
+from .tasks import load_task
+from .world import World
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with its data and its model under the engine. `head`: a plain copy of the head, if it is one module."""
+
+    config: Config
+    world: World
+    directory: RunDirectory
+    task: TaskData
+    objective: Objective
+    pretrained: Pretrained
+    prepared: Prepared
+    head: nn.Module | None
+    num_weights: int
+    train: Examples
+    validation: Examples
+    test: Examples
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model."""
+        found: nn.Module = self.prepared.model
+        return found
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train) // self.config.train.global_batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch."""
+        with self.prepared.computing():
+            outputs = self.pretrained.outputs(model, batch)
+        return self.objective.loss(outputs, batch["labels"])
+
+    def evaluate(self, examples: Examples, limit: int | None = None) -> Evaluation:
+        """Collective."""
+        computing = self.prepared.computing
+        return evaluate(self.model, self.pretrained.outputs, examples, self.objective, self.world, computing, limit)
+
+    def micro_batches(self, indices: Sequence[int], examples: Examples, draw: int | None = None) -> list[Batch]:
+        """This rank's part of a global batch. `draw`: which random variant of the examples."""
+        world, size = self.world, micro_batch(self.config, len(indices), self.world.world_size)
+        return micro_batches(indices, world.rank, world.world_size, size, examples, world.device, draw)
+
+    def progress_bar(self, items: Any, what: str, **options: Any) -> Any:
+        off = not self.world.is_first or bool(os.environ.get("TQDM_DISABLE"))
+        return tqdm(items, desc=f"{self.config.name}: {what}", disable=off, mininterval=2.0, **options)
+
+
+def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
+    """Reads the data, and puts the model with its pre-trained weights and an optimizer under the engine. Collective.
+
+    Raises:
+        DcftError: see `load_task`, `build_model` and `prepare`.
+    """
+    with collectives.agreed("set-up"):
+        task = load_task(config)
+        objective = make_objective(config.task, len(task.class_names), task.train.labels)
+        pretrained = build_model(config, objective.num_outputs)
+        splits = {"train": task.train, "validation": task.validation, "test": task.test}
+        examples = {name: pretrained.processor(split) for name, split in splits.items()}
+        check_sizes(config, len(examples["train"]))
+        if config.data.check and isinstance(pretrained.processor, OwnImageProcessor):
+            pretrained.processor.check(list(splits.values()), world.rank, world.world_size)
+    num_weights = sum(p.numel() for p in pretrained.module.parameters())
+    found = pretrained.head_module()
+    head = copy.deepcopy(found[1]) if found else None
+    prepared = _prepare(config, world, pretrained)
+    return Job(config, world, directory, task, objective, pretrained, prepared, head, num_weights, **examples)
+
+
+def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
+    module, loading = pretrained.module, pretrained.loading
+    plan = _plan(config, world, pretrained.blocks)
+    if loading and not shards_weights(plan):
+        loading.into_whole(module, world.device)
+    choose_trained(pretrained, config)
+    head, places = pretrained.head_names, depths(pretrained)
+    prepared = prepare(module, plan, lambda weights: make_optimizer(weights, config, places, head))
+    if loading and shards_weights(plan):
+        loading.into(prepared.model)
+    return prepared
+
+
+def _plan(config: Config, world: World, blocks: Sequence[nn.Module]) -> Plan:
+    train, sharding = config.train, config.sharding
+    size = micro_batch(config, train.global_batch, world.world_size)
+    return Plan(
+        engine=config.engine,
+        device=world.device,
+        blocks=blocks,
+        bf16=train.precision == "bf16",
+        replicas=sharding.replicas,
+        offload=sharding.offload,
+        zero_stage=sharding.zero_stage,
+        micro_batch=size,
+        accumulation=train.global_batch // world.world_size // size,
+        clip_grad_norm=train.clip_grad_norm,
+    )
+
+
+def micro_batch(config: Config, global_batch: int, ranks: int) -> int:
+    """The largest micro-batch within the limit that divides a rank's share of a batch."""
+    share = global_batch // ranks
+    return max(n for n in range(1, config.train.micro_batch + 1) if share % n == 0)

@@ -1,0 +1,265 @@
+"""Pre-trained weights into a model that is sharded already: each rank reads only what it holds.
+
+What the file and the model do not have in common is an error unless it was allowed by name, so that a body never stays
+random in silence.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from . import collectives
+from .engines import Shard, find_engine
+from .engines.private import materialise, persistent_buffers
+from .errors import CheckpointError, listing
+from .names import ParameterNames
+from .stored import Stored, TensorSlice
+from .weights import cells
+
+_COUNTERS = "num_batches_tracked"  # of batch normalisation: nothing uses them where the momentum is given
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Patterns of names that may differ: `head` starts afresh, whatever the file has of it; `new` the file need not have;
+    `unused` the model has no place for; `resize` are position embeddings that may have another length."""
+
+    head: tuple[str, ...] = ()
+    new: Sequence[str] = ()
+    unused: Sequence[str] = ()
+    resize: Sequence[str] = ()
+
+
+@dataclass
+class LoadReport:
+    """What became of each tensor: names in the model, except `unused`, which has those in the file."""
+
+    matched: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    resized: dict[str, list[list[int]]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.matched)} tensors read"]
+        for what, names in (("started afresh", self.fresh), ("resized", list(self.resized)), ("left aside", self.unused)):
+            parts += [f"{len(names)} {what} ({listing(names, 4)})"] if names else []
+        return "; ".join(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Loading:
+    """What is to be read into a model: found out, and checked, before it is sharded."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        place: Path,
+        *,
+        allowed: Allowed,
+        rename: Mapping[str, str] | None = None,
+        prefix: str = "",
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            module: the model before it is wrapped; its weights may be on the meta device.
+            place: see `Stored`.
+            rename: prefix of names in the file -> prefix in the model; the longest that fits.
+            prefix: put before all names then, for a model that is part of another.
+            seed: new weights are a function of it and their names.
+
+        Raises:
+            CheckpointError: weights are missing, unexpected or of another shape, all named, unless they are allowed.
+        """
+        self.place = place
+        names = ParameterNames.of(module)
+        shapes = {n: tuple(names.parameters[c].shape) for n, c in names.aliases.items()}
+        shapes |= {n: tuple(b.shape) for n, b in persistent_buffers(module).items()}
+        with Stored(place) as stored:
+            self._source = {_renamed(name, rename or {}, prefix): name for name in stored}
+            self.report = _compare(stored, self._source, shapes, names.aliases, allowed)
+        self._shapes = shapes
+        self._fresh = dict(_fresh(module, [n for n in self.report.fresh if n in names.aliases], seed))
+
+    def into_whole(self, module: nn.Module, device: torch.device) -> None:
+        """For engines that do not shard: gives the module memory on the device, and reads all weights. Collective."""
+        materialise(module, device)
+        self.into(module)
+
+    @torch.no_grad()
+    def into(self, model: nn.Module) -> None:
+        """Reads the weights and persistent buffers into the model, under any engine: each rank what it holds. Collective.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        engine = find_engine(model)
+        with collectives.agreed(f"read {self.place}"), Stored(self.place) as stored:
+            buffers, shards = persistent_buffers(engine.module), {shard.name: shard for shard in engine.shards()}
+            for name in (*self.report.matched, *self.report.resized):
+                values = stored[self._source[name]]
+                if name in self.report.resized:
+                    values = TensorSlice(_resized(values[...], self._shapes[name]))
+                if name in buffers:
+                    buffers[name].copy_(values[...])
+                else:
+                    shard = shards[engine.names.aliases[name]]
+                    shard.local.copy_(cells(values, shard.box).view(shard.local.shape))
+            for name, whole in self._fresh.items():
+                fill_shard(shards[engine.names.aliases[name]], whole)
+        engine.publish()
+
+
+@torch.no_grad()
+def fill_weights(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Puts whole weights, by name, into a model under any engine. Collective."""
+    engine = find_engine(model)
+    for shard in engine.shards():
+        if shard.name in values:
+            fill_shard(shard, values[shard.name])
+    engine.publish()
+
+
+def fill_shard(shard: Shard, whole: Tensor) -> None:
+    index = shard.box.flat_index(0, shard.box.numel, whole.device)
+    target = shard.local.detach()
+    target.copy_(whole.reshape(-1)[index].view(target.shape))
+
+
+def _renamed(name: str, rename: Mapping[str, str], prefix: str) -> str:
+    fitting = [old for old in rename if name.startswith(old)]
+    if fitting:
+        old = max(fitting, key=len)
+        name = rename[old] + name[len(old) :]
+    return prefix + name
+
+
+def _compare(
+    stored: Stored, source: Mapping[str, str], shapes: Mapping[str, Shape], aliases: Mapping[str, str], allowed: Allowed
+) -> LoadReport:
+    """What to do with each tensor.
+
+    Raises:
+        CheckpointError: see `Loading`.
+    """
+    report, wrong = LoadReport(), []
+    known = {aliases.get(name, name) for name in source if name in shapes and not _fits(name, allowed.head)}
+    for name, shape in shapes.items():
+        if _fits(name, allowed.head):
+            report.fresh.append(name)
+        elif name not in source:
+            if aliases.get(name, name) in known:  # tied to one that is there
+                continue
+            if _fits(name, allowed.new) or name.endswith(_COUNTERS):
+                report.fresh.append(name)
+            else:
+                wrong.append(f"no {name}")
+        elif (found := stored.shape(source[name])) == shape:
+            report.matched.append(name)
+        elif _fits(name, allowed.resize):
+            _grid(name, found, shape)
+            report.resized[name] = [list(found), list(shape)]
+        else:
+            advice = f": model.resize = ['{name}'] interpolates it" if "pos" in name else ""
+            wrong.append(f"{source[name]} is {list(found)} there and {list(shape)} in the model{advice}")
+    for name, old in source.items():
+        if name not in shapes or _fits(name, allowed.head):
+            report.unused.append(old)
+            if name not in shapes and not _fits(old, allowed.unused):
+                wrong.append(f"{old} has no place in the model")
+    if wrong:
+        raise CheckpointError(f"{stored.place} does not fit the model: {listing(wrong)}{_advice(source, shapes)}")
+    return report
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
+
+
+def _advice(source: Mapping[str, str], shapes: Mapping[str, Shape]) -> str:
+    """A prefix that would make names fit, if there is one; otherwise which keys allow differences."""
+    unknown, missing = [n for n in source if n not in shapes], [n for n in shapes if n not in source]
+    for old in dict.fromkeys(f"{name.split('.')[0]}." for name in unknown):
+        rest = [name.removeprefix(old) for name in unknown if name.startswith(old)]
+        if sum(name in shapes for name in rest) > len(rest) / 2:
+            return f'; model.rename = {{"{old}" = ""}} would make most names fit'
+    for new in dict.fromkeys(f"{name.split('.')[0]}." for name in missing):
+        if sum(new + name in shapes for name in unknown) > len(unknown) / 2:
+            return f'; model.rename = {{"" = "{new}"}} would make most names fit'
+    return "; model.new, model.unused and model.rename say what may differ"
+
+
+# -- reading -------------------------------------------------------------------------------------------------------------
+
+
+def _grid(name: str, old: Shape, new: Shape) -> tuple[int, int, int]:
+    """(extra tokens before the grid, side of the old grid, of the new one) of position embeddings [1, tokens, width].
+
+    Raises:
+        CheckpointError: they are no square grids with equally many extra tokens.
+    """
+    if len(old) == len(new) == 3 and old[0] == new[0] == 1 and old[2] == new[2]:
+        for extra in range(9):
+            sides = math.isqrt(max(old[1] - extra, 0)), math.isqrt(max(new[1] - extra, 0))
+            if all(side and side**2 == shape[1] - extra for side, shape in zip(sides, (old, new), strict=True)):
+                return extra, *sides
+    if len(old) == len(new) == 4 and old[0] == new[0] == 1 and old[3] == new[3] and old[1] == old[2] and new[1] == new[2]:
+        return 0, old[1], new[1]
+    raise CheckpointError(f"{name} cannot be resized from {list(old)} to {list(new)}: these are no square grids of tokens")
+
+
+def _resized(values: Tensor, shape: Shape) -> Tensor:
+    """Bicubic interpolation of the grid; extra tokens stay. [1, tokens, width] or [1, side, side, width]."""
+    extra, old, new = _grid("", tuple(values.shape), shape)
+    flat = values.float().reshape(1, -1, values.shape[-1])
+    grid = flat[:, extra:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False, antialias=True)
+    return torch.cat([flat[:, :extra], grid.permute(0, 2, 3, 1).reshape(1, new * new, -1)], 1).reshape(shape)
+
+
+# -- what is new ---------------------------------------------------------------------------------------------------------
+
+
+def _fresh(module: nn.Module, names: Sequence[str], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Whole values of new weights: as their modules reset them; where a module cannot, matrices small and random, scales 1,
+    biases 0."""
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    for path, wanted in owners.items():
+        digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+        with torch.random.fork_rng():
+            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            values = _reset(module.get_submodule(path))
+        for name in wanted:
+            yield name, values[name.rpartition(".")[2]].detach()
+
+
+def _reset(module: nn.Module) -> dict[str, Tensor]:
+    """New values of a module's own parameters; the module itself is left as it is."""
+    copied = copy.copy(module)
+    fields = {slot: nn.Parameter(torch.empty(p.shape)) for slot, p in module.named_parameters(recurse=False)}
+    copied.__dict__["_parameters"] = fields
+    copied.__dict__["_buffers"] = {slot: b.clone() for slot, b in module.named_buffers(recurse=False)}
+    for slot, parameter in fields.items():
+        if parameter.ndim > 1:
+            nn.init.trunc_normal_(parameter, std=0.02)
+        else:
+            nn.init.constant_(parameter, float(slot == "weight"))  # a vector of that name scales what a norm gives
+    if callable(reset := getattr(copied, "reset_parameters", None)):
+        reset()
+    return dict(fields)

@@ -1,0 +1,203 @@
+"""What a model is trained for: its loss, what is kept of each example that is evaluated, and the metrics made of that.
+
+What is kept of an example does not depend on the others, and metrics are made of all examples in their order. So they
+are the same for every number of ranks, and can be made again of a resampled test set.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import schema
+
+Metrics = dict[str, float]
+
+
+class Objective(ABC):
+    """`num_outputs`: of the head. `best`: the metric that chooses the epoch, if the configuration says none."""
+
+    num_outputs: int
+    best: str
+    lower_is_better = ("loss", "ece", "mae", "rmse")
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a batch."""
+        return self.losses(outputs.float(), labels).mean()
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """[size]: the loss of each example."""
+
+    def records(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """[size, width] of float64: what is kept of each example."""
+        return outputs.double()
+
+    @abstractmethod
+    def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
+        """Of records [size, width] and labels [size, ...] of all examples; what is not defined for them is left out."""
+
+    @abstractmethod
+    def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns of a table of predictions; `names`: of classes or findings."""
+
+    def chance(self) -> Metrics:
+        """Loss, and metrics, of a model that knows nothing; {} if that depends on the data."""
+        return {}
+
+
+class SingleLabel(Objective):
+    """One of several classes: cross-entropy. Labels [size] are class indices; records are logits."""
+
+    best = "accuracy"
+
+    def __init__(self, num_classes: int, class_weights: Sequence[float] | None = None) -> None:
+        """`class_weights`: of the losses; 1 on the average over training examples, so that a batch's mean needs no other."""
+        self.num_outputs = num_classes
+        self._weights = None if class_weights is None else torch.tensor(class_weights)
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        plain = functional.cross_entropy(outputs, labels, reduction="none")
+        return plain if self._weights is None else plain * self._weights.to(plain.device)[labels]
+
+    def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
+        from torchmetrics.functional import classification as tm  # late: a second to import
+
+        predicted, chances = records.argmax(-1), records.softmax(-1)
+        classes: Any = {"num_classes": self.num_outputs}
+        recall = tm.multiclass_recall(predicted, labels, average="none", **classes)
+        there = torch.bincount(labels, minlength=self.num_outputs) > 0
+        return {
+            "loss": float(functional.cross_entropy(records, labels)),
+            "accuracy": float(tm.multiclass_accuracy(predicted, labels, average="micro", **classes)),
+            "macro_f1": float(tm.multiclass_f1_score(predicted, labels, average="macro", **classes)),
+            "balanced_accuracy": float(recall[there].mean()),
+            **_ranking(chances, functional.one_hot(labels, self.num_outputs)),
+            "ece": float(tm.multiclass_calibration_error(chances, labels, n_bins=15, **classes)),
+        }
+
+    def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
+        return {"predicted": records.argmax(-1).tolist(), **_shares(records.softmax(-1), names)}
+
+    def chance(self) -> Metrics:
+        return {"loss": float(torch.tensor(float(self.num_outputs)).log()), "accuracy": 1 / self.num_outputs}
+
+
+class MultiLabel(Objective):
+    """Several findings, each there or not: binary cross-entropy. Labels [size, findings] of 0, 1, or NaN for unknown."""
+
+    best = "auroc"
+
+    def __init__(self, num_findings: int) -> None:
+        self.num_outputs = num_findings
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        known = ~labels.isnan()
+        each = functional.binary_cross_entropy_with_logits(outputs, labels.nan_to_num(), reduction="none")
+        return (each * known).sum(-1) / self.num_outputs  # not over what is known: a batch's mean then needs no weights
+
+    def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
+        known = ~labels.isnan()
+        correct = ((records > 0) == (labels > 0.5))[known]
+        return {
+            "loss": float(self.losses(records, labels.double()).mean()),
+            "accuracy": float(correct.double().mean()),
+            **_ranking(records.sigmoid(), torch.where(known, labels.nan_to_num(), -1).long()),
+        }
+
+    def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
+        return _shares(records.sigmoid(), names)
+
+
+class Regression(Objective):
+    """A number, or a grade: squared error in standard deviations of the training labels. Records are predictions."""
+
+    best, num_outputs = "mae", 1
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0, grades: bool = False) -> None:
+        """`grades`: labels are whole numbers in an order, and agreement of the rounded predictions is measured too."""
+        self._mean, self._std, self._grades = mean, std, grades
+
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return (outputs.squeeze(-1) - (labels - self._mean) / self._std).square()
+
+    def records(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return outputs.double() * self._std + self._mean
+
+    def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
+        found, wanted = records.squeeze(-1), labels.double()
+        error, spread = found - wanted, wanted - wanted.mean()
+        metrics = {
+            "loss": float((error / self._std).square().mean()),
+            "mae": float(error.abs().mean()),
+            "rmse": float(error.square().mean().sqrt()),
+        }
+        if float(spread.abs().max()) > 0:
+            metrics["r2"] = float(1 - error.square().sum() / spread.square().sum())
+            if self._grades:
+                metrics["quadratic_kappa"] = _quadratic_kappa(found, wanted)
+        return metrics
+
+    def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
+        return {"predicted": records.squeeze(-1).tolist()}
+
+
+def make_objective(
+    task: schema.Task, num_classes: int, train_labels: Sequence[float] | Sequence[int] | Sequence[Sequence[float]]
+) -> Objective:
+    """What the task is trained for; what it needs of the labels is that of the training data."""
+    if task.kind == "multi_label":
+        return MultiLabel(num_classes)
+    labels = torch.tensor(train_labels)
+    if task.kind == "regression":
+        numbers = labels.double()
+        whole = bool((numbers == numbers.round()).all()) and len(numbers.unique()) <= 20
+        return Regression(float(numbers.mean()), float(numbers.std()) or 1.0, whole)
+    weights = None
+    if task.class_weights == "balanced":
+        counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
+        weights = (len(labels) / (counts * (counts > 0).sum())).tolist()
+    return SingleLabel(num_classes, weights)
+
+
+def _shares(chances: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
+    return {
+        f"p({name})": [float(f"{p:.6g}") for p in column] for name, column in zip(names, chances.T.tolist(), strict=True)
+    }
+
+
+def _ranking(chances: Tensor, there: Tensor) -> Metrics:
+    """Means over columns that have both kinds: areas under the ROC and precision-recall curves; for one column, or two that
+    are each other's opposite, also the sensitivity at 95 % specificity. `there`: 1, 0, or -1 for unknown."""
+    from torchmetrics.functional import classification as tm
+
+    columns = range(1, 2) if chances.shape[1] == 2 else range(chances.shape[1])
+    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "auroc": tm.binary_auroc,
+        "auprc": tm.binary_average_precision,
+    }
+    if len(columns) == 1:
+        at = partial(tm.binary_sensitivity_at_specificity, min_specificity=0.95)
+        measures["sensitivity_at_95_specificity"] = lambda p, y: at(p, y)[0]
+    found: dict[str, list[float]] = {}
+    for column in columns:
+        known = there[:, column] >= 0
+        wanted = there[known, column]
+        if 0 < int(wanted.sum()) < len(wanted):
+            for name, measure in measures.items():
+                found.setdefault(name, []).append(float(measure(chances[known, column], wanted)))
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _quadratic_kappa(found: Tensor, wanted: Tensor) -> float:
+    from torchmetrics.functional import classification as tm
+
+    low, high = int(wanted.min()), int(wanted.max())
+    rounded = found.round().clamp(low, high).long() - low
+    return float(tm.multiclass_cohen_kappa(rounded, wanted.long() - low, num_classes=high - low + 1, weights="quadratic"))

@@ -1,0 +1,154 @@
+"""The user's data as a task: labels decoded, groups kept together, and everything checked before the run begins."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, did_you_mean, listing
+from .rows import SPLITS, Row, read_rows
+from .schema import Config
+from .splits import Split, TaskData
+
+Parts = dict[str, list[Row]]
+
+
+def own_task(config: Config) -> TaskData:
+    """
+    Raises:
+        DataError: files are missing, labels are wrong, a class is empty, a group is in two splits: each is named.
+    """
+    data = config.data
+    parts = _split(read_rows(data, config.import_roots), config)
+    _check_files(parts)
+    _check_groups(parts)
+    if config.task.kind == "single_label":
+        names = list(data.classes) or sorted({_text(row.label) for row in parts["train"]}, key=_natural)
+        decode = _Classes(names)
+    elif config.task.kind == "multi_label":
+        names, decode = list(data.label), _finding  # type: ignore[assignment]
+    else:
+        names, decode = [str(data.label)], _number  # type: ignore[assignment]
+    splits = {name: _decoded(rows, decode) for name, rows in parts.items()}
+    if config.task.kind == "single_label":
+        _check_classes(names, splits)
+    grouped = data.group is not None or data.group_pattern is not None
+    caveat = "" if grouped else "No groups were given: examples of one patient may be in two splits."
+    return TaskData.of(names, splits, caveat)
+
+
+def _decoded(rows: Sequence[Row], decode: Callable[[Row], Any]) -> Split:
+    return Split([row.input for row in rows], [decode(row) for row in rows], [row.group for row in rows])
+
+
+# -- splits --------------------------------------------------------------------------------------------------------------
+
+
+def _split(found: Parts, config: Config) -> Parts:
+    """The three splits; what is not said is drawn from the training data (or from all of it) by group."""
+    rows = found.pop("", [])
+    if rows and found:
+        raise DataError(f"{rows[0].where}: some examples have a split, others none")
+    parts = {"train": rows, **found}
+    if "train" not in parts or not parts["train"]:
+        raise DataError(f"there are {', '.join(parts)} data, but none to train on")
+    shares = {"validation": config.data.validation_share, "test": config.data.test_share}
+    wanted = {name: share for name, share in shares.items() if name not in parts}
+    groups = sorted({row.group for row in parts["train"]})
+    random.Random(f"{config.task.split_seed}:groups").shuffle(groups)
+    sizes, total = Counter(row.group for row in parts["train"]), len(parts["train"])
+    for name, share in wanted.items():
+        chosen, number = set[str](), 0
+        while groups and number < share * total:
+            group = groups.pop()
+            chosen.add(group)
+            number += sizes[group]
+        parts[name] = [row for row in parts["train"] if row.group in chosen]
+        parts["train"] = [row for row in parts["train"] if row.group not in chosen]
+    empty = [name for name in SPLITS if not parts.get(name)]
+    if empty:
+        raise DataError(f"no examples for {listing(empty)}: with so few groups, give splits of your own (data.split)")
+    return {name: parts[name] for name in SPLITS}
+
+
+def _check_groups(parts: Parts) -> None:
+    where: dict[str, tuple[str, Row]] = {}
+    for name, rows in parts.items():
+        for row in rows:
+            before, first = where.setdefault(row.group, (name, row))
+            if before != name:
+                raise DataError(
+                    f"group {row.group!r} is in two splits: {first.where} is for {before}, {row.where} for {name}; "
+                    "results on it would be too good"
+                )
+
+
+def _check_files(parts: Parts) -> None:
+    files = [row for rows in parts.values() for row in rows if isinstance(row.input, Path)]
+    missing = [f"{row.input} ({row.where})" for row in files if not row.input.is_file()]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(files)} files are missing: {listing(missing, 3)}")
+
+
+# -- labels --------------------------------------------------------------------------------------------------------------
+
+
+class _Classes:
+    """Class index of a row."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._index = {name: i for i, name in enumerate(names)}
+
+    def __call__(self, row: Row) -> int:
+        text = _text(row.label)
+        if text not in self._index:
+            raise DataError(
+                f"{row.where}: label {row.label!r} is none of the {len(self._index)} classes"
+                f"{did_you_mean(text, self._index)}: {listing(self._index)}"
+            )
+        return self._index[text]
+
+
+def _finding(row: Row) -> list[float]:
+    values = []
+    for value in row.label:
+        text = _text(value)
+        if text in ("", "None", "nan", "-1", "-1.0"):  # CheXpert's "uncertain" is -1
+            values.append(float("nan"))
+        elif text in ("0", "1", "0.0", "1.0", "True", "False"):
+            values.append(float(text in ("1", "1.0", "True")))
+        else:
+            raise DataError(f"{row.where}: a finding is 1, 0, or empty for unknown, not {value!r}")
+    return values
+
+
+def _number(row: Row) -> float:
+    try:
+        value = float(row.label)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise DataError(f"{row.where}: label {row.label!r} is no number")
+    return value
+
+
+def _text(label: Any) -> str:
+    return str(label).strip()
+
+
+def _natural(text: str) -> tuple[int, float, str]:
+    """Numbers by their value, before words."""
+    return (0, float(text), "") if text.replace(".", "", 1).isdecimal() else (1, 0.0, text)
+
+
+def _check_classes(names: Sequence[str], splits: Mapping[str, Split]) -> None:
+    if len(names) < 2:
+        raise DataError(f"there is only one class: {listing(names)}")
+    for split, data in splits.items():
+        counts = Counter(data.labels)
+        empty = [name for i, name in enumerate(names) if not counts[i]]
+        if empty and split == "train":
+            raise DataError(f"no training example of {listing(empty)}: leave these classes out, or split otherwise")

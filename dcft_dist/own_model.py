@@ -1,0 +1,127 @@
+"""The user's model: `[model]` with `build`, `args` and `weights`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import schema
+from .data import Processor
+from .errors import ConfigError, did_you_mean, listing
+from .imports import find_object
+from .loading import Allowed, Loading
+from .pretrained import HEAD, Classifier, Pretrained, find_blocks
+
+_HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvision
+_WIDTHS = ("hidden_size", "num_features", "embed_dim", "hidden_dim")
+
+
+def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> Pretrained:
+    """
+    Raises:
+        ConfigError: the model cannot be built, or keys of `[model]` do not fit it.
+        CheckpointError: its weights do not fit it (see `Loading`).
+    """
+    settings = config.model
+    with _without_memory() if settings.weights else nullcontext(), torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        built = _build(config, num_outputs)
+        module: nn.Module = built
+        if settings.features:
+            module = Classifier(built, settings.features, settings.width or _width(built), num_outputs)
+    head = (HEAD,) if settings.features else _head(settings, module)
+    prefix = "backbone." if settings.features else ""
+    loading = None
+    if settings.weights:
+        allowed = Allowed(
+            head=head,
+            new=[prefix + p for p in settings.new],
+            unused=settings.unused,
+            resize=[prefix + p for p in settings.resize],
+        )
+        place = Path(settings.weights)
+        loading = Loading(module, place, allowed=allowed, rename=settings.rename, prefix=prefix, seed=config.seed)
+    return Pretrained(
+        module=module,
+        head=head,
+        blocks=_blocks(settings, module),
+        processor=processor,
+        loading=loading,
+        parts={"backbone.": ".", f"{HEAD}.": HEAD} if settings.features else {"": "."},
+        describe=_describe(built),
+    )
+
+
+def _without_memory() -> AbstractContextManager[None]:
+    """Weights are made on the meta device; buffers, which the file may not have, keep their values."""
+    try:
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise ConfigError("model.weights needs the package accelerate: pip install accelerate") from error
+    made: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
+    return made
+
+
+def _build(config: schema.Config, num_outputs: int) -> nn.Module:
+    settings = config.model
+    make = find_object(str(settings.build), config.import_roots, "model.build")
+    args = {key: num_outputs if value == "num_outputs" else value for key, value in settings.args.items()}
+    try:
+        built = _from_config(make, settings, args) if hasattr(make, "from_config") else make(**args)
+    except Exception as error:
+        raise ConfigError(f"model.build: {settings.build} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"model.build: {settings.build} gives a {type(built).__name__}, not a torch.nn.Module")
+    return built.float() if not settings.weights else built
+
+
+def _from_config(make: Any, settings: schema.Model, args: dict[str, Any]) -> Any:
+    """A model class of transformers, from the configuration beside its weights."""
+    from transformers import AutoConfig
+
+    if not settings.weights or not (Path(settings.weights) / "config.json").is_file():
+        raise ConfigError(f"model.weights: {settings.weights} is no folder with a config.json, which {settings.build} needs")
+    return make.from_config(AutoConfig.from_pretrained(settings.weights, local_files_only=True, **args))
+
+
+def _width(module: nn.Module) -> int:
+    for holder in (getattr(module, "config", None), module):
+        for name in _WIDTHS:
+            if isinstance(value := getattr(holder, name, None), int):
+                return value
+    raise ConfigError("model.width: the model does not say how wide its features are")
+
+
+def _head(settings: schema.Model, module: nn.Module) -> tuple[str, ...]:
+    if settings.head is not None:
+        return tuple(settings.head)
+    children = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
+    for name in _HEADS:
+        if name in children:
+            return (name,)
+    raise ConfigError(
+        f"model.head: which weights are new for the task? The model has {listing(children)}; [] if none are; "
+        "model.features puts a head on it"
+    )
+
+
+def _blocks(settings: schema.Model, module: nn.Module) -> list[nn.Module]:
+    if settings.blocks is None:
+        return find_blocks(module)
+    modules = dict(module.named_modules())
+    for pattern in settings.blocks:
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            raise ConfigError(f"model.blocks: {pattern!r} matches no module{did_you_mean(pattern, modules)}")
+    return [m for name, m in modules.items() if any(fnmatchcase(name, pattern) for pattern in settings.blocks)]
+
+
+def _describe(built: nn.Module) -> Callable[[Path], None]:
+    """transformers' models are read again with their configuration."""
+    save = getattr(getattr(built, "config", None), "save_pretrained", None)
+    return save if callable(save) else lambda folder: None

@@ -1,0 +1,116 @@
+"""Weights in files, read a slice at a time: safetensors, `.pth`, and the folders that transformers writes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import CheckpointError, listing
+from .files import read_json
+
+_INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_INSIDE = ("state_dict", "model_state_dict", "model", "teacher", "module")  # where training scripts put the weights
+
+
+class Stored:
+    """The tensors of a file or folder by name; a context manager. Nothing is read before it is asked for."""
+
+    def __init__(self, place: Path) -> None:
+        """
+        Raises:
+            CheckpointError: there is no such file or folder, it holds no weights, or it cannot be read.
+        """
+        self.place = place
+        self._open, self._tensors = ExitStack(), dict[str, Any]()
+        try:
+            for file in _files(place):
+                found = self._safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+                self._tensors.update(found)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{place} cannot be read: {error}") from error
+
+    def _safetensors(self, file: Path) -> dict[str, Any]:
+        opened = self._open.enter_context(safe_open(file, framework="pt"))
+        return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tensors.clear()
+        self._open.close()
+
+    def __iter__(self) -> Any:
+        return iter(self._tensors)
+
+    def __getitem__(self, name: str) -> Any:
+        """A slice as safetensors has it: `get_shape()`, and `[begin:end]` over the first dimension."""
+        return self._tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].get_shape())
+
+
+class TensorSlice:
+    """A tensor as safetensors' slices are."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def get_shape(self) -> list[int]:
+        return list(self._tensor.shape)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self._tensor[key]
+
+
+def _files(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    if not place.is_dir():
+        raise CheckpointError(
+            f"{place} is not there: give the file or folder of weights that you have downloaded "
+            "(models that ask for your consent must be downloaded with your account first)"
+        )
+    for name in _INDEXED:
+        if (place / name).is_file():
+            files = [place / part for part in sorted(set(read_json(place / name)["weight_map"].values()))]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise CheckpointError(f"{place} is not whole: {listing(missing)} of its index are missing")
+            return files
+    for name in _WHOLE:
+        if (place / name).is_file():
+            return [place / name]
+    raise CheckpointError(f"{place} holds no weights: none of {', '.join((*_INDEXED, *_WHOLE))}")
+
+
+def _pickled(file: Path) -> dict[str, Any]:
+    """Tensors of a file of `torch.save`; other objects than tensors are never made."""
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # each kind of damage has its own
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)  # written by torch before 1.6: cannot be mapped
+        except Exception:
+            raise CheckpointError(f"{file} cannot be read without running code in it: {_first_line(error)}") from error
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{file} holds a {type(found).__name__}, not named tensors")
+    for key in _INSIDE:
+        if isinstance(found.get(key), Mapping):
+            found = found[key]
+    tensors = {str(name): TensorSlice(value) for name, value in found.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{file} holds no named tensors, but {listing(map(str, found))}")
+    return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

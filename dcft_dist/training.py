@@ -1,0 +1,96 @@
+"""One optimizer step after the other: data, learning rate, dropout and factor are functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+from . import collectives, life
+from .data import order
+from .errors import DivergedError
+from .factor import LearnedFactor
+from .job import Job
+from .measure import Groups
+from .optim import factor_at, seed_randomness, set_learning_rate
+from .penalty import Penalty
+
+Values = dict[str, float]
+
+
+class Training:
+    """Makes steps, with the penalty in force if there is one. `stopping`: some rank was asked to stop."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.stopping = job, False
+        self.penalty: Penalty | None = None
+        self.learned: LearnedFactor | None = None
+
+    def begin(self, penalty: Penalty | None) -> None:
+        """From now on with that penalty."""
+        self.penalty, settings = penalty, self.job.config.penalty
+        if penalty and settings.schedule == "learned":
+            self.learned = LearnedFactor(self.job.model, penalty, self.job.loss, settings.learn_rate)
+
+    def steps(self, steps: range, total: int, what: str) -> None:
+        """Makes these of `total` steps.
+
+        Raises:
+            Stopped: it was asked to.
+        """
+        for step in self.job.progress_bar(steps, what):
+            self.step(step, total, None)
+            if self.stopping:
+                self.job.directory.phase("stopped")
+                raise life.Stopped(f"in the {what}")
+
+    def step(self, step: int, total: int, groups: Groups | None) -> Values:
+        """One optimizer step; returns what to log. With `groups`, the penalty is watched.
+
+        Raises:
+            DivergedError: the loss is no number.
+        """
+        job, config, penalty = self.job, self.job.config, self.penalty
+        prepared, size = job.prepared, config.train.global_batch
+        epoch, place = divmod(step, job.steps_per_epoch)
+        indices = order(config.seed, epoch + 1, len(job.train))[place * size : (place + 1) * size]
+        micros = job.micro_batches(indices, job.train, draw=epoch + 1)
+        lr = set_learning_rate(prepared.optimizer, config, step, total)
+        collectives.arrive(f"training step {step}")
+        prepared.model.train()
+        prepared.zero_grad()
+        if penalty:
+            penalty.watch = groups is not None
+            if config.penalty.schedule in ("linear", "cosine"):
+                penalty.set_factor(factor_at(config.penalty, step, total))
+        stop, losses = life.stop_requested(), []
+        for i, batch in enumerate(micros):
+            seed_randomness(config.seed, step, job.world.rank * len(micros) + i)
+            with prepared.accumulating(last=i == len(micros) - 1):
+                loss = job.loss(prepared.model, batch) / len(micros)
+                prepared.backward(loss)
+            losses.append(loss.detach().double())
+        norms = self._clip(groups)
+        prepared.step()
+        if (step + 1) % config.penalty.learn_every == 0:
+            self._learn_factor(step)
+        total_loss, stops = collectives.reduce_numbers([sum(losses), stop], what="training loss")
+        mean_loss, self.stopping = total_loss / job.world.world_size, stops > 0
+        if not math.isfinite(mean_loss):
+            raise DivergedError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")
+        values = {"train/loss": mean_loss, "train/learning_rate": lr, "train/epoch": (step + 1) / job.steps_per_epoch}
+        if penalty and groups:
+            values |= {"penalty/factor": penalty.factor, "penalty/applied_over_proposed": penalty.in_force()}
+        return values | norms
+
+    def _learn_factor(self, step: int) -> None:
+        """If it is to be learned: on a batch of validation examples, another one each time."""
+        if self.learned is not None:
+            drawn = order(self.job.config.seed, (1 << 32) + step, len(self.job.validation))
+            self.learned.update(self.job.micro_batches(drawn[: self.job.config.train.global_batch], self.job.validation))
+
+    def _clip(self, groups: Groups | None) -> Values:
+        """Clips before or after the penalty, as configured; returns the gradient norms of both groups before clipping."""
+        if self.penalty and self.job.config.train.clip_order != "before_penalty":
+            self.penalty.apply()
+        found = groups.gradient_norms() if groups else {}
+        self.job.prepared.clip()
+        return {f"gradient_norm/{group}": norm for group, norm in found.items()}

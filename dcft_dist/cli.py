@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; bad input is one line on standard error and exit code 2."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "check", "status", "submit"):
+    if rest and options.command not in ("train", "check", "inspect", "status", "submit"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         return int(_COMMANDS[options.command](options, rest) or 0)
@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="check a configuration and that its data and weights are installed")
     check.add_argument("config")
     check.add_argument("--ranks", type=int, default=1, help="number of ranks that will run it")
+    inspect = commands.add_parser("inspect", help="show what a configuration does to each weight of its model")
+    inspect.add_argument("config")
     report = commands.add_parser("report", help="make report.html of a run again, or of a study")
     report.add_argument("run", type=Path)
     report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG there")
@@ -137,6 +139,18 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
     check_model(config)
     check_sizes(config, len(load_task(config).train))
     print(f"{config.name}: the configuration is valid, and its data and weights are installed")
+
+
+def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
+    config = load_config(options.config, rest)
+    from .inspection import inspection
+    from .models import build_model
+    from .objectives import make_objective
+    from .tasks import load_task
+
+    task = load_task(config)
+    objective = make_objective(config.task, len(task.class_names), task.train.labels)
+    print(inspection(build_model(config, objective.num_outputs), config))
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
@@ -238,6 +252,7 @@ def _config_reference(options: argparse.Namespace, rest: list[str]) -> None:
 _COMMANDS = {
     "train": _train,
     "check": _check,
+    "inspect": _inspect,
     "status": _status,
     "report": _report,
     "table": _table,

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from . import collectives
 from .data import Examples, evaluation_batches, order
 from .engines import find_engine
-from .engines.private import materialise
 from .errors import CheckpointError, ConfigError
 from .evaluate import EVALUATION_BATCH
 from .files import write_atomic
 from .job import Job
 from .loading import fill_weights
+from .meta import Materialiser
 from .names import clean
 from .warmup import warm_up_head
 from .weights import whole_weight
@@ -105,7 +105,7 @@ def _copied(job: Job) -> tuple[str, nn.Module]:
             "head_warmup.max_epochs = 0 starts with a cold head"
         )
     head = copy.deepcopy(job.head)
-    materialise(head, job.world.device)
+    Materialiser(job.world.device)(head)
     return job.pretrained.head[0], head
 
 

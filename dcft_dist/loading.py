@@ -21,8 +21,9 @@ from torch.nn import functional
 
 from . import collectives
 from .engines import Shard, find_engine
-from .engines.private import materialise, persistent_buffers
+from .engines.private import persistent_buffers
 from .errors import CheckpointError, listing
+from .meta import Materialiser
 from .names import ParameterNames
 from .stored import Stored, TensorSlice
 from .weights import cells
@@ -97,7 +98,7 @@ class Loading:
 
     def into_whole(self, module: nn.Module, device: torch.device) -> None:
         """For engines that do not shard: gives the module memory on the device, and reads all weights. Collective."""
-        materialise(module, device)
+        Materialiser(device)(module)
         self.into(module)
 
     @torch.no_grad()
@@ -251,10 +252,9 @@ def _fresh(module: nn.Module, names: Sequence[str], seed: int) -> Iterator[tuple
 
 def _reset(module: nn.Module) -> dict[str, Tensor]:
     """New values of a module's own parameters; the module itself is left as it is."""
-    copied = copy.copy(module)
-    fields = {slot: nn.Parameter(torch.empty(p.shape)) for slot, p in module.named_parameters(recurse=False)}
-    copied.__dict__["_parameters"] = fields
-    copied.__dict__["_buffers"] = {slot: b.clone() for slot, b in module.named_buffers(recurse=False)}
+    copied = copy.deepcopy(module)
+    Materialiser(torch.device("cpu")).one(copied)
+    fields = dict(copied.named_parameters(recurse=False, remove_duplicate=False))
     for slot, parameter in fields.items():
         if parameter.ndim > 1:
             nn.init.trunc_normal_(parameter, std=0.02)
@@ -262,4 +262,4 @@ def _reset(module: nn.Module) -> dict[str, Tensor]:
             nn.init.constant_(parameter, float(slot == "weight"))  # a vector of that name scales what a norm gives
     if callable(reset := getattr(copied, "reset_parameters", None)):
         reset()
-    return dict(fields)
+    return fields

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from .data import Processor
 from .errors import ConfigError, did_you_mean, listing
 from .imports import find_object
 from .loading import Allowed, Loading
+from .meta import without_memory
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
 
 _HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvision
@@ -29,7 +30,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> 
         CheckpointError: its weights do not fit it (see `Loading`).
     """
     settings = config.model
-    with _without_memory() if settings.weights else nullcontext(), torch.random.fork_rng():
+    with without_memory() if settings.weights else nullcontext(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         built = _build(config, num_outputs)
         module: nn.Module = built
@@ -56,16 +57,6 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> 
         parts={"backbone.": ".", f"{HEAD}.": HEAD} if settings.features else {"": "."},
         describe=_describe(built),
     )
-
-
-def _without_memory() -> AbstractContextManager[None]:
-    """Weights are made on the meta device; buffers, which the file may not have, keep their values."""
-    try:
-        from accelerate import init_empty_weights
-    except ImportError as error:
-        raise ConfigError("model.weights needs the package accelerate: pip install accelerate") from error
-    made: AbstractContextManager[None] = init_empty_weights(include_buffers=False)
-    return made
 
 
 def _build(config: schema.Config, num_outputs: int) -> nn.Module:

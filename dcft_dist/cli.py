@@ -18,10 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; bad input is one line on standard error and exit code 2."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "check", "inspect", "status", "submit"):
+    if rest and options.command not in ("train", "check", "inspect", "evaluate", "predict", "status", "submit"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         return int(_COMMANDS[options.command](options, rest) or 0)
+    except BrokenPipeError:  # whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except DcftError as error:
         # Every rank raises; one line is enough unless only this rank knows what happened.
         if os.environ.get("RANK", "0") == "0" or isinstance(error, WorldError):
@@ -45,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--ranks", type=int, default=1, help="number of ranks that will run it")
     inspect = commands.add_parser("inspect", help="show what a configuration does to each weight of its model")
     inspect.add_argument("config")
+    for name, text in (
+        ("evaluate", "metrics of a finished run's model on other data, with intervals"),
+        ("predict", "what a finished run's model says of other data, as CSV"),
+    ):
+        use = commands.add_parser(name, help=text, epilog="the data: --data.path new.csv, and any other key of [data]")
+        use.add_argument("run", type=Path)
+        use.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
     report = commands.add_parser("report", help="make report.html of a run again, or of a study")
     report.add_argument("run", type=Path)
     report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG there")
@@ -145,12 +155,32 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
     from .inspection import inspection
     from .models import build_model
-    from .objectives import make_objective
+    from .objectives import facts_of, make_objective
     from .tasks import load_task
 
     task = load_task(config)
-    objective = make_objective(config.task, len(task.class_names), task.train.labels)
+    objective = make_objective(config.task, facts_of(config.task, task.class_names, task.train.labels))
     print(inspection(build_model(config, objective.num_outputs), config))
+
+
+def _use(options: argparse.Namespace, rest: list[str]) -> None:
+    import json
+
+    from .adapted import given_split, load_adapted, predictions_of, report_of
+    from .files import table_of, write_atomic
+    from .world import joined_world
+
+    with joined_world(600.0) as world:
+        adapted = load_adapted(options.run, rest, world)
+        split = given_split(adapted, rest, labelled=options.command == "evaluate")
+        found = adapted.evaluate(split)
+        if not world.is_first:
+            return
+        if options.command == "evaluate":
+            text = json.dumps(report_of(adapted, split, found), indent=2) + "\n"
+        else:
+            text = table_of(predictions_of(adapted, split, found))
+        write_atomic(options.out, text) if options.out else sys.stdout.write(text)
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
@@ -253,6 +283,8 @@ _COMMANDS = {
     "train": _train,
     "check": _check,
     "inspect": _inspect,
+    "evaluate": _use,
+    "predict": _use,
     "status": _status,
     "report": _report,
     "table": _table,

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from . import collectives
 from .checkpoint import load_checkpoint, read_state
-from .files import read_json, write_atomic, write_json
+from .files import read_json, table_of, write_atomic, write_json
 from .fundamental import FundamentalSet
 from .job import Job
 from .methods import merge_adapters
-from .objectives import Metrics
+from .objectives import Metrics, intervals
 from .penalty import Penalty
 from .provenance import machine, peak_memory_gib, versions, weights_checksum
 from .weights import save_weights
@@ -34,7 +33,7 @@ def finish(
     directory.phase("test")
     state = read_state(best)
     load_checkpoint(best, job.model)
-    test = _test(job) if config.test else None
+    test, spread = _test(job) if config.test else (None, None)
     if config.checkpoint.keep_last:
         _export(job, fundamental)
     directory.phase("done", int(best.name.removeprefix("best_")))
@@ -60,6 +59,8 @@ def finish(
         "loading": job.pretrained.loading.report.to_json() if job.pretrained.loading else None,
         "validation": state["validation"],
         "test": test,
+        "test_intervals": spread,
+        "labels": job.facts,
         "seconds": directory.seconds,
         "peak_memory_gib": peak_memory_gib(job.world.device),
         "versions": versions(),
@@ -76,24 +77,17 @@ def finish(
     return summary
 
 
-def _test(job: Job) -> Metrics:
-    """Metrics on the test data; the prediction for each example goes into a file."""
-    found = job.evaluate(job.test)
+def _test(job: Job) -> tuple[Metrics, dict[str, list[float]] | None]:
+    """Metrics on the test data, with intervals; the prediction for each example goes into a file."""
+    found, spread = job.evaluate(job.test), None
     if job.world.is_first:
         labels = [job.test.labels[i] for i in found.indices]
         groups = [job.task.test.groups[i] for i in found.indices]
         columns = {"group": groups, "label": labels, **job.objective.predictions(found.records, job.task.class_names)}
         write_atomic(job.directory.predictions, table_of(columns))
-    return found.metrics
-
-
-def table_of(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Columns of equal length as CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue()
+        if job.config.test_resamples:
+            spread = intervals(job.objective, found.records, torch.tensor(labels), groups, job.config.test_resamples)
+    return found.metrics, spread
 
 
 def _export(job: Job, fundamental: FundamentalSet | None) -> None:

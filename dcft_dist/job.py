@@ -19,7 +19,7 @@ from .evaluate import Evaluation, evaluate
 from .images import OwnImageProcessor
 from .methods import choose_trained, depths
 from .models import build_model
-from .objectives import Objective, make_objective
+from .objectives import Objective, facts_of, make_objective
 from .optim import make_optimizer
 from .pretrained import Pretrained
 from .run_dir import RunDirectory
@@ -31,7 +31,8 @@ from .world import World
 
 @dataclass(frozen=True)
 class Job:
-    """A run with its data and its model under the engine. `head`: a plain copy of the head, if it is one module."""
+    """A run with its data and its model under the engine. `head`: a plain copy of the head, if it is one module;
+    `facts`: of the labels, see `objectives.facts_of`."""
 
     config: Config
     world: World
@@ -42,6 +43,7 @@ class Job:
     prepared: Prepared
     head: nn.Module | None
     num_weights: int
+    facts: dict[str, Any]
     train: Examples
     validation: Examples
     test: Examples
@@ -85,7 +87,8 @@ def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
     """
     with collectives.agreed("set-up"):
         task = load_task(config)
-        objective = make_objective(config.task, len(task.class_names), task.train.labels)
+        facts = facts_of(config.task, task.class_names, task.train.labels)
+        objective = make_objective(config.task, facts)
         pretrained = build_model(config, objective.num_outputs)
         splits = {"train": task.train, "validation": task.validation, "test": task.test}
         examples = {name: pretrained.processor(split) for name, split in splits.items()}
@@ -96,7 +99,7 @@ def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
     found = pretrained.head_module()
     head = copy.deepcopy(found[1]) if found else None
     prepared = _prepare(config, world, pretrained)
-    return Job(config, world, directory, task, objective, pretrained, prepared, head, num_weights, **examples)
+    return Job(config, world, directory, task, objective, pretrained, prepared, head, num_weights, facts, **examples)
 
 
 def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -30,6 +30,7 @@ from .weights import cells
 
 _COUNTERS = "num_batches_tracked"  # of batch normalisation: nothing uses them where the momentum is given
 Shape = tuple[int, ...]
+Translate = Callable[[Iterable[str]], Mapping[str, str | None]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Loading:
         *,
         allowed: Allowed,
         rename: Mapping[str, str] | None = None,
+        translate: Translate | None = None,
         prefix: str = "",
         seed: int = 0,
     ) -> None:
@@ -80,6 +82,7 @@ class Loading:
             module: the model before it is wrapped; its weights may be on the meta device.
             place: see `Stored`.
             rename: prefix of names in the file -> prefix in the model; the longest that fits.
+            translate: names after that -> names in the model, for files of a library that has its own (None: it cannot).
             prefix: put before all names then, for a model that is part of another.
             seed: new weights are a function of it and their names.
 
@@ -91,7 +94,7 @@ class Loading:
         shapes = {n: tuple(names.parameters[c].shape) for n, c in names.aliases.items()}
         shapes |= {n: tuple(b.shape) for n, b in persistent_buffers(module).items()}
         with Stored(place) as stored:
-            self._source = {_renamed(name, rename or {}, prefix): name for name in stored}
+            self._source = _names(stored, rename or {}, translate, prefix)
             self.report = _compare(stored, self._source, shapes, names.aliases, allowed)
         self._shapes = shapes
         self._fresh = dict(_fresh(module, [n for n in self.report.fresh if n in names.aliases], seed))
@@ -141,12 +144,25 @@ def fill_shard(shard: Shard, whole: Tensor) -> None:
     target.copy_(whole.reshape(-1)[index].view(target.shape))
 
 
-def _renamed(name: str, rename: Mapping[str, str], prefix: str) -> str:
+def _names(stored: Stored, rename: Mapping[str, str], translate: Translate | None, prefix: str) -> dict[str, str]:
+    """Name in the model -> name in the file."""
+    renamed = {name: _renamed(name, rename) for name in stored}
+    known = translate(renamed.values()) if translate else {name: name for name in renamed.values()}
+    merged = [name for name, middle in renamed.items() if known[middle] is None]
+    if merged:
+        raise CheckpointError(
+            f"{stored.place}: its library merges or splits {listing(merged, 3)} when it reads them: read and save the model "
+            "there once with save_pretrained(..., save_original_format=False)"
+        )
+    return {f"{prefix}{known[middle]}": name for name, middle in renamed.items()}
+
+
+def _renamed(name: str, rename: Mapping[str, str]) -> str:
     fitting = [old for old in rename if name.startswith(old)]
-    if fitting:
-        old = max(fitting, key=len)
-        name = rename[old] + name[len(old) :]
-    return prefix + name
+    if not fitting:
+        return name
+    old = max(fitting, key=len)
+    return rename[old] + name[len(old) :]
 
 
 def _compare(
@@ -254,7 +270,7 @@ def _reset(module: nn.Module) -> dict[str, Tensor]:
     """New values of a module's own parameters; the module itself is left as it is."""
     copied = copy.deepcopy(module)
     Materialiser(torch.device("cpu")).one(copied)
-    fields = dict(copied.named_parameters(recurse=False, remove_duplicate=False))
+    fields: dict[str, Tensor] = dict(copied.named_parameters(recurse=False, remove_duplicate=False))
     for slot, parameter in fields.items():
         if parameter.ndim > 1:
             nn.init.trunc_normal_(parameter, std=0.02)

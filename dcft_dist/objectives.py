@@ -7,7 +7,7 @@ are the same for every number of ranks, and can be made again of a resampled tes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -148,22 +148,45 @@ class Regression(Objective):
         return {"predicted": records.squeeze(-1).tolist()}
 
 
-def make_objective(
-    task: schema.Task, num_classes: int, train_labels: Sequence[float] | Sequence[int] | Sequence[Sequence[float]]
-) -> Objective:
-    """What the task is trained for; what it needs of the labels is that of the training data."""
-    if task.kind == "multi_label":
-        return MultiLabel(num_classes)
-    labels = torch.tensor(train_labels)
+def facts_of(task: schema.Task, names: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
+    """What an objective needs to know of the training data, as JSON."""
     if task.kind == "regression":
-        numbers = labels.double()
+        numbers = torch.tensor(labels, dtype=torch.float64)
         whole = bool((numbers == numbers.round()).all()) and len(numbers.unique()) <= 20
-        return Regression(float(numbers.mean()), float(numbers.std()) or 1.0, whole)
-    weights = None
-    if task.class_weights == "balanced":
-        counts = torch.bincount(labels, minlength=num_classes).clamp(min=1)
-        weights = (len(labels) / (counts * (counts > 0).sum())).tolist()
-    return SingleLabel(num_classes, weights)
+        return {"names": list(names), "mean": float(numbers.mean()), "std": float(numbers.std()) or 1.0, "grades": whole}
+    facts: dict[str, Any] = {"names": list(names)}
+    if task.kind == "single_label" and task.class_weights == "balanced":
+        counts = torch.bincount(torch.tensor(labels), minlength=len(names)).clamp(min=1)
+        facts["class_weights"] = (len(labels) / (counts * len(names))).tolist()
+    return facts
+
+
+def make_objective(task: schema.Task, facts: Mapping[str, Any]) -> Objective:
+    """What a task is trained for, from what `facts_of` found."""
+    if task.kind == "multi_label":
+        return MultiLabel(len(facts["names"]))
+    if task.kind == "regression":
+        return Regression(facts["mean"], facts["std"], facts["grades"])
+    return SingleLabel(len(facts["names"]), facts.get("class_weights"))
+
+
+def intervals(
+    objective: Objective, records: Tensor, labels: Tensor, groups: Sequence[str], resamples: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """Metric -> [low, high], which hold 95 % of it over resampled groups of examples (patients; percentile bootstrap)."""
+    members: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    parts = [torch.tensor(part) for part in members.values()]
+    draw = torch.Generator().manual_seed(seed)
+    found: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        chosen = torch.randint(len(parts), (len(parts),), generator=draw).tolist()
+        index = torch.cat([parts[i] for i in chosen])
+        for name, value in objective.metrics(records[index], labels[index]).items():
+            found.setdefault(name, []).append(value)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {name: torch.tensor(values, dtype=torch.float64).quantile(ends).tolist() for name, values in found.items()}
 
 
 def _shares(chances: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:

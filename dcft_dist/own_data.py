@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,42 @@ def own_task(config: Config) -> TaskData:
     parts = _split(read_rows(data, config.import_roots), config)
     _check_files(parts)
     _check_groups(parts)
+    names = _names(config, parts["train"])
+    splits = {name: _decoded(rows, _decoder(config, names)) for name, rows in parts.items()}
     if config.task.kind == "single_label":
-        names = list(data.classes) or sorted({_text(row.label) for row in parts["train"]}, key=_natural)
-        decode = _Classes(names)
-    elif config.task.kind == "multi_label":
-        names, decode = list(data.label), _finding  # type: ignore[assignment]
-    else:
-        names, decode = [str(data.label)], _number  # type: ignore[assignment]
-    splits = {name: _decoded(rows, decode) for name, rows in parts.items()}
-    if config.task.kind == "single_label":
-        _check_classes(names, splits)
+        _check_classes(names, splits["train"])
     grouped = data.group is not None or data.group_pattern is not None
     caveat = "" if grouped else "No groups were given: examples of one patient may be in two splits."
     return TaskData.of(names, splits, caveat)
+
+
+def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:
+    """All examples of other data than the run's, whatever split they say, as one split.
+
+    Args:
+        names: classes or findings of the run.
+        labelled: whether they have labels; without, labels are those of nothing.
+
+    Raises:
+        DataError: see `own_task`.
+    """
+    rows = [row for part in read_rows(config.data, config.import_roots, labelled).values() for row in part]
+    _check_files({"": rows})
+    nothing = {"single_label": 0, "multi_label": [float("nan")] * len(names), "regression": float("nan")}[config.task.kind]
+    return _decoded(rows, _decoder(config, names) if labelled else lambda row: nothing)
+
+
+def _names(config: Config, rows: Sequence[Row]) -> list[str]:
+    """Of classes, findings, or the number to be predicted."""
+    if config.task.kind == "single_label":
+        return list(config.data.classes) or sorted({_text(row.label) for row in rows}, key=_natural)
+    return [config.data.label] if isinstance(config.data.label, str) else list(config.data.label)
+
+
+def _decoder(config: Config, names: Sequence[str]) -> Callable[[Row], Any]:
+    if config.task.kind == "single_label":
+        return _Classes(names)
+    return _finding if config.task.kind == "multi_label" else _number
 
 
 def _decoded(rows: Sequence[Row], decode: Callable[[Row], Any]) -> Split:
@@ -144,11 +167,10 @@ def _natural(text: str) -> tuple[int, float, str]:
     return (0, float(text), "") if text.replace(".", "", 1).isdecimal() else (1, 0.0, text)
 
 
-def _check_classes(names: Sequence[str], splits: Mapping[str, Split]) -> None:
+def _check_classes(names: Sequence[str], train: Split) -> None:
     if len(names) < 2:
         raise DataError(f"there is only one class: {listing(names)}")
-    for split, data in splits.items():
-        counts = Counter(data.labels)
-        empty = [name for i, name in enumerate(names) if not counts[i]]
-        if empty and split == "train":
-            raise DataError(f"no training example of {listing(empty)}: leave these classes out, or split otherwise")
+    counts = Counter(train.labels)
+    empty = [name for i, name in enumerate(names) if not counts[i]]
+    if empty:
+        raise DataError(f"no training example of {listing(empty)}: leave these classes out, or split otherwise")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from torch import nn
 
 from . import schema
 from .data import Processor
+from .engines.private import names_in_transformers
 from .errors import ConfigError, did_you_mean, listing
 from .imports import find_object
-from .loading import Allowed, Loading
+from .loading import Allowed, Loading, Translate
 from .meta import without_memory
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
 
@@ -47,7 +50,15 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> 
             resize=[prefix + p for p in settings.resize],
         )
         place = Path(settings.weights)
-        loading = Loading(module, place, allowed=allowed, rename=settings.rename, prefix=prefix, seed=config.seed)
+        loading = Loading(
+            module,
+            place,
+            allowed=allowed,
+            rename=settings.rename,
+            translate=_translate(built),
+            prefix=prefix,
+            seed=config.seed,
+        )
     return Pretrained(
         module=module,
         head=head,
@@ -78,7 +89,9 @@ def _from_config(make: Any, settings: schema.Model, args: dict[str, Any]) -> Any
 
     if not settings.weights or not (Path(settings.weights) / "config.json").is_file():
         raise ConfigError(f"model.weights: {settings.weights} is no folder with a config.json, which {settings.build} needs")
-    return make.from_config(AutoConfig.from_pretrained(settings.weights, local_files_only=True, **args))
+    place = str(settings.weights)
+    found, rest = AutoConfig.from_pretrained(place, local_files_only=True, return_unused_kwargs=True, **args)
+    return make.from_config(found, **rest)
 
 
 def _width(module: nn.Module) -> int:
@@ -110,6 +123,13 @@ def _blocks(settings: schema.Model, module: nn.Module) -> list[nn.Module]:
         if not any(fnmatchcase(name, pattern) for name in modules):
             raise ConfigError(f"model.blocks: {pattern!r} matches no module{did_you_mean(pattern, modules)}")
     return [m for name, m in modules.items() if any(fnmatchcase(name, pattern) for pattern in settings.blocks)]
+
+
+def _translate(built: nn.Module) -> Translate | None:
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(built, transformers.PreTrainedModel):
+        return None
+    return partial(names_in_transformers, built)
 
 
 def _describe(built: nn.Module) -> Callable[[Path], None]:

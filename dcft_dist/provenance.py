@@ -7,7 +7,8 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from .engines import find_engine
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide about numbers."""
-    names = ("torch", "transformers", "numpy", "dcft_dist")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "timm", "monai", "open_clip_torch", "numpy", "dcft_dist"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def git_commit() -> str | None:

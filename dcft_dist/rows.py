@@ -46,12 +46,14 @@ class Cell:
         return self.table[self.index][self.column]
 
 
-def read_rows(data: Data, roots: Sequence[str]) -> dict[str, list[Row]]:
-    """Split -> rows; under "" those that no split was said for.
+def read_rows(data: Data, roots: Sequence[str], labelled: bool = True) -> dict[str, list[Row]]:
+    """Split -> rows; under "" those that no split was said for. Not `labelled`: labels need not be there.
 
     Raises:
         DataError: a file, folder or column is missing or cannot be read; the message names it.
     """
+    if not labelled:  # no columns are asked for then
+        data = data.model_copy(update={"label": [], "split": None})
     readers: dict[str, Callable[[Data, Sequence[str]], dict[str, list[Row]]]] = {
         "table": _tables,
         "image_folder": _image_folder,
@@ -132,6 +134,8 @@ def _image_folder(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     root = Path(str(data.path))
     if not root.is_dir():
         raise DataError(f"{root} is no folder")
+    if not data.label:
+        return {"": [_image_row(file, "", data) for file in _images_in(root)]}
     names = {child.name: _SYNONYMS.get(child.name.lower(), child.name.lower()) for child in root.iterdir() if child.is_dir()}
     parts = {name: split for name, split in names.items() if split in SPLITS}
     if parts and len(parts) < len(names):
@@ -142,17 +146,24 @@ def _image_folder(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
 
 def _classes_of(root: Path, data: Data) -> Iterator[Row]:
     for folder in sorted(child for child in root.iterdir() if child.is_dir()):
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGES)
-        if not files:
-            raise DataError(f"{folder} holds no images ({', '.join(sorted(_IMAGES))})")
-        for file in files:
-            group = str(file)
-            if data.group_pattern:
-                match = re.search(data.group_pattern, file.name)
-                if match is None or not match.groups():
-                    raise DataError(f"{file}: data.group_pattern {data.group_pattern!r} finds no group in the name")
-                group = match.group(1)
-            yield Row(file, folder.name, group, str(file))
+        yield from (_image_row(file, folder.name, data) for file in _images_in(folder))
+
+
+def _images_in(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGES)
+    if not files:
+        raise DataError(f"{folder} holds no images ({', '.join(sorted(_IMAGES))})")
+    return files
+
+
+def _image_row(file: Path, label: str, data: Data) -> Row:
+    group = str(file)
+    if data.group_pattern:
+        match = re.search(data.group_pattern, file.name)
+        if match is None or not match.groups():
+            raise DataError(f"{file}: data.group_pattern {data.group_pattern!r} finds no group in the name")
+        group = match.group(1)
+    return Row(file, label, group, str(file))
 
 
 def _medmnist(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
@@ -161,10 +172,11 @@ def _medmnist(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             for short, split in (("train", "train"), ("val", "validation"), ("test", "test")):
-                images, labels = arrays[f"{short}_images"], arrays[f"{short}_labels"]
+                images = arrays[f"{short}_images"]
+                labels = arrays[f"{short}_labels"] if data.label else np.zeros((len(images), 0))
                 if len(images) != len(labels):
                     raise DataError(f"{file}: {len(images)} {short}_images, but {len(labels)} {short}_labels")
-                values = labels.tolist() if isinstance(data.label, list) else labels.reshape(len(labels), -1)[:, 0].tolist()
+                values = (labels if isinstance(data.label, list) else labels.reshape(len(labels), -1)[:, 0]).tolist()
                 places = [f"{file}, {short} image {i}" for i in range(len(images))]
                 found[split] = [Row(x, y, place, place) for x, y, place in zip(images, values, places, strict=True)]
     except (OSError, ValueError, KeyError) as error:

@@ -341,6 +341,9 @@ class Config(Section):
         "train", description="End after that phase; with a later one the run goes on. `score` leaves the scores in a file."
     )
     test: bool = Field(True, description="Whether the test data are used, once, at the end.")
+    test_resamples: Annotated[int, Field(ge=0)] = Field(
+        1000, description="Resamples of the test groups for the intervals of its metrics; 0: no intervals."
+    )
     start_from: str | None = Field(
         None,
         description="Directory of a run of the same task, model and seed: its head is used, and its scores and set if what "

@@ -35,7 +35,7 @@ from .schema import Config, Section, Seed
 Values = tuple[tuple[str, Any], ...]  # dotted key, value
 
 # Sections that decide about the head and the scores: cells that agree in them share both.
-_PREPARED = {"model", "task", "seed", "head_warmup", "importance"}
+_PREPARED = {"model", "task", "data", "import_roots", "seed", "head_warmup", "importance"}
 
 
 class Contrast(Section):
@@ -138,6 +138,7 @@ def make_config(study: Study, cell: Cell, folder: Path) -> Config:
     given |= {key: value for key, value in _flat(study.arms[cell.arm]).items() if not isinstance(value, list)}
     given |= dict(cell.values) | {"name": cell.name, "runs_dir": str(folder / "runs"), "seed": cell.seed}
     given |= {"test": not cell.tuning, "engine": "single", "checkpoint.keep_last": 0, "removal.fractions": []}
+    given["test_resamples"] = 0  # intervals are those of all seeds
     if not cell.tuning:  # what is tested has been fine-tuned: two arms that both fell back on the probe could not differ
         given["train.fall_back"] = False
     if study.resample:
@@ -172,7 +173,7 @@ def make_preparation(config: Config, folder: Path) -> Config:
 
 def facts_of(config: Config) -> dict[str, Any]:
     """What of a cell's configuration decides about its numbers."""
-    passing = ("name", "runs_dir", "start_from", "timeout_s", "log_every", "max_attempts")
+    passing = ("name", "runs_dir", "start_from", "timeout_s", "log_every", "max_attempts", "test_resamples")
     return {key: value for key, value in _flat(config.model_dump()).items() if key not in passing}
 
 

@@ -83,7 +83,7 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str], *, prefix: st
     """Reads such a folder, or any in that format, into a model under any engine; each rank reads what it holds. Collective.
 
     Args:
-        prefix: put before the file's names to get the model's.
+        prefix: put before the file's names to get the model's; other weights of the model stay as they are.
 
     Raises:
         CheckpointError: weights are missing, of another shape, or not of this model; or a file is damaged.
@@ -176,7 +176,7 @@ def _check(source: Path, where: dict[str, str], prefix: str, engine: Engine, buf
     aliases, full = engine.names.aliases, engine.full_shapes()
     shapes = {n: full[c] for n, c in aliases.items()} | {n: tuple(b.shape) for n, b in buffers.items()}
     there = {aliases.get(name, name) for name in where}
-    missing = [name for name in shapes if aliases.get(name, name) not in there]
+    missing = [name for name in shapes if name.startswith(prefix) and aliases.get(name, name) not in there]
     unknown = [name for name in where if name not in shapes]
     if missing or unknown:
         raise CheckpointError(f"missing there: {listing(missing) or 'none'}; not in the model: {listing(unknown) or 'none'}")

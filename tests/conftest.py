@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-OF_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}  # set by pytest, and by torch when its optimizers load
+# Set by pytest, by torch when its optimizers load, and when datasets and MONAI are imported.
+OF_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_NVML_BASED_CUDA_CHECK"}
 
 
 @pytest.fixture(autouse=True)

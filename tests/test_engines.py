@@ -639,7 +639,7 @@ def private_objects() -> dict[str, list[str]]:
     for where in private.USES:
         if where == "transformers.Trainer":
             objects[where] = importlib.import_module("transformers").Trainer
-        elif where.startswith(("torch.", "deepspeed.")):
+        elif where.startswith(("torch.", "deepspeed.", "transformers.")):
             objects[where] = importlib.import_module(where)
     named = {where: type(thing).__name__ for where, thing in objects.items() if where.endswith("Optimizer")}
     assert all(where == name for where, name in named.items()), named

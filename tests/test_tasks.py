@@ -24,16 +24,15 @@ from dcft_dist.schema import Config
 from dcft_dist.splits import TaskData
 from dcft_dist.tasks import load_task
 
+from .own import install_atlas
+
 CPU = torch.device("cpu")
 FEW = ["--task.train_per_class", "4", "--task.validation_per_class", "2", "--task.test_per_class", "2"]
 
 
 @pytest.fixture(scope="module")
 def mricron() -> None:
-    """The atlas is a Debian package."""
-    if not Path("/usr/share/mricron/templates/aal.nii.gz").exists():
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-        subprocess.run(["apt-get", "install", "-y", "-q", "mricron-data"], check=True, capture_output=True)
+    install_atlas()
 
 
 def task_of(*words: str) -> tuple[Config, TaskData]:

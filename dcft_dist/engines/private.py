@@ -103,6 +103,8 @@ USES: dict[str, tuple[str, ...]] = {
     "OptimizedModule": ("_orig_mod",),
     "deepspeed.ops": ("__compatible_ops__",),
     "transformers.Trainer": ("_prepare_inputs",),
+    "transformers.conversion_mapping": ("get_model_conversion_mapping",),
+    "transformers.core_model_loading": ("rename_source_key", "WeightConverter", "WeightRenaming"),
 }
 
 
@@ -487,3 +489,20 @@ def zero_publish(optimizer: Any, flats: list[Flat]) -> None:
             for part in flat.parts:
                 if part.parameter is not flat.tensor:
                     part.parameter.data.view(-1).copy_(flat.tensor.data.view(-1)[part.offset : part.offset + part.numel])
+
+
+def names_in_transformers(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
+    """Name in a file of transformers -> name in the model; None where several tensors are merged into one, or one is split.
+
+    Files keep the names that a model had when it was published, whatever its modules are called today.
+    """
+    from transformers import conversion_mapping, core_model_loading
+
+    found = conversion_mapping.get_model_conversion_mapping(model)
+    merging = [change for change in found if isinstance(change, core_model_loading.WeightConverter)]
+    renaming = [change for change in found if isinstance(change, core_model_loading.WeightRenaming)]
+    state, names = model.state_dict(), {}
+    for name in stored:
+        new, merged = core_model_loading.rename_source_key(name, renaming, merging, model.base_model_prefix, state)
+        names[name] = None if merged else new
+    return names

@@ -1,0 +1,413 @@
+"""The user's data: every format, splits by group, every mistake named, and whole runs on real texts and images."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from dcft_dist.config import load_config
+from dcft_dist.errors import ConfigError, DataError
+from dcft_dist.images import OwnImageProcessor, read_image
+from dcft_dist.own_data import own_task
+from dcft_dist.splits import TaskData
+
+from .own import drug_table, minilm_copy, mri_folder
+
+
+def task_of(*words: str) -> TaskData:
+    return own_task(load_config("icd.toml", ["--task.name", "own", *words]))
+
+
+def table(folder: Path, rows: list[dict[str, Any]], name: str = "data.csv") -> Path:
+    with (folder / name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder / name
+
+
+def texts(number: int = 40, groups: int = 20) -> list[dict[str, Any]]:
+    return [{"input": f"text {i}", "label": "ab"[i % 2], "patient": f"p{i % groups}"} for i in range(number)]
+
+
+TEXT = ["--data.modality", "text"]
+
+
+# -- formats -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_table_is_split_by_group(tmp_path: Path) -> None:
+    file = table(tmp_path, texts(60, 20))
+    data = task_of("--data.path", str(file), *TEXT, "--data.group", "patient")
+    groups = [set(split.groups) for split in (data.train, data.validation, data.test)]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    assert [len(g) for g in groups] == [13, 3, 4] and sum(map(len, (data.train, data.validation, data.test))) == 60
+    assert data.class_names == ["a", "b"] and data.caveat == ""
+    again = task_of("--data.path", str(file), *TEXT, "--data.group", "patient")
+    other = task_of("--data.path", str(file), *TEXT, "--data.group", "patient", "--task.split_seed", "9")
+    assert again == data and other.test.groups != data.test.groups
+    assert "No groups were given" in task_of("--data.path", str(file), *TEXT).caveat
+
+
+def test_the_same_rows_in_every_kind_of_table(tmp_path: Path) -> None:
+    rows = [{**row, "split": ["train", "val", "test"][i % 20 % 3]} for i, row in enumerate(texts())]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with table(tmp_path, rows).open() as file:
+        (tmp_path / "data.tsv").write_text("\n".join("\t".join(row) for row in csv.reader(file)))
+    (tmp_path / "my_rows.py").write_text(f"def rows():\n    return {rows!r}\n")
+    how = [*TEXT, "--data.group", "patient", "--data.split", "split"]
+    found = [task_of("--data.path", str(tmp_path / f"data.{kind}"), *how) for kind in ("csv", "tsv", "jsonl")]
+    roots = ["--import_roots", json.dumps([str(tmp_path)])]
+    found.append(task_of("--data.format", "python", "--data.build", "my_rows.rows", *how, *roots))
+    assert all(data.checksum == found[0].checksum and data.test == found[0].test for data in found)
+    assert [len(found[0].train), len(found[0].validation), len(found[0].test)] == [14, 14, 12]
+
+
+def test_parquet_and_saved_datasets(tmp_path: Path) -> None:
+    import datasets
+    import pyarrow.parquet
+
+    rows = texts()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    how = [*TEXT, "--data.group", "patient"]
+    wanted = task_of("--data.path", str(table(tmp_path, rows)), *how)
+    assert task_of("--data.path", str(tmp_path / "data.parquet"), *how).train == wanted.train
+    assert task_of("--data.path", str(tmp_path / "saved"), "--data.format", "dataset", *how).train == wanted.train
+
+
+def picture(file: Path, value: int = 100, size: int = 8) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((size, size), value, np.uint8)).save(file)
+    return file
+
+
+def test_image_folders(tmp_path: Path) -> None:
+    for split, number in (("train", 4), ("val", 2), ("test", 2)):
+        for i in range(number):
+            for name in ("ill", "well"):
+                picture(tmp_path / "split" / split / name / f"{split}{i}_{name}.png")
+                picture(tmp_path / "plain" / name / f"p{split}{i}_{name}.png")
+    data = task_of("--data.format", "image_folder", "--data.path", str(tmp_path / "split"))
+    assert data.class_names == ["ill", "well"] and [len(data.train), len(data.validation), len(data.test)] == [8, 4, 4]
+    how = ["--data.format", "image_folder", "--data.path", str(tmp_path / "plain"), "--data.group_pattern", "^(p.*)_"]
+    data = task_of(*how)
+    assert {len(split) % 2 for split in (data.train, data.validation, data.test)} == {0}  # a patient has two images
+    with pytest.raises(DataError, match="finds no group in the name"):
+        task_of(*how[:-1], "^q(.*)_")
+
+
+def test_medmnist(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    arrays = {}
+    for name, number in (("train", 12), ("val", 6), ("test", 6)):
+        arrays[f"{name}_images"] = draw.integers(0, 256, (number, 28, 28, 3), np.uint8)
+        arrays[f"{name}_labels"] = np.arange(number)[:, None] % 3
+    np.savez(tmp_path / "toy.npz", **arrays)
+    data = task_of("--data.format", "medmnist", "--data.path", str(tmp_path / "toy.npz"))
+    assert data.class_names == ["0", "1", "2"] and data.validation.labels == [0, 1, 2, 0, 1, 2]
+    assert read_image(data.test.inputs[0], 3).shape == (3, 28, 28)
+
+
+def test_findings_and_numbers(tmp_path: Path) -> None:
+    rows = [{"input": f"t{i}", "a": i % 2, "b": ["", "-1", "1"][i % 3], "age": 40 + i} for i in range(20)]
+    file = table(tmp_path, rows)
+    data = task_of("--data.path", str(file), *TEXT, "--task.kind", "multi_label", "--data.label", '["a", "b"]')
+    label = dict(zip(data.train.inputs, data.train.labels, strict=True)).get("t2") or [0.0, 1.0]
+    assert data.class_names == ["a", "b"] and label == [0.0, 1.0]
+    assert any(x[1] != x[1] for x in data.train.labels)
+    data = task_of("--data.path", str(file), *TEXT, "--task.kind", "regression", "--data.label", "age")
+    assert sorted(data.train.labels + data.validation.labels + data.test.labels) == [float(40 + i) for i in range(20)]
+
+
+# -- images --------------------------------------------------------------------------------------------------------------
+
+
+def test_images_of_every_kind_are_the_same(tmp_path: Path) -> None:
+    values = (np.arange(64, dtype=np.uint8) * 4).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    Image.fromarray(np.stack([values] * 3, -1)).save(tmp_path / "rgb.png")
+    Image.fromarray(np.stack([values] * 3 + [np.full_like(values, 7)], -1)).save(tmp_path / "rgba.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    np.save(tmp_path / "array.npy", values.astype(np.float32) / 255)
+    wanted = torch.from_numpy(values / 255.0).float().expand(3, -1, -1)
+    for name in ("grey.png", "rgb.png", "rgba.png", "deep.png", "array.npy"):
+        torch.testing.assert_close(read_image(tmp_path / name, 3), wanted, rtol=0, atol=1e-6)
+    torch.testing.assert_close(read_image(values, 3), wanted, rtol=0, atol=1e-6)
+
+
+def random_flip(image: torch.Tensor) -> torch.Tensor:
+    return image.flip(-1) if torch.rand(()) < 0.5 else image
+
+
+def test_variants_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> None:
+    for i in range(8):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"{i}.png")
+    rows = [{"input": f"{i % 8}.png", "label": i % 2, "n": i} for i in range(20)]
+    how = ["--data.path", str(table(tmp_path, rows)), "--task.name", "own", "--model.image_size", "8"]
+    vary = ["--data.transform", "tests.test_own_data.random_flip", "--import_roots", '["."]']
+    config = load_config("mri.toml", [*how, *vary])
+    examples = OwnImageProcessor(config)(own_task(config).train)
+    plain, first, again, later = (examples.inputs(range(8), d)["pixel_values"] for d in (None, 1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, plain)
+    assert torch.equal(examples.inputs([3], 2)["pixel_values"][0], later[3])  # whatever else is in the batch
+    flipped = [torch.equal(a, b.flip(-1)) for a, b in zip(plain, first, strict=True)]
+    assert all(f or torch.equal(a, b) for f, a, b in zip(flipped, plain, first, strict=True)) and 0 < sum(flipped) < 8
+    vary = ["--data.transform", "monai.transforms.RandFlip", "--data.transform_args.prob", "0.5"]
+    config = load_config("mri.toml", [*how, *vary, "--data.transform_args.spatial_axis", "1"])
+    examples = OwnImageProcessor(config)(own_task(config).train)
+    a, b = (examples.inputs(range(8), d)["pixel_values"] for d in (1, 1))
+    assert torch.equal(a, b)
+
+
+# -- mistakes ------------------------------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {}
+
+
+def bad(message: str) -> Callable[[Callable[[Path], list[str]]], Callable[[Path], list[str]]]:
+    def keep(make: Callable[[Path], list[str]]) -> Callable[[Path], list[str]]:
+        BAD[make.__name__] = (make, message)
+        return make
+
+    return keep
+
+
+@bad(r"data.csv, line 2: no column 'lable' \(did you mean 'label'\?\); it has input, label, patient")
+def column(folder: Path) -> list[str]:
+    return ["--data.path", str(table(folder, texts())), *TEXT, "--data.label", "lable"]
+
+
+@bad("nothing.csv cannot be read: .*No such file")
+def no_file(folder: Path) -> list[str]:
+    return ["--data.path", str(folder / "nothing.csv"), *TEXT]
+
+
+@bad("group 'p0' is in two splits: .*data.csv, line 2 is for train, .*data.csv, line 22 for test")
+def group_in_two_splits(folder: Path) -> list[str]:
+    rows = [{**row, "split": "test" if i >= 20 else "train" if i % 2 else "val"} for i, row in enumerate(texts())]
+    rows[0]["split"] = "train"
+    return ["--data.path", str(table(folder, rows)), *TEXT, "--data.group", "patient", "--data.split", "split"]
+
+
+@bad(r"2 of 40 files are missing: .*image5.png \(.*data.csv, line 7\), .*image9.png")
+def missing_files(folder: Path) -> list[str]:
+    rows = [{"input": f"image{i}.png", "label": i % 2} for i in range(40)]
+    for i in range(40):
+        if i not in (5, 9):
+            picture(folder / f"image{i}.png")
+    return ["--data.path", str(table(folder, rows))]
+
+
+@bad(r"line 4: label 'c' is none of the 2 classes.*: a, b")
+def label_out_of_range(folder: Path) -> list[str]:
+    rows = texts()
+    rows[2]["label"] = "c"
+    return ["--data.path", str(table(folder, rows)), *TEXT, "--data.classes", '["a", "b"]']
+
+
+@bad("no training example of c")
+def empty_class(folder: Path) -> list[str]:
+    return ["--data.path", str(table(folder, texts())), *TEXT, "--data.classes", '["a", "b", "c"]']
+
+
+@bad("there is only one class: a")
+def one_class(folder: Path) -> list[str]:
+    return ["--data.path", str(table(folder, [{**row, "label": "a"} for row in texts()])), *TEXT]
+
+
+@bad("line 3: label 'old' is no number")
+def no_number(folder: Path) -> list[str]:
+    rows = [{"input": "x", "age": "old" if i == 1 else 3} for i in range(10)]
+    return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "regression", "--data.label", "age"]
+
+
+@bad("line 2: a finding is 1, 0, or empty for unknown, not '2'")
+def no_finding(folder: Path) -> list[str]:
+    rows = [{"input": "x", "a": 2} for _ in range(10)]
+    return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "multi_label", "--data.label", '["a"]']
+
+
+@bad(r"the group \(patient\) is empty")
+def empty_group(folder: Path) -> list[str]:
+    return ["--data.path", str(table(folder, [{**row, "patient": ""} for row in texts()])), *TEXT, "--data.group", "patient"]
+
+
+@bad("the split is 'holdout', not train, validation or test")
+def odd_split(folder: Path) -> list[str]:
+    rows = [{**row, "split": "holdout"} for row in texts()]
+    return ["--data.path", str(table(folder, rows)), *TEXT, "--data.split", "split"]
+
+
+@bad("no examples for validation, test: with so few groups, give splits of your own")
+def too_few_groups(folder: Path) -> list[str]:
+    shares = ["--data.validation_share", "0", "--data.test_share", "0"]
+    return ["--data.path", str(table(folder, texts())), *TEXT, *shares]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_named(name: str, tmp_path: Path) -> None:
+    make, message = BAD[name]
+    with pytest.raises(DataError, match=message):
+        task_of(*make(tmp_path))
+
+
+def test_keys_that_do_not_fit() -> None:
+    for words, message in (
+        ([], "needs data.train"),
+        (["--data.format", "image_folder"], "needs data.path"),
+        (["--data.format", "python"], "needs data.build"),
+        (["--data.path", "x", "--data.label", '["a"]'], "data.label is a list of columns for task.kind = 'multi_label'"),
+        (["--data.path", "x", "--task.kind", "multi_label"], "data.label is a list of columns"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config("icd.toml", ["--task.name", "own", *words])
+    with pytest.raises(ConfigError, match=r"task.name = 'drug_review' is of the kind 'single_label'"):
+        load_config("icd.toml", ["--task.name", "drug_review", "--task.kind", "regression"])
+
+
+def test_bad_images_are_found_before_the_run(tmp_path: Path) -> None:
+    for i in range(40):
+        picture(tmp_path / f"image{i}.png", size=16)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "image3.png")
+    (tmp_path / "image3.png").write_bytes((tmp_path / "image3.png").read_bytes()[:2000])
+    pixels = np.ones((4, 4), np.float32)
+    pixels[1, 2] = np.nan
+    np.save(tmp_path / "nan.npy", pixels)
+    np.save(tmp_path / "deep.npy", np.ones((4, 4, 9), np.float32))
+    rows = [{"input": f"image{i}.png", "label": i % 2} for i in range(40)] + [{"input": "nan.npy", "label": 0}]
+    file = table(tmp_path, rows)
+    words = ["--task.name", "own", "--data.path", str(file), "--runs_dir", str(tmp_path / "runs")]
+    words += ["--train.global_batch", "8", "--importance.num_samples", "16", "--importance.score_batch", "8"]
+    command = [sys.executable, "-m", "dcft_dist.cli", "train", "mri.toml", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    errors = done.stderr
+    assert done.returncode == 2 and "2 of 41 images" in errors and "image3.png: no image that can be read" in errors
+    assert "nan.npy: 1 of its pixels are no numbers" in errors
+    with pytest.raises(DataError, match=r"deep.npy: an image of shape \[4, 4, 9\] does not go into 3 channels"):
+        read_image(tmp_path / "deep.npy", 3)
+
+
+# -- whole runs ----------------------------------------------------------------------------------------------------------
+
+
+def dcft(*words: str) -> str:
+    command = [sys.executable, "-m", "dcft_dist.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_texts_from_a_table_with_an_own_model(tmp_path: Path) -> None:
+    """Drug reviews and MiniLM, both as files of the user: run, metrics on other data, predictions, the exported model."""
+    weights, data = minilm_copy(tmp_path / "minilm", layers=2), drug_table(tmp_path / "reviews.csv", 120)
+    (tmp_path / "mine.toml").write_text(
+        f"""
+        extends = "smoke.toml"
+        name = "mine"
+        engine = "single"
+        runs_dir = "{tmp_path}"
+        test_resamples = 20
+        [model]
+        build = "transformers.AutoModel"
+        args = {{add_pooling_layer = false}}
+        weights = "{weights}"
+        features = "mean"
+        [task]
+        name = "own"
+        class_weights = "balanced"
+        [data]
+        path = "{data}"
+        modality = "text"
+        input = "review"
+        label = "rating"
+        group = "drug"
+        [train]
+        epochs = 1
+        global_batch = 16
+        metric = "balanced_accuracy"
+        [importance]
+        num_samples = 32
+        score_batch = 16
+        """
+    )
+    shown = dcft("inspect", str(tmp_path / "mine.toml"))
+    assert "eligible" in shown and "head.weight" in shown and "tensors read; 2 started afresh (head.weight" in shown
+    dcft("train", str(tmp_path / "mine.toml"))
+    summary = json.loads((tmp_path / "mine/summary.json").read_text())
+    assert summary["labels"]["names"] == ["negative", "neutral", "positive"] and summary["num_selected"] > 0
+    assert {"auroc", "auprc", "balanced_accuracy", "macro_f1", "ece"} <= summary["test"].keys()
+    low, high = summary["test_intervals"]["accuracy"]
+    assert low <= summary["test"]["accuracy"] <= high
+    other = drug_table(tmp_path / "other.csv", 40, split="test")
+    found = json.loads(dcft("evaluate", str(tmp_path / "mine"), "--data.path", str(other), "--test_resamples", "10"))
+    said = list(csv.DictReader(dcft("predict", str(tmp_path / "mine"), "--data.path", str(other)).splitlines()))
+    rated = [row["rating"] for row in csv.DictReader(other.open())]
+    right = np.mean([row["predicted"] == rating for row, rating in zip(said, rated, strict=True)])
+    assert found["examples"] == len(said) == 40 and right == pytest.approx(found["metrics"]["accuracy"])
+    check_text_export(tmp_path / "mine/model", other, said)
+
+
+def check_text_export(folder: Path, file: Path, said: list[dict[str, str]]) -> None:
+    """transformers alone gives what `dcft predict` says."""
+    from transformers import AutoModel, AutoTokenizer
+
+    with file.open() as lines:
+        reviews = [row["review"] for row in csv.DictReader(lines)]
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    head = torch.nn.Linear(384, 3)
+    head.load_state_dict(load_file(folder / "head/model.safetensors"))
+    batch = tokenizer(reviews, padding=True, truncation=True, max_length=48, return_tensors="pt")
+    weights = batch["attention_mask"].unsqueeze(-1).float()
+    with torch.no_grad():
+        states = model.eval()(**batch).last_hidden_state
+        shares = head((states * weights).sum(1) / weights.sum(1)).softmax(-1)
+    for i, name in enumerate(("negative", "neutral", "positive")):
+        assert [float(row[f"p({name})"]) for row in said] == pytest.approx(shares[:, i].tolist(), abs=1e-5)
+
+
+def test_images_in_folders_under_a_sharding_engine(tmp_path: Path) -> None:
+    """MRI patches as PNG files and DINOv2 as a folder of transformers, on two ranks: regions, then a number."""
+    images, weights = mri_folder(tmp_path / "patches", 6), tmp_path / "dino"
+    from dcft_dist.models import build_model
+
+    packaged = build_model(load_config("mri.toml", ["--model.num_layers", "2"]), 8)
+    packaged.module.backbone.save_pretrained(weights)  # type: ignore[union-attr, operator]
+    words = ["--runs_dir", str(tmp_path), "--task.name", "own", "--data.format", "image_folder", "--data.path", str(images)]
+    words += ["--data.group_pattern", "^(.*)_", "--model.image_size", "56", "--importance.num_samples", "16"]
+    words += ["--importance.score_batch", "8", "--train.global_batch", "8", "--train.epochs", "1", "--test_resamples", "0"]
+    words += ["--removal.fractions", "[]", "--engine", "fsdp2"]
+    how = ["--model.build", "transformers.AutoModel", "--model.weights", str(weights), "--model.features", "cls"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "-m",
+        "dcft_dist.cli",
+        "train",
+        "mri.toml",
+    ]
+    for name, model in (("own", how), ("packaged", ["--model.num_layers", "2"])):
+        done = subprocess.run([*command, "--name", name, *words, *model], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    own, wanted = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("own", "packaged"))
+    assert own["data_checksum"] == wanted["data_checksum"] and own["num_selected"] == wanted["num_selected"]
+    head = [load_file(tmp_path / name / "model/head/model.safetensors") for name in ("own", "packaged")]
+    assert head[0].keys() == head[1].keys()
+    body = [load_file(tmp_path / name / "model/model.safetensors") for name in ("own", "packaged")]
+    assert body[0].keys() == body[1].keys()
+    out = dcft("predict", str(tmp_path / "own"), "--data.path", str(images))
+    assert len(out.splitlines()) == 1 + 48 and out.startswith("input,group,predicted,p(")

@@ -10,17 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import load_config
 from .engines.wrap import Plan, Prepared, prepare, shards_weights
 from .errors import ConfigError, RunError, listing
 from .evaluate import Evaluation, evaluate
-from .files import read_json
 from .images import OwnImageProcessor
 from .meta import Materialiser
 from .models import build_model
 from .objectives import Objective, intervals, make_objective
 from .own_data import other_split
 from .pretrained import Pretrained
+from .run_folder import RunFolder
 from .schema import Config
 from .splits import Split
 from .tasks import load_task
@@ -58,13 +57,13 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
         RunError: there is no finished run with its model there.
         ConfigError: an override is of something else than the data and the engine.
     """
-    if not (run / "summary.json").is_file() or not (run / "model").is_dir():
-        raise RunError(f"{run} holds no finished run with its model")
+    folder = RunFolder(run)
     odd = [word for word in overrides if word.startswith("--") and not word.startswith(_FREE)]
     if odd:
         raise ConfigError(f"{listing(odd)}: a finished run takes other data, not other settings")
-    config = load_config(run / "config.toml", overrides)
-    facts = read_json(run / "summary.json")["labels"]
+    config, facts = folder.finished(overrides)
+    if not folder.model.is_dir():
+        raise RunError(f"{run} has no model any more")
     objective = make_objective(config.task, facts)
     pretrained = build_model(config, objective.num_outputs)
     engine = config.engine if world.world_size > 1 else "single"
@@ -73,7 +72,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
         Materialiser(world.device)(pretrained.module)
     prepared = prepare(pretrained.module, plan, _no_optimizer)
     for prefix, part in pretrained.parts.items():
-        load_weights(prepared.model, run / "model" / part, prefix=prefix)
+        load_weights(prepared.model, folder.model / part, prefix=prefix)
     return Adapted(config, facts, objective, pretrained, prepared, world)
 
 

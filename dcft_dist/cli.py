@@ -55,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         use = commands.add_parser(name, help=text, epilog="the data: --data.path new.csv, and any other key of [data]")
         use.add_argument("run", type=Path)
         use.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+    delta = commands.add_parser("delta", help="write what fine-tuning changed as one file, or put it on the weights again")
+    delta.add_argument("run", type=Path, help="directory of a finished run (to apply: its config.toml and summary.json do)")
+    delta.add_argument("file", type=Path)
+    delta.add_argument("--apply", type=Path, metavar="FOLDER", help="write the adapted model there, from the file")
     report = commands.add_parser("report", help="make report.html of a run again, or of a study")
     report.add_argument("run", type=Path)
     report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG there")
@@ -183,6 +187,23 @@ def _use(options: argparse.Namespace, rest: list[str]) -> None:
         write_atomic(options.out, text) if options.out else sys.stdout.write(text)
 
 
+def _delta(options: argparse.Namespace, rest: list[str]) -> None:
+    from .delta import apply_delta, write_delta
+    from .run_folder import RunFolder
+    from .world import joined_world
+
+    folder = RunFolder(options.run)
+    config, facts = folder.finished()
+    with joined_world(600.0):
+        if options.apply:
+            apply_delta(config, facts, options.file, options.apply)
+            print(options.apply)
+            return
+        changed, total = write_delta(config, facts, folder.model, options.file)
+    size = options.file.stat().st_size
+    print(f"{options.file}: {changed:,} of {total:,} weights changed ({changed / total:.1%}); {size:,} bytes")
+
+
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
     if (options.run / "study.toml").exists():
         from .study_report import write_study_report
@@ -285,6 +306,7 @@ _COMMANDS = {
     "inspect": _inspect,
     "evaluate": _use,
     "predict": _use,
+    "delta": _delta,
     "status": _status,
     "report": _report,
     "table": _table,

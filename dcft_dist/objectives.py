@@ -18,6 +18,7 @@ from torch.nn import functional
 from . import schema
 
 Metrics = dict[str, float]
+LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse")
 
 
 class Objective(ABC):
@@ -25,7 +26,6 @@ class Objective(ABC):
 
     num_outputs: int
     best: str
-    lower_is_better = ("loss", "ece", "mae", "rmse")
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a batch."""
@@ -107,7 +107,7 @@ class MultiLabel(Objective):
         correct = ((records > 0) == (labels > 0.5))[known]
         return {
             "loss": float(self.losses(records, labels.double()).mean()),
-            "accuracy": float(correct.double().mean()),
+            "label_accuracy": float(correct.double().mean()),
             **_ranking(records.sigmoid(), torch.where(known, labels.nan_to_num(), -1).long()),
         }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -25,6 +25,14 @@ SETS = {
     "random": ("random", _REST),
     "lowest": ("lowest scores", "#3a9d5d"),
 }
+
+
+def shown_metrics(metrics: Mapping[str, float]) -> tuple[str, str]:
+    """The two that say most: the one that chooses the epoch if the configuration says none, and another one."""
+    best = [name for name in ("accuracy", "macro_f1", "dice", "auroc", "mae", "token_accuracy") if name in metrics]
+    rest = [name for name in metrics if name not in best]
+    first, second, *_ = [*best, *rest, "loss"]
+    return first, second
 
 
 def share_picture(chosen: FundamentalSet) -> Figure:
@@ -75,10 +83,10 @@ def loss_curves(rows: Rows) -> Figure:
 
 def metric_curves(rows: Rows, summary: dict[str, Any]) -> Figure:
     def draw(axes: Axes) -> None:
-        _line(axes, rows, "validation/accuracy", "accuracy", _REST)
-        _line(axes, rows, "validation/macro_f1", "macro-F1", "#3a9d5d")
+        for name, color in zip(shown_metrics(summary["validation"]), (_REST, "#3a9d5d"), strict=True):
+            _line(axes, rows, f"validation/{name}", name, color)
         axes.axvline(summary["best_epoch"], color=_CHANCE, linestyle=":", label="tested epoch")
-        axes.set_ylabel("validation, share")
+        axes.set_ylabel("validation")
 
     return _curves(draw)
 
@@ -111,13 +119,14 @@ def _curves(draw: Callable[[Axes], None]) -> Figure:
 def removal_bars(check: dict[str, Any]) -> Figure:
     fractions = sorted({row["fraction"] for row in check["removed"]})
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for place, key, chance in ((1, "loss", check["chance"]["loss"]), (2, "accuracy", check["chance"]["accuracy"])):
+    for place, key in enumerate(("loss", shown_metrics(check["base"])[0]), 1):
         axes = figure.add_subplot(1, 2, place)
         for i, (kind, (label, color)) in enumerate(SETS.items()):
             values = {row["fraction"]: row[key] for row in check["removed"] if row["set"] == kind}
             places = [n + (i - 2) * 0.16 for n, f in enumerate(fractions) if f in values]
             axes.bar(places, [values[f] for f in fractions if f in values], 0.15, label=label, color=color)
-        axes.axhline(chance, color=_CHANCE, linestyle="--")
+        if key in check["chance"]:
+            axes.axhline(check["chance"][key], color=_CHANCE, linestyle="--")
         axes.axhline(check["base"][key], color=_CHANCE)
         axes.set_xticks(range(len(fractions)), [f"{100 * f:g} %" for f in fractions])
         axes.set_xlabel("eligible weights removed")

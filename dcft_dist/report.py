@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from .errors import DataError
 from .files import read_json, read_lines, write_atomic
 from .fundamental import FundamentalSet
-from .pictures import SETS, loss_curves, metric_curves, movement_curves, png, removal_bars, share_picture
+from .objectives import LOWER_IS_BETTER
+from .pictures import SETS, loss_curves, metric_curves, movement_curves, png, removal_bars, share_picture, shown_metrics
 
 
 def write_report(run: Path, pictures: Path | None = None) -> Path:
@@ -29,7 +30,10 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
         if pictures:
             write_atomic(pictures / f"{slug}.png", data)
     path = run / "report.html"
-    write_atomic(path, template("report.html").render(summary=summary, facts=_facts(summary), pictures=drawn))
+    write_atomic(
+        path,
+        template("report.html").render(summary=summary, results=_results(summary), facts=_facts(summary), pictures=drawn),
+    )
     return path
 
 
@@ -56,16 +60,18 @@ def removal_table(run: Path) -> str:
     if not check:
         raise DataError(f"{run} made no removal check")
     fractions = sorted({row["fraction"] for row in check["removed"]})
+    base, chance = check["base"], check["chance"]
+    metric = shown_metrics(base)[0]
+    at_chance = f"; at chance {chance['loss']:.3f} and {chance[metric]:.3f}" if metric in chance else ""
     lines = [
-        f"Nothing removed: loss {check['base']['loss']:.3f}, accuracy {check['base']['accuracy']:.3f}; at chance "
-        f"{check['chance']['loss']:.3f} and {check['chance']['accuracy']:.3f}. Rise of the loss, and accuracy:",
+        f"Nothing removed: loss {base['loss']:.3f}, {metric} {base[metric]:.3f}{at_chance}. Rise of the loss, and {metric}:",
         "",
         "| removed | " + " | ".join(f"{100 * f:g} %" for f in fractions) + " |",
         "|---|" + "---|" * len(fractions),
     ]
     for kind, (label, _) in SETS.items():
         found = {row["fraction"]: row for row in check["removed"] if row["set"] == kind}
-        cells = [f"{found[f]['loss'] - check['base']['loss']:+.3f}, {found[f]['accuracy']:.3f}" for f in fractions]
+        cells = [f"{found[f]['loss'] - base['loss']:+.3f}, {found[f][metric]:.3f}" for f in fractions]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -74,8 +80,9 @@ def comparison(runs: Sequence[Path]) -> str:
     """A table of finished runs (Markdown), and the caveats of their tasks."""
     finished = [run for run in runs if (run / "summary.json").exists()]
     summaries = [_summary(run) for run in finished or runs]
+    first, second = shown_metrics(summaries[0]["validation"])
     lines = [
-        "| run | method | test accuracy | test macro-F1 | validation accuracy | best epoch | minutes |",
+        f"| run | method | test {first} | test {second} | validation {first} | best epoch | minutes |",
         "|---|---|---|---|---|---|---|",
     ]
     for s in summaries:
@@ -88,16 +95,14 @@ def comparison(runs: Sequence[Path]) -> str:
         if s["method"] == "linear_probe":
             what = "linear probe"
         lines.append(
-            f"| {s['name']} | {what} | {_shown(s['test'], 'accuracy')} | {_shown(s['test'], 'macro_f1')} "
-            f"| {s['validation']['accuracy']:.3f} | {s['best_epoch']} | {minutes:.1f} |"
+            f"| {s['name']} | {what} | {_shown(s['test'], first)} | {_shown(s['test'], second)} "
+            f"| {_shown(s['validation'], first)} | {s['best_epoch']} | {minutes:.1f} |"
         )
-    tested = [s for s in summaries if s["test"]]
-    best_probe = max((s["test"]["accuracy"] for s in tested if s["method"] == "linear_probe"), default=None)
-    beaten = [
-        s["name"]
-        for s in tested
-        if best_probe is not None and s["method"] != "linear_probe" and s["test"]["accuracy"] < best_probe
-    ]
+    tested = [s for s in summaries if s["test"] and first in s["test"]]
+    sign = -1 if first in LOWER_IS_BETTER else 1
+    best_probe = max((sign * s["test"][first] for s in tested if s["method"] == "linear_probe"), default=None)
+    others = [s for s in tested if s["method"] != "linear_probe"]
+    beaten = [s["name"] for s in others if best_probe is not None and sign * s["test"][first] < best_probe]
     if beaten:
         lines.append(f"\nThe linear probe beats {', '.join(beaten)} here.")
     unfinished = [run.name for run in runs if run not in finished]
@@ -107,7 +112,9 @@ def comparison(runs: Sequence[Path]) -> str:
 
 
 def _shown(metrics: dict[str, float] | None, key: str) -> str:
-    return f"{metrics[key]:.3f}" if metrics else "not tested"
+    if metrics is None:
+        return "not tested"
+    return f"{metrics[key]:.3f}" if key in metrics else "-"
 
 
 def _summary(run: Path) -> dict[str, Any]:
@@ -116,6 +123,14 @@ def _summary(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{run} holds no finished run") from error
     return summary
+
+
+def _results(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(metric, validation, test, 95 % interval of the test) of all metrics, the one that chose the epoch first."""
+    first, spread = shown_metrics(s["validation"])[0], s.get("test_intervals") or {}
+    names = sorted(s["validation"], key=lambda name: name != first)
+    ends = {name: f"{low:.3f} to {high:.3f}" for name, (low, high) in spread.items()}
+    return [(name, _shown(s["validation"], name), _shown(s["test"], name), ends.get(name, "")) for name in names]
 
 
 def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:

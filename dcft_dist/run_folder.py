@@ -8,11 +8,13 @@ lock  attempts.jsonl  errors/  progress.json: see `life`
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from .config import to_toml
-from .errors import ConfigError, listing
+from .config import load_config, to_toml
+from .errors import ConfigError, RunError, listing
+from .files import read_json
 from .schema import Config
 
 # How a run is carried out, not what it does: it may go on otherwise, with the same numbers up to rounding.
@@ -57,6 +59,16 @@ class RunFolder:
                 f"{self.path} holds a run with another configuration ({listing(changed)}): "
                 "give the run another --name, or delete the directory"
             )
+
+    def finished(self, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+        """Configuration of a finished run, and the facts of its labels.
+
+        Raises:
+            RunError: there is none.
+        """
+        if not self.summary.is_file():
+            raise RunError(f"{self.path} holds no finished run")
+        return load_config(self.path / "config.toml", overrides), read_json(self.summary)["labels"]
 
     def reached(self) -> str:
         """What a run that is started now goes on from, in words."""

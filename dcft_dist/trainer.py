@@ -30,7 +30,7 @@ from .head import warm_up_or_load
 from .job import Job, make_job
 from .measure import Groups
 from .methods import begin
-from .objectives import Metrics
+from .objectives import LOWER_IS_BETTER, Metrics
 from .provenance import git_commit
 from .run_dir import RunDirectory
 from .schema import Config
@@ -183,11 +183,11 @@ class Trainer:
         Raises:
             ConfigError: there is no such metric.
         """
-        objective, name = self.job.objective, self.config.train.metric or self.job.objective.best
+        name = self.config.train.metric or self.job.objective.best
         if name not in metrics:
             known = ", ".join(metrics)
             raise ConfigError(f"train.metric: no {name!r} on the validation data{did_you_mean(name, metrics)}: {known}")
-        return metrics[name] * (-1 if name in objective.lower_is_better else 1)
+        return metrics[name] * (-1 if name in LOWER_IS_BETTER else 1)
 
     def _save(self, step: int, best: Best, validated: bool) -> None:
         if self.config.checkpoint.keep_last == 0:

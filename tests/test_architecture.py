@@ -46,7 +46,7 @@ LAYERS = [
     ["checkpoint", "evaluate", "measure", "controls", "displacement", "run_dir", "optim"],
     ["removal", "methods", "prior"],
     ["provenance", "job"],
-    ["head", "find_set", "training", "finish", "adapted"],
+    ["head", "find_set", "training", "finish", "adapted", "delta"],
     ["trainer"],
     ["pictures"],
     ["report"],

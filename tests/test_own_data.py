@@ -411,3 +411,49 @@ def test_images_in_folders_under_a_sharding_engine(tmp_path: Path) -> None:
     assert body[0].keys() == body[1].keys()
     out = dcft("predict", str(tmp_path / "own"), "--data.path", str(images))
     assert len(out.splitlines()) == 1 + 48 and out.startswith("input,group,predicted,p(")
+
+
+def test_delta_and_pretrained_weights_are_the_adapted_ones(tmp_path: Path) -> None:
+    """Sparse fine-tuning of 1 %: the delta is small, and gives the exported model again bit for bit."""
+    words = [
+        "--runs_dir",
+        str(tmp_path),
+        "--name",
+        "sparse",
+        "--engine",
+        "single",
+        "--train.epochs",
+        "1",
+        "--removal.fractions",
+        "[]",
+    ]
+    words += ["--selection.fraction", "0.01", "--penalty.factor", "1.0", "--penalty.rest_factor", "0.0"]
+    dcft(
+        "train",
+        "smoke.toml",
+        *words,
+        "--penalty.unscored_factor",
+        "0.0",
+        "--test_resamples",
+        "0",
+        "--train.fall_back",
+        "false",
+    )
+    run, file = tmp_path / "sparse", tmp_path / "sparse.delta"
+    said = dcft("delta", str(run), str(file))
+    summary = json.loads((run / "summary.json").read_text())
+    changed = int(said.split(": ")[1].split(" of ")[0].replace(",", ""))
+    head = 384 * 21 + 21
+    assert 0.9 * summary["num_selected"] < changed - head <= summary["num_selected"]
+    full = (run / "model/model.safetensors").stat().st_size
+    assert file.stat().st_size < full / 32 + 4 * changed + 20_000
+    dcft("delta", str(run), str(file), "--apply", str(tmp_path / "again"))
+    for part in ("model.safetensors", "head/model.safetensors"):
+        before, after = load_file(run / "model" / part), load_file(tmp_path / "again" / part)
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert (tmp_path / "again/tokenizer.json").exists() and (tmp_path / "again/config.json").exists()
+    other = (run / "config.toml").read_text().replace("num_layers = 2", "num_layers = 1")
+    (run / "config.toml").write_text(other)
+    command = [sys.executable, "-m", "dcft_dist.cli", "delta", str(run), str(file), "--apply", str(tmp_path / "no")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "other pre-trained weights" in done.stderr

@@ -14,9 +14,10 @@ from .engines.wrap import Plan, Prepared, prepare, shards_weights
 from .errors import ConfigError, RunError, listing
 from .evaluate import Evaluation, evaluate
 from .images import OwnImageProcessor
+from .kinds import make_objective
 from .meta import Materialiser
 from .models import build_model
-from .objectives import Objective, intervals, make_objective
+from .objective import Objective, intervals
 from .own_data import other_split
 from .pretrained import Pretrained
 from .run_folder import RunFolder

@@ -158,8 +158,8 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
 def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
     from .inspection import inspection
+    from .kinds import facts_of, make_objective
     from .models import build_model
-    from .objectives import facts_of, make_objective
     from .tasks import load_task
 
     task = load_task(config)

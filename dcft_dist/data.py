@@ -131,8 +131,9 @@ def make_batch(
     draw: int | None = None,
 ) -> Batch:
     """Only the first `real` samples count."""
-    batch = examples.inputs(indices, draw) | {
+    batch = {
         "labels": torch.tensor([examples.labels[i] for i in indices]),
+        **examples.inputs(indices, draw),
         "real": torch.arange(len(indices)) < (len(indices) if real is None else real),
         "index": torch.tensor(indices),
     }

@@ -22,10 +22,10 @@ from .bits import num_bytes, pack, popcount, unpack
 from .engines.private import persistent_buffers
 from .errors import CheckpointError
 from .files import write_atomic
+from .kinds import make_objective
 from .meta import Materialiser
 from .models import build_model
 from .names import ParameterNames
-from .objectives import make_objective
 from .pretrained import Pretrained
 from .schema import Config
 from .weights import load_weights, save_weights
@@ -46,7 +46,7 @@ class Weights:
         """The pre-trained model of a configuration.
 
         Args:
-            facts: see `objectives.facts_of`.
+            facts: see `kinds.facts_of`.
         """
         pretrained = build_model(config, make_objective(config.task, facts).num_outputs)
         fresh = set(pretrained.head_names)

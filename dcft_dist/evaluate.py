@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import collectives
 from .data import Batch, Examples, evaluation_batches
 from .engines import find_engine
-from .objectives import Metrics, Objective
+from .objective import Metrics, Objective
 from .world import World
 
 EVALUATION_BATCH = 64  # examples in a forward of one rank

@@ -14,7 +14,7 @@ from .files import write_json
 from .fundamental import FundamentalSet
 from .importance import Scores, score_importance
 from .job import Job, micro_batch
-from .objectives import Metrics
+from .objective import Metrics
 from .prior import scores_after_training
 from .removal import check_removal, choose_fraction
 from .score_file import load_scores, save_scores

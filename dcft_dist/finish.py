@@ -14,7 +14,7 @@ from .files import read_json, table_of, write_atomic, write_json
 from .fundamental import FundamentalSet
 from .job import Job
 from .methods import merge_adapters
-from .objectives import Metrics, intervals
+from .objective import Metrics, intervals
 from .penalty import Penalty
 from .provenance import machine, peak_memory_gib, versions, weights_checksum
 from .weights import save_weights

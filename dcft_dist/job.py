@@ -17,9 +17,10 @@ from .data import Batch, Examples, micro_batches
 from .engines.wrap import Plan, Prepared, prepare, shards_weights
 from .evaluate import Evaluation, evaluate
 from .images import OwnImageProcessor
+from .kinds import facts_of, make_objective
 from .methods import choose_trained, depths
 from .models import build_model
-from .objectives import Objective, facts_of, make_objective
+from .objective import Objective
 from .optim import make_optimizer
 from .pretrained import Pretrained
 from .run_dir import RunDirectory
@@ -32,7 +33,7 @@ from .world import World
 @dataclass(frozen=True)
 class Job:
     """A run with its data and its model under the engine. `head`: a plain copy of the head, if it is one module;
-    `facts`: of the labels, see `objectives.facts_of`."""
+    `facts`: of the labels, see `kinds.facts_of`."""
 
     config: Config
     world: World

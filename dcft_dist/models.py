@@ -11,6 +11,7 @@ from torch import Tensor
 from .data import ImageProcessor, Processor, TextProcessor
 from .errors import ConfigError, DataError, listing
 from .images import OwnImageProcessor
+from .language import AnswerProcessor
 from .own_model import own_model
 from .packages import dinov2_file, minilm_folder
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
@@ -63,6 +64,8 @@ def make_processor(config: Config) -> Processor:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.weights: no tokenizer in {folder}: {error}") from error
+    if config.task.kind == "causal_lm":
+        return AnswerProcessor(tokenizer, config.task.max_tokens, config.data.template)
     return TextProcessor(tokenizer, config.task.max_tokens)
 
 

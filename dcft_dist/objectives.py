@@ -1,13 +1,8 @@
-"""What a model is trained for: its loss, what is kept of each example that is evaluated, and the metrics made of that.
-
-What is kept of an example does not depend on the others, and metrics are made of all examples in their order. So they
-are the same for every number of ranks, and can be made again of a resampled test set.
-"""
+"""The objectives of classification and regression."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,41 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import schema
-
-Metrics = dict[str, float]
-LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse")
-
-
-class Objective(ABC):
-    """`num_outputs`: of the head. `best`: the metric that chooses the epoch, if the configuration says none."""
-
-    num_outputs: int
-    best: str
-
-    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch."""
-        return self.losses(outputs.float(), labels).mean()
-
-    @abstractmethod
-    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """[size]: the loss of each example."""
-
-    def records(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """[size, width] of float64: what is kept of each example."""
-        return outputs.double()
-
-    @abstractmethod
-    def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
-        """Of records [size, width] and labels [size, ...] of all examples; what is not defined for them is left out."""
-
-    @abstractmethod
-    def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns of a table of predictions; `names`: of classes or findings."""
-
-    def chance(self) -> Metrics:
-        """Loss, and metrics, of a model that knows nothing; {} if that depends on the data."""
-        return {}
+from .objective import Metrics, Objective
 
 
 class SingleLabel(Objective):
@@ -146,47 +107,6 @@ class Regression(Objective):
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
         return {"predicted": records.squeeze(-1).tolist()}
-
-
-def facts_of(task: schema.Task, names: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
-    """What an objective needs to know of the training data, as JSON."""
-    if task.kind == "regression":
-        numbers = torch.tensor(labels, dtype=torch.float64)
-        whole = bool((numbers == numbers.round()).all()) and len(numbers.unique()) <= 20
-        return {"names": list(names), "mean": float(numbers.mean()), "std": float(numbers.std()) or 1.0, "grades": whole}
-    facts: dict[str, Any] = {"names": list(names)}
-    if task.kind == "single_label" and task.class_weights == "balanced":
-        counts = torch.bincount(torch.tensor(labels), minlength=len(names)).clamp(min=1)
-        facts["class_weights"] = (len(labels) / (counts * len(names))).tolist()
-    return facts
-
-
-def make_objective(task: schema.Task, facts: Mapping[str, Any]) -> Objective:
-    """What a task is trained for, from what `facts_of` found."""
-    if task.kind == "multi_label":
-        return MultiLabel(len(facts["names"]))
-    if task.kind == "regression":
-        return Regression(facts["mean"], facts["std"], facts["grades"])
-    return SingleLabel(len(facts["names"]), facts.get("class_weights"))
-
-
-def intervals(
-    objective: Objective, records: Tensor, labels: Tensor, groups: Sequence[str], resamples: int, seed: int = 0
-) -> dict[str, list[float]]:
-    """Metric -> [low, high], which hold 95 % of it over resampled groups of examples (patients; percentile bootstrap)."""
-    members: dict[str, list[int]] = {}
-    for i, group in enumerate(groups):
-        members.setdefault(group, []).append(i)
-    parts = [torch.tensor(part) for part in members.values()]
-    draw = torch.Generator().manual_seed(seed)
-    found: dict[str, list[float]] = {}
-    for _ in range(resamples):
-        chosen = torch.randint(len(parts), (len(parts),), generator=draw).tolist()
-        index = torch.cat([parts[i] for i in chosen])
-        for name, value in objective.metrics(records[index], labels[index]).items():
-            found.setdefault(name, []).append(value)
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: torch.tensor(values, dtype=torch.float64).quantile(ends).tolist() for name, values in found.items()}
 
 
 def _shares(chances: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:

@@ -46,8 +46,9 @@ def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:
     """
     rows = [row for part in read_rows(config.data, config.import_roots, labelled).values() for row in part]
     _check_files({"": rows})
-    nothing = {"single_label": 0, "multi_label": [float("nan")] * len(names), "regression": float("nan")}[config.task.kind]
-    return _decoded(rows, _decoder(config, names) if labelled else lambda row: nothing)
+    unknown = float("nan")
+    nothing = {"single_label": 0, "multi_label": [unknown] * len(names), "regression": unknown, "causal_lm": "-"}
+    return _decoded(rows, _decoder(config, names) if labelled else lambda row: nothing[config.task.kind])
 
 
 def _names(config: Config, rows: Sequence[Row]) -> list[str]:
@@ -60,6 +61,8 @@ def _names(config: Config, rows: Sequence[Row]) -> list[str]:
 def _decoder(config: Config, names: Sequence[str]) -> Callable[[Row], Any]:
     if config.task.kind == "single_label":
         return _Classes(names)
+    if config.task.kind == "causal_lm":
+        return _answer
     return _finding if config.task.kind == "multi_label" else _number
 
 
@@ -156,6 +159,12 @@ def _number(row: Row) -> float:
     if not abs(value) < float("inf"):
         raise DataError(f"{row.where}: label {row.label!r} is no number")
     return value
+
+
+def _answer(row: Row) -> str:
+    if not _text(row.label) or row.label is None:
+        raise DataError(f"{row.where}: the answer is empty")
+    return _text(row.label)
 
 
 def _text(label: Any) -> str:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .errors import DataError
 from .files import read_json, read_lines, write_atomic
 from .fundamental import FundamentalSet
-from .objectives import LOWER_IS_BETTER
+from .objective import LOWER_IS_BETTER
 from .pictures import SETS, loss_curves, metric_curves, movement_curves, png, removal_bars, share_picture, shown_metrics
 
 

@@ -91,10 +91,10 @@ class Task(Section):
         "review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> region of the brain, "
         "8 classes. `own`: the data of `[data]`.",
     )
-    kind: Literal["single_label", "multi_label", "regression"] = Field(
+    kind: Literal["single_label", "multi_label", "regression", "causal_lm"] = Field(
         "single_label",
         description="`single_label`: one of several classes. `multi_label`: several findings, each there or not. "
-        "`regression`: a number, or a grade.",
+        "`regression`: a number, or a grade. `causal_lm`: the answer to an instruction (`data.label` to `data.input`).",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="`single_label`: weight of each class in the loss; `balanced`: all classes count the same."
@@ -136,6 +136,7 @@ class Data(Section):
     label: str | list[str] = Field(
         "label", description="Column of the label; several for multi_label: 1, 0, or empty for unknown."
     )
+    template: str = Field("{input}\n", description="causal_lm: what the model is given; `{input}` is the instruction.")
     group: str | None = Field(
         None, description="Column of what must not be split: patient, scanner, site. Absent: every example for itself."
     )
@@ -270,7 +271,7 @@ class Train(Section):
     metric: str | None = Field(
         None,
         description="Validation metric that chooses the epoch; absent: `accuracy` (single_label), `auroc` (multi_label), "
-        "`mae` (regression).",
+        "`mae` (regression), `perplexity` (causal_lm).",
     )
     max_steps: Count | None = Field(
         None, description="Stop after that many steps and say how long all would take; absent: all steps."

@@ -30,7 +30,7 @@ from .head import warm_up_or_load
 from .job import Job, make_job
 from .measure import Groups
 from .methods import begin
-from .objectives import LOWER_IS_BETTER, Metrics
+from .objective import LOWER_IS_BETTER, Metrics
 from .provenance import git_commit
 from .run_dir import RunDirectory
 from .schema import Config

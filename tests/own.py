@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from dcft_dist.config import load_config
@@ -52,3 +54,34 @@ def mri_folder(folder: Path, per_class: int) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(patch).save(place / f"{data.train.groups[i]}_{i}.png")
     return folder
+
+
+def tiny_decoder(folder: Path, words: int = 600) -> Path:
+    """The architecture of Llama, small and with random weights, and a word tokenizer trained on ICD descriptions."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    task = load_task(load_config("icd.toml"))
+    raw = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    special = ["<unk>", "<s>", "</s>", "<pad>"]
+    raw.train_from_iterator(
+        [*task.train.inputs, *task.class_names * 99], trainers.WordLevelTrainer(vocab_size=words, special_tokens=special)
+    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=raw.get_vocab_size(), num_key_value_heads=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def instructions(file: Path, number: int) -> Path:
+    """ICD descriptions and the categories of their codes as JSON lines."""
+    task = load_task(load_config("icd.toml", ["--task.train_per_class", str(1 + number // 21)]))
+    rows = [
+        {"prompt": f"Chapter of: {text}", "answer": task.class_names[label], "code": group}
+        for text, label, group in zip(task.train.inputs, task.train.labels, task.train.groups, strict=True)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows[:number])))
+    return file

@@ -1,0 +1,37 @@
+"""From the kind of a task to its objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from . import schema
+from .language import CausalLanguage
+from .objective import Objective
+from .objectives import MultiLabel, Regression, SingleLabel
+
+
+def facts_of(task: schema.Task, names: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
+    """What an objective needs to know of the training data, as JSON."""
+    if task.kind == "regression":
+        numbers = torch.tensor(labels, dtype=torch.float64)
+        whole = bool((numbers == numbers.round()).all()) and len(numbers.unique()) <= 20
+        return {"names": list(names), "mean": float(numbers.mean()), "std": float(numbers.std()) or 1.0, "grades": whole}
+    facts: dict[str, Any] = {"names": list(names)}
+    if task.kind == "single_label" and task.class_weights == "balanced":
+        counts = torch.bincount(torch.tensor(labels), minlength=len(names)).clamp(min=1)
+        facts["class_weights"] = (len(labels) / (counts * len(names))).tolist()
+    return facts
+
+
+def make_objective(task: schema.Task, facts: Mapping[str, Any]) -> Objective:
+    """What a task is trained for, from what `facts_of` found."""
+    if task.kind == "causal_lm":
+        return CausalLanguage()
+    if task.kind == "multi_label":
+        return MultiLabel(len(facts["names"]))
+    if task.kind == "regression":
+        return Regression(facts["mean"], facts["std"], facts["grades"])
+    return SingleLabel(len(facts["names"]), facts.get("class_weights"))

@@ -1,0 +1,67 @@
+"""What a model is trained for: its loss, what is kept of each example that is evaluated, and the metrics made of that.
+
+What is kept of an example does not depend on the others, and metrics are made of all examples in their order. So they
+are the same for every number of ranks, and can be made again of a resampled test set.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, float]
+LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse", "perplexity")
+
+
+class Objective(ABC):
+    """`num_outputs`: of the head. `best`: the metric that chooses the epoch, if the configuration says none."""
+
+    num_outputs: int
+    best: str
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Mean loss of a batch."""
+        return self.losses(outputs.float(), labels).mean()
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """[size]: the loss of each example."""
+
+    def records(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """[size, width] of float64: what is kept of each example."""
+        return outputs.double()
+
+    @abstractmethod
+    def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
+        """Of records [size, width] and labels [size, ...] of all examples; what is not defined for them is left out."""
+
+    @abstractmethod
+    def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
+        """Columns of a table of predictions; `names`: of classes or findings."""
+
+    def chance(self) -> Metrics:
+        """Loss, and metrics, of a model that knows nothing; {} if that depends on the data."""
+        return {}
+
+
+def intervals(
+    objective: Objective, records: Tensor, labels: Tensor, groups: Sequence[str], resamples: int, seed: int = 0
+) -> dict[str, list[float]]:
+    """Metric -> [low, high], which hold 95 % of it over resampled groups of examples (patients; percentile bootstrap)."""
+    members: dict[str, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    parts = [torch.tensor(part) for part in members.values()]
+    draw = torch.Generator().manual_seed(seed)
+    found: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        chosen = torch.randint(len(parts), (len(parts),), generator=draw).tolist()
+        index = torch.cat([parts[i] for i in chosen])
+        for name, value in objective.metrics(records[index], labels[index]).items():
+            found.setdefault(name, []).append(value)
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {name: torch.tensor(values, dtype=torch.float64).quantile(ends).tolist() for name, values in found.items()}

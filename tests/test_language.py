@@ -1,0 +1,108 @@
+"""Causal language models: only answers count, and a whole run of a decoder on instructions."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional
+
+from dcft_dist.errors import DataError
+from dcft_dist.language import IGNORED, AnswerProcessor, CausalLanguage
+from dcft_dist.splits import Split
+
+from .own import instructions, tiny_decoder
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_decoder(tmp_path_factory.mktemp("decoder"))
+
+
+def test_only_answers_are_learned(decoder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    split = Split(["Acute", "Chronic disease of the bone"], ["Diseases", "Diseases of the eye"], ["a", "b"])
+    batch = AnswerProcessor(tokenizer, 20, "{input} :")(split).inputs([0, 1])
+    assert batch["labels"].shape == batch["input_ids"].shape == batch["attention_mask"].shape
+    for row, answer in zip(batch["labels"], split.labels, strict=True):
+        assert tokenizer.decode(row[row != IGNORED]) == f"{answer} </s>"
+    assert [int(n) for n in batch["attention_mask"].sum(-1)] == [4, 11] and int(batch["input_ids"][0, 4]) == 3
+    with pytest.raises(DataError, match="1 instructions leave no room for an answer in 5 tokens, such as 'Chronic disease"):
+        AnswerProcessor(tokenizer, 5, "{input} :")(split)
+
+
+def test_losses_are_means_over_answers_and_metrics_over_tokens() -> None:
+    torch.manual_seed(0)
+    outputs, labels = torch.randn(2, 5, 7), torch.full((2, 5), IGNORED)
+    labels[0, 3:], labels[1, 1:4] = torch.tensor([2, 4]), torch.tensor([0, 6, 1])
+    wanted = [
+        functional.cross_entropy(outputs[0, 2:4], labels[0, 3:5]),
+        functional.cross_entropy(outputs[1, 0:3], labels[1, 1:4]),
+    ]
+    objective = CausalLanguage()
+    torch.testing.assert_close(objective.losses(outputs, labels), torch.stack(wanted))
+    found = objective.metrics(objective.records(outputs, labels), labels)
+    assert found["loss"] == pytest.approx(float(sum(wanted) / 2))
+    assert found["perplexity"] == pytest.approx(math.exp(float(2 * wanted[0] + 3 * wanted[1]) / 5))
+    right = [(outputs[0, 2:4].argmax(-1) == labels[0, 3:]).sum(), (outputs[1, :3].argmax(-1) == labels[1, 1:4]).sum()]
+    assert found["token_accuracy"] == pytest.approx(float(sum(right)) / 5)
+
+
+def test_a_run_on_instructions(decoder: Path, tmp_path: Path) -> None:
+    """Under one process and under FSDP2 on two ranks the same; the export is what transformers reads."""
+    data = instructions(tmp_path / "codes.jsonl", 200)
+    words = ["--runs_dir", str(tmp_path), "--task.name", "own", "--task.kind", "causal_lm", "--data.path", str(data)]
+    words += ["--data.modality", "text", "--data.input", "prompt", "--data.label", "answer", "--data.group", "code"]
+    words += ["--model.build", "transformers.AutoModelForCausalLM", "--model.weights", str(decoder), "--model.head", "[]"]
+    words += ["--train.global_batch", "16", "--importance.num_samples", "32", "--importance.score_batch", "16"]
+    words += ["--optimizer.lr", "3e-3", "--train.epochs", "2", "--removal.fractions", "[0.1]", "--task.max_tokens", "64"]
+    words += ["--train.micro_batch", "8", "--test_resamples", "10"]
+    found = {}
+    for name, ranks in (("single", 1), ("fsdp2", 2)):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={ranks}",
+            "-m",
+            "dcft_dist.cli",
+            "train",
+        ]
+        command += ["icd.toml", "--name", name, "--engine", name, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((tmp_path / name / "summary.json").read_text())
+    one, two = found["single"], found["fsdp2"]
+    assert one["num_selected"] == two["num_selected"] == round(0.1 * one["num_eligible"])
+    assert two["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)
+    rows = [json.loads(line) for line in (tmp_path / "single/metrics.jsonl").read_text().splitlines()]
+    losses = [row["validation/loss"] for row in rows if "validation/loss" in row]
+    assert losses[-1] < losses[0] - 0.5 and one["best_epoch"] > 0
+    assert one["test"].keys() == {"loss", "perplexity", "token_accuracy", "exact"} and one["test_intervals"]["perplexity"]
+    check_export(tmp_path / "single/model", tmp_path / "single")
+
+
+def check_export(folder: Path, run: Path) -> None:
+    """transformers alone reads it, and its own loss on a test example is the run's."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from dcft_dist.config import load_config
+    from dcft_dist.tasks import load_task
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in load_file(folder / "model.safetensors").items())
+    config = load_config(run / "config.toml")
+    test = load_task(config).test
+    batch = AnswerProcessor(tokenizer, 64, config.data.template)(test).inputs(range(len(test)))
+    with torch.no_grad():
+        outputs = model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = CausalLanguage().losses(outputs, batch["labels"]).mean()
+    assert float(loss) == pytest.approx(json.loads((run / "summary.json").read_text())["test"]["loss"], abs=1e-4)

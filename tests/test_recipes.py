@@ -1,0 +1,70 @@
+"""The configurations of docs/models.md at toy size: the true architectures, random weights, the engines they name."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from .own import drug_table, instructions, minilm_copy, mri_folder, tiny_decoder
+
+SMALL = ["--train.global_batch", "8", "--train.micro_batch", "4", "--importance.num_samples", "16", "--train.epochs", "1"]
+SMALL += ["--importance.score_batch", "8", "--removal.fractions", "[]", "--test_resamples", "0", "--train.precision", "fp32"]
+
+
+def images(folder: Path) -> list[str]:
+    patches = mri_folder(folder / "patches", 6)
+    rows = [[str(f.relative_to(folder)), f.parent.name, f.name.split("_")[0]] for f in sorted(patches.rglob("*.png"))]
+    with (folder / "tiles.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", "tissue", "patient"], *rows])
+    return ["--data.path", str(folder / "tiles.csv"), "--model.image_size", "56"]
+
+
+def pathology_vit_giant(folder: Path) -> list[str]:
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 70, "patch_size": 14}
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True)).save_pretrained(folder / "vit", save_original_format=False)
+    return [*images(folder), "--model.weights", str(folder / "vit")]
+
+
+def reports_bert(folder: Path) -> list[str]:
+    table = drug_table(folder / "reviews.csv", 80)
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with (folder / "reports.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "effusion", "pneumonia", "patient"])
+        for i, row in enumerate(rows):
+            unknown = "" if i % 7 == 0 else int(row["rating"] == "positive")
+            writer.writerow([row["review"], int(row["rating"] == "negative"), unknown, row["drug"]])
+    weights = minilm_copy(folder / "bert", layers=1)
+    return ["--data.path", str(folder / "reports.csv"), "--model.weights", str(weights), "--task.max_tokens", "32"]
+
+
+def instructions_7b(folder: Path) -> list[str]:
+    data, weights = instructions(folder / "codes.jsonl", 80), tiny_decoder(folder / "decoder")
+    columns = ["--data.input", "prompt", "--data.label", "answer", "--task.max_tokens", "64"]
+    return ["--data.path", str(data), "--model.weights", str(weights), *columns]
+
+
+RECIPES = {made.__name__: made for made in (pathology_vit_giant, reports_bert, instructions_7b)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_run_at_toy_size(recipe: str, tmp_path: Path) -> None:
+    words = [*RECIPES[recipe](tmp_path), *SMALL, "--runs_dir", str(tmp_path), "--name", "toy"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dcft_dist.cli", "train"]
+    done = subprocess.run([*command, f"{recipe}.toml", *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "toy/summary.json").read_text())
+    assert summary["ranks"] == 2 and summary["num_selected"] == round(0.1 * summary["num_eligible"]) > 0
+    assert summary["loading"]["matched"] and all(value == value for value in summary["test"].values())
+    best = {"reports_bert": "auroc", "instructions_7b": "perplexity"}.get(recipe, "accuracy")
+    assert best in summary["validation"] and (tmp_path / "toy/report.html").exists()

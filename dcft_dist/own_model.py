@@ -80,7 +80,7 @@ def _build(config: schema.Config, num_outputs: int) -> nn.Module:
         raise ConfigError(f"model.build: {settings.build} fails: {type(error).__name__}: {error}") from error
     if not isinstance(built, nn.Module):
         raise ConfigError(f"model.build: {settings.build} gives a {type(built).__name__}, not a torch.nn.Module")
-    return built.float() if not settings.weights else built
+    return built.float()  # masters in float32, whatever the file has
 
 
 def _from_config(make: Any, settings: schema.Model, args: dict[str, Any]) -> Any:

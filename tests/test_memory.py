@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dcft_dist import FundamentalSet, Scores, attach_penalty, collectives, select_fundamental
 from dcft_dist.bits import Box
+from dcft_dist.engines.wrap import Plan, prepare
 from dcft_dist.importance import ScoreShard
+from dcft_dist.loading import Allowed, Loading
+from dcft_dist.meta import without_memory
 
 from .ranks import run_ranks
 
@@ -70,3 +75,48 @@ def test_attaching(tmp_path: Path) -> None:
     for rise, mask_bytes in run_ranks(1, attach_memory, str(tmp_path / "set.safetensors"))[0]:
         assert mask_bytes == 12 * 2048 * 2048 // 8
         assert rise < 20
+
+
+class Stack(nn.Module):
+    def __init__(self, width: int = 2048) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(12))  # 16 MiB each
+
+
+def loading_memory(file: str) -> float:
+    """Rise of anonymous memory (not of pages of the file) over this rank's share of the weights, in MiB."""
+
+    def load(file: str, width: int) -> Any:
+        with without_memory():
+            model = Stack(width)
+        loading = Loading(model, Path(file), allowed=Allowed())
+        plan = Plan("fsdp2", torch.device("cpu"), list(model.layers))
+        loading.into(prepare(model, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model)
+        return model
+
+    def anonymous() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    load(file.replace("model.", "small."), 8)  # what is imported on the way
+    before, highest, done = anonymous(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            highest[0] = max(highest[0], anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    model = load(file, 2048)
+    done.set()
+    watcher.join()
+    assert next(model.parameters()).numel() > 0
+    return (max(highest[0], anonymous()) - before) / 1024 - 12 * 16 / collectives.world_size()
+
+
+def test_no_rank_holds_a_model_that_is_read(tmp_path: Path) -> None:
+    """Beside its share of 96 MiB: less than the largest weight, with 10 % to spare. The whole model would be 192."""
+    torch.manual_seed(0)
+    save_file(dict(Stack().state_dict()), tmp_path / "model.safetensors")
+    save_file(dict(Stack(8).state_dict()), tmp_path / "small.safetensors")
+    assert max(run_ranks(2, loading_memory, str(tmp_path / "model.safetensors"))) < 16 + 0.1 * (96 + 16)

@@ -65,6 +65,8 @@ def compare(file: Path, folder: Path, world: World, share: Share, wait_s: float)
     tuning = list(tuning_cells(study))
     runner.prepare(tuning)
     runner.run_all(tuning, "tuning")
+    if not study.seeds:
+        return
     final = list(final_cells(study, runner.results.choose_all()))
     runner.prepare(final)
     runner.run_all(final, "testing")

@@ -52,7 +52,7 @@ class Study(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     base: str
     tune_seeds: list[Seed]
-    seeds: list[Seed] = Field(min_length=1)
+    seeds: list[Seed] = Field([], description="Of the cells that are tested; none: only tuning, on validation data.")
     resample: bool = Field(False, description="Each seed also draws its own training texts.")
     common: dict[str, Any] = Field({}, description="Keys of every cell.")
     settings: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -71,6 +71,8 @@ class Study(Section):
             raise ValueError(f"contrasts name arms that are not there: {', '.join(sorted(unknown))}")
         if sum(c.deciding for c in self.contrasts) > 1:
             raise ValueError("only one contrast can be the deciding one")
+        if not self.tune_seeds and not self.seeds:
+            raise ValueError("there are neither tune_seeds nor seeds")
         if not self.tune_seeds and any(self.grid(arm)[1:] for arm in self.arms):
             raise ValueError("an arm has values to choose from, but there are no tune_seeds")
         return self
@@ -115,7 +117,7 @@ def load_study(path: Path) -> Study:
     for setting in study.settings:
         for arm in study.arms:
             for values in study.grid(arm):
-                make_config(study, Cell(setting, arm, values, study.seeds[0], False), Path())
+                make_config(study, Cell(setting, arm, values, (study.seeds or study.tune_seeds)[0], False), Path())
     return study
 
 

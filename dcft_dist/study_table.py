@@ -168,6 +168,33 @@ def tuning_rows(study: Study, folder: StudyFolder, setting: str) -> list[dict[st
     return [{"arm": arm, "values": others, **{c: row.get(c, "") for c in columns}} for (arm, others), row in rows.items()]
 
 
+def development_rows(study: Study, folder: StudyFolder, setting: str) -> list[dict[str, str]]:
+    """Each arm at its best values: validation accuracy, and what it has over the first arm, paired by seed."""
+    rows: list[dict[str, str]] = []
+    first = None
+    for arm in study.arms:
+        scores = folder.tuning_scores(setting, arm)
+        whole = [values for values, found in scores.items() if len(found) == len(study.tune_seeds)]
+        values = max(whole, key=lambda v: sum(scores[v]), default=())
+        found = np.array(scores[values]) if whole else None
+        over = found - first if found is not None and first is not None else None
+        first = found if first is None else first
+        rows.append(
+            {
+                "arm": arm,
+                "best values": ", ".join(f"{k.rpartition('.')[2]} {shown(v)}" for k, v in values),
+                "validation accuracy": "" if found is None else f"{100 * found.mean():.1f}",
+                f"over {next(iter(study.arms))} (standard error)": "" if over is None else _with_error(over),
+            }
+        )
+    return rows
+
+
+def _with_error(differences: NDArray[np.float64]) -> str:
+    error = differences.std(ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
+    return f"{100 * differences.mean():+.2f} ({100 * error:.2f})"
+
+
 def shown(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -183,9 +210,12 @@ def table(folder: Path, form: Format) -> str:
     """Every setting's arms, contrasts and tuning."""
     study, found = results(folder)
     store, parts = StudyFolder(study, folder), []
-    for result in found:
+    write = {"md": _markdown, "csv": _csv, "tex": _latex}[form]
+    if not study.seeds:
+        for setting in study.settings:
+            parts.append(write(development_rows(study, store, setting), f"{setting}: development, validation data only"))
+    for result in found if study.seeds else ():
         title = f"{result.setting}: {result.num_examples} test examples in {result.num_groups} groups"
-        write = {"md": _markdown, "csv": _csv, "tex": _latex}[form]
         for rows in (arm_rows(result, len(study.seeds)), contrast_rows(result)):
             if rows:
                 parts.append(write(rows, title))

@@ -133,7 +133,8 @@ def test_wrong_studies(tmp_path: Path, old: str, new: str, message: str) -> None
 
 def test_every_shipped_study_is_valid() -> None:
     files = sorted((ROOT / "configs/studies").glob("*.toml"))
-    assert files and all(load_study(file).contrasts for file in files)
+    studies = [load_study(file) for file in files]
+    assert studies and all(study.contrasts for study in studies if study.seeds)
 
 
 def put(folder: StudyFolder, cell: Cell, accuracy: float | None, **more: Any) -> None:
@@ -173,6 +174,21 @@ def test_runs_that_diverged_are_shown_and_decide_nothing(tmp_path: Path) -> None
     assert found.differences[0].value and found.differences[0].value.mean == pytest.approx(2 / 3)
     assert found.differences[0].value.num_seeds == 2 and found.differences[0].verdict == "undecided"
     assert "| full |  | 2 of 3, 1 diverged |" in table(tmp_path, "md")
+
+
+def test_a_study_of_development_seeds_alone(tmp_path: Path) -> None:
+    """Nothing is tested; arms are compared at their best values, paired by seed."""
+    text = SMALL.replace("\nseeds = [0, 1]", "").replace("penalty.factor = 0.0", "penalty.factor = [0.0, 0.1]")
+    study = load_study(write(tmp_path / "study.toml", text))
+    folder = StudyFolder(study, tmp_path)
+    found = {1e-4: (0.50, 0.60), 2e-4: (0.50, 0.58), 0.0: (0.52, 0.66), 0.1: (0.1, 0.1)}
+    for cell in tuning_cells(study):
+        put(folder, cell, found[cell.values[0][1]][cell.seed - 10])
+    shown = table(tmp_path, "md")
+    assert "small: development, validation data only" in shown and "test accuracy" not in shown
+    assert "| full | lr 0.0001 | 55.0 |  |" in shown and "| dcft | factor 0 | 59.0 | +4.00 (2.00) |" in shown
+    with pytest.raises(ConfigError, match="neither tune_seeds nor seeds"):
+        load_study(write(tmp_path / "s.toml", text.replace("[10, 11]", "[]").replace("[1e-4, 2e-4]", "1e-4")))
 
 
 def test_tuned_words(tmp_path: Path) -> None:

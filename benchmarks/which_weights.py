@@ -41,7 +41,7 @@ SCORED, BATCH = 448, 32
 TASKS = {
     "icd": ["--task.validation_per_class", "25"],
     "reviews": ["--task.name", "drug_review", "--task.train_per_class", "999", "--task.validation_per_class", "999",
-                "--task.max_tokens", "128"],
+                "--task.max_tokens", "128", "--importance.num_samples", "448"],
 }  # fmt: skip
 
 

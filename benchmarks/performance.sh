@@ -13,6 +13,7 @@ export OMP_NUM_THREADS=1
         "scoring.py --ranks 2" \
         "attach.py --weights 1_000_000_000 --ranks 2" \
         "input.py" \
+        "loading.py --ranks 4 --layers 32" \
         "growth.py --picture docs/images/growth.png"; do
         printf '\n## \x60%s\x60\n\n' "$line"
         # shellcheck disable=SC2086 # words

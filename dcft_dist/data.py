@@ -140,9 +140,14 @@ def make_batch(
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def order(seed: int, epoch: int, size: int) -> list[int]:
-    """The permutation of the training data in one epoch."""
-    return [int(i) for i in np.random.default_rng([seed, epoch]).permutation(size)]
+def order(seed: int, epoch: int, size: int, classes: Sequence[int] | None = None) -> list[int]:
+    """The permutation of the training data in one epoch; with `classes`, as many draws, all classes equally likely."""
+    draw = np.random.default_rng([seed, epoch])
+    if classes is None:
+        return [int(i) for i in draw.permutation(size)]
+    counts = np.bincount(classes)
+    weights = 1 / counts[np.asarray(classes)]
+    return [int(i) for i in draw.choice(size, size, p=weights / weights.sum())]
 
 
 def micro_batches(

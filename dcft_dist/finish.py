@@ -61,6 +61,10 @@ def finish(
         "test": test,
         "test_intervals": spread,
         "labels": job.facts,
+        "splits": {
+            name: (len(split), len(set(split.groups)))
+            for name, split in (("train", job.task.train), ("validation", job.task.validation), ("test", job.task.test))
+        },
         "seconds": directory.seconds,
         "peak_memory_gib": peak_memory_gib(job.world.device),
         "versions": versions(),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,10 +71,16 @@ class Job:
         computing = self.prepared.computing
         return evaluate(self.model, self.pretrained.outputs, examples, self.objective, self.world, computing, limit)
 
-    def micro_batches(self, indices: Sequence[int], examples: Examples, draw: int | None = None) -> list[Batch]:
+    def micro_batches(
+        self,
+        indices: Sequence[int],
+        examples: Examples,
+        draw: int | None = None,
+        device: torch.device | None = None,
+    ) -> list[Batch]:
         """This rank's part of a global batch. `draw`: which random variant of the examples."""
         world, size = self.world, micro_batch(self.config, len(indices), self.world.world_size)
-        return micro_batches(indices, world.rank, world.world_size, size, examples, world.device, draw)
+        return micro_batches(indices, world.rank, world.world_size, size, examples, device or world.device, draw)
 
     def progress_bar(self, items: Any, what: str, **options: Any) -> Any:
         off = not self.world.is_first or bool(os.environ.get("TQDM_DISABLE"))

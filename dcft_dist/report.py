@@ -32,7 +32,7 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
     path = run / "report.html"
     write_atomic(
         path,
-        template("report.html").render(summary=summary, results=_results(summary), facts=_facts(summary), pictures=drawn),
+        template("report.html").render(summary=summary, results=results_of(summary), facts=_facts(summary), pictures=drawn),
     )
     return path
 
@@ -125,7 +125,7 @@ def _summary(run: Path) -> dict[str, Any]:
     return summary
 
 
-def _results(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+def results_of(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(metric, validation, test, 95 % interval of the test) of all metrics, the one that chose the epoch first."""
     first, spread = shown_metrics(s["validation"])[0], s.get("test_intervals") or {}
     names = sorted(s["validation"], key=lambda name: name != first)
@@ -164,4 +164,6 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
 
 def template(name: str) -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(name)
+    return jinja2.Environment(
+        loader=loader, autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True
+    ).get_template(name)

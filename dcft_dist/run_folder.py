@@ -18,7 +18,17 @@ from .files import read_json
 from .schema import Config
 
 # How a run is carried out, not what it does: it may go on otherwise, with the same numbers up to rounding.
-_FREE = ("engine", "sharding.", "train.micro_batch", "checkpoint.", "log_every", "timeout_s", "max_attempts", "until")
+_FREE = (
+    "engine",
+    "sharding.",
+    "train.micro_batch",
+    "train.workers",
+    "checkpoint.",
+    "log_every",
+    "timeout_s",
+    "max_attempts",
+    "until",
+)
 
 
 class RunFolder:

@@ -268,6 +268,12 @@ class Train(Section):
         True,
         description="Whether epoch 0, the warmed-up head on the pre-trained body, may be the best epoch (the tested one).",
     )
+    sampling: Literal["plain", "balanced"] = Field(
+        "plain", description="`balanced`: each class is drawn as often as any other, with replacement (single_label)."
+    )
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0, description="Processes of each rank that read training data ahead; 0: none. They change no number."
+    )
     metric: str | None = Field(
         None,
         description="Validation metric that chooses the epoch; absent: `accuracy` (single_label), `auroc` (multi_label), "
@@ -418,6 +424,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _model_fits_task(self) -> Config:
+        if self.train.sampling == "balanced" and self.task.kind != "single_label":
+            raise ValueError("train.sampling = 'balanced' is for task.kind = 'single_label'")
         if self.task.name == "own":
             wanted = {"python": "build", "table": "train" if self.data.path is None else "path"}.get(
                 self.data.format, "path"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import life
 from .errors import WorldError
+from .files import read_json
 from .schema import Config
 from .trainer import run
 from .world import joined_world
@@ -34,8 +35,11 @@ def train(config: Config) -> bool:
                 raise
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
-                from .report import write_report  # late: one rank draws pictures, once
+                from .card import write_card  # late: one rank draws pictures, once
+                from .report import write_report
 
+                if (folder / "model").is_dir():
+                    write_card(folder / "model", config, read_json(folder / "summary.json"))
                 print(f"report: {write_report(folder)}", flush=True)
     except life.Stopped as stopped:
         if first:

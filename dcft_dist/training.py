@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from . import collectives, life
-from .data import order
+from .data import Batch, order
 from .errors import DivergedError
 from .factor import LearnedFactor
+from .feed import Feed
 from .job import Job
 from .measure import Groups
 from .optim import factor_at, seed_randomness, set_learning_rate
@@ -23,6 +26,8 @@ class Training:
         self.job, self.stopping = job, False
         self.penalty: Penalty | None = None
         self.learned: LearnedFactor | None = None
+        self._drawn: tuple[int, list[int]] = (-1, [])  # epoch, and the order of the examples in it
+        self.feed = Feed(self._micro_batches, job.config.train.workers, job.world.device)
 
     def begin(self, penalty: Penalty | None) -> None:
         """From now on with that penalty."""
@@ -49,10 +54,8 @@ class Training:
             DivergedError: the loss is no number.
         """
         job, config, penalty = self.job, self.job.config, self.penalty
-        prepared, size = job.prepared, config.train.global_batch
-        epoch, place = divmod(step, job.steps_per_epoch)
-        indices = order(config.seed, epoch + 1, len(job.train))[place * size : (place + 1) * size]
-        micros = job.micro_batches(indices, job.train, draw=epoch + 1)
+        prepared = job.prepared
+        micros = self.feed.get(step, total)
         lr = set_learning_rate(prepared.optimizer, config, step, total)
         collectives.arrive(f"training step {step}")
         prepared.model.train()
@@ -80,6 +83,17 @@ class Training:
         if penalty and groups:
             values |= {"penalty/factor": penalty.factor, "penalty/applied_over_proposed": penalty.in_force()}
         return values | norms
+
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This rank's part of a step's batch, on the CPU: a function of (seed, step, rank)."""
+        job, size = self.job, self.job.config.train.global_batch
+        epoch, place = divmod(step, job.steps_per_epoch)
+        if self._drawn[0] != epoch:
+            balanced = job.config.train.sampling == "balanced"
+            weights = job.train.labels if balanced else None
+            self._drawn = epoch, order(job.config.seed, epoch + 1, len(job.train), weights)
+        indices = self._drawn[1][place * size : (place + 1) * size]
+        return job.micro_batches(indices, job.train, draw=epoch + 1, device=torch.device("cpu"))
 
     def _learn_factor(self, step: int) -> None:
         """If it is to be learned: on a batch of validation examples, another one each time."""

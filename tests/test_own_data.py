@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dcft_dist.config import load_config
+from dcft_dist.data import order
 from dcft_dist.errors import ConfigError, DataError
 from dcft_dist.images import OwnImageProcessor, read_image
 from dcft_dist.own_data import own_task
@@ -457,3 +458,26 @@ def test_delta_and_pretrained_weights_are_the_adapted_ones(tmp_path: Path) -> No
     command = [sys.executable, "-m", "dcft_dist.cli", "delta", str(run), str(file), "--apply", str(tmp_path / "no")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "other pre-trained weights" in done.stderr
+
+
+def test_workers_change_no_number_and_classes_are_balanced(tmp_path: Path) -> None:
+    """Varied images, read by two processes or by none, in one go or in two: the same weights to the last bit."""
+    images = mri_folder(tmp_path / "patches", 6)
+    for name in ("frontal", "insula"):
+        for file in sorted((images / name).iterdir())[4:]:
+            file.unlink()  # few of two classes
+    words = ["--runs_dir", str(tmp_path), "--task.name", "own", "--data.format", "image_folder", "--data.path", str(images)]
+    words += ["--model.image_size", "28", "--model.num_layers", "1", "--method", "full", "--engine", "single"]
+    words += ["--train.global_batch", "8", "--train.epochs", "2", "--test_resamples", "0", "--importance.num_samples", "8"]
+    words += ["--importance.score_batch", "8", "--train.sampling", "balanced", "--data.validation_share", "0.3"]
+    words += ["--data.transform", "tests.test_own_data.random_flip", "--import_roots", json.dumps([str(Path.cwd())])]
+    found = {}
+    for name, more in (("none", []), ("two", ["--train.workers", "2"]), ("plain", ["--train.sampling", "plain"])):
+        dcft("train", "mri.toml", "--name", name, *words, *more)
+        found[name] = json.loads((tmp_path / name / "summary.json").read_text())["weights_checksum"]
+    assert found["none"] == found["two"] != found["plain"]
+    classes = [0] * 90 + [1] * 10
+    drawn = [classes[i] for i in order(0, 1, 100, classes)]
+    assert len(drawn) == 100 and 35 < sum(drawn) < 65
+    card = (tmp_path / "two/model/README.md").read_text()
+    assert "One of 8 classes: cerebellum, deep grey" in card and "| accuracy |" in card and "- train: " in card

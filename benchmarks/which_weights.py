@@ -158,10 +158,11 @@ def main() -> None:
             setting = make(task, seed, world)
             classes[task] = setting.job.objective.num_outputs
             scores = setting.scores("taylor_squared")
+            draw = 2 * list(TASKS).index(task) + seed  # no two matched sets are made of the same random numbers
             for share, kept in sets.items():
                 top = select_fundamental(scores, share)
                 kept[f"{task} seed {seed}"] = {
-                    k: control_set(setting.model, scores, top, k, seed) for k in ("top", "random_magnitude")
+                    k: control_set(setting.model, scores, top, k, draw) for k in ("top", "random_magnitude")
                 }
             if seed == 0:
                 file = given.folder / f"removal_{task}.json"

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import collectives
+from .data import Examples
 from .engines.wrap import Plan, Prepared, prepare, shards_weights
 from .errors import ConfigError, RunError, listing
 from .evaluate import Evaluation, evaluate
@@ -28,6 +30,7 @@ from .weights import load_weights
 from .world import World
 
 # What may differ from the run: the data, and how they are gone through.
+_SOURCES = ("data.path", "data.train", "data.validation", "data.test", "data.build")
 _FREE = ("--data.", "--engine", "--sharding.", "--import_roots", "--test_resamples")
 
 
@@ -42,13 +45,16 @@ class Adapted:
     prepared: Prepared
     world: World
 
-    def evaluate(self, split: Split) -> Evaluation:
+    def evaluate(self, split: Split) -> tuple[Evaluation, Examples]:
         """Collective."""
         processor = self.pretrained.processor
-        if isinstance(processor, OwnImageProcessor) and self.config.data.check:
-            processor.check([split], self.world.rank, self.world.world_size)
-        outputs, computing = self.pretrained.outputs, self.prepared.computing
-        return evaluate(self.prepared.model, outputs, processor(split), self.objective, self.world, computing)
+        with collectives.agreed("read the data"):
+            if isinstance(processor, OwnImageProcessor) and self.config.data.check:
+                processor.check([split], self.world.rank, self.world.world_size)
+            examples = processor(split)
+        outputs, computing, size = self.pretrained.outputs, self.prepared.computing, self.config.train.evaluation_batch
+        model = self.prepared.model
+        return evaluate(model, outputs, examples, self.objective, self.world, computing, size), examples
 
 
 def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
@@ -62,7 +68,16 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
     odd = [word for word in overrides if word.startswith("--") and not word.startswith(_FREE)]
     if odd:
         raise ConfigError(f"{listing(odd)}: a finished run takes other data, not other settings")
-    config, facts = folder.finished(overrides)
+    given = [key for key in _SOURCES if any(word.split("=")[0] == f"--{key}" for word in overrides)]
+    config, facts = folder.finished()
+    if any(word.startswith("--data.") for word in overrides) and config.task.name != "own":
+        raise ConfigError(f"{run} is of the task {config.task.name}: it has its own data")
+    if given:  # of the run's own data nothing may be left over
+        config, facts = folder.finished(overrides, _SOURCES)
+    elif config.task.name == "own":
+        raise ConfigError(f"which data? Give one of {', '.join(f'--{key}' for key in _SOURCES)}, as in the configuration")
+    else:
+        config, facts = folder.finished(overrides)
     if not folder.model.is_dir():
         raise RunError(f"{run} has no model any more")
     objective = make_objective(config.task, facts)
@@ -81,26 +96,25 @@ def _no_optimizer(weights: Sequence[tuple[str, nn.Parameter, bool]]) -> torch.op
     return torch.optim.SGD([parameter for _, parameter, _ in weights], lr=0.0)
 
 
-def given_split(adapted: Adapted, overrides: Sequence[str], labelled: bool) -> Split:
+def given_split(adapted: Adapted, labelled: bool) -> Split:
     """The examples that the overrides name, or the test split of a task that is not the user's.
 
     Raises:
-        ConfigError: the user's data are not said.
+        ConfigError: answers cannot be predicted.
         DataError: see `own_task`.
     """
     if adapted.config.task.name != "own":
         return load_task(adapted.config).test
-    if not any(word.startswith("--data.") for word in overrides):
-        raise ConfigError("which data? Give them as in the configuration: --data.path new.csv")
+    if adapted.config.task.kind == "causal_lm" and not labelled:
+        raise ConfigError("dcft predict gives no texts: read the exported model with transformers and call generate")
     return other_split(adapted.config, adapted.facts["names"], labelled)
 
 
-def report_of(adapted: Adapted, split: Split, found: Evaluation) -> dict[str, Any]:
-    """Metrics with their intervals, as JSON."""
+def report_of(adapted: Adapted, split: Split, found: Evaluation, examples: Examples) -> dict[str, Any]:
+    """Metrics with their intervals, as JSON. Collective."""
     groups = [split.groups[i] for i in found.indices]
-    labels = torch.tensor([split.labels[i] for i in found.indices])
-    resamples = adapted.config.test_resamples
-    spread = intervals(adapted.objective, found.records, labels, groups, resamples) if resamples else None
+    labels = torch.tensor([examples.labels[i] for i in found.indices])
+    spread = intervals(adapted.objective, found.records, labels, groups, adapted.config.test_resamples)
     return {"examples": len(split), "groups": len(set(groups)), "metrics": found.metrics, "intervals": spread}
 
 

@@ -176,14 +176,14 @@ def _use(options: argparse.Namespace, rest: list[str]) -> None:
 
     with joined_world(600.0) as world:
         adapted = load_adapted(options.run, rest, world)
-        split = given_split(adapted, rest, labelled=options.command == "evaluate")
-        found = adapted.evaluate(split)
-        if not world.is_first:
-            return
+        split = given_split(adapted, labelled=options.command == "evaluate")
+        found, examples = adapted.evaluate(split)
         if options.command == "evaluate":
-            text = json.dumps(report_of(adapted, split, found), indent=2) + "\n"
+            text = json.dumps(report_of(adapted, split, found, examples), indent=2) + "\n"
         else:
             text = table_of(predictions_of(adapted, split, found))
+        if not world.is_first:
+            return
         write_atomic(options.out, text) if options.out else sys.stdout.write(text)
 
 

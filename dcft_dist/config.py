@@ -18,17 +18,20 @@ from .errors import ConfigError, did_you_mean
 from .schema import Config, sections
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> Config:
     """Reads a TOML file, applies overrides such as `["--optimizer.lr", "1e-4"]` or `["--optimizer.lr=1e-4"]`.
 
     Args:
         path: a file, or the name of one shipped with the package (`icd.toml`).
         overrides: dotted keys and values; a value is read as TOML, else as a string.
+        without: dotted keys of the file that are left out.
 
     Raises:
         ConfigError: no such file, TOML that cannot be read, or any number of wrong keys and values, all listed.
     """
     raw = _read(find_config(path))
+    for section, _, last in (key.rpartition(".") for key in without):
+        raw.get(section, {}).pop(last, None)
     problems = []
     for key, value in _pairs(overrides):
         target: Any = raw
@@ -164,4 +167,4 @@ def _as_toml(value: Any) -> str:
         return "{" + ", ".join(f"{json.dumps(k)} = {_as_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_as_toml, value)) + "]"
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)

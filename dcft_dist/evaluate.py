@@ -15,8 +15,6 @@ from .engines import find_engine
 from .objective import Metrics, Objective
 from .world import World
 
-EVALUATION_BATCH = 64  # examples in a forward of one rank
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -35,6 +33,7 @@ def evaluate(
     objective: Objective,
     world: World,
     computing: Callable[[], Any],
+    size: int,
     limit: int | None = None,
 ) -> Evaluation:
     """Evaluates a split, or `limit` examples of it, in eval mode, and restores the mode. Collective.
@@ -42,16 +41,17 @@ def evaluate(
     Args:
         outputs: of the model for a batch (`Pretrained.outputs`).
         computing: the context of a forward (`Prepared.computing`).
+        size: examples in a forward of one rank.
     """
     mine: list[Tensor] = []
     training = model.training
     model.eval()
     try:
-        for batch in evaluation_batches(examples, world.rank, world.world_size, EVALUATION_BATCH, world.device, limit):
+        for batch in evaluation_batches(examples, world.rank, world.world_size, size, world.device, limit):
             with computing():
                 found = outputs(model, batch)
             real = batch["real"]
-            records = objective.records(found.float()[real], batch["labels"][real])
+            records = objective.records(found[real].float(), batch["labels"][real])
             mine.append(torch.cat([batch["index"][real].double().unsqueeze(1), records], 1).cpu())
     finally:
         model.train(training)

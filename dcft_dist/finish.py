@@ -83,14 +83,14 @@ def finish(
 
 def _test(job: Job) -> tuple[Metrics, dict[str, list[float]] | None]:
     """Metrics on the test data, with intervals; the prediction for each example goes into a file."""
-    found, spread = job.evaluate(job.test), None
-    if job.world.is_first:
-        labels = [job.test.labels[i] for i in found.indices]
-        groups = [job.task.test.groups[i] for i in found.indices]
-        columns = {"group": groups, "label": labels, **job.objective.predictions(found.records, job.task.class_names)}
-        write_atomic(job.directory.predictions, table_of(columns))
-        if job.config.test_resamples:
-            spread = intervals(job.objective, found.records, torch.tensor(labels), groups, job.config.test_resamples)
+    found = job.evaluate(job.test)
+    labels = [job.test.labels[i] for i in found.indices]
+    groups = [job.task.test.groups[i] for i in found.indices]
+    spread = intervals(job.objective, found.records, torch.tensor(labels), groups, job.config.test_resamples)
+    columns = {"group": groups, "label": labels, **job.objective.predictions(found.records, job.task.class_names)}
+    with collectives.agreed("write the predictions"):
+        if job.world.is_first:
+            write_atomic(job.directory.predictions, table_of(columns))
     return found.metrics, spread
 
 

@@ -19,7 +19,6 @@ from . import collectives
 from .data import Examples, evaluation_batches, order
 from .engines import find_engine
 from .errors import CheckpointError, ConfigError
-from .evaluate import EVALUATION_BATCH
 from .files import write_atomic
 from .job import Job
 from .loading import fill_weights
@@ -114,12 +113,21 @@ def _features(job: Job, name: str, examples: Examples) -> list[Features]:
     """This rank's inputs of the head, in batches of the warm-up's size over all ranks, equally many on every rank."""
     rank, ranks = job.world.rank, job.world.world_size
     features, labels = [], []
-    with _inputs_of(job.model, name) as seen:
-        for batch in evaluation_batches(examples, rank, ranks, EVALUATION_BATCH, job.world.device):
+    size = job.config.train.evaluation_batch
+    with _seen(job.model, name) as seen:
+        for batch in evaluation_batches(examples, rank, ranks, size, job.world.device):
             with job.prepared.computing():
-                job.pretrained.outputs(job.model, batch)
+                outputs = job.outputs(job.model, batch)
+            given, made = seen.pop()
+            if made.shape != outputs.shape or not torch.equal(made, outputs):
+                raise ConfigError(
+                    f"model.head: what {name} gives ({list(made.shape)}) is not what the model gives "
+                    f"({list(outputs.shape)}), "
+                    "so it cannot be warmed up alone: head_warmup.max_epochs = 0 starts with a cold head, "
+                    "model.features puts another head on"
+                )
             real = batch["real"]
-            features.append(seen.pop().float()[real])
+            features.append(given[real].float())
             labels.append(batch["labels"][real])
     x, y = torch.cat(features), torch.cat(labels)
     mixed = torch.tensor(order(job.config.seed, rank, len(x)), device=x.device)  # they come by length
@@ -130,17 +138,17 @@ def _features(job: Job, name: str, examples: Examples) -> list[Features]:
 
 
 @contextmanager
-def _inputs_of(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
-    """In eval mode: what the module of that name is given in each forward goes into the list."""
-    engine, seen = find_engine(model), list[Tensor]()
+def _seen(model: nn.Module, name: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """In eval mode: what the module of that name is given in each forward, and what it makes of it, goes into the list."""
+    engine, seen = find_engine(model), list[tuple[Tensor, Tensor]]()
     module = {clean(path): m for path, m in engine.module.named_modules()}[name]
 
-    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-            raise ConfigError(f"model.head: {name} takes something else than one tensor, so it cannot be warmed up alone")
-        seen.append(inputs[0])
+    def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+            raise ConfigError(f"model.head: {name} is not made of one tensor into one, so it cannot be warmed up alone")
+        seen.append((inputs[0], output))
 
-    training, handle = model.training, module.register_forward_pre_hook(keep)
+    training, handle = model.training, module.register_forward_hook(keep)
     model.eval()
     try:
         yield seen

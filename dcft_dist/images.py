@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,7 +39,7 @@ def read_image(source: Any, channels: int) -> Tensor:
     name = str(source) if isinstance(source, str | Path) else f"row {source.index}" if isinstance(source, Cell) else "array"
     try:
         pixels = _scaled(_array(source))
-    except (OSError, ValueError, SyntaxError) as error:  # the last of damaged PNG files
+    except Exception as error:  # each kind of damage has its own
         raise DataError(f"{name}: no image that can be read: {error}") from error
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
@@ -54,21 +56,29 @@ def _array(source: Any) -> Any:
     from PIL import Image
 
     found = source.read() if isinstance(source, Cell) else source
-    if isinstance(found, str | Path):
-        if Path(found).suffix == ".npy":
+    if isinstance(found, dict) and found.get("bytes"):  # as datasets keep them
+        found = io.BytesIO(found["bytes"])
+    if isinstance(found, str | Path | io.BytesIO):
+        if not isinstance(found, io.BytesIO) and Path(found).suffix == ".npy":
             return np.load(found, allow_pickle=False)
         with Image.open(found) as image:
-            return np.asarray(image.convert("RGB") if image.mode in ("P", "CMYK", "YCbCr") else image)
-    return np.asarray(found)
+            return _array_of(image)
+    return _array_of(found) if isinstance(found, Image.Image) else np.asarray(found)
+
+
+def _array_of(image: Any) -> Any:
+    if image.mode.startswith("I"):  # 16 bits, which Pillow may give as 32
+        return np.asarray(image).astype(np.uint16)
+    return np.asarray(image.convert("RGB") if image.mode in ("P", "CMYK", "YCbCr") else image)
 
 
 def _scaled(pixels: Any) -> Any:
     if pixels.dtype == np.bool_:
         return pixels.astype(np.float32)
+    if pixels.dtype in (np.uint8, np.uint16):
+        return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
     if np.issubdtype(pixels.dtype, np.integer):
-        # Pillow gives 16-bit PNG files as int32.
-        top = 65535 if pixels.dtype.itemsize > 1 else 255
-        return pixels.astype(np.float32) / top
+        raise ValueError(f"whole numbers of {pixels.dtype}: what is white? Give uint8, uint16, or floats")
     return pixels.astype(np.float32)
 
 
@@ -98,10 +108,11 @@ class OwnImageProcessor:
         self._seed = config.seed
         self.mean, self.std = list(config.data.mean), [float(s) for s in config.data.std]
         self.side = config.model.image_size
-        beside = Path(config.model.weights or "") / PREPROCESSOR
+        place = Path(config.model.weights or "")
+        beside = (place if place.is_dir() else place.parent) / PREPROCESSOR
         if config.model.weights and beside.is_file():
             facts = read_json(beside)
-            self.mean, self.std = facts.get("image_mean", self.mean), facts.get("image_std", self.std)
+            self.mean, self.std = facts.get("image_mean") or self.mean, facts.get("image_std") or self.std
         if len(self.mean) != len(self.std):
             raise ConfigError(f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}")
         self._transform = _transform(config)
@@ -125,11 +136,16 @@ class OwnImageProcessor:
         """Whatever generator the transform uses, it starts from (seed, epoch, example)."""
         digest = hashlib.sha256(f"{self._seed}:{draw}".encode()).digest()
         seed = int.from_bytes(digest[:4], "little")
+        kept = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
             if reset := getattr(self._transform, "set_random_state", None):  # MONAI's
                 reset(seed)
-            found = torch.as_tensor(np.asarray(self._transform(pixels.clone())))  # type: ignore[misc]
+            found = torch.as_tensor(np.asarray(self._transform(pixels.clone()))).to(pixels.dtype)  # type: ignore[misc]
+        random.setstate(kept[0])
+        np.random.set_state(kept[1])
         if found.shape != pixels.shape:
             raise ConfigError(f"data.transform: it makes {list(found.shape)} of an image {list(pixels.shape)}")
         return found

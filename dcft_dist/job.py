@@ -60,16 +60,26 @@ class Job:
     def steps_per_epoch(self) -> int:
         return len(self.train) // self.config.train.global_batch
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model makes of a batch.
+
+        Raises:
+            ConfigError: they are not what the task's objective takes.
+        """
+        found = self.pretrained.outputs(model, batch)
+        self.objective.check(found)
+        return found
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean loss of a batch."""
         with self.prepared.computing():
-            outputs = self.pretrained.outputs(model, batch)
+            outputs = self.outputs(model, batch)
         return self.objective.loss(outputs, batch["labels"])
 
     def evaluate(self, examples: Examples, limit: int | None = None) -> Evaluation:
         """Collective."""
-        computing = self.prepared.computing
-        return evaluate(self.model, self.pretrained.outputs, examples, self.objective, self.world, computing, limit)
+        computing, size = self.prepared.computing, self.config.train.evaluation_batch
+        return evaluate(self.model, self.outputs, examples, self.objective, self.world, computing, size, limit)
 
     def micro_batches(
         self,

@@ -17,8 +17,10 @@ def facts_of(task: schema.Task, names: Sequence[str], labels: Sequence[Any]) -> 
     """What an objective needs to know of the training data, as JSON."""
     if task.kind == "regression":
         numbers = torch.tensor(labels, dtype=torch.float64)
-        whole = bool((numbers == numbers.round()).all()) and len(numbers.unique()) <= 20
-        return {"names": list(names), "mean": float(numbers.mean()), "std": float(numbers.std()) or 1.0, "grades": whole}
+        low, high = float(numbers.min()), float(numbers.max())
+        graded = bool((numbers == numbers.round()).all()) and 0 < high - low < 20
+        grades = [int(low), int(high)] if graded else None
+        return {"names": list(names), "mean": float(numbers.mean()), "std": float(numbers.std()) or 1.0, "grades": grades}
     facts: dict[str, Any] = {"names": list(names)}
     if task.kind == "single_label" and task.class_weights == "balanced":
         counts = torch.bincount(torch.tensor(labels), minlength=len(names)).clamp(min=1)
@@ -33,5 +35,5 @@ def make_objective(task: schema.Task, facts: Mapping[str, Any]) -> Objective:
     if task.kind == "multi_label":
         return MultiLabel(len(facts["names"]))
     if task.kind == "regression":
-        return Regression(facts["mean"], facts["std"], facts["grades"])
+        return Regression(facts["mean"], facts["std"], tuple(facts["grades"]) if facts["grades"] else None)
     return SingleLabel(len(facts["names"]), facts.get("class_weights"))

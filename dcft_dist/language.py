@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .objective import Metrics, Objective
 from .splits import Split
 
@@ -82,6 +82,14 @@ class CausalLanguage(Objective):
     """
 
     best, num_outputs = "perplexity", 0
+
+    def check(self, outputs: Tensor) -> None:
+        """
+        Raises:
+            ConfigError: outputs are not [size, tokens, vocabulary].
+        """
+        if outputs.ndim != 3:
+            raise ConfigError(f"the model gives outputs of shape {list(outputs.shape)}, not [size, tokens, vocabulary]")
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         each, wanted = _token_losses(outputs, labels)

@@ -95,7 +95,11 @@ class Loading:
         shapes |= {n: tuple(b.shape) for n, b in persistent_buffers(module).items()}
         with Stored(place) as stored:
             self._source = _names(stored, rename or {}, translate, prefix)
-            self.report = _compare(stored, self._source, shapes, names.aliases, allowed)
+            self.report = _compare(stored, self._source, shapes, names.aliases, allowed, prefix)
+        read = {names.aliases.get(name) for name in self.report.matched}
+        tied = [name for name in self.report.fresh if names.aliases.get(name, "") in read]
+        if tied:
+            raise CheckpointError(f"{listing(tied)} would start afresh, but is tied to pre-trained weights: model.head = []")
         self._shapes = shapes
         self._fresh = dict(_fresh(module, [n for n in self.report.fresh if n in names.aliases], seed))
 
@@ -166,9 +170,14 @@ def _renamed(name: str, rename: Mapping[str, str]) -> str:
 
 
 def _compare(
-    stored: Stored, source: Mapping[str, str], shapes: Mapping[str, Shape], aliases: Mapping[str, str], allowed: Allowed
+    stored: Stored,
+    source: Mapping[str, str],
+    shapes: Mapping[str, Shape],
+    aliases: Mapping[str, str],
+    allowed: Allowed,
+    prefix: str,
 ) -> LoadReport:
-    """What to do with each tensor.
+    """What to do with each tensor. `prefix`: of names in the model, which messages leave out, as the configuration does.
 
     Raises:
         CheckpointError: see `Loading`.
@@ -184,14 +193,14 @@ def _compare(
             if _fits(name, allowed.new) or name.endswith(_COUNTERS):
                 report.fresh.append(name)
             else:
-                wrong.append(f"no {name}")
+                wrong.append(f"no {name.removeprefix(prefix)}")
         elif (found := stored.shape(source[name])) == shape:
             report.matched.append(name)
         elif _fits(name, allowed.resize):
             _grid(name, found, shape)
             report.resized[name] = [list(found), list(shape)]
         else:
-            advice = f": model.resize = ['{name}'] interpolates it" if "pos" in name else ""
+            advice = f": model.resize = ['{name.removeprefix(prefix)}'] interpolates it" if "pos" in name else ""
             wrong.append(f"{source[name]} is {list(found)} there and {list(shape)} in the model{advice}")
     for name, old in source.items():
         if name not in shapes or _fits(name, allowed.head):
@@ -199,7 +208,7 @@ def _compare(
             if name not in shapes and not _fits(old, allowed.unused):
                 wrong.append(f"{old} has no place in the model")
     if wrong:
-        raise CheckpointError(f"{stored.place} does not fit the model: {listing(wrong)}{_advice(source, shapes)}")
+        raise CheckpointError(f"{stored.place} does not fit the model: {listing(wrong)}{_advice(source, shapes, prefix)}")
     return report
 
 
@@ -207,15 +216,16 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
 
 
-def _advice(source: Mapping[str, str], shapes: Mapping[str, Shape]) -> str:
+def _advice(source: Mapping[str, str], shapes: Mapping[str, Shape], prefix: str) -> str:
     """A prefix that would make names fit, if there is one; otherwise which keys allow differences."""
-    unknown, missing = [n for n in source if n not in shapes], [n for n in shapes if n not in source]
+    known, given = ({name.removeprefix(prefix) for name in names} for names in (shapes, source))
+    unknown, missing = sorted(given - known), sorted(known - given)
     for old in dict.fromkeys(f"{name.split('.')[0]}." for name in unknown):
         rest = [name.removeprefix(old) for name in unknown if name.startswith(old)]
-        if sum(name in shapes for name in rest) > len(rest) / 2:
+        if sum(name in known for name in rest) > len(rest) / 2:
             return f'; model.rename = {{"{old}" = ""}} would make most names fit'
     for new in dict.fromkeys(f"{name.split('.')[0]}." for name in missing):
-        if sum(new + name in shapes for name in unknown) > len(unknown) / 2:
+        if sum(new + name in known for name in unknown) > len(unknown) / 2:
             return f'; model.rename = {{"" = "{new}"}} would make most names fit'
     return "; model.new, model.unused and model.rename say what may differ"
 

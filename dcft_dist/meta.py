@@ -58,6 +58,14 @@ class Materialiser:
                 setattr(module, slot, made)
             elif parameter.device != self._device:
                 parameter.data = parameter.data.to(self._device)
+        self._move_own_buffers(module)
+
+    def move_buffers(self, module: nn.Module) -> None:
+        """Buffers alone, of a module and all within it."""
+        for part in module.modules():
+            self._move_own_buffers(part)
+
+    def _move_own_buffers(self, module: nn.Module) -> None:
         for slot, buffer in module.named_buffers(recurse=False):
             setattr(module, slot, buffer.to(self._device))
 

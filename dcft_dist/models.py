@@ -11,6 +11,7 @@ from torch import Tensor
 from .data import ImageProcessor, Processor, TextProcessor
 from .errors import ConfigError, DataError, listing
 from .images import OwnImageProcessor
+from .imports import find_object
 from .language import AnswerProcessor
 from .own_model import own_model
 from .packages import dinov2_file, minilm_folder
@@ -73,8 +74,13 @@ def check_model(config: Config) -> None:
     """
     Raises:
         DataError: the package with the weights is not installed.
+        ConfigError: there is nothing at `model.build` or `model.weights`.
     """
-    if config.model.name != "own":
+    if config.model.name == "own":
+        find_object(str(config.model.build), config.import_roots, "model.build")
+        if config.model.weights and not Path(config.model.weights).exists():
+            raise ConfigError(f"model.weights: {config.model.weights} is not there")
+    else:
         {"minilm": minilm_folder, "dinov2_small": dinov2_file}[config.model.name]()
 
 

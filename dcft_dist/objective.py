@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import collectives
+from .errors import ConfigError
+
 Metrics = dict[str, float]
 LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse", "perplexity")
 
@@ -26,6 +29,17 @@ class Objective(ABC):
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a batch."""
         return self.losses(outputs.float(), labels).mean()
+
+    def check(self, outputs: Tensor) -> None:
+        """
+        Raises:
+            ConfigError: outputs are not [size, num_outputs].
+        """
+        if outputs.ndim != 2 or outputs.shape[1] != self.num_outputs:
+            raise ConfigError(
+                f"the model gives outputs of shape {list(outputs.shape)}, not [size, {self.num_outputs}]: say the number in "
+                'model.args, such as num_classes = "num_outputs" (num_labels in transformers), or use model.features'
+            )
 
     @abstractmethod
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -50,18 +64,26 @@ class Objective(ABC):
 
 def intervals(
     objective: Objective, records: Tensor, labels: Tensor, groups: Sequence[str], resamples: int, seed: int = 0
-) -> dict[str, list[float]]:
-    """Metric -> [low, high], which hold 95 % of it over resampled groups of examples (patients; percentile bootstrap)."""
+) -> dict[str, list[float]] | None:
+    """Metric -> [low, high], which hold 95 % of it over resampled groups of examples (patients; percentile bootstrap).
+
+    None without resamples. Collective: each rank makes its part of them; the groups drawn do not depend on it.
+    """
+    if not resamples:
+        return None
     members: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
     parts = [torch.tensor(part) for part in members.values()]
-    draw = torch.Generator().manual_seed(seed)
-    found: dict[str, list[float]] = {}
-    for _ in range(resamples):
-        chosen = torch.randint(len(parts), (len(parts),), generator=draw).tolist()
-        index = torch.cat([parts[i] for i in chosen])
-        for name, value in objective.metrics(records[index], labels[index]).items():
-            found.setdefault(name, []).append(value)
+    names = list(objective.metrics(records, labels))
+    found = torch.zeros(resamples, len(names), dtype=torch.float64)
+    with collectives.agreed("intervals"):
+        for number in range(collectives.rank(), resamples, collectives.world_size()):
+            draw = torch.Generator().manual_seed((seed << 32) + number)
+            chosen = torch.randint(len(parts), (len(parts),), generator=draw).tolist()
+            index = torch.cat([parts[i] for i in chosen])
+            values = objective.metrics(records[index], labels[index])
+            found[number] = torch.tensor([values.get(name, float("nan")) for name in names])
+    found = collectives.all_reduce(found, what="intervals")
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: torch.tensor(values, dtype=torch.float64).quantile(ends).tolist() for name, values in found.items()}
+    return {name: column.nanquantile(ends).tolist() for name, column in zip(names, found.T, strict=True)}

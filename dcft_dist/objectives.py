@@ -39,7 +39,7 @@ class SingleLabel(Objective):
             "accuracy": float(tm.multiclass_accuracy(predicted, labels, average="micro", **classes)),
             "macro_f1": float(tm.multiclass_f1_score(predicted, labels, average="macro", **classes)),
             "balanced_accuracy": float(recall[there].mean()),
-            **_ranking(chances, functional.one_hot(labels, self.num_outputs)),
+            **_ranking(*(x[:, 1:] if self.num_outputs == 2 else x for x in (chances, _one_hot(labels, self.num_outputs)))),
             "ece": float(tm.multiclass_calibration_error(chances, labels, n_bins=15, **classes)),
         }
 
@@ -81,8 +81,8 @@ class Regression(Objective):
 
     best, num_outputs = "mae", 1
 
-    def __init__(self, mean: float = 0.0, std: float = 1.0, grades: bool = False) -> None:
-        """`grades`: labels are whole numbers in an order, and agreement of the rounded predictions is measured too."""
+    def __init__(self, mean: float = 0.0, std: float = 1.0, grades: tuple[int, int] | None = None) -> None:
+        """`grades`: lowest and highest of labels that are grades; the agreement of rounded predictions is measured then."""
         self._mean, self._std, self._grades = mean, std, grades
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -102,11 +102,15 @@ class Regression(Objective):
         if float(spread.abs().max()) > 0:
             metrics["r2"] = float(1 - error.square().sum() / spread.square().sum())
             if self._grades:
-                metrics["quadratic_kappa"] = _quadratic_kappa(found, wanted)
+                metrics["quadratic_kappa"] = _quadratic_kappa(found, wanted, *self._grades)
         return metrics
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
         return {"predicted": records.squeeze(-1).tolist()}
+
+
+def _one_hot(labels: Tensor, number: int) -> Tensor:
+    return functional.one_hot(labels, number)
 
 
 def _shares(chances: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -116,11 +120,11 @@ def _shares(chances: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
 
 
 def _ranking(chances: Tensor, there: Tensor) -> Metrics:
-    """Means over columns that have both kinds: areas under the ROC and precision-recall curves; for one column, or two that
-    are each other's opposite, also the sensitivity at 95 % specificity. `there`: 1, 0, or -1 for unknown."""
+    """Means over columns that have both kinds: areas under the ROC and precision-recall curves; for a single column also the
+    sensitivity at 95 % specificity. `there`: 1, 0, or -1 for unknown."""
     from torchmetrics.functional import classification as tm
 
-    columns = range(1, 2) if chances.shape[1] == 2 else range(chances.shape[1])
+    columns = range(chances.shape[1])
     measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
         "auroc": tm.binary_auroc,
         "auprc": tm.binary_average_precision,
@@ -138,9 +142,8 @@ def _ranking(chances: Tensor, there: Tensor) -> Metrics:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
-def _quadratic_kappa(found: Tensor, wanted: Tensor) -> float:
+def _quadratic_kappa(found: Tensor, wanted: Tensor, low: int, high: int) -> float:
     from torchmetrics.functional import classification as tm
 
-    low, high = int(wanted.min()), int(wanted.max())
-    rounded = found.round().clamp(low, high).long() - low
-    return float(tm.multiclass_cohen_kappa(rounded, wanted.long() - low, num_classes=high - low + 1, weights="quadratic"))
+    rounded, wanted = (values.nan_to_num().round().clamp(low, high).long() - low for values in (found, wanted))
+    return float(tm.multiclass_cohen_kappa(rounded, wanted, num_classes=high - low + 1, weights="quadratic"))

@@ -80,7 +80,15 @@ def _build(config: schema.Config, num_outputs: int) -> nn.Module:
         raise ConfigError(f"model.build: {settings.build} fails: {type(error).__name__}: {error}") from error
     if not isinstance(built, nn.Module):
         raise ConfigError(f"model.build: {settings.build} gives a {type(built).__name__}, not a torch.nn.Module")
+    _says_float32(getattr(built, "config", None))  # or transformers would read the export as the file was
     return built.float()  # masters in float32, whatever the file has
+
+
+def _says_float32(config: Any) -> None:
+    if getattr(config, "dtype", None) is not None:
+        config.dtype = torch.float32
+    for name in getattr(config, "sub_configs", None) or ():
+        _says_float32(getattr(config, name, None))
 
 
 def _from_config(make: Any, settings: schema.Model, args: dict[str, Any]) -> Any:

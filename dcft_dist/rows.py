@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
             yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
         elif file.suffix in (".jsonl", ".json"):
-            for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
                 if line.strip():
                     yield number, dict(json.loads(line))
         elif file.suffix in (".csv", ".tsv"):
@@ -115,12 +116,22 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
         if data.modality == "image" and isinstance(value, str):
             value = (folder or Path()) / value
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
-        group = str(record[data.group]) if data.group else where
-        if data.group and group.strip() in ("", "None"):
-            raise DataError(f"{where}: the group ({data.group}) is empty")
+        group = str(record[data.group]).strip() if data.group else where
+        for name, cell in ((data.group, group), (data.label, label), (data.input, value)):
+            if isinstance(name, str) and is_empty(cell):
+                raise DataError(f"{where}: the column {name!r} is empty")
+        if data.modality == "text" and not isinstance(value, str):
+            raise DataError(f"{where}: the input is a {type(value).__name__}, not a text")
         split = _split_name(str(record[data.split]), where) if data.split else ""
         found.setdefault(split, []).append(Row(value, label, group, where))
     return found
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a cell has nothing in it, as tables say so."""
+    if isinstance(value, str):
+        return value.strip() in ("", "None", "nan", "NaN")
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _split_name(text: str, where: str) -> str:
@@ -179,7 +190,7 @@ def _medmnist(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
                 values = (labels if isinstance(data.label, list) else labels.reshape(len(labels), -1)[:, 0]).tolist()
                 places = [f"{file}, {short} image {i}" for i in range(len(images))]
                 found[split] = [Row(x, y, place, place) for x, y, place in zip(images, values, places, strict=True)]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} is no file of MedMNIST: {error}") from error
     return found
 

@@ -70,15 +70,15 @@ class RunFolder:
                 "give the run another --name, or delete the directory"
             )
 
-    def finished(self, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
-        """Configuration of a finished run, and the facts of its labels.
+    def finished(self, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+        """Configuration of a finished run, and the facts of its labels. See `load_config`.
 
         Raises:
             RunError: there is none.
         """
         if not self.summary.is_file():
             raise RunError(f"{self.path} holds no finished run")
-        return load_config(self.path / "config.toml", overrides), read_json(self.summary)["labels"]
+        return load_config(self.path / "config.toml", overrides, without), read_json(self.summary)["labels"]
 
     def reached(self) -> str:
         """What a run that is started now goes on from, in words."""

@@ -157,6 +157,21 @@ class Data(Section):
     )
     transform_args: dict[str, Any] = Field({}, description="Keyword arguments that make it; absent: it is called as it is.")
 
+    def sources(self) -> list[str]:
+        """What is given of the keys that can say where the data are."""
+        fitting = {"python": ("build",), "table": ("path", "train", "validation", "test")}.get(self.format, ("path",))
+        return [key for key in fitting if getattr(self, key) is not None]
+
+    @model_validator(mode="after")
+    def _groups_can_be_found(self) -> Data:
+        if self.group_pattern and self.format != "image_folder":
+            raise ValueError(
+                f"group_pattern is for format = 'image_folder', not for '{self.format}': name a column as group"
+            )
+        if self.group and self.format in ("image_folder", "medmnist"):
+            raise ValueError(f"format = '{self.format}' has no columns, so no group = '{self.group}'")
+        return self
+
 
 class HeadWarmup(Section):
     """Training of the new head alone, before scoring; stops on validation loss."""
@@ -286,6 +301,7 @@ class Train(Section):
     micro_batch: Count = Field(
         16, description="Texts in one forward of one rank, at most: more are accumulated in equal micro-batches."
     )
+    evaluation_batch: Count = Field(64, description="Examples in one forward of one rank when it evaluates.")
     warmup_fraction: Share = Field(0.1, description="Share of the steps with a rising learning rate; then cosine.")
     final_lr_fraction: Share = Field(0.0, description="Learning rate at the end over the peak.")
     clip_grad_norm: Positive | None = Field(None, description="Largest gradient norm; absent: no clipping.")
@@ -427,11 +443,8 @@ class Config(Section):
         if self.train.sampling == "balanced" and self.task.kind != "single_label":
             raise ValueError("train.sampling = 'balanced' is for task.kind = 'single_label'")
         if self.task.name == "own":
-            wanted = {"python": "build", "table": "train" if self.data.path is None else "path"}.get(
-                self.data.format, "path"
-            )
-            if getattr(self.data, wanted) is None:
-                raise ValueError(f"task.name = 'own' with data.format = '{self.data.format}' needs data.{wanted}")
+            if not self.data.sources():
+                raise ValueError(f"task.name = 'own' needs data: data.{'build' if self.data.format == 'python' else 'path'}")
             if isinstance(self.data.label, list) != (self.task.kind == "multi_label"):
                 raise ValueError("data.label is a list of columns for task.kind = 'multi_label', and one column otherwise")
             return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -95,7 +96,9 @@ def _files(place: Path) -> list[Path]:
 def _pickled(file: Path) -> dict[str, Any]:
     """Tensors of a file of `torch.save`; other objects than tensors are never made."""
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        # Training scripts keep their arguments beside the weights: names and values, no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # each kind of damage has its own
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)  # written by torch before 1.6: cannot be mapped

@@ -35,6 +35,7 @@ from .provenance import git_commit
 from .run_dir import RunDirectory
 from .schema import Config
 from .training import Training
+from .weights import average_buffers
 from .world import World
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,7 @@ class Trainer:
     ) -> Best:
         """Validates; keeps the weights of the best epoch; saves a checkpoint to go on from."""
         self.directory.phase("validate", step)
+        average_buffers(self.job.model)
         found = self.job.evaluate(self.job.validation).metrics
         values = {f"validation/{key}": value for key, value in found.items()}
         values |= {f"movement/{key}": value for key, value in groups.movement().items()}
@@ -194,8 +196,10 @@ class Trainer:
             if self.job.world.is_first:
                 self._remove_old("best", best.step, self.config.checkpoint.keep_best)
             return
+        average_buffers(self.job.model)  # what goes on from here is then what would go on from the file
         state = model_state(self.job.model, self.job.prepared.optimizer)
         about = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
+        about["data"] = self.job.task.checksum
         about["factor"] = self.training.learned.state() if self.training.learned else None
         save_checkpoint(self.directory.checkpoint(step), state, about)
         if self.job.world.is_first:  # the new checkpoint is whole: older ones are no longer needed
@@ -226,6 +230,10 @@ class Trainer:
         state = read_state(latest)
         if state["fundamental"] != self._set_checksum():
             raise CheckpointError(f"{self.directory.fundamental} is not the set that {latest} was trained with")
+        if state.get("data") != self.job.task.checksum:
+            raise CheckpointError(
+                f"the data are not those that {latest} was trained with: put them back, or give a new --name"
+            )
         load_checkpoint(latest, self.job.model, self.job.prepared.optimizer)
         if self.training.learned:
             self.training.learned.load_state(state["factor"])

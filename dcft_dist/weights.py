@@ -106,6 +106,15 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str], *, prefix: st
     engine.publish()
 
 
+@torch.no_grad()
+def average_buffers(model: nn.Module) -> None:
+    """Makes floating-point buffers the mean over ranks: batch normalisation has each rank's own statistics. Collective."""
+    if collectives.world_size() > 1:
+        for name, buffer in persistent_buffers(find_engine(model).module).items():
+            if buffer.is_floating_point():
+                buffer.copy_(collectives.all_reduce(buffer.double(), what=f"mean of {name}") / collectives.world_size())
+
+
 def whole_weight(shard: Shard, values: Tensor) -> Tensor:
     """Of a tensor laid out like the shard: the whole, flattened, put together from what each rank owns. Collective."""
     owned = values.detach().reshape(-1)[slice(*shard.owned)]

@@ -88,6 +88,12 @@ def test_a_run_on_instructions(decoder: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.5 and one["best_epoch"] > 0
     assert one["test"].keys() == {"loss", "perplexity", "token_accuracy", "exact"} and one["test_intervals"]["perplexity"]
     check_export(tmp_path / "single/model", tmp_path / "single")
+    command = [sys.executable, "-m", "dcft_dist.cli", "evaluate", str(tmp_path / "single"), "--data.path", str(data)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["examples"] == 200 and json.loads(done.stdout)["metrics"]["perplexity"] > 1
+    done = subprocess.run([*command[:3], "predict", *command[4:]], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "dcft predict gives no texts" in done.stderr
 
 
 def check_export(folder: Path, run: Path) -> None:

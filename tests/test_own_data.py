@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,8 +126,9 @@ def test_findings_and_numbers(tmp_path: Path) -> None:
     rows = [{"input": f"t{i}", "a": i % 2, "b": ["", "-1", "1"][i % 3], "age": 40 + i} for i in range(20)]
     file = table(tmp_path, rows)
     data = task_of("--data.path", str(file), *TEXT, "--task.kind", "multi_label", "--data.label", '["a", "b"]')
-    label = dict(zip(data.train.inputs, data.train.labels, strict=True)).get("t2") or [0.0, 1.0]
-    assert data.class_names == ["a", "b"] and label == [0.0, 1.0]
+    splits = (data.train, data.validation, data.test)
+    found = {text: label for split in splits for text, label in zip(split.inputs, split.labels, strict=True)}
+    assert data.class_names == ["a", "b"] and found["t2"] == [0.0, 1.0] and found["t5"] == [1.0, 1.0]
     assert any(x[1] != x[1] for x in data.train.labels)
     data = task_of("--data.path", str(file), *TEXT, "--task.kind", "regression", "--data.label", "age")
     assert sorted(data.train.labels + data.validation.labels + data.test.labels) == [float(40 + i) for i in range(20)]
@@ -149,7 +151,9 @@ def test_images_of_every_kind_are_the_same(tmp_path: Path) -> None:
 
 
 def random_flip(image: torch.Tensor) -> torch.Tensor:
-    return image.flip(-1) if torch.rand(()) < 0.5 else image
+    """By one of the three generators that transforms use."""
+    drawn = (float(torch.rand(())), np.random.rand(), random.random())
+    return image.flip(-1) if drawn[int(image.sum() * 1000) % 3] < 0.5 else image
 
 
 def test_variants_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> None:
@@ -234,13 +238,35 @@ def no_number(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "regression", "--data.label", "age"]
 
 
+@bad("line 5: the column 'label' is empty")
+def empty_label(folder: Path) -> list[str]:
+    rows = texts()
+    rows[3]["label"] = " "
+    return ["--data.path", str(table(folder, rows)), *TEXT]
+
+
+@bad(r"data.jsonl, line 2: the column 'input' is empty")
+def empty_text(folder: Path) -> list[str]:
+    rows = texts()
+    rows[1]["input"] = None
+    (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--data.path", str(folder / "data.jsonl"), *TEXT]
+
+
+@bad("group 'p0' is in two splits")
+def group_with_spaces(folder: Path) -> list[str]:
+    rows = [{**row, "split": ["train", "val", "test"][i % 20 % 3]} for i, row in enumerate(texts())]
+    rows[20] |= {"patient": "p0 ", "split": "test"}
+    return ["--data.path", str(table(folder, rows)), *TEXT, "--data.group", "patient", "--data.split", "split"]
+
+
 @bad("line 2: a finding is 1, 0, or empty for unknown, not '2'")
 def no_finding(folder: Path) -> list[str]:
     rows = [{"input": "x", "a": 2} for _ in range(10)]
     return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "multi_label", "--data.label", '["a"]']
 
 
-@bad(r"the group \(patient\) is empty")
+@bad("line 2: the column 'patient' is empty")
 def empty_group(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, [{**row, "patient": ""} for row in texts()])), *TEXT, "--data.group", "patient"]
 
@@ -266,11 +292,13 @@ def test_mistakes_are_named(name: str, tmp_path: Path) -> None:
 
 def test_keys_that_do_not_fit() -> None:
     for words, message in (
-        ([], "needs data.train"),
-        (["--data.format", "image_folder"], "needs data.path"),
-        (["--data.format", "python"], "needs data.build"),
+        ([], "needs data: data.path"),
+        (["--data.format", "image_folder"], "needs data: data.path"),
+        (["--data.format", "python"], "needs data: data.build"),
         (["--data.path", "x", "--data.label", '["a"]'], "data.label is a list of columns for task.kind = 'multi_label'"),
         (["--data.path", "x", "--task.kind", "multi_label"], "data.label is a list of columns"),
+        (["--data.path", "x", "--data.group_pattern", "^(.)"], "group_pattern is for format = 'image_folder'"),
+        (["--data.path", "x", "--data.format", "medmnist", "--data.group", "p"], "has no columns, so no group"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_config("icd.toml", ["--task.name", "own", *words])
@@ -297,6 +325,11 @@ def test_bad_images_are_found_before_the_run(tmp_path: Path) -> None:
     errors = done.stderr
     assert done.returncode == 2 and "2 of 41 images" in errors and "image3.png: no image that can be read" in errors
     assert "nan.npy: 1 of its pixels are no numbers" in errors
+    with pytest.raises(DataError, match=r"whole numbers of int64: what is white\?"):
+        read_image(np.full((4, 4), 255), 3)
+    (tmp_path / "empty.npy").write_bytes(b"")
+    with pytest.raises(DataError, match=r"empty.npy: no image that can be read"):
+        read_image(tmp_path / "empty.npy", 3)
     with pytest.raises(DataError, match=r"deep.npy: an image of shape \[4, 4, 9\] does not go into 3 channels"):
         read_image(tmp_path / "deep.npy", 3)
 
@@ -359,6 +392,16 @@ def test_texts_from_a_table_with_an_own_model(tmp_path: Path) -> None:
     right = np.mean([row["predicted"] == rating for row, rating in zip(said, rated, strict=True)])
     assert found["examples"] == len(said) == 40 and right == pytest.approx(found["metrics"]["accuracy"])
     check_text_export(tmp_path / "mine/model", other, said)
+    refused = {
+        "which data? Give one of --data.path": [],
+        "a finished run takes other data": ["--data.path", str(other), "--optimizer.lr", "1"],
+    }
+    for message, words in refused.items():
+        command = [sys.executable, "-m", "dcft_dist.cli", "evaluate", str(tmp_path / "mine"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 2 and message in done.stderr
+    split = ["--data.test", str(other), "--test_resamples", "0"]  # of the run's own files nothing is left over
+    assert json.loads(dcft("evaluate", str(tmp_path / "mine"), *split))["metrics"] == found["metrics"]
 
 
 def check_text_export(folder: Path, file: Path, said: list[dict[str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from collections.abc import Callable
@@ -238,6 +239,45 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def values_here(config: Config) -> bool:
+    """Whether the user's way of reading gives the weights that transformers reads."""
+    from transformers import AutoModel
+
+    found = build_model(config, 5)
+    assert found.loading is not None
+    found.loading.into_whole(found.module, CPU)
+    options = {"add_pooling_layer": False} if "mean" in str(config.model.features) else {}
+    wanted = AutoModel.from_pretrained(config.model.weights, dtype=torch.float32, **options).state_dict()
+    mine = {n.removeprefix("backbone."): p for n, p in found.module.state_dict().items() if n.startswith("backbone.")}
+    return mine.keys() == wanted.keys() and all(torch.equal(mine[n], wanted[n]) for n in wanted)
+
+
+def test_values_are_those_that_transformers_reads(minilm: Path, tmp_path: Path) -> None:
+    """A DINOv2 in bfloat16 under the names of its publication, too; the export says that it is float32."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path / "dino")
+    assert any("attention.attention.query" in name for name in load_file(tmp_path / "dino/model.safetensors"))
+    dino = load_config("mri.toml", ["--model.build", "transformers.AutoModel", "--model.weights", str(tmp_path / "dino"),
+                                    "--model.features", "cls"])  # fmt: skip
+    for config in (own(minilm, "--model.args.add_pooling_layer", "false"), dino):
+        assert run_ranks(1, values_here, config) == [True]
+    build_model(dino, 5).describe(tmp_path / "export")
+    assert json.loads((tmp_path / "export/config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_tied_head_is_no_head(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"decode.weight would start afresh, but is tied to pre-trained weights"):
+        Loading(on_meta(OddNet), saved(tmp_path, make_net()), allowed=Allowed(head=("head", "decode")))
+
+
+def test_arguments_beside_the_weights_are_read_over(tmp_path: Path) -> None:
+    state = {n: v for n, v in make_net().state_dict().items() if n != "decode.weight"}
+    torch.save({"model": state, "args": argparse.Namespace(lr=1.0)}, tmp_path / "mae.pth")
+    assert len(loaded(tmp_path / "mae.pth")[1].matched) == len(state) - 2
+
+
 def own(folder: Path, *more: str) -> Config:
     words = ["--model.build", "transformers.AutoModel", "--model.weights", str(folder), "--model.features", "mean"]
     return load_config("smoke.toml", ["--model.name", "own", *words, "--model.unused", '["pooler.*"]', *more])
@@ -271,7 +311,7 @@ def test_own_model_is_the_packaged_one(minilm: Path, tmp_path: Path) -> None:
         (["--model.head", '["hed"]', "--model.new", '["pooler"]'], "head pattern 'hed' matches no parameter"),
         (["--model.blocks", '["layers.*"]', "--model.new", '["pooler"]'], "model.blocks: 'layers.\\*' matches no module"),
         (["--model.weights", "/nowhere"], "no tokenizer in /nowhere"),
-        (["--model.unused", "[]", "--model.new", "[]"], "no backbone.pooler.dense.weight"),
+        (["--model.unused", "[]", "--model.new", "[]"], "no pooler.dense.weight"),
     ],
 )
 def test_bad_models(minilm: Path, words: list[str], message: str) -> None:

@@ -152,6 +152,7 @@ def _fsdp2(model: nn.Module, plan: Plan) -> nn.Module:
     fully_shard(model, **options)
     if any(p.is_meta for p in model.parameters()):
         private.fsdp2_materialise(model, torch.device("cpu") if plan.offload else plan.device)
+        Materialiser(plan.device).move_buffers(model)
     return model
 
 

@@ -1,0 +1,124 @@
+"""Metrics against their definitions, objectives against one process, intervals by group and over ranks."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dcft_dist.config import load_config
+from dcft_dist.errors import ConfigError
+from dcft_dist.kinds import facts_of, make_objective
+from dcft_dist.objective import intervals
+from dcft_dist.objectives import MultiLabel, Regression, SingleLabel
+
+from .ranks import run_ranks
+
+
+def auroc(scores: Tensor, there: Tensor) -> float:
+    """Share of pairs in the right order, ties half."""
+    pairs = list(itertools.product(scores[there == 1].tolist(), scores[there == 0].tolist()))
+    return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+
+
+def test_single_label_metrics_by_their_definitions() -> None:
+    torch.manual_seed(0)
+    records, labels = torch.randn(60, 4).double().round(decimals=1), torch.randint(0, 3, (60,))  # nobody has class 3
+    found = SingleLabel(4).metrics(records, labels)
+    predicted, chances = records.argmax(-1), records.softmax(-1)
+    recalls = [float((predicted[labels == c] == c).double().mean()) for c in range(3)]
+    assert found["accuracy"] == pytest.approx(float((predicted == labels).double().mean()))
+    assert found["balanced_accuracy"] == pytest.approx(sum(recalls) / 3)
+    wanted = [auroc(chances[:, c], (labels == c).long()) for c in range(3)]
+    assert found["auroc"] == pytest.approx(sum(wanted) / 3, abs=1e-6)
+    assert found["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(records, labels)))
+    sure = chances.max(-1).values
+    bins, right = (sure * 15).long().clamp(max=14), (predicted == labels).double()
+    gaps = [(right[bins == b].sum() - sure[bins == b].sum()).abs() for b in bins.unique()]
+    assert found["ece"] == pytest.approx(float(sum(gaps)) / 60, abs=1e-6)
+    assert "sensitivity_at_95_specificity" not in found
+
+
+def test_two_classes_and_their_sensitivity() -> None:
+    scores = torch.linspace(0, 1, 40).double()
+    labels = torch.tensor([0] * 19 + [1] * 3 + [0] + [1] * 17)  # one of twenty negatives is above three of the positives
+    found = SingleLabel(2).metrics(torch.stack([-scores, scores], 1), labels)
+    assert found["auroc"] == pytest.approx(auroc(scores, labels), abs=1e-6)
+    assert found["sensitivity_at_95_specificity"] == 1.0
+    worse = torch.tensor([0] * 18 + [1] * 3 + [0] * 2 + [1] * 17)
+    assert SingleLabel(2).metrics(torch.stack([-scores, scores], 1), worse)[
+        "sensitivity_at_95_specificity"
+    ] == pytest.approx(0.85)
+
+
+def test_two_findings_both_count() -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (50, 2)).double()
+    labels[:5, 0] = float("nan")
+    records = torch.stack([torch.randn(50).double(), labels[:, 1] * 4 - 2], 1)
+    found, known = MultiLabel(2).metrics(records, labels), ~labels[:, 0].isnan()
+    first = auroc(records[known, 0], labels[known, 0].long())
+    assert found["auroc"] == pytest.approx((first + 1.0) / 2, abs=1e-6) and "sensitivity_at_95_specificity" not in found
+    records[:5, 0] = 99.0  # what is unknown changes nothing
+    assert MultiLabel(2).metrics(records, labels) == found
+
+
+def test_regression_in_the_labels_own_units() -> None:
+    task = load_config("icd.toml").task.model_copy(update={"kind": "regression"})
+    train = [0.0, 1.0, 2.0, 3.0, 4.0] * 4
+    objective = make_objective(task, facts_of(task, ["grade"], train))
+    labels = torch.tensor([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
+    outputs = ((torch.tensor([0.0, 0.0, 2.0, 2.0, 4.0, 4.0]) - 2) / torch.tensor(train).double().std()).unsqueeze(1)
+    found = objective.metrics(objective.records(outputs, labels), labels)
+    assert found["mae"] == pytest.approx(4 / 6) and found["rmse"] == pytest.approx((4 / 6) ** 0.5)
+    assert found["quadratic_kappa"] == pytest.approx(0.8)  # grades are those of the training data, 0 to 4
+    assert float(objective.losses(outputs, labels).mean()) == pytest.approx(found["loss"], rel=1e-6)
+    assert "quadratic_kappa" not in Regression(0, 1).metrics(outputs.double(), labels)
+    assert facts_of(task, ["dose"], [0.0, 300000.0])["grades"] is None
+
+
+def test_class_weights_are_one_on_the_average() -> None:
+    task = load_config("icd.toml").task.model_copy(update={"class_weights": "balanced"})
+    labels = [0] * 30 + [1] * 6 + [2] * 4
+    objective = make_objective(task, facts_of(task, ["a", "b", "c"], labels))
+    outputs, wanted = torch.zeros(40, 3), torch.tensor(labels)
+    losses = objective.losses(outputs, wanted)
+    sums = [float(losses[wanted == c].sum()) for c in range(3)]
+    assert sums == pytest.approx([sums[0]] * 3) and float(losses.mean()) == pytest.approx(float(torch.tensor(3.0).log()))
+
+
+def intervals_here(resamples: int) -> Any:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 2, (2000,))
+    right = torch.rand(2000) < 0.8
+    records = torch.nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).double()
+    groups = [f"p{i}" for i in range(2000)]
+    return intervals(SingleLabel(2), records, labels, groups, resamples)
+
+
+def test_intervals_are_the_normal_ones_on_any_number_of_ranks() -> None:
+    alone = run_ranks(1, intervals_here, 200)[0]
+    assert run_ranks(3, intervals_here, 200) == [alone] * 3
+    low, high = alone["accuracy"]
+    assert (high - low) / 2 == pytest.approx(1.96 * (0.8 * 0.2 / 2000) ** 0.5, rel=0.2)
+    assert run_ranks(1, intervals_here, 0) == [None]
+
+
+def grouped_here() -> Any:
+    labels = torch.arange(400) % 2
+    right = (torch.arange(400) // 40) % 2 == 0  # patients of 40 images, all right or all wrong
+    records = torch.nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).double()
+    return intervals(SingleLabel(2), records, labels, [f"p{i // 40}" for i in range(400)], 200)
+
+
+def test_examples_of_a_group_count_together() -> None:
+    low, high = run_ranks(1, grouped_here)[0]["accuracy"]
+    assert (high - low) / 2 == pytest.approx(1.96 * (0.25 / 10) ** 0.5, rel=0.2)
+
+
+def test_outputs_of_another_width_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"outputs of shape \[4, 2\], not \[size, 3\].*num_labels"):
+        SingleLabel(3).check(torch.zeros(4, 2))

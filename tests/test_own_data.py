@@ -7,6 +7,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -533,3 +534,32 @@ def test_workers_change_no_number_and_classes_are_balanced(tmp_path: Path) -> No
     assert len(drawn) == 100 and 35 < sum(drawn) < 65
     card = (tmp_path / "two/model/README.md").read_text()
     assert "One of 8 classes: cerebellum, deep grey" in card and "| accuracy |" in card and "- train: " in card
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
+    """A stopped run whose table has grown would take former training examples for test ones."""
+    file = drug_table(tmp_path / "reviews.csv", 100)
+    words = ["smoke.toml", "--runs_dir", str(tmp_path), "--name", "grown", "--engine", "single", "--method", "full"]
+    words += ["--task.name", "own", "--data.path", str(file), "--data.modality", "text", "--data.input", "review"]
+    words += ["--data.label", "rating", "--train.global_batch", "16", "--train.epochs", "4", "--test_resamples", "0"]
+    words += [
+        "--importance.num_samples",
+        "32",
+        "--importance.score_batch",
+        "16",
+        "--checkpoint.every",
+        "1",
+        "--log_every",
+        "1",
+    ]
+    running = subprocess.Popen([sys.executable, "-m", "dcft_dist.cli", "train", *words], stderr=subprocess.DEVNULL)
+    while running.poll() is None and not list((tmp_path / "grown/checkpoints").glob("step_0*")):
+        time.sleep(0.05)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "grown/summary.json").exists()
+    with file.open("a", newline="") as lines:
+        csv.writer(lines).writerow(["It helped me a lot.", "positive", "another"])
+    command = [sys.executable, "-m", "dcft_dist.cli", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "the data are not those that" in done.stderr

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from dcft_dist import collectives
 from dcft_dist.config import load_config, to_toml
 from dcft_dist.engines import find_engine
+from dcft_dist.engines.private import persistent_buffers
 from dcft_dist.engines.wrap import Plan, prepare, shards_weights
 from dcft_dist.errors import CheckpointError, ConfigError
 from dcft_dist.inspection import groups_of, lines_of
@@ -26,7 +28,7 @@ from dcft_dist.packages import minilm_folder
 from dcft_dist.pretrained import find_blocks
 from dcft_dist.schema import Config
 from dcft_dist.stored import Stored
-from dcft_dist.weights import whole_weight
+from dcft_dist.weights import average_buffers, whole_weight
 
 from .nets import OddNet, make_net
 from .ranks import run_ranks
@@ -109,6 +111,21 @@ def fill_here() -> list[float]:
 
 def test_whole_weights_go_into_shards() -> None:
     assert run_ranks(3, fill_here) == [list(range(91))] * 3
+
+
+def buffers_over_ranks(kind: str) -> float:
+    net = make_net()
+    model = prepare(net, Plan(kind, CPU, find_blocks(net)), lambda w: torch.optim.SGD([p for _, p, _ in w], lr=0.1)).model
+    buffers = persistent_buffers(find_engine(model).module)
+    buffers["steps"].fill_(3.0 + collectives.rank())
+    average_buffers(model)
+    return float(buffers["steps"])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp1", "deepspeed"])
+def test_statistics_of_each_rank_become_those_of_all(kind: str) -> None:
+    """Batch normalisation would give each rank, and each export, another model."""
+    assert run_ranks(2, buffers_over_ranks, kind) == [3.5, 3.5]
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------

@@ -190,8 +190,13 @@ def test_plain_weights_with_a_prefix_a_type_and_mistakes(tmp_path: Path) -> None
     block = make_net(seed=1).blocks[0]
     load_weights(block, tmp_path)
     assert torch.equal(block.up.weight.detach(), stored["up.weight"].float())
-    with pytest.raises(CheckpointError, match=r"missing there: conv.weight.*; not in the model: none"):
-        load_weights(net, tmp_path, prefix="blocks.0.")
+    before = full_state(other := make_net(seed=2))
+    load_weights(other, tmp_path, prefix="blocks.0.")  # of the rest nothing is asked, and it stays
+    after = full_state(other)
+    assert torch.equal(after["blocks.0.up.weight"], stored["up.weight"].float())
+    assert all(torch.equal(after[n], before[n]) for n in before if not n.startswith("blocks.0."))
+    with pytest.raises(CheckpointError, match=r"missing there: conv.weight.*; not in the model: down.weight"):
+        load_weights(net, tmp_path)
     with pytest.raises(CheckpointError, match=r"not in the model: down.weight, norm.bias"):
         load_weights(nn.Sequential(net.blocks[0].norm), tmp_path)
     with pytest.raises(CheckpointError, match=r"down.weight is \(13, 11\) there and \(13, 4\) in the model"):

@@ -19,7 +19,7 @@ from dcft_dist.checkpoint import load_checkpoint, model_state, read_state, save_
 from dcft_dist.engines import torch_optimizer
 from dcft_dist.errors import CheckpointError
 
-from .nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
+from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part
 from .prepared import ZERO, prepare
 from .ranks import run_ranks
 

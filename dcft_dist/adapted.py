@@ -15,7 +15,6 @@ from .data import Examples
 from .engines.wrap import Plan, Prepared, prepare, shards_weights
 from .errors import ConfigError, RunError, listing
 from .evaluate import Evaluation, evaluate
-from .images import OwnImageProcessor
 from .kinds import make_objective
 from .meta import Materialiser
 from .models import build_model
@@ -49,10 +48,10 @@ class Adapted:
         """Collective."""
         processor = self.pretrained.processor
         with collectives.agreed("read the data"):
-            if isinstance(processor, OwnImageProcessor) and self.config.data.check:
+            if self.config.data.check:
                 processor.check([split], self.world.rank, self.world.world_size)
             examples = processor(split)
-        outputs, computing, size = self.pretrained.outputs, self.prepared.computing, self.config.train.evaluation_batch
+        outputs, computing, size = self.pretrained.outputs, self.prepared.computing, self.config.evaluation_batch
         model = self.prepared.model
         return evaluate(model, outputs, examples, self.objective, self.world, computing, size), examples
 
@@ -80,7 +79,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
         config, facts = folder.finished(overrides)
     if not folder.model.is_dir():
         raise RunError(f"{run} has no model any more")
-    objective = make_objective(config.task, facts)
+    objective = make_objective(config, facts)
     pretrained = build_model(config, objective.num_outputs)
     engine = config.engine if world.world_size > 1 else "single"
     plan = Plan(engine, world.device, pretrained.blocks, bf16=config.train.precision == "bf16")

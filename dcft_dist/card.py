@@ -14,6 +14,7 @@ _KINDS = {
     "multi_label": "{n} findings, each there or not",
     "regression": "A number",
     "causal_lm": "Answers to instructions",
+    "segmentation": "One of {n} classes for each voxel",
 }
 
 

@@ -163,7 +163,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     from .tasks import load_task
 
     task = load_task(config)
-    objective = make_objective(config.task, facts_of(config.task, task.class_names, task.train.labels))
+    objective = make_objective(config, facts_of(config, task.class_names, task.train.labels))
     print(inspection(build_model(config, objective.num_outputs), config))
 
 

@@ -32,13 +32,20 @@ class Examples(Protocol):
         """Examples of like length are evaluated together."""
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """`draw`: which random variant of the examples (an epoch); None: no variation."""
+        """`draw`: which random variant of the examples to train on (an epoch; 0: none); None: whole ones to evaluate."""
 
 
 class Processor(Protocol):
     """Makes inputs of a split."""
 
     def __call__(self, split: Split) -> Examples: ...
+
+    def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
+        """Reads all inputs once, each rank its part, where they could be damaged.
+
+        Raises:
+            DataError: some cannot be read; the first are named.
+        """
 
     def save(self, folder: Path) -> None:
         """Writes what transformers reads as a tokenizer or image processor, if there is such a thing."""
@@ -102,6 +109,9 @@ class TextProcessor:
         ids = self.tokenizer(split.inputs, truncation=True, max_length=self._max_tokens)["input_ids"]
         return Tokens([list(row) for row in ids], split.labels, self.tokenizer.pad_token_id)
 
+    def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
+        return None
+
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
@@ -114,6 +124,9 @@ class ImageProcessor:
 
     def __call__(self, split: Split) -> Images:
         return Images(torch.from_numpy(split.inputs), split.labels, self.side)
+
+    def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
+        return None
 
     def save(self, folder: Path) -> None:
         """As transformers' image processors read it."""

@@ -48,7 +48,7 @@ class Weights:
         Args:
             facts: see `kinds.facts_of`.
         """
-        pretrained = build_model(config, make_objective(config.task, facts).num_outputs)
+        pretrained = build_model(config, make_objective(config, facts).num_outputs)
         fresh = set(pretrained.head_names)
         if pretrained.loading:
             pretrained.loading.into_whole(pretrained.module, _CPU)
@@ -57,7 +57,7 @@ class Weights:
 
     def after(self, config: Config, facts: Mapping[str, Any], folder: Path) -> Self:
         """The adapted model in a folder that a run of the configuration has exported."""
-        pretrained = build_model(config, make_objective(config.task, facts).num_outputs)
+        pretrained = build_model(config, make_objective(config, facts).num_outputs)
         Materialiser(_CPU)(pretrained.module)
         for prefix, part in pretrained.parts.items():
             load_weights(pretrained.module, folder / part, prefix=prefix)

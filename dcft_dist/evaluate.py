@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ def evaluate(
     try:
         for batch in evaluation_batches(examples, world.rank, world.world_size, size, world.device, limit):
             with computing():
-                found = outputs(model, batch)
+                found = objective.whole(partial(outputs, model), batch)
             real = batch["real"]
             records = objective.records(found[real].float(), batch["labels"][real])
             mine.append(torch.cat([batch["index"][real].double().unsqueeze(1), records], 1).cpu())

@@ -119,7 +119,7 @@ def _score(job: Job) -> Scores:
     settings, size = job.config.importance, job.config.importance.score_batch
     wanted = order(job.config.seed, 0, len(job.train))[: settings.num_samples]
     parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
-    items = [item for part in parts for item in job.micro_batches(part, job.train)]
+    items = [item for part in parts for item in job.micro_batches(part, job.train, draw=0)]
     ranks = job.world.world_size
     return score_importance(
         job.model,

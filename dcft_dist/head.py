@@ -24,6 +24,7 @@ from .job import Job
 from .loading import fill_weights
 from .meta import Materialiser
 from .names import clean
+from .training import Training
 from .warmup import warm_up_head
 from .weights import whole_weight
 
@@ -38,7 +39,7 @@ def warm_up_or_load(job: Job) -> None:
 
     Raises:
         CheckpointError: the file is damaged.
-        ConfigError: the head is not one module that takes one tensor.
+        ConfigError: what the head makes is not what the model makes.
     """
     file, names = job.directory.head, job.pretrained.head_names
     if not names:
@@ -53,8 +54,11 @@ def warm_up_or_load(job: Job) -> None:
                 raise CheckpointError(f"{file} is damaged ({error}): delete it to make it again") from error
         fill_weights(job.model, found)
         return
-    found = _warm_up(job) if job.config.head_warmup.max_epochs else _weights(job, names)
-    fill_weights(job.model, found)
+    if job.head is not None and job.config.head_warmup.max_epochs:
+        fill_weights(job.model, _warm_up(job))
+    elif job.config.head_warmup.max_epochs:
+        _warm_up_in_place(job, names)
+    found = _weights(job, names)
     with collectives.agreed("save the warmed-up head"):  # it is not read back: a node may not see the new file yet
         if job.world.is_first:
             write_atomic(file, save({name: value.cpu().contiguous() for name, value in found.items()}))
@@ -96,14 +100,36 @@ def _warm_up(job: Job) -> dict[str, Tensor]:
     return {full: weights[short].detach() for full, short in inside.items()}
 
 
+def _warm_up_in_place(job: Job, names: list[str]) -> None:
+    """A head of several modules (a decoder) is trained where it is, by steps in which the body has the learning rate 0."""
+    settings, optimizer = job.config.head_warmup, job.prepared.optimizer
+    if job.config.engine == "deepspeed":
+        raise ConfigError("a head of several modules cannot be warmed up under deepspeed: head_warmup.max_epochs = 0")
+    rates = [group["peak_lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["peak_lr"] = settings.lr if group["in_head"] else 0.0
+    training, total = Training(job), settings.max_epochs * job.steps_per_epoch
+    best, best_epoch, lowest = _weights(job, names), 0, job.evaluate(job.validation).metrics["loss"]
+    for epoch in range(1, settings.max_epochs + 1):
+        steps = range((epoch - 1) * job.steps_per_epoch, epoch * job.steps_per_epoch)
+        training.steps(steps, total, f"warm-up of the head, epoch {epoch}")
+        loss = job.evaluate(job.validation).metrics["loss"]
+        if loss < lowest:
+            best, best_epoch, lowest = _weights(job, names), epoch, loss
+        if epoch - best_epoch >= settings.patience:
+            break
+    fill_weights(job.model, best)
+    optimizer.state.clear()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["peak_lr"] = rate
+    log.info("head: %s", json.dumps({"epochs": best_epoch, "validation_loss": lowest}))
+
+
 def _copied(job: Job) -> tuple[str, nn.Module]:
     """Name and a whole, plain copy of the head."""
-    if job.head is None:
-        raise ConfigError(
-            f"model.head = {list(job.pretrained.head)} is not one module, so it cannot be warmed up alone: "
-            "head_warmup.max_epochs = 0 starts with a cold head"
-        )
     head = copy.deepcopy(job.head)
+    if head is None:
+        raise ConfigError(f"model.head = {list(job.pretrained.head)} is not one module")
     Materialiser(job.world.device)(head)
     return job.pretrained.head[0], head
 
@@ -113,7 +139,7 @@ def _features(job: Job, name: str, examples: Examples) -> list[Features]:
     """This rank's inputs of the head, in batches of the warm-up's size over all ranks, equally many on every rank."""
     rank, ranks = job.world.rank, job.world.world_size
     features, labels = [], []
-    size = job.config.train.evaluation_batch
+    size = job.config.evaluation_batch
     with _seen(job.model, name) as seen:
         for batch in evaluation_batches(examples, rank, ranks, size, job.world.device):
             with job.prepared.computing():

@@ -97,7 +97,7 @@ class ImageFiles:
         return 0
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        images = [self.processor.image(self.sources[i], None if draw is None else f"{draw}:{i}") for i in indices]
+        images = [self.processor.image(self.sources[i], f"{draw}:{i}" if draw else None) for i in indices]
         return {"pixel_values": torch.stack(images)}
 
 

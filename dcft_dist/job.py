@@ -17,7 +17,6 @@ from .config import check_sizes
 from .data import Batch, Examples, micro_batches
 from .engines.wrap import Plan, Prepared, prepare, shards_weights
 from .evaluate import Evaluation, evaluate
-from .images import OwnImageProcessor
 from .kinds import facts_of, make_objective
 from .methods import choose_trained, depths
 from .models import build_model
@@ -78,7 +77,7 @@ class Job:
 
     def evaluate(self, examples: Examples, limit: int | None = None) -> Evaluation:
         """Collective."""
-        computing, size = self.prepared.computing, self.config.train.evaluation_batch
+        computing, size = self.prepared.computing, self.config.evaluation_batch
         return evaluate(self.model, self.outputs, examples, self.objective, self.world, computing, size, limit)
 
     def micro_batches(
@@ -105,13 +104,13 @@ def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
     """
     with collectives.agreed("set-up"):
         task = load_task(config)
-        facts = facts_of(config.task, task.class_names, task.train.labels)
-        objective = make_objective(config.task, facts)
+        facts = facts_of(config, task.class_names, task.train.labels)
+        objective = make_objective(config, facts)
         pretrained = build_model(config, objective.num_outputs)
         splits = {"train": task.train, "validation": task.validation, "test": task.test}
         examples = {name: pretrained.processor(split) for name, split in splits.items()}
         check_sizes(config, len(examples["train"]))
-        if config.data.check and isinstance(pretrained.processor, OwnImageProcessor):
+        if config.data.check:
             pretrained.processor.check(list(splits.values()), world.rank, world.world_size)
     num_weights = sum(p.numel() for p in pretrained.module.parameters())
     found = pretrained.head_module()

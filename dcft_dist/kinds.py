@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 
-from . import schema
 from .language import CausalLanguage
 from .objective import Objective
 from .objectives import MultiLabel, Regression, SingleLabel
+from .schema import Config
+from .segmentation import Segmentation
 
 
-def facts_of(task: schema.Task, names: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
+def facts_of(config: Config, names: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
     """What an objective needs to know of the training data, as JSON."""
+    task = config.task
     if task.kind == "regression":
         numbers = torch.tensor(labels, dtype=torch.float64)
         low, high = float(numbers.min()), float(numbers.max())
@@ -28,10 +30,13 @@ def facts_of(task: schema.Task, names: Sequence[str], labels: Sequence[Any]) -> 
     return facts
 
 
-def make_objective(task: schema.Task, facts: Mapping[str, Any]) -> Objective:
+def make_objective(config: Config, facts: Mapping[str, Any]) -> Objective:
     """What a task is trained for, from what `facts_of` found."""
+    task = config.task
     if task.kind == "causal_lm":
         return CausalLanguage()
+    if task.kind == "segmentation":
+        return Segmentation(facts["names"], config.data.patch, config.data.overlap)
     if task.kind == "multi_label":
         return MultiLabel(len(facts["names"]))
     if task.kind == "regression":

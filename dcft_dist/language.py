@@ -70,6 +70,9 @@ class AnswerProcessor:
         pad = self.tokenizer.pad_token_id
         return Answers(ids, given, (end or [0])[0] if pad is None else pad, [0] * len(ids))
 
+    def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
+        return None
+
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 

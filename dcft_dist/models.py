@@ -17,6 +17,7 @@ from .own_model import own_model
 from .packages import dinov2_file, minilm_folder
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
 from .schema import Config
+from .volumes import VolumeProcessor
 
 
 def build_model(config: Config, num_outputs: int) -> Pretrained:
@@ -56,6 +57,8 @@ def make_processor(config: Config) -> Processor:
     """
     if config.task.name == "mri_region":
         return ImageProcessor(config.model.image_size)
+    if config.task.kind == "segmentation":
+        return VolumeProcessor(config)
     if config.task.name == "own" and config.data.modality == "image":
         return OwnImageProcessor(config)
     from transformers import AutoTokenizer

@@ -7,7 +7,7 @@ are the same for every number of ranks, and can be made again of a resampled tes
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ class Objective(ABC):
 
     num_outputs: int
     best: str
+
+    def whole(self, call: Callable[[dict[str, Tensor]], Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Outputs for a batch of whole examples in an evaluation. `call`: the model. Collective."""
+        return call(batch)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
         """Mean loss of a batch."""

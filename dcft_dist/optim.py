@@ -35,6 +35,7 @@ def make_optimizer(
             "params": parameters,
             "peak_lr": settings.head_lr if in_head and settings.head_lr else settings.lr * settings.layer_decay**depth,
             "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            "in_head": in_head,
         }
         for (in_head, is_matrix, depth), parameters in groups.items()
     ]

@@ -53,6 +53,8 @@ def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:
 
 def _names(config: Config, rows: Sequence[Row]) -> list[str]:
     """Of classes, findings, or the number to be predicted."""
+    if config.task.kind == "segmentation":
+        return list(config.data.classes)
     if config.task.kind == "single_label":
         return list(config.data.classes) or sorted({_text(row.label) for row in rows}, key=_natural)
     return [config.data.label] if isinstance(config.data.label, str) else list(config.data.label)
@@ -61,6 +63,8 @@ def _names(config: Config, rows: Sequence[Row]) -> list[str]:
 def _decoder(config: Config, names: Sequence[str]) -> Callable[[Row], Any]:
     if config.task.kind == "single_label":
         return _Classes(names)
+    if config.task.kind == "segmentation":
+        return lambda row: row.label
     if config.task.kind == "causal_lm":
         return _answer
     return _finding if config.task.kind == "multi_label" else _number
@@ -113,8 +117,9 @@ def _check_groups(parts: Parts) -> None:
 
 
 def _check_files(parts: Parts) -> None:
-    files = [row for rows in parts.values() for row in rows if isinstance(row.input, Path)]
-    missing = [f"{row.input} ({row.where})" for row in files if not row.input.is_file()]
+    found = [(x, row.where) for rows in parts.values() for row in rows for x in (row.input, row.label)]
+    files = [(x, where) for x, where in found if isinstance(x, Path)]
+    missing = [f"{file} ({where})" for file, where in files if not file.exists()]
     if missing:
         raise DataError(f"{len(missing)} of {len(files)} files are missing: {listing(missing, 3)}")
 

@@ -113,9 +113,11 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
                 known = [str(name) for name in record]
                 raise DataError(f"{where}: no column {column!r}{did_you_mean(column, known)}; it has {', '.join(known)}")
         value: Any = record[data.input]
-        if data.modality == "image" and isinstance(value, str):
+        if data.modality != "text" and isinstance(value, str):
             value = (folder or Path()) / value
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
+        if data.modality == "volume" and isinstance(label, str):
+            label = (folder or Path()) / label
         group = str(record[data.group]).strip() if data.group else where
         for name, cell in ((data.group, group), (data.label, label), (data.input, value)):
             if isinstance(name, str) and is_empty(cell):

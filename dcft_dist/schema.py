@@ -91,10 +91,11 @@ class Task(Section):
         "review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> region of the brain, "
         "8 classes. `own`: the data of `[data]`.",
     )
-    kind: Literal["single_label", "multi_label", "regression", "causal_lm"] = Field(
+    kind: Literal["single_label", "multi_label", "regression", "causal_lm", "segmentation"] = Field(
         "single_label",
         description="`single_label`: one of several classes. `multi_label`: several findings, each there or not. "
-        "`regression`: a number, or a grade. `causal_lm`: the answer to an instruction (`data.label` to `data.input`).",
+        "`regression`: a number, or a grade. `causal_lm`: the answer to an instruction (`data.label` to `data.input`). "
+        "`segmentation`: a class for each voxel (`data.label` is the column of the masks).",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="`single_label`: weight of each class in the loss; `balanced`: all classes count the same."
@@ -131,7 +132,7 @@ class Data(Section):
         description="`python`: import path of a function without arguments that returns rows, or split -> rows; a row is a "
         "dictionary with the columns below.",
     )
-    modality: Literal["image", "text"] = Field("image", description="What the inputs are.")
+    modality: Literal["image", "text", "volume"] = Field("image", description="What the inputs are.")
     input: str = Field("input", description="Column of the input: a text; path of an image or .npy file; an array.")
     label: str | list[str] = Field(
         "label", description="Column of the label; several for multi_label: 1, 0, or empty for unknown."
@@ -147,6 +148,20 @@ class Data(Section):
     validation_share: Share = Field(0.15, description="Share of the groups that validates, where there is no such split.")
     test_share: Share = Field(0.2, description="Share of the groups that tests, where there is no such split.")
     classes: list[str] = Field([], description="Classes in their order; absent: those of the training data, sorted.")
+    patch: list[Count] = Field(
+        [96, 96, 96],
+        description="segmentation: size of a training patch, and of a window that is evaluated; 2-D: two numbers.",
+    )
+    overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.25, description="segmentation: overlap of neighbouring windows."
+    )
+    spacing: list[Positive] | None = Field(
+        None, description="segmentation: mm of a voxel along each axis; absent: unchanged."
+    )
+    window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
+        None, description="segmentation: intensities that become 0 and 1 (CT); absent: mean 0, deviation 1."
+    )
+    cache: bool = Field(True, description="segmentation: whether volumes stay in memory once they have been read.")
     check: bool = Field(True, description="Whether every image is read once before the run begins.")
     mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of each channel, where the model's folder says none.")
     std: list[Positive] = Field([0.229, 0.224, 0.225], description="Standard deviation of each channel, likewise.")
@@ -292,7 +307,7 @@ class Train(Section):
     metric: str | None = Field(
         None,
         description="Validation metric that chooses the epoch; absent: `accuracy` (single_label), `auroc` (multi_label), "
-        "`mae` (regression), `perplexity` (causal_lm).",
+        "`mae` (regression), `perplexity` (causal_lm), `dice` (segmentation).",
     )
     max_steps: Count | None = Field(
         None, description="Stop after that many steps and say how long all would take; absent: all steps."
@@ -398,6 +413,11 @@ class Config(Section):
         return "gradient" if self.optimizer.name == "sgd" and self.optimizer.weight_decay == 0 else "update"
 
     @property
+    def evaluation_batch(self) -> int:
+        """Examples in a forward of one rank when it evaluates; whole volumes come one by one."""
+        return 1 if self.task.kind == "segmentation" else self.train.evaluation_batch
+
+    @property
     def uses_set(self) -> bool:
         """Whether the method has a set of weights that it treats differently."""
         return self.method in ("dcft", "equal_displacement")
@@ -445,6 +465,10 @@ class Config(Section):
         if self.task.name == "own":
             if not self.data.sources():
                 raise ValueError(f"task.name = 'own' needs data: data.{'build' if self.data.format == 'python' else 'path'}")
+            if (self.task.kind == "segmentation") != (self.data.modality == "volume"):
+                raise ValueError("task.kind = 'segmentation' and data.modality = 'volume' go together")
+            if self.task.kind == "segmentation" and (self.data.format != "table" or len(self.data.classes) < 2):
+                raise ValueError("segmentation needs data.format = 'table' and data.classes, the background first")
             if isinstance(self.data.label, list) != (self.task.kind == "multi_label"):
                 raise ValueError("data.label is a list of columns for task.kind = 'multi_label', and one column otherwise")
             return self

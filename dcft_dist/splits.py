@@ -44,7 +44,7 @@ class TaskData:
     @classmethod
     def of(cls, class_names: list[str], splits: Mapping[str, Split], caveat: str) -> TaskData:
         """With the checksum of all inputs and labels."""
-        facts = [(name, _plain(splits[name].inputs), splits[name].labels) for name in sorted(splits)]
+        facts = [(name, _plain(splits[name].inputs), _plain(splits[name].labels)) for name in sorted(splits)]
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()
         return cls(class_names, splits["train"], splits["validation"], splits["test"], digest, caveat)
 

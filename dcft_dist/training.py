@@ -99,7 +99,9 @@ class Training:
         """If it is to be learned: on a batch of validation examples, another one each time."""
         if self.learned is not None:
             drawn = order(self.job.config.seed, (1 << 32) + step, len(self.job.validation))
-            self.learned.update(self.job.micro_batches(drawn[: self.job.config.train.global_batch], self.job.validation))
+            self.learned.update(
+                self.job.micro_batches(drawn[: self.job.config.train.global_batch], self.job.validation, draw=0)
+            )
 
     def _clip(self, groups: Groups | None) -> Values:
         """Clips before or after the penalty, as configured; returns the gradient norms of both groups before clipping."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dcft_dist.config import load_config
-from dcft_dist.packages import minilm_folder
+from dcft_dist.packages import minilm_folder, nilearn_file
 from dcft_dist.tasks import load_task
 
 
@@ -85,3 +85,25 @@ def instructions(file: Path, number: int) -> Path:
     ]
     file.write_text("\n".join(map(json.dumps, rows[:number])))
     return file
+
+
+def slabs(folder: Path, number: int = 6, side: int = 40) -> Path:
+    """Slabs of the MNI152 brain with their tissues (0 none, 1 grey, 2 white) as NIfTI files, and their table."""
+    import nibabel
+    import numpy as np
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {key: f"mni_icbm152_{key}_tal_nlin_sym_09a_converted.nii.gz" for key in ("t1", "gm", "wm")}
+    t1, grey, white = (nibabel.load(nilearn_file(name)) for name in names.values())
+    tissue = np.stack([np.full(t1.shape, 127.0), grey.get_fdata(), white.get_fdata()]).argmax(0)
+    rows = []
+    for i in range(number):
+        middle = [t1.shape[0] // 2, t1.shape[1] // 2, 50 + 8 * i]
+        place = tuple(slice(m - s // 2, m + s // 2) for m, s in zip(middle, (side + 4 * (i % 2), side, 8), strict=True))
+        for kind, values in (("image", t1.get_fdata()), ("mask", tissue)):
+            part = nibabel.Nifti1Image(values[place].astype(np.float32 if kind == "image" else np.uint8), t1.affine)
+            nibabel.save(part, folder / f"{kind}{i}.nii.gz")
+        split = ["train", "train", "train", "train", "val", "test"][i % 6]
+        rows.append(f"image{i}.nii.gz,mask{i}.nii.gz,{split},slab{i}")
+    (folder / "slabs.csv").write_text("\n".join(["image,mask,split,patient", *rows]) + "\n")
+    return folder / "slabs.csv"

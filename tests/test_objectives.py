@@ -14,6 +14,7 @@ from dcft_dist.errors import ConfigError
 from dcft_dist.kinds import facts_of, make_objective
 from dcft_dist.objective import intervals
 from dcft_dist.objectives import MultiLabel, Regression, SingleLabel
+from dcft_dist.schema import Config
 
 from .ranks import run_ranks
 
@@ -66,8 +67,13 @@ def test_two_findings_both_count() -> None:
     assert MultiLabel(2).metrics(records, labels) == found
 
 
+def changed(**task: str) -> Config:
+    config = load_config("icd.toml")
+    return config.model_copy(update={"task": config.task.model_copy(update=task)})
+
+
 def test_regression_in_the_labels_own_units() -> None:
-    task = load_config("icd.toml").task.model_copy(update={"kind": "regression"})
+    task = changed(kind="regression")
     train = [0.0, 1.0, 2.0, 3.0, 4.0] * 4
     objective = make_objective(task, facts_of(task, ["grade"], train))
     labels = torch.tensor([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
@@ -81,7 +87,7 @@ def test_regression_in_the_labels_own_units() -> None:
 
 
 def test_class_weights_are_one_on_the_average() -> None:
-    task = load_config("icd.toml").task.model_copy(update={"class_weights": "balanced"})
+    task = changed(class_weights="balanced")
     labels = [0] * 30 + [1] * 6 + [2] * 4
     objective = make_objective(task, facts_of(task, ["a", "b", "c"], labels))
     outputs, wanted = torch.zeros(40, 3), torch.tensor(labels)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from .own import drug_table, instructions, minilm_copy, mri_folder, tiny_decoder
+from .own import drug_table, instructions, minilm_copy, mri_folder, slabs, tiny_decoder
 
 SMALL = ["--train.global_batch", "8", "--train.micro_batch", "4", "--importance.num_samples", "16", "--train.epochs", "1"]
 SMALL += ["--importance.score_batch", "8", "--removal.fractions", "[]", "--test_resamples", "0", "--train.precision", "fp32"]
@@ -54,17 +55,36 @@ def instructions_7b(folder: Path) -> list[str]:
     return ["--data.path", str(data), "--model.weights", str(weights), *columns]
 
 
-RECIPES = {made.__name__: made for made in (pathology_vit_giant, reports_bert, instructions_7b)}
+def swin_unetr(folder: Path) -> list[str]:
+    from monai.networks.nets import SwinUNETR
+
+    sizes = {"in_channels": 1, "out_channels": 2, "feature_size": 12, "spatial_dims": 3, "depths": (1, 1, 1, 1)}
+    state = SwinUNETR(**sizes, num_heads=(1, 2, 4, 8)).state_dict()
+    save_file({n: v.contiguous() for n, v in state.items() if n.startswith("swinViT")}, folder / "swin.safetensors")
+    words = ["--data.path", str(slabs(folder)), "--data.split", "split", "--model.weights", str(folder / "swin.safetensors")]
+    words += [
+        "--model.args.feature_size",
+        "12",
+        "--model.args.depths",
+        "[1, 1, 1, 1]",
+        "--model.args.num_heads",
+        "[1, 2, 4, 8]",
+    ]
+    words += ["--data.patch", "[64, 32, 32]", "--head_warmup.max_epochs", "1", "--data.window", "[0, 100]"]
+    return [*words, "--importance.num_samples", "4", "--importance.score_batch", "2", "--train.global_batch", "2"]
+
+
+RECIPES = {made.__name__: made for made in (pathology_vit_giant, reports_bert, instructions_7b, swin_unetr)}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_run_at_toy_size(recipe: str, tmp_path: Path) -> None:
-    words = [*RECIPES[recipe](tmp_path), *SMALL, "--runs_dir", str(tmp_path), "--name", "toy"]
+    words = [*SMALL, *RECIPES[recipe](tmp_path), "--runs_dir", str(tmp_path), "--name", "toy"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dcft_dist.cli", "train"]
     done = subprocess.run([*command, f"{recipe}.toml", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "toy/summary.json").read_text())
     assert summary["ranks"] == 2 and summary["num_selected"] == round(0.1 * summary["num_eligible"]) > 0
     assert summary["loading"]["matched"] and all(value == value for value in summary["test"].values())
-    best = {"reports_bert": "auroc", "instructions_7b": "perplexity"}.get(recipe, "accuracy")
+    best = {"reports_bert": "auroc", "instructions_7b": "perplexity", "swin_unetr": "dice"}.get(recipe, "accuracy")
     assert best in summary["validation"] and (tmp_path / "toy/report.html").exists()

@@ -1,0 +1,160 @@
+"""Volumes or images with their masks, for segmentation: read and resampled by MONAI, cut into patches for training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, DataError, listing
+from .schema import Config
+from .splits import Split
+
+Pair = tuple[Any, Any]  # where image and mask are
+
+
+@dataclass(frozen=True)
+class Volumes:
+    """A split of volumes with masks."""
+
+    pairs: list[Pair]
+    processor: VolumeProcessor
+    labels: list[int] = field(default_factory=list)  # nothing: the masks are in `inputs`
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def length(self, index: int) -> int:
+        return 0
+
+    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
+        """`image` and `labels` [size, 1, *patch], or, without `draw`, [size, 1, *whole] of volumes of one shape."""
+        if draw is None:
+            found = [self.processor.whole(self.pairs[i]) for i in indices]
+        else:
+            found = [self.processor.patch(self.pairs[i], f"{draw}:{i}") for i in indices]
+        images, masks = zip(*found, strict=True)
+        return {"image": torch.stack(images), "labels": torch.stack(masks).long()}
+
+
+class VolumeProcessor:
+    """Reads pairs: axes in one order (RAS), voxels of one size, intensities normalised; patches of one size for training."""
+
+    def __init__(self, config: Config) -> None:
+        data = config.data
+        self._seed, self._patch, self._classes = config.seed, list(data.patch), len(data.classes)
+        self._kept: dict[Pair, tuple[Tensor, Tensor]] = {}
+        self._cache = data.cache
+        try:
+            from monai import transforms as mt
+        except ImportError as error:
+            raise ConfigError(
+                "task.kind = 'segmentation' needs the package monai: pip install 'dcft_dist[monai]'"
+            ) from error
+        keys = ["image", "mask"]
+        steps: list[Any] = [
+            mt.LoadImaged(keys, ensure_channel_first=True, image_only=True),
+            mt.Orientationd(keys, "RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+        ]
+        if data.spacing:
+            steps.append(mt.Spacingd(keys, data.spacing, mode=("bilinear", "nearest")))
+        if data.window:
+            low, high = data.window
+            steps.append(mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True))
+        else:
+            steps.append(mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True))
+        self._read = mt.Compose([*steps, mt.EnsureTyped(keys, track_meta=False)])
+        self._crop = mt.Compose(
+            [
+                mt.SpatialPadd(keys, self._patch),
+                mt.RandCropByPosNegLabeld(keys, "mask", self._patch, pos=1, neg=1, num_samples=1),
+            ]
+        )
+
+    def __call__(self, split: Split) -> Volumes:
+        return Volumes(list(zip(split.inputs, split.labels, strict=True)), self, [0] * len(split))
+
+    def whole(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Image and mask [1, *whole].
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        if pair not in self._kept:
+            try:
+                found = self._read({"image": str(pair[0]), "mask": str(pair[1])})
+            except Exception as error:  # each reader has its own
+                raise DataError(f"{pair[0]} with {pair[1]}: cannot be read: {_last_line(error)}") from error
+            if not self._cache:
+                return found["image"].float(), found["mask"]
+            self._kept[pair] = found["image"].float(), found["mask"].to(torch.uint8)
+        return self._kept[pair]
+
+    def patch(self, pair: Pair, draw: str) -> tuple[Tensor, Tensor]:
+        """Image and mask [1, *patch]: a random place, in half of the draws around a voxel of a structure."""
+        image, mask = self.whole(pair)
+        digest = hashlib.sha256(f"{self._seed}:{draw}".encode()).digest()
+        self._crop.set_random_state(int.from_bytes(digest[:4], "little"))
+        found = self._crop({"image": image, "mask": mask})[0]
+        return found["image"].as_tensor(), found["mask"].as_tensor()
+
+    def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
+        """Compares image and mask of every pair, and reads both, each rank its part.
+
+        Raises:
+            DataError: grids differ, values are no numbers or no classes; the first are named.
+        """
+        pairs = [pair for split in splits for pair in zip(split.inputs, split.labels, strict=True)][rank::ranks]
+        with ThreadPoolExecutor() as threads:
+            wrong = [text for text in threads.map(self._problem, pairs) if text]
+        if wrong:
+            raise DataError(f"{len(wrong)} of {len(pairs)} volumes: {listing(wrong, 3)}")
+
+    def _problem(self, pair: Pair) -> str | None:
+        try:
+            if text := different_grids(*map(Path, pair)):
+                return text
+            image, mask = self.whole(pair)
+        except DataError as error:
+            return str(error)
+        if not bool(torch.isfinite(image).all()):
+            return f"{pair[0]}: some of its voxels are no numbers (NaN or infinite)"
+        if not 0 <= int(mask.min()) <= int(mask.max()) < self._classes:
+            return f"{pair[1]}: labels {int(mask.min())} to {int(mask.max())}, but there are {self._classes} classes"
+        return None
+
+    def save(self, folder: Path) -> None:
+        return None
+
+
+def different_grids(image: Path, mask: Path) -> str | None:
+    """How the grids of two NIfTI files differ; None: they do not, or these are other files."""
+    if not all(file.name.endswith((".nii", ".nii.gz")) for file in (image, mask)):
+        return None
+    import nibabel
+
+    try:
+        first, second = (_header_of(nibabel.load(file)) for file in (image, mask))
+    except Exception as error:
+        raise DataError(f"{image} with {mask}: cannot be read: {_last_line(error)}") from error
+    if first[0] != second[0]:
+        return f"{image} is {first[0]} and {mask} {second[0]}"
+    if not np.allclose(first[1], second[1], atol=1e-3):
+        sizes = [np.round(np.linalg.norm(affine[:3, :3], axis=0), 3).tolist() for _, affine in (first, second)]
+        return f"{image} and {mask} lie differently in space (voxels {sizes[0]} and {sizes[1]} mm)"
+    return None
+
+
+def _header_of(image: Any) -> tuple[list[int], Any]:
+    return list(image.shape[:3]), image.affine
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -1,0 +1,180 @@
+"""Segmentation: Dice and windows against their definitions, a SwinUNETR on real slabs under a sharding engine, mistakes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from dcft_dist.config import load_config
+from dcft_dist.engines.wrap import Plan, prepare
+from dcft_dist.errors import ConfigError, DataError
+from dcft_dist.models import build_model
+from dcft_dist.own_data import own_task
+from dcft_dist.segmentation import Segmentation
+from dcft_dist.volumes import VolumeProcessor
+
+from .own import slabs
+from .ranks import run_ranks
+
+CLASSES = '["none", "grey", "white"]'
+KEYS = ["--task.name", "own", "--task.kind", "segmentation", "--data.modality", "volume", "--data.classes", CLASSES]
+KEYS += ["--data.input", "image", "--data.label", "mask", "--data.split", "split", "--data.patch", "[32, 32, 8]"]
+
+
+def test_dice_distance_and_loss_by_their_definitions() -> None:
+    torch.manual_seed(0)
+    objective = Segmentation(["none", "a", "b", "c"], [4, 4, 4], 0.25)
+    labels = torch.randint(0, 3, (2, 1, 4, 4, 4))  # nothing is of class c
+    outputs = torch.randn(2, 4, 4, 4, 4)
+    outputs[:, 3] = -99.0
+    found = objective.metrics(objective.records(outputs, labels), torch.zeros(2))
+    said, wanted = outputs.argmax(1), []
+    for name, c in (("a", 1), ("b", 2)):
+        pairs = [(s == c, mask[0] == c) for s, mask in zip(said, labels, strict=True)]
+        each = [2 * (s & mask).sum() / (s.sum() + mask.sum()) for s, mask in pairs]
+        wanted.append(float(sum(each) / 2))
+        assert found[f"dice_{name}"] == pytest.approx(wanted[-1], abs=1e-6)
+    assert found["dice"] == pytest.approx(sum(wanted) / 2, abs=1e-6) and found["dice_c"] != found["dice_c"]
+    plain = torch.nn.functional.cross_entropy(outputs, labels[:, 0], reduction="none").flatten(1).mean(1)
+    assert found["loss"] == pytest.approx(float(plain.mean()), rel=1e-6)
+    one, two = objective.losses(outputs[:1], labels[:1]), objective.losses(outputs[1:], labels[1:])
+    torch.testing.assert_close(objective.losses(outputs, labels), torch.cat([one, two]))
+    apart = torch.full((1, 2, 9, 4, 4), -1.0)
+    apart[:, 1, 2] = 1.0
+    mask = torch.zeros(1, 1, 9, 4, 4, dtype=torch.long)
+    mask[:, :, 5] = 1
+    flat = Segmentation(["none", "a"], [9, 4, 4], 0.0)
+    assert flat.metrics(flat.records(apart, mask), torch.zeros(1))["hd95"] == 3.0
+
+
+def windows_here() -> Any:
+    """Ranks have volumes of different sizes: as many forwards on each, or FSDP would wait for ever."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(2, 2, 1))
+    plan = Plan("fsdp2" if ranks > 1 else "single", torch.device("cpu"), [net[0]])
+    model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
+    objective, found = Segmentation(["none", "a"], [8, 8, 8], 0.25), []
+    for i in range(rank, 2, ranks):
+        image = torch.randn(1, 1, 8 + 12 * i, 8, 8, generator=torch.Generator().manual_seed(i))
+        with torch.no_grad():
+            found.append(objective.whole(lambda batch: model(batch["image"]), {"image": image}))
+    return [x.double().sum().item() for x in found]
+
+
+def test_windows_on_ranks_with_different_volumes() -> None:
+    alone = run_ranks(1, windows_here)[0]
+    assert [x for (x,) in run_ranks(2, windows_here)] == pytest.approx(alone, rel=1e-6)
+
+
+def test_patches_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> None:
+    config = load_config("mri.toml", [*KEYS, "--data.path", str(slabs(tmp_path)), "--model.build", "json.loads"])
+    examples = VolumeProcessor(config)(own_task(config).train)
+    first, again, later = (examples.inputs([0, 1], draw) for draw in (1, 1, 2))
+    assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], later["image"])
+    assert first["image"].shape == first["labels"].shape == (2, 1, 32, 32, 8) and first["labels"].dtype == torch.int64
+    whole = examples.inputs([1])
+    assert whole["image"].shape == (1, 1, 44, 40, 8) and set(whole["labels"].unique().tolist()) <= {0, 1, 2}
+
+
+def swin(folder: Path) -> list[str]:
+    """A small SwinUNETR of MONAI with random weights, and slabs of a brain."""
+    words = [*KEYS, "--data.path", str(slabs(folder)), "--runs_dir", str(folder), "--name", "run"]
+    words += ["--model.build", "monai.networks.nets.SwinUNETR", "--model.head", '["encoder*", "decoder*", "out"]']
+    args = {"in_channels": "1", "out_channels": "num_outputs", "feature_size": "12", "spatial_dims": "3"}
+    for key, value in {**args, "depths": "[1, 1, 1, 1]", "num_heads": "[1, 2, 4, 8]"}.items():
+        words += [f"--model.args.{key}", value]
+    words += ["--data.patch", "[64, 32, 32]", "--train.global_batch", "2", "--train.micro_batch", "1", "--train.epochs", "1"]
+    words += ["--importance.num_samples", "4", "--importance.score_batch", "2", "--head_warmup.max_epochs", "2"]
+    return [*words, "--removal.fractions", "[]", "--test_resamples", "5", "--penalty.factor", "0.0"]
+
+
+def train(ranks: int, *words: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "dcft_dist.cli", "train"]
+    done = subprocess.run([*command, "mri.toml", *words], capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+
+
+def test_swin_unetr_on_slabs_of_a_brain(tmp_path: Path) -> None:
+    """Two ranks, sharded; the export is what MONAI reads."""
+    from monai.networks.nets import SwinUNETR
+
+    train(2, *swin(tmp_path), "--engine", "fsdp2", "--train.fall_back", "false")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert {"dice", "hd95", "dice_grey", "dice_white"} <= summary["test"].keys() and summary["best_epoch"] == 1
+    assert summary["labels"]["names"] == ["none", "grey", "white"] and summary["num_selected"] > 0
+    sizes = {"in_channels": 1, "out_channels": 3, "feature_size": 12, "spatial_dims": 3, "depths": (1, 1, 1, 1)}
+    net = SwinUNETR(**sizes, num_heads=(1, 2, 4, 8))
+    net.load_state_dict(load_file(tmp_path / "run/model/model.safetensors"))
+    assert "One of 3 classes for each voxel" in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_the_decoder_is_warmed_up_and_the_encoder_stays(tmp_path: Path) -> None:
+    words = [*swin(tmp_path), "--engine", "single", "--method", "linear_probe"]
+    train(1, *words)
+    before = build_model(load_config("mri.toml", words), 3).module.state_dict()  # from the seed
+    after = load_file(tmp_path / "run/model/model.safetensors")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith(("encoder", "decoder", "out")) for name in moved)
+    assert sum(name.startswith("decoder") for name in moved) > 10
+
+
+def broken(folder: Path, kind: str) -> list[str]:
+    file = slabs(folder)
+    image = nibabel.load(folder / "image2.nii.gz")
+    values = image.get_fdata().astype(np.float32)
+    if kind == "spacing":
+        image = nibabel.Nifti1Image(values, np.diag([1.0, 1.0, 2.0, 1.0]))
+        nibabel.save(image, folder / "image2.nii.gz")
+    elif kind == "shape":
+        nibabel.save(nibabel.Nifti1Image(values[:-1], image.affine), folder / "image2.nii.gz")
+    elif kind == "nan":
+        values[3, 3, 3] = np.nan
+        nibabel.save(nibabel.Nifti1Image(values, image.affine), folder / "image2.nii.gz")
+    elif kind == "label":
+        mask = np.asarray(nibabel.load(folder / "mask2.nii.gz").dataobj).copy()
+        mask[0, 0, 0] = 7
+        nibabel.save(nibabel.Nifti1Image(mask, image.affine), folder / "mask2.nii.gz")
+    elif kind == "damaged":
+        data = (folder / "image2.nii.gz").read_bytes()
+        (folder / "image2.nii.gz").write_bytes(data[: len(data) // 2])
+    elif kind == "missing":
+        (folder / "mask2.nii.gz").unlink()
+    return ["--data.path", str(file)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "spacing",
+            r"mask2.nii.gz lie differently in space \(voxels \[1.0, 1.0, 2.0\] and \[1.0, 1.0, 1.0\]",
+        ),
+        ("shape", r"image2.nii.gz is \[39, 40, 8\] and .*mask2.nii.gz \[40, 40, 8\]"),
+        ("nan", "image2.nii.gz: some of its voxels are no numbers"),
+        ("label", "mask2.nii.gz: labels 0 to 7, but there are 3 classes"),
+        ("damaged", "image2.nii.gz with .*mask2.nii.gz: cannot be read"),
+        ("missing", r"1 of 12 files are missing: .*mask2.nii.gz"),
+    ],
+)
+def test_mistakes_are_named(kind: str, message: str, tmp_path: Path) -> None:
+    config = load_config("mri.toml", [*KEYS, *broken(tmp_path, kind), "--model.build", "json.loads"])
+    with pytest.raises(DataError, match=message):
+        VolumeProcessor(config).check([own_task(config).train], 0, 1)
+
+
+def test_keys_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match=r"segmentation' and data.modality = 'volume' go together"):
+        load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.modality", "image", "--model.build", "json.loads"])
+    with pytest.raises(ConfigError, match=r"segmentation needs data.format = 'table' and data.classes"):
+        load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.classes", "[]", "--model.build", "json.loads"])

@@ -62,7 +62,7 @@ def finish(
         "test_intervals": spread,
         "labels": job.facts,
         "splits": {
-            name: (len(split), len(set(split.groups)))
+            name: [len(split), len(set(split.groups))]
             for name, split in (("train", job.task.train), ("validation", job.task.validation), ("test", job.task.test))
         },
         "seconds": directory.seconds,

@@ -105,28 +105,20 @@ def train(ranks: int, *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_swin_unetr_on_slabs_of_a_brain(tmp_path: Path) -> None:
-    """Two ranks, sharded; the export is what MONAI reads."""
-    from monai.networks.nets import SwinUNETR
-
-    train(2, *swin(tmp_path), "--engine", "fsdp2", "--train.fall_back", "false")
-    summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert {"dice", "hd95", "dice_grey", "dice_white"} <= summary["test"].keys() and summary["best_epoch"] == 1
-    assert summary["labels"]["names"] == ["none", "grey", "white"] and summary["num_selected"] > 0
-    sizes = {"in_channels": 1, "out_channels": 3, "feature_size": 12, "spatial_dims": 3, "depths": (1, 1, 1, 1)}
-    net = SwinUNETR(**sizes, num_heads=(1, 2, 4, 8))
-    net.load_state_dict(load_file(tmp_path / "run/model/model.safetensors"))
-    assert "One of 3 classes for each voxel" in (tmp_path / "run/model/README.md").read_text()
-
-
 def test_the_decoder_is_warmed_up_and_the_encoder_stays(tmp_path: Path) -> None:
+    """One process; under a sharding engine: test_recipes. The export is what MONAI reads."""
     words = [*swin(tmp_path), "--engine", "single", "--method", "linear_probe"]
     train(1, *words)
-    before = build_model(load_config("mri.toml", words), 3).module.state_dict()  # from the seed
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert {"dice", "hd95", "dice_grey", "dice_white"} <= summary["test"].keys()
+    assert "One of 3 classes for each voxel" in (tmp_path / "run/model/README.md").read_text()
+    net = build_model(load_config("mri.toml", words), 3).module
+    before = {name: value.clone() for name, value in net.state_dict().items()}  # from the seed
     after = load_file(tmp_path / "run/model/model.safetensors")
     moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert moved and all(name.startswith(("encoder", "decoder", "out")) for name in moved)
     assert sum(name.startswith("decoder") for name in moved) > 10
+    net.load_state_dict(after)
 
 
 def broken(folder: Path, kind: str) -> list[str]:

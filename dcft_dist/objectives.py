@@ -34,12 +34,13 @@ class SingleLabel(Objective):
         classes: Any = {"num_classes": self.num_outputs}
         recall = tm.multiclass_recall(predicted, labels, average="none", **classes)
         there = torch.bincount(labels, minlength=self.num_outputs) > 0
+        first = int(self.num_outputs == 2)  # of two classes one column says all
         return {
             "loss": float(functional.cross_entropy(records, labels)),
             "accuracy": float(tm.multiclass_accuracy(predicted, labels, average="micro", **classes)),
             "macro_f1": float(tm.multiclass_f1_score(predicted, labels, average="macro", **classes)),
             "balanced_accuracy": float(recall[there].mean()),
-            **_ranking(*(x[:, 1:] if self.num_outputs == 2 else x for x in (chances, _one_hot(labels, self.num_outputs)))),
+            **_ranking(chances[:, first:], functional.one_hot(labels, self.num_outputs)[:, first:]),
             "ece": float(tm.multiclass_calibration_error(chances, labels, n_bins=15, **classes)),
         }
 
@@ -107,10 +108,6 @@ class Regression(Objective):
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
         return {"predicted": records.squeeze(-1).tolist()}
-
-
-def _one_hot(labels: Tensor, number: int) -> Tensor:
-    return functional.one_hot(labels, number)
 
 
 def _shares(chances: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:

@@ -86,7 +86,8 @@ class Segmentation(Objective):
         dice, far = records[:, 1 : 1 + n], records[:, 1 + n :]
         far = torch.where(far.isinf(), torch.nan, far)  # one of both is empty: Dice says so
         found = {"loss": float(records[:, 0].mean()), "dice": float(dice.nanmean()), "hd95": float(far.nanmean())}
-        return {**found, **{f"dice_{name}": float(dice[:, i].nanmean()) for i, name in enumerate(self._names)}}
+        found |= {f"dice_{name}": float(dice[:, i].nanmean()) for i, name in enumerate(self._names)}
+        return {name: value for name, value in found.items() if value == value}  # a class that is nowhere has none
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
         n = len(self._names)

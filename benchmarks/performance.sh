@@ -1,20 +1,33 @@
 #!/usr/bin/env bash
-# Writes docs/results/performance.md again: about half an hour on an idle machine with two cores and 16 GiB.
+# Writes docs/results/performance.md again: about half an hour on an idle machine with two cores and 16 GiB. With `gpu`,
+# docs/results/gpu.md: three minutes on one GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=${PYTHON:-.venv/bin/python} page=docs/results/performance.md
-export OMP_NUM_THREADS=1
+python=${PYTHON:-.venv/bin/python}
+export OMP_NUM_THREADS=1 PYTHONPATH=$PWD
+name=performance lines=(
+    "selection.py --elements 100_000_000 --ranks 2"
+    "selection.py --elements 1_000_000_000 --ranks 2 --kinds normal --alone"
+    "penalty.py --samples 4" "penalty.py --samples 16"
+    "scoring.py --ranks 2"
+    "attach.py --weights 1_000_000_000 --ranks 2"
+    "input.py"
+    "loading.py --ranks 4 --layers 32"
+    "growth.py --picture docs/images/growth.png")
+if [[ ${1:-} == gpu ]]; then
+    name=gpu lines=(
+        "kernels.py --weights 500_000_000"
+        "selection.py --elements 100_000_000 --gpu"
+        "selection.py --elements 1_000_000_000 --gpu --kinds normal tied"
+        "penalty.py --layers 24 --width 1024 --samples 64 --length 196"
+        "steps.py vit_large --micro-batch 64"
+        "steps.py vit_giant --micro-batch 32"
+        "steps.py decoder_1b --micro-batch 4 --length 1024")
+fi
+page=docs/results/$name.md
 {
-    cat benchmarks/performance.md
-    for line in \
-        "selection.py --elements 100_000_000 --ranks 2" \
-        "selection.py --elements 1_000_000_000 --ranks 2 --kinds normal --alone" \
-        "penalty.py --samples 4" "penalty.py --samples 16" \
-        "scoring.py --ranks 2" \
-        "attach.py --weights 1_000_000_000 --ranks 2" \
-        "input.py" \
-        "loading.py --ranks 4 --layers 32" \
-        "growth.py --picture docs/images/growth.png"; do
+    cat "benchmarks/$name.md"
+    for line in "${lines[@]}"; do
         printf '\n## \x60%s\x60\n\n' "$line"
         # shellcheck disable=SC2086 # words
         "$python" benchmarks/${line}

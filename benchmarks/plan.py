@@ -47,7 +47,7 @@ def main() -> None:
                 cells += [f"{found['dcft_peak'] / 2**30:.2f}", f"{share:+.1f}", f"{found['bits'] / 2**20:,.1f}"]
             cells += [f"{update['score_peak'] / 2**30:.2f}", "yes" if update["fits"] else "no"]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    print(f"\n{datetime.date.today()}, torch {torch.__version__}, on a CPU; no GPU has confirmed it yet.")
+    print(f"\n{datetime.date.today()}, torch {torch.__version__}, on a CPU; beside what an H100 needed: [gpu.md](gpu.md).")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """The highest tenth of N float32 scores: `select_fundamental` over ranks, and what a single process has.
 
     python benchmarks/selection.py --elements 100_000_000 --ranks 2
+    python benchmarks/selection.py --elements 1_000_000_000 --gpu
 
 `kinds`: how the scores are distributed. `passes`: how often a rank reads its scores. `extra MiB`: what the resident memory
-of a rank rises by, less the set itself (one bit a weight).
+of a rank rises by, less the set itself (one bit a weight); with `--gpu`, what is allocated on the GPU. `times a pass`: as
+often as a plain reading of all scores would fit into the time.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from side_by_side import on_ranks, parser, peak_bytes, seconds, show
+from side_by_side import gpu_peak_bytes, on_ranks, parser, peak_bytes, seconds, show
 
 from dcft_dist import Scores, collectives, select_fundamental, selection, threshold
 from dcft_dist.bits import Box
@@ -24,42 +26,42 @@ FRACTION, TENSORS = 0.1, 64
 KINDS = ("normal", "skewed", "tied", "zero-heavy", "denormal")
 
 
-def values_of(kind: str, number: int, seed: int) -> torch.Tensor:
+def values_of(kind: str, number: int, seed: int, device: str) -> torch.Tensor:
     """Magnitudes of a normal distribution; exponentials over ten decades; 9 values; a third zeros; denormal numbers."""
-    random = np.random.default_rng(seed)
-    x = np.abs(random.standard_normal(number, dtype=np.float32), dtype=np.float32)
+    random = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(number, generator=random, device=device).abs_()
     if kind == "skewed":
-        np.exp(np.multiply(x, 5, out=x), out=x)
+        x.mul_(5).exp_()
     elif kind == "tied":
-        np.round(np.multiply(x, 2, out=x), out=x)
+        x.mul_(2).round_()
     elif kind == "zero-heavy":
-        x[random.random(number, dtype=np.float32) < 0.95] = 0
+        x[torch.rand(number, generator=random, device=device) < 0.95] = 0
     elif kind == "denormal":
-        np.multiply(x, np.float32(1e-40), out=x)
-    return torch.from_numpy(x)
+        x.mul_(1e-40)
+    return x
 
 
-def scores_of(kind: str, number: int) -> Scores:
+def scores_of(kind: str, number: int, device: str) -> Scores:
     """This rank's part of `number` scores in 64 weights: a slice of each."""
     rank, ranks, each = collectives.rank(), collectives.world_size(), number // TENSORS
     begin, end = each * rank // ranks, each * (rank + 1) // ranks
-    values = values_of(kind, (end - begin) * TENSORS, rank).split(end - begin)
+    values = values_of(kind, (end - begin) * TENSORS, rank, device).split(end - begin)
     shards = {f"w{i:02}": ScoreShard(Box.flat(each, begin, end - begin), values[i]) for i in range(TENSORS)}
     return Scores("given", dict.fromkeys(shards, (each,)), shards, num_weights=number)
 
 
-def ours(kind: str, number: int) -> dict[str, float]:
-    scores = scores_of(kind, number)
+def ours(kind: str, number: int, device: str) -> dict[str, float]:
+    scores = scores_of(kind, number, device)
     held = sum(s.values.numel() for s in scores.shards.values())
     select = partial(select_fundamental, scores, FRACTION)
     with collectives.counted() as traffic:
-        found, peak = peak_bytes(select)
+        found, peak = (gpu_peak_bytes if device == "cuda" else peak_bytes)(select)
     if found.num_selected != round(FRACTION * number // TENSORS * TENSORS):
         raise SystemExit(f"{found.num_selected} of {number} selected")
     return {
         "s": seconds(select),
         "passes": _read(select) / held,
-        "extra MiB": (peak - held / 8) / 2**20,
+        "extra MiB": (peak - (0 if device == "cuda" else held / 8)) / 2**20,  # the set is on the CPU
         "KiB sent": traffic.num_bytes / 1024,
         "collectives": float(traffic.calls),
     }
@@ -92,7 +94,7 @@ def _read(select: Any) -> int:
 
 def gather(number: int) -> dict[str, float]:
     """Every score is sent to rank 0, which has the machine to itself."""
-    mine = torch.cat([s.values for s in scores_of("normal", number).shards.values()])
+    mine = torch.cat([s.values for s in scores_of("normal", number, "cpu").shards.values()])
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
 
     def call() -> None:
@@ -104,16 +106,15 @@ def gather(number: int) -> dict[str, float]:
     return {"s": seconds(call)}
 
 
-def one_process(number: int) -> dict[str, float]:
-    """Seconds of each in one process with as many threads as there are ranks; `read`: one sum over all."""
-    x = values_of("normal", number, 0)
+def one_process(number: int, device: str) -> dict[str, float]:
+    """Seconds of each in one process with as many threads as there are ranks; `read`: one maximum over all."""
+    x = values_of("normal", number, 0, device)
     k = round(FRACTION * number)
-    return {
-        "read": seconds(x.sum),
-        "torch.topk": seconds(lambda: x.topk(k, sorted=False)),
-        "torch.kthvalue": seconds(lambda: x.kthvalue(number - k)),
-        "np.partition": seconds(lambda: np.partition(x.numpy(), number - k)),
-    }
+    found = {"read": seconds(x.max), "torch.topk": seconds(lambda: x.topk(k, sorted=False))}
+    if device == "cuda":  # kthvalue takes minutes there
+        return found | {"torch.sort": seconds(x.sort, 1)}
+    found["torch.kthvalue"] = seconds(lambda: x.kthvalue(number - k))
+    return found | {"np.partition": seconds(lambda: np.partition(x.numpy(), number - k))}
 
 
 def main() -> None:
@@ -122,20 +123,28 @@ def main() -> None:
     options.add_argument("--ranks", type=int, default=2)
     options.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     options.add_argument("--alone", action="store_true", help="without the others, which need four times the memory")
+    options.add_argument("--gpu", action="store_true", help="one rank, with all scores on its GPU")
     given = options.parse_args()
+    device = "cuda" if given.gpu else "cpu"
+    given.ranks = 1 if given.gpu else given.ranks
     number = given.elements // TENSORS * TENSORS
     rows: list[dict[str, Any]] = []
     for kind in given.kinds:
-        found = on_ranks(given.ranks, ours, kind, number)
+        found = on_ranks(given.ranks, ours, kind, number, device)
         worst = {key: max(f[key] for f in found) for key in found[0]}
-        rows.append({"selection": f"select_fundamental, {given.ranks} ranks", "scores": kind, "elements": number, **worst})
+        rows.append(
+            {"selection": f"select_fundamental, {given.ranks} ranks, {device}", "scores": kind, "elements": number, **worst}
+        )
     if not given.alone:
         torch.set_num_threads(given.ranks)
-        others = one_process(number)
-        others[f"gather over {given.ranks} ranks + torch.topk"] = on_ranks(given.ranks, gather, number)[0]["s"]
+        others = one_process(number, device)
+        if not given.gpu:
+            others[f"gather over {given.ranks} ranks + torch.topk"] = on_ranks(given.ranks, gather, number)[0]["s"]
         rows += [{"selection": name, "scores": "normal", "elements": number, "s": s} for name, s in others.items()]
     for row in rows:
         row["times ours"] = row["s"] / rows[0]["s"]
+        if not given.alone:
+            row["times a pass"] = row["s"] / others["read"]
     show(rows, given.json)
 
 

@@ -86,6 +86,16 @@ def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
     return result, _status("VmHWM") - before
 
 
+def gpu_peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
+    """The call's result, and by how much what is allocated on the GPU rose above where it was."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
 def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

@@ -97,7 +97,12 @@ class Box:
 
 def pack(mask: Tensor) -> Packed:
     """A boolean tensor of any shape -> ceil(numel / 8) bytes."""
-    return np.packbits(mask.detach().reshape(-1).cpu().numpy(), bitorder="little")
+    flat = mask.detach().reshape(-1)
+    if flat.device.type == "cpu":
+        return np.packbits(flat.numpy(), bitorder="little")
+    rows = torch.nn.functional.pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)  # there: an eighth to send
+    places = torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (rows << places).sum(1, dtype=torch.uint8).cpu().numpy()
 
 
 def unpack(packed: Packed, numel: int) -> Tensor:
@@ -106,7 +111,9 @@ def unpack(packed: Packed, numel: int) -> Tensor:
 
 
 def popcount(packed: Packed) -> int:
-    return int(np.bitwise_count(packed).sum(dtype=np.int64))
+    whole = len(packed) // 8 * 8  # eight bytes at a time
+    words, rest = np.ascontiguousarray(packed[:whole]).view(np.uint64), packed[whole:]
+    return int(np.bitwise_count(words).sum(dtype=np.int64)) + int(np.bitwise_count(rest).sum(dtype=np.int64))
 
 
 def num_bytes(numel: int) -> int:

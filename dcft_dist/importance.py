@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from . import collectives
-from .bits import CHUNK, Box
+from .bits import CHUNK, Box, step_of
 from .engines import Engine, Shard, find_engine
 from .errors import ScoreError, did_you_mean, listing
 from .names import Patterns, as_patterns, matrix_names
@@ -265,8 +265,9 @@ def _add_term(
     values: Tensor, gradient: Tensor, weight: Tensor, scale: float, term: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    for begin in range(0, len(values), CHUNK):
-        part = slice(begin, begin + CHUNK)
+    step = step_of(values.device)
+    for begin in range(0, len(values), step):
+        part = slice(begin, begin + step)
         values[part] += term(gradient[part].to(wide) * scale, weight[part].detach().to(wide))
 
 

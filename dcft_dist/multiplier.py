@@ -141,7 +141,7 @@ def _unpacked(octets: Tensor) -> Tensor:
 def _rows(table: Tensor, rows: Tensor) -> Tensor:
     if table.device.type == "cpu" and type(table) is Tensor:  # numpy copies short rows faster than torch
         return torch.from_numpy(table.numpy().take(rows.numpy(), axis=0, mode="clip"))
-    return table.index_select(0, rows.int())
+    return torch.where(_unpacked(rows), table[255, 0], table[0, 0])  # a GPU is slow to gather short rows
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -175,6 +175,7 @@ class Penalty:
         self._scaled: set[str] = set()  # weights whose reduced gradient has been multiplied for the coming step
         self._old: list[tuple[Shard, Tensor]] = []
         self._stepping: Optimizer | None = None
+        self._stepped: set[str] = set()  # weights that it steps
         self.keep_proposal = False
         self.proposal: dict[str, Tensor] = {}
         if self.frozen:
@@ -316,7 +317,7 @@ class Penalty:
             return None
         given = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
         if not given:
-            return self._gradients_are_there(optimizer)
+            return self._gradients_are_there()
         instead = {id(given[0]): self._closure(optimizer, given[0])}
         return tuple(instead.get(id(a), a) for a in args), {k: instead.get(id(a), a) for k, a in kwargs.items()}
 
@@ -332,16 +333,15 @@ class Penalty:
                 )
             return False
         self._warn_if_cancelled(optimizer)
-        self._stepping, self._old = optimizer, []
+        self._stepping, self._stepped, self._old = optimizer, names, []
         return True
 
-    def _gradients_are_there(self, optimizer: Optimizer) -> None:
+    def _gradients_are_there(self) -> None:
         """Between the last backward and the step proper."""
-        names = self._stepped_by(optimizer)
-        self._check_in_force(names)
-        self._scale_reduced([n for n in self._multipliers.bits if n in names])
+        self._check_in_force(self._stepped)
+        self._scale_reduced([n for n in self._multipliers.bits if n in self._stepped])
         if self.level == "update":
-            self._old = [(s, s.local.clone()) for s in self._shards(names) if s.gradient is not None]
+            self._old = [(s, s.local.clone()) for s in self._shards(self._stepped) if s.gradient is not None]
 
     def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure of `optimizer.step(closure)`, which computes the gradients inside the step."""
@@ -356,7 +356,7 @@ class Penalty:
                     "penalty before the reduction is the same each time: use level='gradient', where='before'"
                 )
             loss = closure()
-            self._gradients_are_there(optimizer)
+            self._gradients_are_there()
             return loss
 
         return evaluate
@@ -378,11 +378,10 @@ class Penalty:
                     self.proposal[shard.name] = self._multipliers.only_chosen(shard.name, shard.local - old)
                 self._multipliers.shorten(shard.name, old, shard.local)
                 self.calls[shard.name] += 1
-        names = self._stepped_by(optimizer)
         self._old = []
-        self._scaled -= names
+        self._scaled -= self._stepped
         for count in self._leaves:
-            if names.intersection(count.names):
+            if self._stepped.intersection(count.names):
                 count.fired = count.reached = 0
                 count.forwards = self._forwards
 

@@ -40,11 +40,13 @@ def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, words
     return "LlamaConfig", {**sizes, "num_key_value_heads": kv_heads, "vocab_size": words}
 
 
-# Name -> class of transformers' configuration, and sizes: ViT-L/16, ViT-H/14, ViT-g/14 (DINOv2), Llama 2 7B, Llama 3 70B.
+# Name -> class of transformers' configuration, and sizes: ViT-L/16, ViT-H/14, ViT-g/14 (DINOv2), Llama 3.2 1B (its head
+# not tied), Llama 2 7B, Llama 3 70B.
 MODELS = {
     "vit_large": _vit(1024, 24, 16, 16),
     "vit_huge": _vit(1280, 32, 16, 14),
     "vit_giant": _vit(1536, 40, 24, 14),
+    "decoder_1b": _llama(2048, 8192, 16, 32, 8, 128256),
     "decoder_7b": _llama(4096, 11008, 32, 32, 32, 32000),
     "decoder_70b": _llama(8192, 28672, 80, 64, 8, 128256),
 }

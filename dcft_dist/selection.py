@@ -28,7 +28,7 @@ from .bits import CHUNK, Box, Packed, num_bytes, pack, popcount, step_of
 from .errors import ScoreError, SelectionError, did_you_mean, listing
 from .fundamental import FundamentalSet, SetInfo
 from .importance import Scores, ScoreShard
-from .threshold import comparable, how_many, kth_highest, pieces
+from .threshold import comparable, how_many, is_finite, kth_highest, pieces
 
 Scope = Literal["global", "per_tensor"]
 Keep = Callable[["Chunk"], Tensor]  # which cells of a chunk take part
@@ -213,11 +213,9 @@ class Ranking:
                 yield Chunk(tensor, name, begin, min(begin + CHUNK, shard.box.numel), shard, self._base[name])
 
     def require_finite(self) -> None:
-        bad = torch.zeros(len(self.names), dtype=torch.int64)
-        for tensor, name in enumerate(self.names):
-            for values in pieces(self._shards[name].values):
-                if not (torch.isfinite(values) if isinstance(values, Tensor) else np.isfinite(values)).all():
-                    bad[tensor] += int((~torch.isfinite(torch.as_tensor(values))).sum())
+        values = [self._shards[name].values for name in self.names]
+        finite = [sum(how_many(is_finite(part)) for part in pieces(v)) for v in values]
+        bad = torch.tensor([v.numel() - int(n) for v, n in zip(values, finite, strict=True)], dtype=torch.int64)
         bad = collectives.all_reduce(bad, what="selection: finite scores")
         if bad.any():
             where = [f"{name} ({n})" for name, n in zip(self.names, bad.tolist(), strict=True) if n]
@@ -233,7 +231,7 @@ class Ranking:
 
     def _end(self, value: float, wanted: int, total: int) -> int:
         """Before which place there are exactly `wanted` of the `total` cells with this score. Collective."""
-        ties = {name: [how_many(v == value) for v in pieces(self._shards[name].values)] for name in self.names}
+        ties = {name: [int(how_many(v == value)) for v in pieces(self._shards[name].values)] for name in self.names}
         if total <= FEW:
             return self._places(value, ties)[wanted - 1] + 1
         table = torch.tensor([sum(ties[name]) for name in self._base], dtype=torch.int64)
@@ -246,7 +244,7 @@ class Ranking:
         def before(flat: int) -> int:
             cells = box.num_before(flat)
             whole = cells // step
-            return int(until[whole]) + sum(how_many(v == value) for v in pieces(values[whole * step : cells]))
+            return int(until[whole]) + int(sum(how_many(v == value) for v in pieces(values[whole * step : cells])))
 
         low, high = 0, prod(box.grid)  # fewer than `wanted` before low, at least as many before high
         while high - low > 1:

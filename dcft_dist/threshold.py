@@ -63,8 +63,13 @@ def pieces(values: Tensor) -> Iterator[Any]:
     return (held[begin : begin + step] for begin in range(0, len(held), step))
 
 
-def how_many(mask: Any) -> int:
-    return int(mask.sum()) if isinstance(mask, Tensor) else int(np.count_nonzero(mask))
+def is_finite(values: Any) -> Any:
+    return torch.isfinite(values) if isinstance(values, Tensor) else np.isfinite(values)
+
+
+def how_many(mask: Any) -> Any:
+    """An integer, or what will be one: a GPU is not waited for."""
+    return mask.sum() if isinstance(mask, Tensor) else int(np.count_nonzero(mask))
 
 
 class _Search:
@@ -134,7 +139,7 @@ class _Search:
                 kept.append(torch.as_tensor(piece[reached[limits.index(least)] ^ reached[limits.index(most)]]))
                 room -= len(kept[-1])
         between = torch.cat(kept) if kept else torch.zeros(0)
-        return counts, between if room >= 0 else None
+        return [int(n) for n in counts], between if room >= 0 else None
 
     def sample(self) -> NDArray[np.float32]:
         """Values between the limits, of all ranks by their shares: all if they are at most SAMPLE. Collective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 HEAD = "head"
+DEVICE = torch.device(os.environ.get("DCFT_TEST_DEVICE", "cpu"))  # `cuda`: the parity tests on a GPU (docs/results/gpu.md)
+torch.backends.cudnn.allow_tf32 = False  # its default would round convolutions to 10 bits
 
 
 class Block(nn.Module):
@@ -55,14 +58,17 @@ class OddNet(nn.Module):
 
 def make_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> OddNet:
     torch.manual_seed(seed)
-    return OddNet().to(dtype)
+    return OddNet().to(DEVICE, dtype)
 
 
 def make_batches(num: int, size: int, dtype: torch.dtype, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     """Global batches: [size, 3, 5] inputs and [size] labels."""
     g = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(size, 3, 5, generator=g, dtype=torch.float64).to(dtype), torch.randint(0, 3, (size,), generator=g))
+        (
+            torch.randn(size, 3, 5, generator=g, dtype=torch.float64).to(DEVICE, dtype),
+            torch.randint(0, 3, (size,), generator=g).to(DEVICE),
+        )
         for _ in range(num)
     ]
 
@@ -84,7 +90,7 @@ def wrap(net: OddNet, engine: str, bf16: bool = False) -> nn.Module:
         return net
     if engine == "ddp":
         return DistributedDataParallel(net, find_unused_parameters=True)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
     for block in net.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -21,18 +21,19 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_common import HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dcft_dist.engines.private import import_deepspeed
+from dcft_dist.engines import private
 
-from .nets import Block, OddNet, full
+from .nets import DEVICE, Block, OddNet, full
 
 # Every kind of engine that runs on gloo. `group`: several modules in a group; `groups`: several groups in a module.
 DDP = ["ddp", "ddp-nosync"]
-FSDP2 = ["fsdp2", "fsdp2-keep", "fsdp2-offload", "fsdp2-shard1", "fsdp2-checkpoint", "fsdp2-group", "fsdp2-groups"]
-FSDP2 += ["fsdp2-hybrid"]
+FSDP2 = ["fsdp2", "fsdp2-keep", "fsdp2-offload", "fsdp2-shard1", "fsdp2-checkpoint", "fsdp2-group", "fsdp2-hybrid"]
+if hasattr(_fsdp_common, "ShardPlacementResult"):  # since torch 2.13
+    FSDP2.insert(-1, "fsdp2-groups")
 FSDP1 = [f"fsdp1-{s}-{o}" for s in ("full", "gradop", "none", "hybrid") for o in ("flat", "orig")]
 FSDP1 += ["fsdp1-full-flat-nosync", "fsdp1-full-orig-nosync"]
 ZERO = ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-params", "zero3-init"]
@@ -142,10 +143,10 @@ def _ddp(net: OddNet) -> nn.Module:
 
 def _fsdp2(net: OddNet, variant: str, bf16: bool) -> nn.Module:
     ranks = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh(DEVICE.type, (ranks,))
     if variant == "hybrid":
         shape = (2, ranks // 2) if ranks > 2 else (ranks, 1)
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard"))
     options: dict[str, Any] = {"mesh": mesh}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -156,8 +157,9 @@ def _fsdp2(net: OddNet, variant: str, bf16: bool) -> nn.Module:
     if variant == "shard1":  # FSDP2 wants other dimensions than the first to divide evenly
         options["shard_placement_fn"] = lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % ranks == 0 else Shard(0)
     if variant == "groups":
-        replicas = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("replicate", "shard"))
-        whole = ShardPlacementResult(Shard(0), HSDPMeshInfo(replicas, shard_mesh_dim=1, replicate_mesh_dim=0))
+        replicas = init_device_mesh(DEVICE.type, (ranks, 1), mesh_dim_names=("replicate", "shard"))
+        info = _fsdp_common.HSDPMeshInfo(replicas, shard_mesh_dim=1, replicate_mesh_dim=0)
+        whole = _fsdp_common.ShardPlacementResult(Shard(0), info)
         chosen = {id(p) for n, p in net.named_parameters() if n.endswith(("up.weight", "mix.weight"))}
         options["shard_placement_fn"] = lambda p: whole if id(p) in chosen else None
     if variant == "checkpoint":
@@ -171,13 +173,13 @@ def _fsdp2(net: OddNet, variant: str, bf16: bool) -> nn.Module:
     if variant == "shard1" and ranks in (2, 4):
         assert net.blocks[1].down.weight.placements == (Shard(1),)
     if variant == "groups":
-        assert len(net.blocks[0]._get_fsdp_state()._fsdp_param_groups) == 2
+        assert len(private.fsdp2_groups(net.blocks[0])) == 2
     return net
 
 
 def _fsdp1(net: OddNet, variant: str, bf16: bool) -> nn.Module:
     strategy, originals = variant.split("-")[:2]
-    options: dict[str, Any] = {"use_orig_params": originals == "orig", "device_id": torch.device("cpu")}
+    options: dict[str, Any] = {"use_orig_params": originals == "orig", "device_id": DEVICE}
     options["sharding_strategy"] = {
         "full": ShardingStrategy.FULL_SHARD,
         "gradop": ShardingStrategy.SHARD_GRAD_OP,
@@ -186,7 +188,7 @@ def _fsdp1(net: OddNet, variant: str, bf16: bool) -> nn.Module:
     }[strategy]
     if strategy == "hybrid":
         ranks = dist.get_world_size()
-        options["device_mesh"] = init_device_mesh("cpu", (2, ranks // 2) if ranks > 2 else (1, ranks))
+        options["device_mesh"] = init_device_mesh(DEVICE.type, (2, ranks // 2) if ranks > 2 else (1, ranks))
     if bf16:
         options["mixed_precision"] = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for i, block in enumerate(net.blocks):
@@ -206,7 +208,7 @@ def _zero(
     clip_norm: float | None,
     options: dict[str, Any],
 ) -> Prepared:
-    deepspeed = import_deepspeed()
+    deepspeed = private.import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     kind, _, variant = engine.partition("-")
     zero: dict[str, Any] = {"stage": int(kind[-1]), "reduce_bucket_size": 200, "allgather_bucket_size": 200}
@@ -232,6 +234,10 @@ def _zero(
         # Its type comes from the configuration: one given as dtype= is passed over on CPUs without float16 (0.19.8).
         with deepspeed.zero.Init(config_dict_or_path=config):
             net = make()
+        if DEVICE.type == "cuda":  # the weights were drawn there, by another generator
+            for name, value in dict(make().named_parameters()).items():
+                with deepspeed.zero.GatheredParameters([net.get_parameter(name)], modifier_rank=0):
+                    net.get_parameter(name).data.copy_(value)
     else:
         net = make()
     optimizer = make_optimizer(net.parameters())

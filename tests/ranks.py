@@ -16,10 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before the fork server starts: it imports DeepSpeed once for all
-_context = multiprocessing.get_context("forkserver")
+DEVICE = os.environ.get("DCFT_TEST_DEVICE", "cpu")
+os.environ.setdefault("DS_ACCELERATOR", DEVICE)  # before the fork server starts: it imports DeepSpeed once for all
+_context: Any = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")  # CUDA does not outlive a fork
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "deepspeed", "dcft_dist", "tests.prepared"]
-_context.set_forkserver_preload(PRELOAD)
+if DEVICE == "cpu":
+    _context.set_forkserver_preload(PRELOAD)
 
 
 def run_ranks(
@@ -96,10 +98,14 @@ def _rank_main(
     try:
         torch.set_num_threads(1)
         # As torchrun would: DeepSpeed and Accelerate look at these even where the process group is there already.
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": "0" if DEVICE == "cuda" else str(rank),
+            "WORLD_SIZE": str(world_size),
+        }
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         dist.init_process_group(
-            "gloo",
+            "cpu:gloo,cuda:nccl" if DEVICE == "cuda" and world_size == 1 else "gloo",
             store=dist.FileStore(store, world_size),
             rank=rank,
             world_size=world_size,

@@ -18,6 +18,7 @@ from dcft_dist.errors import ScoreError, SelectionError
 from dcft_dist.importance import ScoreShard
 from dcft_dist.threshold import SAMPLE
 
+from .nets import DEVICE
 from .ranks import run_ranks
 
 
@@ -38,7 +39,7 @@ def make_scores(tensors: dict[str, Tensor], rank: int = 0, ranks: int = 1, layou
             starts[dim], sizes[dim] = start, end - start
             box = Box(shape, tuple(starts), tuple(sizes))
             values = full[box.slices()]
-        shards[name] = ScoreShard(box, values.reshape(-1).to(torch.float32).clone())
+        shards[name] = ScoreShard(box, values.reshape(-1).to(DEVICE, torch.float32, copy=True))
     return Scores("given", {n: tuple(t.shape) for n, t in tensors.items()}, shards, num_weights=10**6)
 
 

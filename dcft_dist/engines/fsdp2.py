@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 
 from .. import collectives
 from ..bits import Box
@@ -70,8 +74,9 @@ class FSDP2Engine(Engine):
                 share = (collectives.rank(), collectives.world_size())
                 shards.append(flat_shard(name, p, p.detach(), p.numel(), 0, share))
                 continue
-            box = _box(p)
-            shards.append(Shard(name, p, local_tensor(p.detach()), box, *box.share(*_replica(p))))
+            with torch.no_grad():
+                local = local_tensor(p)
+            shards.append(Shard(name, p, local, *_layout(tuple(p.shape), p.device_mesh, p.placements)))
         return shards
 
     def stepped(self) -> dict[int, list[str]]:
@@ -118,18 +123,19 @@ def _box(tensor: Any) -> Box:
     """This rank's cells of a weight."""
     if not isinstance(tensor, DTensor):
         return Box.whole(tuple(tensor.shape))
-    size, start = private.local_shape_and_offset(tensor)
-    return Box(tuple(tensor.shape), start, size)
+    return _layout(tuple(tensor.shape), tensor.device_mesh, tensor.placements)[0]
 
 
-def _replica(tensor: DTensor) -> tuple[int, int]:
-    """(index, count) of this rank among those that hold the same cells."""
-    index, count = 0, 1
-    for dim, placement in enumerate(tensor.placements):
+@lru_cache(maxsize=4096)  # asked for every weight around every step, and slow: it would keep a GPU waiting
+def _layout(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[Box, tuple[int, int], Box]:
+    """This rank's cells of such a weight, and which of them it owns among the ranks that hold the same."""
+    size, start = private.local_shape_and_offset(shape, mesh, placements)
+    box, index, count = Box(shape, start, size), 0, 1
+    for dim, placement in enumerate(placements):
         if placement.is_replicate():
-            index = index * tensor.device_mesh.size(dim) + tensor.device_mesh.get_local_rank(dim)
-            count *= tensor.device_mesh.size(dim)
-    return index, count
+            index = index * mesh.size(dim) + mesh.get_local_rank(dim)
+            count *= mesh.size(dim)
+    return box, *box.share(index, count)
 
 
 @contextmanager

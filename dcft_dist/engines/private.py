@@ -23,7 +23,7 @@ from ..names import clean
 log = logging.getLogger(__name__)
 
 # Package -> (first, last) version series on which the attributes below were seen to work.
-TESTED = {"torch": ("2.13", "2.13"), "deepspeed": ("0.19", "0.19"), "transformers": ("5.23", "5.23")}
+TESTED = {"torch": ("2.11", "2.13"), "deepspeed": ("0.19", "0.19"), "transformers": ("5.23", "5.23")}
 
 # Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
 USES: dict[str, tuple[str, ...]] = {
@@ -34,7 +34,7 @@ USES: dict[str, tuple[str, ...]] = {
     "torch.testing._internal.distributed.fake_pg": (),
     "torch.distributed._tools.fsdp2_mem_tracker": ("FSDPMemTracker",),
     "FSDPModule": ("_get_fsdp_state",),
-    "FSDPState": ("_fsdp_param_groups",),
+    "FSDPState": ("_fsdp_param_group",),  # and, since torch 2.13, `_fsdp_param_groups`
     "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
     "FSDPParam": ("unsharded_accumulated_grad", "_unsharded_param", "sharded_param"),
     "FullyShardedDataParallel": ("_handle", "_inter_node_pg"),
@@ -206,17 +206,23 @@ def real_tensors() -> Any:
 # -- FSDP2 ----------------------------------------------------------------------------------------------------------------
 
 
-def local_shape_and_offset(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def local_shape_and_offset(
+    whole: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape of a DTensor's local tensor, and where it starts in the whole."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     with real_tensors():  # it computes with tensors
-        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
     return tuple(shape), tuple(offset)
 
 
 def fsdp2_groups(unit: Any) -> list[Any]:
-    return list(unit._get_fsdp_state()._fsdp_param_groups)
+    """A unit's groups of parameters: perhaps several since torch 2.13, before that one; none where it has no parameters."""
+    state = unit._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 def fsdp2_accumulates(group: Any) -> bool:

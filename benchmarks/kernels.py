@@ -1,0 +1,75 @@
+"""The two products of the penalty by Triton's kernels, by torch on unpacked bits, and by a dense mask, on one GPU.
+
+    python benchmarks/kernels.py --weights 500_000_000
+
+`scale`: gradient <- m * gradient, as at the gradient level; `shorten`: new <- old + m * (new - old), as at the update
+level. `GB/s`: bytes that have to move (float32 weights read and written, one bit each), over the time; `of a copy`: over
+what a plain copy of as many bytes takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from side_by_side import gpu_peak_bytes, parser, seconds, show
+
+from dcft_dist import multiplier
+from dcft_dist.multiplier import Multipliers
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--weights", type=int, default=500_000_000)
+    given = options.parse_args()
+    number, gpu = given.weights, torch.device("cuda")
+    octets = np.random.default_rng(0).integers(0, 256, -(-number // 8), dtype=np.uint8)
+    ours = Multipliers({"w": octets}, gpu, 1.0, 1.0)
+    ours.set_factor(0.1)
+    mask = torch.from_numpy(np.unpackbits(octets, count=number, bitorder="little")).bool().to(gpu)
+    old, new = (torch.randn(number, device=gpu) for _ in range(2))
+
+    def unfused(call: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> None:
+            fused, multiplier._fused = multiplier._fused, lambda *_: False  # type: ignore[assignment]
+            try:
+                call()
+            finally:
+                multiplier._fused = fused
+
+        return run
+
+    def scale() -> None:
+        ours.scale_into("w", new, new)
+
+    def shorten() -> None:
+        ours.shorten("w", old, new)
+
+    def public_practice() -> None:
+        scaled = new.clone()
+        scaled[mask] *= 0.1
+
+    read = number * (8 + 1 / 8)
+    cases: list[tuple[str, float, Callable[[], Any]]] = [
+        ("copy", 8.0 * number, lambda: new.copy_(old)),
+        ("scale, Triton", read, scale),
+        ("scale, torch", read, unfused(scale)),
+        ("scale, clone and boolean index", read, public_practice),
+        ("shorten, Triton", read + 4 * number, shorten),
+        ("shorten, torch", read + 4 * number, unfused(shorten)),
+    ]
+    rows: list[dict[str, Any]] = []
+    for name, size, call in cases:
+        call()
+        _, extra = gpu_peak_bytes(call)
+        s = seconds(call)
+        rows.append({"product": name, "weights": number, "ms": 1e3 * s, "GB/s": size / s / 1e9, "extra MiB": extra / 2**20})
+    for row, (_, size, _) in zip(rows, cases, strict=True):
+        row["of a copy"] = row["ms"] / rows[0]["ms"] * cases[0][1] / size
+    show(rows, given.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ def without_memory() -> Iterator[None]:
 
     Buffers keep their values: those that no file has (rotary frequencies, position indices) could not be read again. A
     weight is allocated, not yet written, when a module registers it, so at no time is there more than one in memory.
+    Where a library then moves its module to a device, only the data type changes.
     """
-    register = nn.Module.register_parameter
+    register, move = nn.Module.register_parameter, nn.Module.to
     known = WeakTensorKeyDictionary()  # weight that was registered -> what stands for it; does not keep it alive
 
     def register_without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -27,11 +29,16 @@ def without_memory() -> Iterator[None]:
             parameter = known[parameter]
         register(module, name, parameter)
 
+    def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
+        return module if dtype is None else move(module, dtype)
+
     nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign, assignment]
+    nn.Module.to = to  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter, nn.Module.to = register, move  # type: ignore[method-assign]
 
 
 class Materialiser:

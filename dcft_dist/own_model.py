@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .imports import find_object
 from .loading import Allowed, Loading, Translate
 from .meta import without_memory
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
+from .stored import Stored
 
 _HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvision
 _WIDTHS = ("hidden_size", "num_features", "embed_dim", "hidden_dim")
@@ -35,7 +37,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> 
     settings = config.model
     with without_memory() if settings.weights else nullcontext(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        built = _build(config, num_outputs)
+        built = _part(_build(config, num_outputs), settings.part)
         module: nn.Module = built
         if settings.features:
             module = Classifier(built, settings.features, settings.width or _width(built), num_outputs)
@@ -46,7 +48,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> 
         allowed = Allowed(
             head=head,
             new=[prefix + p for p in settings.new],
-            unused=settings.unused,
+            unused=[*settings.unused, *_others(settings)],
             resize=[prefix + p for p in settings.resize],
         )
         place = Path(settings.weights)
@@ -54,7 +56,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> 
             module,
             place,
             allowed=allowed,
-            rename=settings.rename,
+            rename={**({f"{settings.part}.": ""} if settings.part else {}), **settings.rename},
             translate=_translate(built),
             prefix=prefix,
             seed=config.seed,
@@ -82,6 +84,24 @@ def _build(config: schema.Config, num_outputs: int) -> nn.Module:
         raise ConfigError(f"model.build: {settings.build} gives a {type(built).__name__}, not a torch.nn.Module")
     _says_float32(getattr(built, "config", None))  # or transformers would read the export as the file was
     return built.float()  # masters in float32, whatever the file has
+
+
+def _part(built: nn.Module, path: str | None) -> nn.Module:
+    if path is None:
+        return built
+    modules = dict(built.named_modules())
+    if path not in modules:
+        raise ConfigError(f"model.part: {path!r} is no part of the model{did_you_mean(path, modules)}")
+    found: nn.Module = modules[path]
+    return found
+
+
+def _others(settings: schema.Model) -> list[str]:
+    """What the weights have besides the part that is meant."""
+    if not settings.part:
+        return []
+    with Stored(Path(str(settings.weights))) as stored:
+        return [escape(name) for name in stored if not name.startswith(f"{settings.part}.")]
 
 
 def _says_float32(config: Any) -> None:

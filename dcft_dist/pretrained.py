@@ -79,6 +79,8 @@ class Classifier(nn.Module):
         states = output_of(found, "pooler_output" if self._features == "pooled" else "last_hidden_state")
         if self._features == "cls":
             states = states[:, 0]
+        elif self._features == "mean" and states.ndim > 3:  # a feature map: [size, channels, ...]
+            states = states.flatten(2).mean(-1)
         elif self._features == "mean":
             mask = inputs.get("attention_mask", torch.ones(states.shape[:2], device=states.device))
             weights = mask.unsqueeze(-1).to(states.dtype)

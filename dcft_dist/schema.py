@@ -47,11 +47,16 @@ class Model(Section):
         description="Pre-trained weights: a safetensors or `.pth` file, or a folder of transformers. The model is then "
         "built without memory and each rank reads only its part. Absent: `build` gives a model that has its weights.",
     )
+    part: str | None = Field(
+        None,
+        description="Path of the submodule that is meant, such as `visual` of a CLIP or `vision_encoder` of a SAM: what "
+        "else is built, or in `weights`, is left aside.",
+    )
     rename: dict[str, str] = Field({}, description="Prefix of names in the file -> prefix in the model.")
     features: Literal["cls", "mean", "pooled"] | None = Field(
         None,
-        description="Puts a new linear head on a model that has none, over: `cls` the first token; `mean` all tokens; "
-        "`pooled` its output as it is. Absent: the model gives the outputs itself.",
+        description="Puts a new linear head on a model that has none, over: `cls` the first token; `mean` all tokens, "
+        "or all places of a feature map; `pooled` its output as it is. Absent: the model gives the outputs itself.",
     )
     width: Count | None = Field(None, description="Width of the features, where the model does not say it.")
     head: list[str] | None = Field(
@@ -75,7 +80,7 @@ class Model(Section):
     def _is_one_kind(self) -> Model:
         if (self.name == "own") != (self.build is not None):
             raise ValueError("name = 'own' needs build: the import path of what makes the model")
-        own = ("args", "weights", "rename", "features", "width", "head", "new", "unused", "resize", "blocks")
+        own = ("args", "weights", "part", "rename", "features", "width", "head", "new", "unused", "resize", "blocks")
         given = [key for key in own if getattr(self, key) not in (None, {}, [])]
         if given and self.name != "own":
             raise ValueError(f"{', '.join(given)}: only for a model of `build`")

@@ -35,6 +35,16 @@ def pathology_vit_giant(folder: Path) -> list[str]:
     return [*images(folder), "--model.weights", str(folder / "vit")]
 
 
+def encoder_sam(folder: Path) -> list[str]:
+    from transformers import SamConfig, SamModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "mlp_dim": 64, "output_channels": 16}
+    torch.manual_seed(0)
+    vision = {**sizes, "image_size": 56, "patch_size": 14, "window_size": 2, "global_attn_indexes": [2]}
+    SamModel(SamConfig(vision_config=vision)).save_pretrained(folder / "sam")
+    return [*images(folder), "--data.label", "tissue", "--model.weights", str(folder / "sam"), "--model.width", "16"]
+
+
 def reports_bert(folder: Path) -> list[str]:
     table = drug_table(folder / "reviews.csv", 80)
     with table.open(newline="") as file:
@@ -74,7 +84,8 @@ def swin_unetr(folder: Path) -> list[str]:
     return [*words, "--importance.num_samples", "4", "--importance.score_batch", "2", "--train.global_batch", "2"]
 
 
-RECIPES = {made.__name__: made for made in (pathology_vit_giant, reports_bert, instructions_7b, swin_unetr)}
+MADE = (pathology_vit_giant, encoder_sam, reports_bert, instructions_7b, swin_unetr)
+RECIPES = {made.__name__: made for made in MADE}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,0 +1,104 @@
+"""The recipes whose libraries need torchvision, in an environment of their own (tests/run.sh): timm and open_clip."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+timm = pytest.importorskip("timm")
+open_clip = pytest.importorskip("open_clip")
+
+SIDE, MEAN, STD = 32, 0.4, 0.3
+SMALL = ["--train.global_batch", "8", "--train.micro_batch", "4", "--importance.num_samples", "16", "--train.epochs", "1"]
+SMALL += ["--importance.score_batch", "8", "--removal.fractions", "[]", "--test_resamples", "0", "--train.precision", "fp32"]
+SMALL += ["--model.image_size", str(SIDE), "--data.mean", str([MEAN] * 3), "--data.std", str([STD] * 3)]
+
+
+def photographs(folder: Path, label: str) -> Path:
+    """Brighter from grade to grade, two of each patient."""
+    random, rows = np.random.default_rng(0), []
+    for i in range(90):
+        pixels = random.integers(0, 60, (SIDE, SIDE, 3)) + 40 * (i // 2 % 5)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        rows.append([f"{i}.png", i // 2 % 5, f"patient{i // 2}"])
+    with (folder / "images.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["path", label, "patient"], *rows])
+    return folder / "images.csv"
+
+
+def adapted(folder: Path, recipe: str, words: list[str]) -> tuple[dict[str, Any], list[dict[str, str]], Tensor]:
+    """A recipe trained on two ranks: its summary, what `dcft predict` says of all images, and the images as it saw them."""
+    words = [*SMALL, *words, "--data.path", str(folder / "images.csv"), "--runs_dir", str(folder), "--name", "toy"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m"]
+    paths = [str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TQDM_DISABLE": "1"}
+    begin = [[*launcher, "dcft_dist.cli", "train", recipe, *words], [sys.executable, "-m", "dcft_dist.cli", "predict"]]
+    begin[1] += [str(folder / "toy"), "--data.path", str(folder / "images.csv")]
+    said = ""
+    for command in begin:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout
+    pixels = [np.asarray(Image.open(folder / f"{i}.png"), dtype=np.float32) / 255 for i in range(90)]
+    images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) - MEAN) / STD
+    summary = json.loads((folder / "toy/summary.json").read_text())
+    assert summary["ranks"] == 2 and summary["num_selected"] == round(0.1 * summary["num_eligible"]) > 0
+    return summary, list(csv.DictReader(said.splitlines())), images
+
+
+def test_a_masked_autoencoder_of_timm_grades(tmp_path: Path) -> None:
+    """As RETFound comes: in a .pth with the decoder of its training, without the norm after the pooling."""
+    sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
+    torch.manual_seed(0)
+    net = timm.create_model("vit_large_patch16_224", num_classes=0, global_pool="token", **sizes)
+    state = {**net.state_dict(), "decoder_embed.weight": torch.zeros(3), "mask_token": torch.zeros(1)}
+    torch.save({"model": state, "epoch": 799}, tmp_path / "RETFound.pth")
+    photographs(tmp_path, "grade")
+    words = [w for key, value in sizes.items() for w in (f"--model.args.{key}", str(value))]
+    summary, said, images = adapted(
+        tmp_path, "retina_vit_large.toml", [*words, "--model.weights", str(tmp_path / "RETFound.pth")]
+    )
+    assert sorted(summary["loading"]["fresh"]) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
+    assert {"mae", "quadratic_kappa"} <= summary["validation"].keys()
+    exported = timm.create_model("vit_large_patch16_224", num_classes=1, global_pool="avg", **sizes)
+    exported.load_state_dict(load_file(tmp_path / "toy/model/model.safetensors"))
+    with torch.no_grad():
+        outputs = exported.eval()(images).squeeze(1) * summary["labels"]["std"] + summary["labels"]["mean"]
+    assert [float(row["predicted"]) for row in said] == pytest.approx(outputs.tolist(), abs=1e-5)
+    assert f"times {summary['labels']['std']}, plus" in (tmp_path / "toy/model/README.md").read_text()
+
+
+def test_the_image_tower_of_a_clip_classifies(tmp_path: Path) -> None:
+    """The tower of words is built by the library, and left aside."""
+    vision = {"width": 48, "layers": 3, "head_width": 16, "image_size": SIDE, "patch_size": 8}
+    sizes: dict[str, Any] = {"vision_cfg": vision, "text_cfg": {"width": 32, "heads": 2, "layers": 1}, "embed_dim": 24}
+    torch.manual_seed(0)
+    clip = open_clip.create_model("ViT-B-16", **sizes)
+    save_file({n: v.contiguous() for n, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
+    photographs(tmp_path, "finding")
+    words = ["--model.args.embed_dim", "24"]
+    for part in ("vision_cfg", "text_cfg"):
+        words += [w for key, value in sizes[part].items() for w in (f"--model.args.{part}.{key}", str(value))]
+    words += ["--model.weights", str(tmp_path / "clip.safetensors"), "--model.width", "24"]
+    summary, said, images = adapted(tmp_path, "biomed_clip.toml", words)
+    assert sorted(summary["loading"]["fresh"]) == ["head.bias", "head.weight"]
+    assert all("visual" not in name for name in summary["loading"]["matched"])
+    clip.visual.load_state_dict(load_file(tmp_path / "toy/model/model.safetensors"))
+    head = nn.Linear(24, 5)
+    head.load_state_dict(load_file(tmp_path / "toy/model/head/model.safetensors"))
+    with torch.no_grad():
+        shares = head(clip.visual.eval()(images)).softmax(-1)
+    for grade in range(5):
+        assert [float(row[f"p({grade})"]) for row in said] == pytest.approx(shares[:, grade].tolist(), abs=1e-5)

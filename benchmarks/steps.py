@@ -25,9 +25,11 @@ import torch.distributed as dist
 from side_by_side import gpu_peak_bytes, once, parser, show
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
-from dcft_dist import plan as planning
 from dcft_dist.engines import wrap
+from dcft_dist.meta import Materialiser
+from dcft_dist.planned import MODELS, Planned, Request, planned
 
+BATCHES = 4  # of a scoring
 ARMS: dict[str, dict[str, Any] | None] = {
     "plain": None,
     "update": {"level": "update"},
@@ -36,7 +38,7 @@ ARMS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def foretell(request: planning.Request) -> dict[str, subprocess.Popen[str]]:
+def foretell(request: Request) -> dict[str, subprocess.Popen[str]]:
     command = [sys.executable, "-m", "dcft_dist.cli", "plan", "--json", "--ranks", "1", "--model", request.model]
     command += ["--micro-batch", str(request.micro_batch), "--length", str(request.length)]
     levels = {"update": ["--level", "update"], "gradient, before": ["--level", "gradient"]}
@@ -44,17 +46,15 @@ def foretell(request: planning.Request) -> dict[str, subprocess.Popen[str]]:
     return {name: subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for name, words in start.items()}
 
 
-def build(request: planning.Request) -> wrap.Prepared:
+def build(what: Planned) -> wrap.Prepared:
     gpu = torch.device("cuda")
-    with gpu:
-        model = planning._model(request.model)
+    Materialiser(gpu)(what.model)
     torch.manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in what.model.parameters():
             p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(0.5)
-    blocks = max((list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
-    how = wrap.Plan("fsdp2", gpu, blocks, bf16=True)
-    return wrap.prepare(model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-6))
+    how = wrap.Plan("fsdp2", gpu, what.blocks, bf16=True)
+    return wrap.prepare(what.model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-6))
 
 
 def scoring(model: Any, plain_pass: Any, score: Any, rounds: int) -> tuple[list[dict[str, Any]], FundamentalSet]:
@@ -63,7 +63,7 @@ def scoring(model: Any, plain_pass: Any, score: Any, rounds: int) -> tuple[list[
     score()
     plain = statistics.median(once(plain_pass) for _ in range(rounds))
     model.zero_grad()
-    scores, seconds = score(), statistics.median(once(score) for _ in range(rounds))
+    scores, seconds = score(), statistics.median(once(score) for _ in range(rounds)) / BATCHES
     before = torch.cuda.memory_allocated()
     _, more = gpu_peak_bytes(score)
     select = partial(select_fundamental, scores)
@@ -77,35 +77,33 @@ def scoring(model: Any, plain_pass: Any, score: Any, rounds: int) -> tuple[list[
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("model", choices=planning.MODELS)
+    options.add_argument("model", choices=MODELS)
     options.add_argument("--micro-batch", type=int, default=1)
     options.add_argument("--length", type=int, default=512)
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--steps", type=int, default=4, help="of each arm in a round")
     given = options.parse_args()
-    request = planning.Request(given.model, ranks=1, micro_batch=given.micro_batch, length=given.length)
+    request = Request(given.model, ranks=1, micro_batch=given.micro_batch, length=given.length)
     foretold = foretell(request)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
-    prepared = build(request)
+    what = planned(request)
+    prepared = build(what)
     model: Any = prepared.model
-    batch = {name: value.cuda() for name, value in planning._batch(model, request).items()}
+    batch = {name: value.cuda() for name, value in what.make_batch().items()}
     if "pixel_values" in batch:
         batch["pixel_values"].normal_()
     samples = given.micro_batch * (given.length if "input_ids" in batch else 1)
 
-    def loss_of(model: Any, batch: Any) -> Any:
-        return model(**batch).loss
-
     def plain_pass() -> None:
         prepared.zero_grad()
-        prepared.backward(loss_of(model, batch))
+        prepared.backward(what.loss(model, batch))
 
     def step() -> None:
         plain_pass()
         prepared.step()
 
     def score() -> Any:
-        return score_importance(model, [batch], loss_of, head=planning._head(model))
+        return score_importance(model, [batch] * BATCHES, what.loss, head=what.head)
 
     for _ in range(3):
         step()

@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; bad input is one line on standard error and exit code 2."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "check", "inspect", "evaluate", "predict", "status", "submit"):
+    if rest and options.command not in ("train", "check", "inspect", "evaluate", "predict", "status", "submit", "plan"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         return int(_COMMANDS[options.command](options, rest) or 0)
@@ -101,17 +101,17 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan", help="what a model would need on each of N GPUs: memory by kind, bytes sent", allow_abbrev=False
     )
-    plan.add_argument("--model", required=True, help="vit_large, vit_huge, vit_giant, decoder_7b, decoder_70b, or a folder "
-                      "with a transformers config.json")  # fmt: skip
+    plan.add_argument("--model", required=True, help="vit_large, vit_huge, vit_giant, decoder_1b, decoder_7b, decoder_70b, "
+                      "a folder with a transformers config.json, or a configuration and words for it")  # fmt: skip
     plan.add_argument("--ranks", type=int, default=8)
     plan.add_argument("--gpus-per-node", type=int, default=8)
     plan.add_argument("--engine", choices=("fsdp2",), default="fsdp2")
-    plan.add_argument("--replicas", type=int, default=1, help="groups of ranks that each hold all shards (hybrid sharding)")
-    plan.add_argument("--micro-batch", type=int, default=1)
-    plan.add_argument("--length", type=int, default=512, help="tokens of a sample (decoders)")
-    plan.add_argument("--level", choices=("update", "gradient"), default="update")
-    plan.add_argument("--where", choices=("before", "after"), default="before")
-    plan.add_argument("--fp32", dest="bf16", action="store_false", help="compute in float32 instead of bfloat16")
+    plan.add_argument("--replicas", type=int, help="groups of ranks that each hold all shards (hybrid sharding)")
+    plan.add_argument("--micro-batch", type=int)
+    plan.add_argument("--length", type=int, help="tokens of a sample of text (512)")
+    plan.add_argument("--level", choices=("update", "gradient"))
+    plan.add_argument("--where", choices=("before", "after"))
+    plan.add_argument("--fp32", dest="bf16", action="store_false", default=None, help="compute in float32, not bfloat16")
     plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of one GPU")
     plan.add_argument("--json", action="store_true")
     commands.add_parser("config-reference", help="print docs/configuration.md")
@@ -281,9 +281,10 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     import json
 
     from . import plan
+    from .planned import request_of
 
     given = {key: value for key, value in vars(options).items() if key not in ("command", "engine", "json")}
-    found = plan.plan(plan.Request(**given))
+    found = plan.plan(request_of(given.pop("model"), rest, **given))
     print(json.dumps(found.to_json()) if options.json else plan.table(found))
 
 

@@ -30,8 +30,8 @@ def without_memory() -> Iterator[None]:
         register(module, name, parameter)
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        dtype = torch._C._nn._parse_to(*args, **kwargs)[1]
-        return module if dtype is None else move(module, dtype)
+        dtypes = [getattr(a, "dtype", a) for a in (*args, *kwargs.values())]  # `to` also takes a tensor to be like
+        return next((move(module, d) for d in dtypes if isinstance(d, torch.dtype)), module)
 
     nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign, assignment]
     nn.Module.to = to  # type: ignore[method-assign, assignment]

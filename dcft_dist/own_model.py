@@ -28,14 +28,16 @@ _HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvi
 _WIDTHS = ("hidden_size", "num_features", "embed_dim", "hidden_dim")
 
 
-def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> Pretrained:
-    """
+def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, read: bool = True) -> Pretrained:
+    """`read`: otherwise the model is only built, and its weights are not looked for (`dcft plan`).
+
     Raises:
         ConfigError: the model cannot be built, or keys of `[model]` do not fit it.
         CheckpointError: its weights do not fit it (see `Loading`).
     """
     settings = config.model
-    with without_memory() if settings.weights else nullcontext(), torch.random.fork_rng():
+    reads = read and settings.weights is not None
+    with without_memory() if reads or not read else nullcontext(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         built = _part(_build(config, num_outputs), settings.part)
         module: nn.Module = built
@@ -44,14 +46,14 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor) -> 
     head = (HEAD,) if settings.features else _head(settings, module)
     prefix = "backbone." if settings.features else ""
     loading = None
-    if settings.weights:
+    if reads:
         allowed = Allowed(
             head=head,
             new=[prefix + p for p in settings.new],
             unused=[*settings.unused, *_others(settings)],
             resize=[prefix + p for p in settings.resize],
         )
-        place = Path(settings.weights)
+        place = Path(str(settings.weights))
         loading = Loading(
             module,
             place,

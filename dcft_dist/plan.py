@@ -12,44 +12,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import ceil, prod
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import bits
 from .engines import find_engine, private, wrap
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError
 from .fundamental import FundamentalSet, SetInfo
 from .importance import Scores, score_importance
+from .meta import Materialiser
 from .penalty import attach_penalty
+from .planned import Request, planned
 
 GIB = 2**30
-
-
-def _vit(width: int, layers: int, heads: int, patch: int) -> tuple[str, dict[str, int]]:
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
-    return "ViTConfig", {**sizes, "patch_size": patch}
-
-
-def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int) -> tuple[str, dict[str, int]]:
-    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner}
-    return "LlamaConfig", {**sizes, "num_key_value_heads": kv_heads, "vocab_size": words}
-
-
-# Name -> class of transformers' configuration, and sizes: ViT-L/16, ViT-H/14, ViT-g/14 (DINOv2), Llama 3.2 1B (its head
-# not tied), Llama 2 7B, Llama 3 70B.
-MODELS = {
-    "vit_large": _vit(1024, 24, 16, 16),
-    "vit_huge": _vit(1280, 32, 16, 14),
-    "vit_giant": _vit(1536, 40, 24, 14),
-    "decoder_1b": _llama(2048, 8192, 16, 32, 8, 128256),
-    "decoder_7b": _llama(4096, 11008, 32, 32, 32, 32000),
-    "decoder_70b": _llama(8192, 28672, 80, 64, 8, 128256),
-}
 KINDS = {
     "parameters": ("Sharded Param", "Unsharded Param", "Buffer"),
     "gradients": ("Sharded Grad", "Unsharded Grad"),
@@ -57,22 +36,6 @@ KINDS = {
     "communication": ("All Gather", "Reduce Scatter"),
     "activations": ("Activation", "Temp", "Inputs"),
 }
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is planned. `length`: tokens of a decoder's sample; `memory_gib`: of one GPU; `replicas`: of hybrid sharding."""
-
-    model: str
-    ranks: int
-    gpus_per_node: int = 8
-    micro_batch: int = 1
-    length: int = 512
-    level: Literal["update", "gradient"] = "update"
-    where: Literal["before", "after"] = "before"
-    bf16: bool = True
-    replicas: int = 1
-    memory_gib: float = 80.0
 
 
 @dataclass
@@ -154,25 +117,15 @@ def table(found: Found) -> str:
 def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
     """The same on the ranks that are there, on tensors made inside `memory()`."""
     mode, found = memory(), Found(request)
-    with mode:
-        model = _model(request.model)
-        batch = _batch(model, request)
-    head = _head(model)
+    what, device = planned(request), torch.device("cpu")  # a fake of one: sizes are the same
     with torch.no_grad(), mode:
-        for p in model.parameters():
+        Materialiser(device)(what.model)
+        for p in what.model.parameters():
             p.fill_(0.01)
-    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise ConfigError(f"{request.model}: no list of blocks to shard one by one")
-    blocks = max(lists, key=len)
-    device = torch.device("cpu")  # a fake of one: sizes are the same
-    how = wrap.Plan("fsdp2", device, blocks, bf16=request.bf16, replicas=request.replicas)
-    prepared = wrap.prepare(model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-4))
+        batch, head, loss_of = what.make_batch(), what.head, what.loss
+    how = wrap.Plan("fsdp2", device, what.blocks, bf16=request.bf16, replicas=request.replicas)
+    prepared = wrap.prepare(what.model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-4))
     found.weights = sum(prod(shape) for shape in find_engine(prepared.model).full_shapes().values())
-
-    def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        loss: Tensor = model(**batch).loss
-        return loss
 
     def steps(number: int) -> None:
         for _ in range(number):
@@ -210,51 +163,6 @@ def _as_on_a_gpu() -> Iterator[None]:
         yield
     finally:
         bits.STEP["cpu"] = step
-
-
-def _model(name: str) -> nn.Module:
-    """A model of `MODELS`, or of the folder of a transformers configuration, with values that do not matter."""
-    import transformers
-    from transformers.initialization import no_init_weights
-    from transformers.models.auto import modeling_auto
-
-    if name in MODELS:
-        kind, sizes = MODELS[name]
-        config = getattr(transformers, kind)(**sizes)
-    elif (Path(name) / "config.json").is_file():
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
-    else:
-        raise ConfigError(f"unknown model {name!r}{did_you_mean(name, MODELS)}: there are {', '.join(MODELS)}, or a folder "
-                          "with a transformers config.json")  # fmt: skip
-    if config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        auto: Any = transformers.AutoModelForCausalLM
-    elif config.model_type in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
-        auto = transformers.AutoModelForImageClassification
-    else:
-        raise ConfigError(f"{name}: neither a causal language model nor an image classifier ({config.model_type})")
-    with no_init_weights():  # some draw until the values suit
-        model: nn.Module = auto.from_config(config)
-    model.tie_weights()  # type: ignore[operator]
-    return model
-
-
-def _head(model: Any) -> str:
-    """The name of the classifier, or of the layer that gives the words' scores."""
-    last = getattr(model, "classifier", None) or model.get_output_embeddings()
-    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
-    if last not in names:
-        raise ConfigError(f"{type(model).__name__}: neither a classifier nor an output embedding, so the head is not known")
-    return names[last]
-
-
-def _batch(model: nn.Module, request: Request) -> dict[str, Tensor]:
-    config: Any = model.config
-    if model.main_input_name == "pixel_values":
-        side = getattr(config, "image_size", 224)
-        pixels = torch.zeros(request.micro_batch, config.num_channels, side, side)
-        return {"pixel_values": pixels, "labels": torch.zeros(request.micro_batch, dtype=torch.int64)}
-    tokens = torch.zeros(request.micro_batch, request.length, dtype=torch.int64)
-    return {"input_ids": tokens, "labels": tokens}
 
 
 def _empty_set(scores: Scores) -> FundamentalSet:

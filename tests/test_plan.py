@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,8 @@ from transformers import LlamaConfig, ResNetConfig, T5Config, ViTConfig
 from dcft_dist import cli, plan
 from dcft_dist.bits import num_bytes
 from dcft_dist.errors import ConfigError, EngineError
-from dcft_dist.plan import Found, Request
+from dcft_dist.plan import Found
+from dcft_dist.planned import Request, request_of
 
 from .ranks import run_ranks
 
@@ -89,11 +92,55 @@ def test_a_model_of_convolutions(folders: dict[str, str]) -> None:
     assert found.weights > found.eligible > 0 and found.dcft_peak > 0
 
 
+def true_size(recipe: str, folder: Path) -> list[str]:
+    """Words for a recipe whose model is built from a configuration beside its weights."""
+    import transformers
+
+    sizes: dict[str, dict[str, Any]] = {
+        "pathology_vit_giant Dinov2Config": {"hidden_size": 1536, "num_attention_heads": 24, "use_swiglu_ffn": True},
+        "encoder_sam SamConfig": {},
+        "reports_bert BertConfig": {},
+        "instructions_7b LlamaConfig": {"num_key_value_heads": 32},
+    }
+    sizes["pathology_vit_giant Dinov2Config"] |= {"num_hidden_layers": 40, "patch_size": 14, "image_size": 518}
+    for key, value in sizes.items():
+        name, kind = key.split()
+        if name == recipe:
+            getattr(transformers, kind)(**value).save_pretrained(folder)
+            return ["--model.weights", str(folder)]
+    return []
+
+
+RECIPES = {
+    "pathology_vit_giant": 1.13,
+    "encoder_sam": 0.09,
+    "reports_bert": 0.109,
+    "swin_unetr": 0.06,
+    "instructions_7b": 6.74,
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_at_true_size(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From nothing but the configurations: sizes of a micro-batch, precision and level are theirs."""
+    words = [*true_size(recipe, tmp_path), "--train.micro_batch", "2", "--ranks", "64", "--json"]
+    assert cli.main(["plan", "--model", f"configs/{recipe}.toml", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == pytest.approx(RECIPES[recipe] * 1e9, rel=0.1)
+    assert found["request"]["micro_batch"] == 2 and found["request"]["level"] == "update"
+    assert found["bits"] == pytest.approx(num_bytes(found["eligible"]) / 64, rel=0.02)
+    assert found["fits"] and found["dcft_peak"] > found["bits"] > 0
+
+
 def test_refusals(folders: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"unknown model 'vit_larg' .did you mean 'vit_large'"):
         plan.plan(Request("vit_larg", 2))
     with pytest.raises(ConfigError, match="neither a causal language model nor an image classifier"):
         plan.plan(Request(folders["t5"], 2))
+    with pytest.raises(ConfigError, match=r"only a model that is built \(model.build\) can be planned, not minilm"):
+        plan.plan(request_of("icd.toml", [], ranks=2))
+    with pytest.raises(ConfigError, match=r"unknown words --model\.weights x"):
+        request_of("vit_large", ["--model.weights", "x"], ranks=2)
     with pytest.raises(ConfigError, match="ranks must be at least 1, not 0"):
         plan.plan(Request(folders["vit"], 0))
     with pytest.raises(EngineError, match="3 replicas do not divide 4 ranks"):

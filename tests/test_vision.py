@@ -17,6 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dcft_dist import cli
+
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
 
@@ -56,6 +58,14 @@ def adapted(folder: Path, recipe: str, words: list[str]) -> tuple[dict[str, Any]
     summary = json.loads((folder / "toy/summary.json").read_text())
     assert summary["ranks"] == 2 and summary["num_selected"] == round(0.1 * summary["num_eligible"]) > 0
     return summary, list(csv.DictReader(said.splitlines())), images
+
+
+@pytest.mark.parametrize(("recipe", "weights"), [("retina_vit_large", 303e6), ("biomed_clip", 86e6)])
+def test_recipes_at_true_size(recipe: str, weights: float, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--train.micro_batch", "4", "--ranks", "8", "--json"]
+    assert cli.main(["plan", "--model", f"configs/{recipe}.toml", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == pytest.approx(weights, rel=0.01) and found["fits"] and found["bits"] > 0
 
 
 def test_a_masked_autoencoder_of_timm_grades(tmp_path: Path) -> None:

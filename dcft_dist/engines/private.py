@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -300,6 +301,18 @@ def fsdp1_reshard(handle: Any) -> None:
 
 
 # -- transformers ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_initialising() -> Iterator[None]:
+    """A block in which transformers' models keep what memory they get: some draw until the values suit."""
+    if find_spec("transformers") is None:
+        yield
+        return
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
 
 
 def trainer_inputs(trainer: Any, batch: Any) -> Any:

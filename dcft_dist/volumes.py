@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .dicom import problem_of_series
 from .errors import ConfigError, DataError, listing
 from .schema import Config
 from .splits import Split
@@ -119,11 +120,16 @@ class VolumeProcessor:
 
     def _problem(self, pair: Pair) -> str | None:
         try:
+            for place in map(Path, pair):
+                if place.is_dir() and (text := problem_of_series(place)):
+                    return text
             if text := different_grids(*map(Path, pair)):
                 return text
             image, mask = self.whole(pair)
         except DataError as error:
             return str(error)
+        if image.shape[1:] != mask.shape[1:]:
+            return f"{pair[0]} is {list(image.shape[1:])} once it is turned, and {pair[1]} {list(mask.shape[1:])}"
         if not bool(torch.isfinite(image).all()):
             return f"{pair[0]}: some of its voxels are no numbers (NaN or infinite)"
         if not 0 <= int(mask.min()) <= int(mask.max()) < self._classes:

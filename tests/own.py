@@ -107,3 +107,36 @@ def slabs(folder: Path, number: int = 6, side: int = 40) -> Path:
         rows.append(f"image{i}.nii.gz,mask{i}.nii.gz,{split},slab{i}")
     (folder / "slabs.csv").write_text("\n".join(["image,mask,split,patient", *rows]) + "\n")
     return folder / "slabs.csv"
+
+
+def dicom_series(folder: Path, volume: Path) -> Path:
+    """A NIfTI volume (axes along those of the body) as a folder of DICOM slices, one for each step along its last axis."""
+    import nibabel
+    import numpy as np
+    import pydicom
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+    folder.mkdir(parents=True)
+    image = nibabel.load(volume)
+    values, affine, series = image.get_fdata(), np.diag([-1.0, -1.0, 1.0, 1.0]) @ image.affine, generate_uid()
+    for k in range(values.shape[2]):
+        meta = FileMetaDataset()
+        meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = ExplicitVRLittleEndian, pydicom.uid.MRImageStorage
+        meta.MediaStorageSOPInstanceUID = generate_uid()
+        slice_ = pydicom.Dataset()
+        slice_.file_meta = meta
+        slice_.SOPClassUID, slice_.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        slice_.SeriesInstanceUID, slice_.InstanceNumber, slice_.Modality = series, k + 1, "MR"
+        slice_.ImagePositionPatient = (affine @ [0, 0, k, 1])[:3].tolist()
+        slice_.ImageOrientationPatient = [*np.sign(affine[:3, 0]).tolist(), *np.sign(affine[:3, 1]).tolist()]
+        slice_.PixelSpacing = [abs(affine[1, 1]), abs(affine[0, 0])]
+        slice_.SliceThickness = abs(affine[2, 2])
+        pixels = np.rint(values[:, :, k].T).astype(np.uint16)  # rows run along the second axis
+        slice_.Rows, slice_.Columns = pixels.shape
+        slice_.SamplesPerPixel, slice_.PhotometricInterpretation, slice_.PixelRepresentation = 1, "MONOCHROME2", 0
+        slice_.BitsAllocated = slice_.BitsStored = 16
+        slice_.HighBit = 15
+        slice_.PixelData = pixels.tobytes()
+        slice_.save_as(folder / f"slice{k:03}.dcm", enforce_file_format=True)
+    return folder

@@ -35,7 +35,7 @@ LAYERS = [
     ["__init__"],
     ["recipe"],
     ["hf", "lightning"],
-    ["splits", "imports", "stored", "objective"],
+    ["splits", "imports", "stored", "objective", "dicom"],
     ["loading", "language", "objectives", "segmentation"],
     ["kinds"],
     ["mri", "data", "rows"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ from dcft_dist.own_data import own_task
 from dcft_dist.segmentation import Segmentation
 from dcft_dist.volumes import VolumeProcessor
 
-from .own import slabs
+from .own import dicom_series, slabs
 from .ranks import run_ranks
 
 CLASSES = '["none", "grey", "white"]'
@@ -161,6 +162,48 @@ def broken(folder: Path, kind: str) -> list[str]:
 )
 def test_mistakes_are_named(kind: str, message: str, tmp_path: Path) -> None:
     config = load_config("mri.toml", [*KEYS, *broken(tmp_path, kind), "--model.build", "json.loads"])
+    with pytest.raises(DataError, match=message):
+        VolumeProcessor(config).check([own_task(config).train], 0, 1)
+
+
+def series_and_mask(folder: Path) -> tuple[Path, list[str]]:
+    """Slabs of which one image is a series of DICOM files."""
+    table = slabs(folder)
+    series = dicom_series(folder / "series2", folder / "image2.nii.gz")
+    table.write_text(table.read_text().replace("image2.nii.gz", series.name))
+    return series, [*KEYS, "--data.path", str(table), "--model.build", "json.loads"]
+
+
+def test_a_series_of_dicom_files_is_the_volume_it_came_from(tmp_path: Path) -> None:
+    series, words = series_and_mask(tmp_path)
+    processor = VolumeProcessor(load_config("mri.toml", words))
+    processor.check([own_task(load_config("mri.toml", words)).train], 0, 1)
+    mask = tmp_path / "mask2.nii.gz"
+    (image, one), (whole, other) = processor.whole((series, mask)), processor.whole((tmp_path / "image2.nii.gz", mask))
+    assert torch.equal(one, other) and image.shape == whole.shape
+    torch.testing.assert_close(image, whole, atol=0.02, rtol=0)  # DICOM has whole numbers
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("gap", r"series2: 1 missing between slice002.dcm and slice004.dcm, which lie 2 mm apart, the others 1 mm"),
+        ("twice", r"series2: slice003.dcm and .*copy.dcm lie at the same place|copy.dcm and slice003.dcm lie at the same"),
+        ("two", r"series2: the slices of 2 series; a folder for each is needed"),
+        ("end", r"series2 is \[40, 40, 7\] once it is turned, and .*mask2.nii.gz \[40, 40, 8\]"),
+    ],
+)
+def test_series_with_mistakes_are_named(kind: str, message: str, tmp_path: Path) -> None:
+    series, words = series_and_mask(tmp_path)
+    if kind == "gap":
+        (series / "slice003.dcm").unlink()
+    elif kind == "twice":
+        shutil.copy(series / "slice003.dcm", series / "copy.dcm")
+    elif kind == "two":
+        (dicom_series(tmp_path / "other", tmp_path / "image1.nii.gz") / "slice000.dcm").rename(series / "other.dcm")
+    else:
+        (series / "slice007.dcm").unlink()
+    config = load_config("mri.toml", words)
     with pytest.raises(DataError, match=message):
         VolumeProcessor(config).check([own_task(config).train], 0, 1)
 

@@ -17,6 +17,7 @@ from .own_model import own_model
 from .packages import dinov2_file, minilm_folder
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
 from .schema import Config
+from .stored import absent
 from .volumes import VolumeProcessor
 
 
@@ -82,7 +83,7 @@ def check_model(config: Config) -> None:
     if config.model.name == "own":
         find_object(str(config.model.build), config.import_roots, "model.build")
         if config.model.weights and not Path(config.model.weights).exists():
-            raise ConfigError(f"model.weights: {config.model.weights} is not there")
+            raise ConfigError(f"model.weights: {absent(config.model.weights)}")
     else:
         {"minilm": minilm_folder, "dinov2_small": dinov2_file}[config.model.name]()
 

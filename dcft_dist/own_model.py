@@ -22,7 +22,7 @@ from .imports import find_object
 from .loading import Allowed, Loading, Translate
 from .meta import without_memory
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
-from .stored import Stored
+from .stored import Stored, absent
 
 _HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvision
 _WIDTHS = ("hidden_size", "num_features", "embed_dim", "hidden_dim")
@@ -117,6 +117,8 @@ def _from_config(make: Any, settings: schema.Model, args: dict[str, Any]) -> Any
     """A model class of transformers, from the configuration beside its weights."""
     from transformers import AutoConfig
 
+    if settings.weights and not Path(settings.weights).exists():
+        raise ConfigError(f"model.weights: {absent(settings.weights)}")
     if not settings.weights or not (Path(settings.weights) / "config.json").is_file():
         raise ConfigError(f"model.weights: {settings.weights} is no folder with a config.json, which {settings.build} needs")
     place = str(settings.weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -72,14 +73,22 @@ class TensorSlice:
         return self._tensor[key]
 
 
+def absent(place: str) -> str:
+    """What to say of weights that are not there; with advice where it may be the name of a model in the hub."""
+    text = f"{place} is not there: give the file or folder of weights that you have downloaded"
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", place) or Path(place).parent.exists():
+        return text
+    return (
+        f"{text}; where there is internet: hf download {place} --local-dir weights/{Path(place).name} (a gated model asks "
+        "for your login, once its terms are accepted on its page)"
+    )
+
+
 def _files(place: Path) -> list[Path]:
     if place.is_file():
         return [place]
     if not place.is_dir():
-        raise CheckpointError(
-            f"{place} is not there: give the file or folder of weights that you have downloaded "
-            "(models that ask for your consent must be downloaded with your account first)"
-        )
+        raise CheckpointError(absent(str(place)))
     for name in _INDEXED:
         if (place / name).is_file():
             files = [place / part for part in sorted(set(read_json(place / name)["weight_map"].values()))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
 from pathlib import Path
 
 import torch
@@ -13,6 +12,8 @@ from PIL import Image
 from dcft_dist.config import load_config
 from dcft_dist.packages import minilm_folder, nilearn_file
 from dcft_dist.tasks import load_task
+
+from .debian import apt_install
 
 
 def minilm_copy(folder: Path, layers: int) -> Path:
@@ -41,8 +42,7 @@ def drug_table(file: Path, rows: int, split: str = "train") -> Path:
 def install_atlas() -> None:
     """The atlas of the MRI task is a Debian package."""
     if not Path("/usr/share/mricron/templates/aal.nii.gz").exists():
-        subprocess.run(["apt-get", "update", "-q"], check=True, capture_output=True)
-        subprocess.run(["apt-get", "install", "-y", "-q", "mricron-data"], check=True, capture_output=True)
+        assert (problem := apt_install("mricron-data")) == "", problem
 
 
 def mri_folder(folder: Path, per_class: int) -> Path:

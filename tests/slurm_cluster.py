@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .debian import apt_install
+
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "iproute2")
 NODES, CPUS, GPUS = 4, 4, 2
 
@@ -88,20 +90,7 @@ def install() -> str:
         return ""
     if shutil.which("apt-get") is None:
         return f"not installed: {', '.join(PACKAGES)}"
-    policy = Path("/usr/sbin/policy-rc.d")
-    mine = not policy.exists()
-    if mine:  # no daemon is to start by itself
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    try:
-        options = ["-o", "DPkg::Lock::Timeout=120", "-y", "-qq", "--no-install-recommends"]
-        quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-        for command in (["update", "-qq"], [*options, "install", *PACKAGES]):
-            done = subprocess.run(["apt-get", *command], capture_output=True, text=True, env=quiet)
-        return "" if done.returncode == 0 else f"apt-get install failed: {done.stderr[-500:]}"
-    finally:
-        if mine:
-            policy.unlink()
+    return apt_install(*PACKAGES)
 
 
 class Cluster:

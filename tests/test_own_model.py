@@ -178,7 +178,21 @@ def test_damaged_files_and_code_in_files(tmp_path: Path) -> None:
     file = saved(tmp_path, make_net())
     file.write_bytes(file.read_bytes()[:-40])
     assert "cannot be read" in refused(file)
-    assert "is not there" in refused(tmp_path / "nothing")
+    assert refused(tmp_path / "nothing").endswith(
+        "nothing is not there: give the file or folder of weights that you have downloaded"
+    )
+    gated = refused(Path("google/medgemma-4b-it"))
+    assert "hf download google/medgemma-4b-it --local-dir weights/medgemma-4b-it (a gated model asks for your login" in gated
+    words = [
+        "--model.build",
+        "transformers.AutoModel",
+        "--model.weights",
+        "google/medgemma-4b-it",
+        "--model.features",
+        "cls",
+    ]
+    with pytest.raises(ConfigError, match="hf download google/medgemma-4b-it"):
+        build_model(load_config("mri.toml", words), 2)
     (tmp_path / "empty").mkdir()
     assert "holds no weights" in refused(tmp_path / "empty")
     torch.save([1, 2], tmp_path / "list.pth")

@@ -24,7 +24,7 @@ from ..names import clean
 log = logging.getLogger(__name__)
 
 # Package -> (first, last) version series on which the attributes below were seen to work.
-TESTED = {"torch": ("2.11", "2.13"), "deepspeed": ("0.19", "0.19"), "transformers": ("5.23", "5.23")}
+TESTED = {"torch": ("2.11", "2.14"), "deepspeed": ("0.19", "0.19"), "transformers": ("5.23", "5.23")}
 
 # Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
 USES: dict[str, tuple[str, ...]] = {

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from . import collectives
 from .engines import Engine, Shard, find_engine
-from .errors import CheckpointError, PassingError
+from .errors import CheckpointError, PassingError, line_of
 from .files import read_json, sha256_of, write_json
 from .names import clean
 from .weights import whole_weight
@@ -236,12 +236,8 @@ def _guarded(what: str, folder: Path) -> Iterator[None]:
         with collectives.explained(f"checkpoint: {what}"):
             yield
     except dcp.api.CheckpointException as error:
-        causes = "; ".join(f"rank {r}: {_last_line(e[0])}" for r, e in sorted(error.failures.items()))
+        causes = "; ".join(f"rank {r}: {type(e[0]).__name__}: {line_of(e[0])}" for r, e in sorted(error.failures.items()))
         kind = PassingError if what == "write" else CheckpointError
         raise kind(f"{folder}: cannot {what} the checkpoint: {causes}") from error
     finally:
         logger.setLevel(level)
-
-
-def _last_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

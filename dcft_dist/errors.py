@@ -72,6 +72,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def line_of(error: BaseException, which: int = 0) -> str:
+    """The first line of a message (`which`: another), or the kind of error that has none."""
+    lines: list[str] = str(error).strip().splitlines()
+    return lines[which] if lines else type(error).__name__
+
+
 def listing(names: Iterable[str], limit: int = 8) -> str:
     """Names for an error message, the tail of a long list counted instead of printed."""
     items = list(names)

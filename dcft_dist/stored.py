@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, listing
+from .errors import CheckpointError, line_of, listing
 from .files import read_json
 
 _INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -112,7 +112,7 @@ def _pickled(file: Path) -> dict[str, Any]:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)  # written by torch before 1.6: cannot be mapped
         except Exception:
-            raise CheckpointError(f"{file} cannot be read without running code in it: {_first_line(error)}") from error
+            raise CheckpointError(f"{file} cannot be read without running code in it: {line_of(error)}") from error
     if not isinstance(found, Mapping):
         raise CheckpointError(f"{file} holds a {type(found).__name__}, not named tensors")
     for key in _INSIDE:
@@ -122,7 +122,3 @@ def _pickled(file: Path) -> dict[str, Any]:
     if not tensors:
         raise CheckpointError(f"{file} holds no named tensors, but {listing(map(str, found))}")
     return tensors
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

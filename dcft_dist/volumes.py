@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .dicom import problem_of_series
-from .errors import ConfigError, DataError, listing
+from .errors import ConfigError, DataError, line_of, listing
 from .schema import Config
 from .splits import Split
 
@@ -92,7 +92,7 @@ class VolumeProcessor:
             try:
                 found = self._read({"image": str(pair[0]), "mask": str(pair[1])})
             except Exception as error:  # each reader has its own
-                raise DataError(f"{pair[0]} with {pair[1]}: cannot be read: {_last_line(error)}") from error
+                raise DataError(f"{pair[0]} with {pair[1]}: cannot be read: {line_of(error, -1)}") from error
             if not self._cache:
                 return found["image"].float(), found["mask"]
             self._kept[pair] = found["image"].float(), found["mask"].to(torch.uint8)
@@ -149,7 +149,7 @@ def different_grids(image: Path, mask: Path) -> str | None:
     try:
         first, second = (_header_of(nibabel.load(file)) for file in (image, mask))
     except Exception as error:
-        raise DataError(f"{image} with {mask}: cannot be read: {_last_line(error)}") from error
+        raise DataError(f"{image} with {mask}: cannot be read: {line_of(error, -1)}") from error
     if first[0] != second[0]:
         return f"{image} is {first[0]} and {mask} {second[0]}"
     if not np.allclose(first[1], second[1], atol=1e-3):
@@ -160,7 +160,3 @@ def different_grids(image: Path, mask: Path) -> str | None:
 
 def _header_of(image: Any) -> tuple[list[int], Any]:
     return list(image.shape[:3]), image.affine
-
-
-def _last_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -95,17 +95,17 @@ class StudyFolder:
         missing = [values for values in grid if len(scores[values]) < len(self.study.tune_seeds)]
         if missing:
             raise DataError(f"{setting}, {arm}: tuning is not finished for {listing(map(str, missing))}")
-        return max(grid, key=lambda values: sum(scores[values]))  # the first of equals
+        return max(grid, key=lambda values: sum(scores[values].values()))  # the first of equals
 
-    def tuning_scores(self, setting: str, arm: str) -> dict[Values, list[float]]:
-        """Best validation accuracy after epoch 0 of the tuning cells that are done; a run that diverged counts as 0."""
-        found: dict[Values, list[float]] = {}
+    def tuning_scores(self, setting: str, arm: str) -> dict[Values, dict[int, float]]:
+        """By seed, the best validation accuracy after epoch 0 of the tuning cells that are done; 0 for one that diverged."""
+        found: dict[Values, dict[int, float]] = {}
         for values in self.study.grid(arm):
             cells = [Cell(setting, arm, values, seed, True) for seed in self.study.tune_seeds]
-            results = [self.get(cell) for cell in cells if self.has(cell)]
-            found[values] = [
-                max((row["validation/accuracy"] for row in r.get("epochs", [])[1:]), default=0.0) for r in results
-            ]
+            rows = {cell.seed: self.get(cell).get("epochs", [])[1:] for cell in cells if self.has(cell)}
+            found[values] = {
+                seed: max((r["validation/accuracy"] for r in epochs), default=0.0) for seed, epochs in rows.items()
+            }
         return found
 
     def final(self, setting: str, arm: str, values: Values, seed: int) -> Result | None:

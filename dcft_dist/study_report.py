@@ -138,7 +138,7 @@ def tuning_picture(study: Study, store: StudyFolder, setting: str) -> Figure | N
         for values, scores in store.tuning_scores(setting, arm).items():
             others = ", ".join(f"{k.rpartition('.')[2]} {shown(v)}" for k, v in values if k != key) or "all seeds"
             if scores and key in dict(values):
-                lines.setdefault(others, []).append((dict(values)[key], 100 * float(np.mean(scores))))
+                lines.setdefault(others, []).append((dict(values)[key], 100 * float(np.mean([*scores.values()]))))
         for label, points in lines.items():
             place.plot(*zip(*sorted(points), strict=True), "o-", label=label)
         place.set_xscale("log")

@@ -163,28 +163,35 @@ def tuning_rows(study: Study, folder: StudyFolder, setting: str) -> list[dict[st
             others = ", ".join(f"{k.rpartition('.')[2]} {shown(v)}" for k, v in values if k != key)
             column = f"lr {dict(values)[key]:g}" if key in dict(values) else "one lr"
             partly = f" ({len(scores)} of {len(study.tune_seeds)})" if len(scores) < len(study.tune_seeds) else ""
-            rows.setdefault((arm, others), {})[column] = f"{100 * np.mean(scores):.1f}{partly}" if scores else "-"
+            rows.setdefault((arm, others), {})[column] = (
+                f"{100 * np.mean([*scores.values()]):.1f}{partly}" if scores else "-"
+            )
             columns[column] = None
     return [{"arm": arm, "values": others, **{c: row.get(c, "") for c in columns}} for (arm, others), row in rows.items()]
 
 
 def development_rows(study: Study, folder: StudyFolder, setting: str) -> list[dict[str, str]]:
-    """Each arm at its best values: validation accuracy, and what it has over the first arm, paired by seed."""
+    """Each arm at its best values: validation accuracy, and what it has over the first arm, paired by seed.
+
+    An arm's values are chosen, and its mean is made, over the seeds that all of them have.
+    """
     rows: list[dict[str, str]] = []
-    first = None
+    first: dict[int, float] = {}
     for arm in study.arms:
         scores = folder.tuning_scores(setting, arm)
-        whole = [values for values, found in scores.items() if len(found) == len(study.tune_seeds)]
-        values = max(whole, key=lambda v: sum(scores[v]), default=())
-        found = np.array(scores[values]) if whole else None
-        over = found - first if found is not None and first is not None else None
-        first = found if first is None else first
+        seeds = sorted(set.intersection(*(set(found) for found in scores.values())))
+        sums = {values: sum(found[seed] for seed in seeds) for values, found in scores.items()}
+        values = max(sums, key=sums.__getitem__) if seeds else ()
+        found = {seed: scores[values][seed] for seed in seeds}
+        over = np.array([found[seed] - first[seed] for seed in seeds if seed in first])
+        first = first or found
         rows.append(
             {
                 "arm": arm,
                 "best values": ", ".join(f"{k.rpartition('.')[2]} {shown(v)}" for k, v in values),
-                "validation accuracy": "" if found is None else f"{100 * found.mean():.1f}",
-                f"over {next(iter(study.arms))} (standard error)": "" if over is None else _with_error(over),
+                "seeds": str(len(seeds)),
+                "validation accuracy": f"{100 * np.mean([*found.values()]):.1f}" if found else "",
+                f"over {next(iter(study.arms))} (standard error)": _with_error(over) if len(over) else "",
             }
         )
     return rows

@@ -186,7 +186,10 @@ def test_a_study_of_development_seeds_alone(tmp_path: Path) -> None:
         put(folder, cell, found[cell.values[0][1]][cell.seed - 10])
     shown = table(tmp_path, "md")
     assert "small: development, validation data only" in shown and "test accuracy" not in shown
-    assert "| full | lr 0.0001 | 55.0 |  |" in shown and "| dcft | factor 0 | 59.0 | +4.00 (2.00) |" in shown
+    assert "| full | lr 0.0001 | 2 | 55.0 |  |" in shown and "| dcft | factor 0 | 2 | 59.0 | +4.00 (2.00) |" in shown
+    last = next(cell for cell in tuning_cells(study) if cell.arm == "dcft" and cell.seed == 11)
+    folder.file(last).unlink()  # not all have been run: the seeds that all values have count
+    assert "| dcft | factor 0 | 1 | 52.0 | +2.00 (nan) |" in table(tmp_path, "md")
     with pytest.raises(ConfigError, match="neither tune_seeds nor seeds"):
         load_study(write(tmp_path / "s.toml", text.replace("[10, 11]", "[]").replace("[1e-4, 2e-4]", "1e-4")))
 

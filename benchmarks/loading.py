@@ -25,7 +25,7 @@ from side_by_side import on_ranks, parser, show
 from dcft_dist.engines.wrap import Plan, prepare
 from dcft_dist.loading import Allowed, Loading
 from dcft_dist.meta import without_memory
-from dcft_dist.plan import MODELS
+from dcft_dist.planned import MODELS
 from dcft_dist.pretrained import find_blocks
 
 CPU = torch.device("cpu")

@@ -57,7 +57,9 @@ def build(what: Planned) -> wrap.Prepared:
     return wrap.prepare(what.model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-6))
 
 
-def scoring(model: Any, plain_pass: Any, score: Any, rounds: int) -> tuple[list[dict[str, Any]], FundamentalSet]:
+def scoring(
+    model: Any, optimizer: torch.optim.Optimizer, plain_pass: Any, score: Any, rounds: int
+) -> tuple[list[dict[str, Any]], FundamentalSet]:
     """What a score batch takes beside a plain one, and what the selection takes; the set."""
     model.eval()
     score()
@@ -69,7 +71,8 @@ def scoring(model: Any, plain_pass: Any, score: Any, rounds: int) -> tuple[list[
     select = partial(select_fundamental, scores)
     chosen = select()
     model.train()
-    peak = before + more - 4 * chosen.num_eligible  # the scores of the time before are there as well
+    states = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.is_cuda)
+    peak = before + more - 4 * chosen.num_eligible - states  # scores of the time before, and what is not there yet in a run
     scored = {"ms": 1e3 * seconds, "added %": 100 * (seconds / plain - 1), "peak GiB": peak / 2**30}
     rows = [{"step": "forward and backward", "ms": 1e3 * plain}, {"step": "score batch", **scored}]
     return [*rows, {"step": "selection", "ms": 1e3 * once(select)}], chosen
@@ -108,7 +111,7 @@ def main() -> None:
     for _ in range(3):
         step()
     prepared.zero_grad()
-    about_scoring, chosen = scoring(model, plain_pass, score, given.rounds)
+    about_scoring, chosen = scoring(model, prepared.optimizer, plain_pass, score, given.rounds)
     prepared.zero_grad()
 
     times: dict[str, list[float]] = {name: [] for name in ARMS}

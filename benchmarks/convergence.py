@@ -44,7 +44,7 @@ def main() -> None:
     print(f"| arm | epoch | seeds | validation loss | minus {last} | accuracy |\n|---|---|---|---|---|---|")
     for arm, found in results.items():
         both = sorted(found.keys() & results[last].keys())
-        for epoch in range(min(len(r["epochs"]) for r in found.values())):
+        for epoch in range(min(len(r["epochs"]) for r in (*found.values(), *results[last].values()))):
             loss, right = ([r["epochs"][epoch][f"validation/{m}"] for r in found.values()] for m in ("loss", "accuracy"))
             over = [r[s]["epochs"][epoch]["validation/loss"] for r in (found, results[last]) for s in both]
             differences = [a - b for a, b in zip(over[: len(both)], over[len(both) :], strict=True)]

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .errors import ConfigError
+from .errors import ConfigError, line_of
 
 TOLERANCE = 0.05  # of the distance between slices: what scanners round
 
@@ -22,30 +23,37 @@ def problem_of_series(folder: Path) -> str | None:
         ConfigError: the package pydicom is not installed.
     """
     files = sorted(file for file in folder.iterdir() if file.is_file() and _is_dicom(file))
-    slices = [(file, header) for file, header in ((file, _header(file)) for file in files) if header is not None]
-    if len(slices) < 2:
-        return f"{folder}: only {len(slices)} of {len(files)} DICOM files have a place in space" if files else None
-    series = {str(header.SeriesInstanceUID) for _, header in slices}
+    if len(files) < 2:
+        return None  # no series: a file may hold a whole volume
+    try:
+        slices = [(file, _header(file)) for file in files]
+        series = {str(header.SeriesInstanceUID) for _, header in slices}
+        turned = [np.asarray(header.ImageOrientationPatient, dtype=float) for _, header in slices]
+        places = [np.asarray(header.ImagePositionPatient, dtype=float) for _, header in slices]
+    except (AttributeError, TypeError, ValueError) as error:
+        return f"{folder}: a slice does not say what series it is of, or where it lies: {line_of(error)}"
     if len(series) > 1:
         return f"{folder}: the slices of {len(series)} series; a folder for each is needed"
-    turned = [np.asarray(header.ImageOrientationPatient, dtype=float) for _, header in slices]
     if not all(np.allclose(turned[0], other, atol=1e-3) for other in turned):
         return f"{folder}: its slices are not parallel"
-    normal = np.cross(turned[0][:3], turned[0][3:])
-    places = np.asarray([float(normal @ np.asarray(h.ImagePositionPatient, dtype=float)) for _, h in slices])
+    return _problem_of_places(
+        [file.name for file in files], np.stack(places) @ np.cross(turned[0][:3], turned[0][3:]), folder
+    )
+
+
+def _problem_of_places(names: list[str], places: NDArray[np.float64], folder: Path) -> str | None:
+    """`places`: of the slices along their normal, in mm."""
     order = np.argsort(places)
     gaps = np.diff(places[order])
     usual = float(np.median(gaps))
     for i, gap in enumerate(gaps):
-        first, second = slices[order[i]][0], slices[order[i + 1]][0]
-        if gap < usual * TOLERANCE:
-            return f"{folder}: {first.name} and {second.name} lie at the same place"
+        first, second = names[order[i]], names[order[i + 1]]
+        if gap <= usual * TOLERANCE:
+            return f"{folder}: {first} and {second} lie at the same place"
         if abs(gap - usual) > usual * TOLERANCE:
-            missing = round(gap / usual) - 1
+            missing = round(gap / usual) - 1 if usual else 0
             what = f"{missing} missing between" if missing > 0 else "uneven spacing between"
-            return (
-                f"{folder}: {what} {first.name} and {second.name}, which lie {gap:.4g} mm apart, the others {usual:.4g} mm"
-            )
+            return f"{folder}: {what} {first} and {second}, which lie {gap:.4g} mm apart, the others {usual:.4g} mm"
     return None
 
 
@@ -59,5 +67,4 @@ def _header(file: Path) -> Any:
         import pydicom
     except ImportError as error:
         raise ConfigError("DICOM files need the package pydicom: pip install 'dcft_dist[monai]'") from error
-    found = pydicom.dcmread(file, stop_before_pixels=True)
-    return found if "ImagePositionPatient" in found and "ImageOrientationPatient" in found else None
+    return pydicom.dcmread(file, stop_before_pixels=True)

@@ -72,6 +72,7 @@ class Loading:
         place: Path,
         *,
         allowed: Allowed,
+        part: str | None = None,
         rename: Mapping[str, str] | None = None,
         translate: Translate | None = None,
         prefix: str = "",
@@ -81,6 +82,8 @@ class Loading:
         Args:
             module: the model before it is wrapped; its weights may be on the meta device.
             place: see `Stored`.
+            part: the module is this part of what the file holds: names that begin so count, without that, and all others are
+                left aside; all count where none begins so.
             rename: prefix of names in the file -> prefix in the model; the longest that fits.
             translate: names after that -> names in the model, for files of a library that has its own (None: it cannot).
             prefix: put before all names then, for a model that is part of another.
@@ -94,7 +97,7 @@ class Loading:
         shapes = {n: tuple(names.parameters[c].shape) for n, c in names.aliases.items()}
         shapes |= {n: tuple(b.shape) for n, b in persistent_buffers(module).items()}
         with Stored(place) as stored:
-            self._source = _names(stored, rename or {}, translate, prefix)
+            self._source = _names(stored, part, rename or {}, translate, prefix)
             self.report = _compare(stored, self._source, shapes, names.aliases, allowed, prefix)
         read = {names.aliases.get(name) for name in self.report.matched}
         tied = [name for name in self.report.fresh if names.aliases.get(name, "") in read]
@@ -148,9 +151,16 @@ def fill_shard(shard: Shard, whole: Tensor) -> None:
     target.copy_(whole.reshape(-1)[index].view(target.shape))
 
 
-def _names(stored: Stored, rename: Mapping[str, str], translate: Translate | None, prefix: str) -> dict[str, str]:
-    """Name in the model -> name in the file."""
-    renamed = {name: _renamed(name, rename) for name in stored}
+def _names(
+    stored: Stored, part: str | None, rename: Mapping[str, str], translate: Translate | None, prefix: str
+) -> dict[str, str]:
+    """Name in the model -> name in the file.
+
+    Raises:
+        CheckpointError: two tensors would go to one place, or the library merges some.
+    """
+    inside = [name for name in stored if part and name.startswith(f"{part}.")]
+    renamed = {name: _renamed(name.removeprefix(f"{part}.") if inside else name, rename) for name in inside or stored}
     known = translate(renamed.values()) if translate else {name: name for name in renamed.values()}
     merged = [name for name, middle in renamed.items() if known[middle] is None]
     if merged:
@@ -158,7 +168,11 @@ def _names(stored: Stored, rename: Mapping[str, str], translate: Translate | Non
             f"{stored.place}: its library merges or splits {listing(merged, 3)} when it reads them: read and save the model "
             "there once with save_pretrained(..., save_original_format=False)"
         )
-    return {f"{prefix}{known[middle]}": name for name, middle in renamed.items()}
+    source = {f"{prefix}{known[middle]}": name for name, middle in renamed.items()}
+    lost = set(renamed) - set(source.values())
+    if lost:
+        raise CheckpointError(f"{stored.place}: {listing(sorted(lost))} would go where another tensor of the file goes")
+    return source
 
 
 def _renamed(name: str, rename: Mapping[str, str]) -> str:

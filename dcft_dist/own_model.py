@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from .imports import find_object
 from .loading import Allowed, Loading, Translate
 from .meta import without_memory
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
-from .stored import Stored, absent
+from .stored import absent
 
 _HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvision
 _WIDTHS = ("hidden_size", "num_features", "embed_dim", "hidden_dim")
@@ -50,7 +49,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, 
         allowed = Allowed(
             head=head,
             new=[prefix + p for p in settings.new],
-            unused=[*settings.unused, *_others(settings)],
+            unused=settings.unused,
             resize=[prefix + p for p in settings.resize],
         )
         place = Path(str(settings.weights))
@@ -58,7 +57,8 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, 
             module,
             place,
             allowed=allowed,
-            rename={**({f"{settings.part}.": ""} if settings.part else {}), **settings.rename},
+            part=settings.part,
+            rename=settings.rename,
             translate=_translate(built),
             prefix=prefix,
             seed=config.seed,
@@ -96,14 +96,6 @@ def _part(built: nn.Module, path: str | None) -> nn.Module:
         raise ConfigError(f"model.part: {path!r} is no part of the model{did_you_mean(path, modules)}")
     found: nn.Module = modules[path]
     return found
-
-
-def _others(settings: schema.Model) -> list[str]:
-    """What the weights have besides the part that is meant."""
-    if not settings.part:
-        return []
-    with Stored(Path(str(settings.weights))) as stored:
-        return [escape(name) for name in stored if not name.startswith(f"{settings.part}.")]
 
 
 def _says_float32(config: Any) -> None:

@@ -345,7 +345,7 @@ class Penalty:
 
     def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure of `optimizer.step(closure)`, which computes the gradients inside the step."""
-        evaluations = 0
+        evaluations, names = 0, self._stepped
 
         def evaluate() -> Any:
             nonlocal evaluations
@@ -356,6 +356,7 @@ class Penalty:
                     "penalty before the reduction is the same each time: use level='gradient', where='before'"
                 )
             loss = closure()
+            self._stepping, self._stepped = optimizer, names  # the closure may have stepped another optimizer
             self._gradients_are_there()
             return loss
 

@@ -95,7 +95,7 @@ def table(found: Found) -> str:
     r = found.request
     lines = [
         f"{r.model}: {found.weights:,} weights, {found.eligible:,} eligible; FSDP2 on {r.ranks} ranks "
-        f"({ceil(r.ranks / r.gpus_per_node)} nodes), {r.replicas} replicas, {'bf16' if r.bf16 else 'fp32'}, AdamW, "
+        f"({ceil(r.ranks / r.gpus_per_node)} nodes), {r.replicas} replicas, {'bf16' if r.bf16 else 'fp32'}, "
         f"micro-batch {r.micro_batch}, penalty on the {r.level}" + (f", {r.where}" if r.level == "gradient" else ""),
         "",
         f"{'GiB on a rank':<28}{'plain step':>12}{'with DCFT':>12}",
@@ -124,7 +124,7 @@ def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
             p.fill_(0.01)
         batch, head, loss_of = what.make_batch(), what.head, what.loss
     how = wrap.Plan("fsdp2", device, what.blocks, bf16=request.bf16, replicas=request.replicas)
-    prepared = wrap.prepare(what.model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-4))
+    prepared = wrap.prepare(what.model, how, what.make_optimizer)
     found.weights = sum(prod(shape) for shape in find_engine(prepared.model).full_shapes().values())
 
     def steps(number: int) -> None:
@@ -135,7 +135,7 @@ def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
 
     with mode:
         with _measured(prepared) as (peak, found.sent_score):
-            scores = score_importance(prepared.model, [batch], loss_of, head=head)
+            scores = score_importance(prepared.model, [batch], loss_of, head=head, eligible=what.eligible)
         found.score_peak = sum(peak.values())
         found.scores = sum(4 * s.values.numel() for s in scores.shards.values())
         found.eligible, chosen = scores.num_eligible, _empty_set(scores)
@@ -144,7 +144,12 @@ def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
         with _measured(prepared) as (found.plain_step, found.sent_plain):
             steps(1)
         penalty = attach_penalty(
-            prepared.model, chosen, optimizer=prepared.optimizer, level=request.level, where=request.where
+            prepared.model,
+            chosen,
+            optimizer=prepared.optimizer,
+            level=request.level,
+            where=request.where,
+            mask_placement=request.mask_placement,
         )
         found.bits = penalty.mask_bytes
         steps(1)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .config import load_config
+from .engines import wrap
 from .engines.private import without_initialising
 from .errors import ConfigError, did_you_mean
 from .kinds import make_objective
 from .meta import without_memory
+from .optim import make_optimizer
 from .own_model import own_model
 from .schema import Config
 
@@ -55,6 +57,7 @@ class Request:
     length: int = 512
     level: Literal["update", "gradient"] = "update"
     where: Literal["before", "after"] = "before"
+    mask_placement: Literal["replicated", "sharded"] = "replicated"
     bf16: bool = True
     replicas: int = 1
     memory_gib: float = 80.0
@@ -70,6 +73,10 @@ class Planned:
     blocks: Sequence[nn.Module]
     make_batch: Callable[[], dict[str, Tensor]]
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    make_optimizer: Callable[[list[wrap.Weight]], torch.optim.Optimizer] = lambda weights: torch.optim.AdamW(
+        [p for _, p, _ in weights], lr=1e-4
+    )
+    eligible: Sequence[str] | None = None
 
 
 def is_configuration(model: str) -> bool:
@@ -85,7 +92,11 @@ def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
         level = config.penalty.level if config.penalty.level != "auto" else "gradient" if sgd else "update"
         known = {"micro_batch": config.train.micro_batch, "length": config.task.max_tokens, "level": level}
         known |= {"where": config.penalty.where, "bf16": config.train.precision == "bf16"}
-        known |= {"replicas": config.sharding.replicas, "words": tuple(words)}
+        known |= {
+            "mask_placement": config.penalty.mask_placement,
+            "replicas": config.sharding.replicas,
+            "words": tuple(words),
+        }
     elif words:
         raise ConfigError(f"unknown words {' '.join(words)}: only a configuration file takes others")
     return Request(**{"model": model, **known, **{key: value for key, value in given.items() if value is not None}})
@@ -110,6 +121,9 @@ def _configured(request: Request) -> Planned:
         raise ConfigError(
             f"{request.model}: only a model that is built (model.build) can be planned, not {config.model.name}"
         )
+    if config.method not in ("dcft", "equal_displacement", "full") or config.sharding.offload:
+        what = "sharding.offload" if config.sharding.offload else f"method {config.method!r}"
+        raise ConfigError(f"{request.model}: {what} cannot be planned")
     labels = config.data.label if isinstance(config.data.label, list) else [config.data.label]
     names = labels if config.task.kind == "multi_label" else config.data.classes or ["no", "yes"]
     objective = make_objective(config, {"names": names, "mean": 0.0, "std": 1.0, "grades": None})
@@ -127,7 +141,9 @@ def _configured(request: Request) -> Planned:
             return functional.cross_entropy(outputs.float(), batch["labels"][:, 0])
         return objective.loss(outputs, batch["labels"])
 
-    return Planned(pretrained.module, pretrained.head, pretrained.blocks, batch, loss)
+    optimizer = partial(make_optimizer, config=config, depths={}, head=())
+    eligible = config.importance.eligible
+    return Planned(pretrained.module, pretrained.head, pretrained.blocks, batch, loss, optimizer, eligible)
 
 
 def _inputs(config: Config, request: Request) -> dict[str, Tensor]:

@@ -76,7 +76,9 @@ class TensorSlice:
 def absent(place: str) -> str:
     """What to say of weights that are not there; with advice where it may be the name of a model in the hub."""
     text = f"{place} is not there: give the file or folder of weights that you have downloaded"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", place) or Path(place).parent.exists():
+    owner, _, name = place.partition("/")
+    local = owner == "weights" or Path(owner).exists() or Path(name).suffix in (".safetensors", ".bin", ".pth", ".pt")
+    if local or not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
         return text
     return (
         f"{text}; where there is internet: hf download {place} --local-dir weights/{Path(place).name} (a gated model asks "

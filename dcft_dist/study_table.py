@@ -179,12 +179,13 @@ def development_rows(study: Study, folder: StudyFolder, setting: str) -> list[di
     first: dict[int, float] = {}
     for arm in study.arms:
         scores = folder.tuning_scores(setting, arm)
-        seeds = sorted(set.intersection(*(set(found) for found in scores.values())))
-        sums = {values: sum(found[seed] for seed in seeds) for values, found in scores.items()}
+        begun = [set(found) for found in scores.values() if found]
+        seeds = sorted(set.intersection(*begun)) if begun else []
+        sums = {values: sum(found[seed] for seed in seeds) for values, found in scores.items() if found}
         values = max(sums, key=sums.__getitem__) if seeds else ()
         found = {seed: scores[values][seed] for seed in seeds}
         over = np.array([found[seed] - first[seed] for seed in seeds if seed in first])
-        first = first or found
+        first = found if not rows else first
         rows.append(
             {
                 "arm": arm,

@@ -199,6 +199,27 @@ def test_damaged_files_and_code_in_files(tmp_path: Path) -> None:
     assert "holds a list, not named tensors" in refused(tmp_path / "list.pth")
 
 
+def test_a_part_of_what_a_file_holds(tmp_path: Path) -> None:
+    """Names outside the part that are the part's own once it is left out are other weights."""
+    net, other = make_net(), make_net(seed=1)
+    both = {**{f"visual.{n}": v for n, v in net.state_dict().items()}, **other.state_dict()}
+    both.pop("visual.decode.weight"), both.pop("decode.weight")
+    torch.save(both, tmp_path / "clip.pth")  # in this order: the others come last
+    loading = Loading(on_meta(OddNet), tmp_path / "clip.pth", allowed=ODD_HEAD, part="visual")
+    assert loading.report.unused == ["visual.head.weight", "visual.head.bias"]
+    assert run_ranks(1, part_here, str(tmp_path / "clip.pth")) == [float(net.mix.weight.detach().double().sum())]
+    with pytest.raises(CheckpointError, match="would go where another tensor of the file goes"):
+        Loading(on_meta(OddNet), tmp_path / "clip.pth", allowed=ODD_HEAD, rename={"visual.": ""})
+    alone = saved(tmp_path / "alone", net)  # as an export of the part has it
+    assert "mix.weight" in Loading(on_meta(OddNet), alone, allowed=ODD_HEAD, part="visual").report.matched
+
+
+def part_here(file: str) -> float:
+    net = on_meta(OddNet)
+    Loading(net, Path(file), allowed=ODD_HEAD, part="visual").into_whole(net, CPU)
+    return float(net.mix.weight.detach().double().sum())
+
+
 def test_what_differs_is_named(tmp_path: Path) -> None:
     net = make_net()
     file = saved(tmp_path, net, extra=torch.zeros(2))

@@ -297,6 +297,30 @@ def test_a_closure_computes_the_gradients_inside_the_step(level: Any, where: Any
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
 
 
+@pytest.mark.parametrize(("level", "where"), [("gradient", "after"), ("update", "before")])
+def test_a_closure_that_steps_another_optimizer(level: Any, where: Any) -> None:
+    """Both optimizers' weights are held: those of the outer one, whose gradients the closure makes, too."""
+    net, chosen = make_net(), some_set()
+    parts = {
+        k: [p for n, p in net.named_parameters() if p.requires_grad and n.startswith("mix") == k] for k in (True, False)
+    }
+    outer, inner = (torch.optim.SGD(parts[k], lr=0.1) for k in (True, False))
+    start = full_state(net)
+    attach_penalty(net, chosen, 0.0, optimizer=outer, level=level, where=where)
+
+    def closure() -> Tensor:
+        net.zero_grad()
+        loss = loss_fn(net, make_batches(1, 8, torch.float32)[0])
+        loss.backward()
+        inner.step()
+        return loss
+
+    outer.step(closure)
+    for name in ("mix.weight", "encode.weight"):
+        moved = full_state(net)[name] != start[name]
+        assert not moved[chosen.mask(name)].any() and moved[~chosen.mask(name)].any(), name
+
+
 @pytest.mark.parametrize(
     ("level", "where", "works"), [("update", "before", False), ("gradient", "after", False), ("gradient", "before", True)]
 )

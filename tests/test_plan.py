@@ -132,6 +132,38 @@ def test_recipes_at_true_size(recipe: str, tmp_path: Path, capsys: pytest.Captur
     assert found["fits"] and found["dcft_peak"] > found["bits"] > 0
 
 
+def test_a_plan_follows_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    """SGD without momentum has no state and takes the gradient level; bits that are shared out are."""
+
+    def found(*words: str) -> dict[str, Any]:
+        assert (
+            cli.main(
+                [
+                    "plan",
+                    "--model",
+                    "configs/swin_unetr.toml",
+                    "--ranks",
+                    "4",
+                    "--json",
+                    "--data.patch",
+                    "[64,32,32]",
+                    *words,
+                ]
+            )
+            == 0
+        )
+        plan: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return plan
+
+    adam, sgd = found(), found("--optimizer.name", "sgd")
+    assert adam["request"]["level"] == "update" and sgd["request"]["level"] == "gradient"
+    assert adam["plain_step"]["optimizer"] > 1000 * sgd["plain_step"]["optimizer"]
+    shared = found("--optimizer.name", "sgd", "--penalty.mask_placement", "sharded")
+    assert shared["bits"] == pytest.approx(sgd["bits"] / 4, rel=0.01)
+    with pytest.raises(ConfigError, match=r"sharding\.offload cannot be planned"):
+        plan.plan(request_of("configs/swin_unetr.toml", ["--sharding.offload", "true"], ranks=2))
+
+
 def test_refusals(folders: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"unknown model 'vit_larg' .did you mean 'vit_large'"):
         plan.plan(Request("vit_larg", 2))

@@ -11,6 +11,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -189,6 +190,9 @@ def test_a_series_of_dicom_files_is_the_volume_it_came_from(tmp_path: Path) -> N
     [
         ("gap", r"series2: 1 missing between slice002.dcm and slice004.dcm, which lie 2 mm apart, the others 1 mm"),
         ("twice", r"series2: slice003.dcm and .*copy.dcm lie at the same place|copy.dcm and slice003.dcm lie at the same"),
+        ("all at one place", r"series2: slice000.dcm and slice001.dcm lie at the same place"),
+        ("each twice", r"series2: .*slice000.dcm lie at the same place|series2: slice000.dcm and .* lie at the same place"),
+        ("no series", r"series2: a slice does not say what series it is of, or where it lies"),
         ("two", r"series2: the slices of 2 series; a folder for each is needed"),
         ("end", r"series2 is \[40, 40, 7\] once it is turned, and .*mask2.nii.gz \[40, 40, 8\]"),
     ],
@@ -199,6 +203,17 @@ def test_series_with_mistakes_are_named(kind: str, message: str, tmp_path: Path)
         (series / "slice003.dcm").unlink()
     elif kind == "twice":
         shutil.copy(series / "slice003.dcm", series / "copy.dcm")
+    elif kind == "each twice":
+        for file in sorted(series.iterdir()):
+            shutil.copy(file, series / f"{file.stem}b.dcm")
+    elif kind in ("all at one place", "no series"):
+        for file in sorted(series.iterdir()):
+            slice_ = pydicom.dcmread(file)
+            if kind == "no series":
+                del slice_.SeriesInstanceUID
+            else:
+                slice_.ImagePositionPatient = [0, 0, 0]
+            slice_.save_as(file)
     elif kind == "two":
         (dicom_series(tmp_path / "other", tmp_path / "image1.nii.gz") / "slice000.dcm").rename(series / "other.dcm")
     else:

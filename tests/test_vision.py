@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcft_dist import cli
@@ -22,17 +22,17 @@ from dcft_dist import cli
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
 
-SIDE, MEAN, STD = 32, 0.4, 0.3
+NUMBER, SIDE, MEAN, STD = 50, 32, 0.4, 0.3
 SMALL = ["--train.global_batch", "8", "--train.micro_batch", "4", "--importance.num_samples", "16", "--train.epochs", "1"]
 SMALL += ["--importance.score_batch", "8", "--removal.fractions", "[]", "--test_resamples", "0", "--train.precision", "fp32"]
-SMALL += ["--model.image_size", str(SIDE), "--data.mean", str([MEAN] * 3), "--data.std", str([STD] * 3)]
+SMALL += ["--data.mean", str([MEAN] * 3), "--data.std", str([STD] * 3)]
 
 
-def photographs(folder: Path, label: str) -> Path:
+def photographs(folder: Path, label: str, side: int = SIDE) -> Path:
     """Brighter from grade to grade, two of each patient."""
     random, rows = np.random.default_rng(0), []
-    for i in range(90):
-        pixels = random.integers(0, 60, (SIDE, SIDE, 3)) + 40 * (i // 2 % 5)
+    for i in range(NUMBER):
+        pixels = random.integers(0, 60, (side, side, 3)) + 40 * (i // 2 % 5)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
         rows.append([f"{i}.png", i // 2 % 5, f"patient{i // 2}"])
     with (folder / "images.csv").open("w", newline="") as file:
@@ -53,7 +53,7 @@ def adapted(folder: Path, recipe: str, words: list[str]) -> tuple[dict[str, Any]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
         assert done.returncode == 0, done.stderr
         said = done.stdout
-    pixels = [np.asarray(Image.open(folder / f"{i}.png"), dtype=np.float32) / 255 for i in range(90)]
+    pixels = [np.asarray(Image.open(folder / f"{i}.png"), dtype=np.float32) / 255 for i in range(NUMBER)]
     images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) - MEAN) / STD
     summary = json.loads((folder / "toy/summary.json").read_text())
     assert summary["ranks"] == 2 and summary["num_selected"] == round(0.1 * summary["num_eligible"]) > 0
@@ -77,6 +77,7 @@ def test_a_masked_autoencoder_of_timm_grades(tmp_path: Path) -> None:
     torch.save({"model": state, "epoch": 799}, tmp_path / "RETFound.pth")
     photographs(tmp_path, "grade")
     words = [w for key, value in sizes.items() for w in (f"--model.args.{key}", str(value))]
+    words += ["--model.image_size", str(SIDE)]
     summary, said, images = adapted(
         tmp_path, "retina_vit_large.toml", [*words, "--model.weights", str(tmp_path / "RETFound.pth")]
     )
@@ -92,16 +93,15 @@ def test_a_masked_autoencoder_of_timm_grades(tmp_path: Path) -> None:
 
 def test_the_image_tower_of_a_clip_classifies(tmp_path: Path) -> None:
     """The tower of words is built by the library, and left aside."""
-    vision = {"width": 48, "layers": 3, "head_width": 16, "image_size": SIDE, "patch_size": 8}
+    vision = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "", "timm_proj": "linear", "image_size": 224}
     sizes: dict[str, Any] = {"vision_cfg": vision, "text_cfg": {"width": 32, "heads": 2, "layers": 1}, "embed_dim": 24}
     torch.manual_seed(0)
     clip = open_clip.create_model("ViT-B-16", **sizes)
-    save_file({n: v.contiguous() for n, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
-    photographs(tmp_path, "finding")
-    words = ["--model.args.embed_dim", "24"]
-    for part in ("vision_cfg", "text_cfg"):
-        words += [w for key, value in sizes[part].items() for w in (f"--model.args.{part}.{key}", str(value))]
-    words += ["--model.weights", str(tmp_path / "clip.safetensors"), "--model.width", "24"]
+    torch.save(clip.state_dict(), tmp_path / "clip.bin")
+    photographs(tmp_path, "finding", 224)
+    words = ["--model.args.embed_dim", "24", "--model.args.vision_cfg.timm_model_name", "vit_tiny_patch16_224"]
+    words += [w for key, value in sizes["text_cfg"].items() for w in (f"--model.args.text_cfg.{key}", str(value))]
+    words += ["--model.weights", str(tmp_path / "clip.bin"), "--model.width", "24"]
     summary, said, images = adapted(tmp_path, "biomed_clip.toml", words)
     assert sorted(summary["loading"]["fresh"]) == ["head.bias", "head.weight"]
     assert all("visual" not in name for name in summary["loading"]["matched"])

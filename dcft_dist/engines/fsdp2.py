@@ -76,7 +76,7 @@ class FSDP2Engine(Engine):
                 continue
             with torch.no_grad():
                 local = local_tensor(p)
-            shards.append(Shard(name, p, local, *_layout(tuple(p.shape), p.device_mesh, p.placements)))
+            shards.append(Shard(name, p, local, *_layout_of(p)))
         return shards
 
     def stepped(self) -> dict[int, list[str]]:
@@ -123,12 +123,21 @@ def _box(tensor: Any) -> Box:
     """This rank's cells of a weight."""
     if not isinstance(tensor, DTensor):
         return Box.whole(tuple(tensor.shape))
-    return _layout(tuple(tensor.shape), tensor.device_mesh, tensor.placements)[0]
+    return _layout_of(tensor)[0]
+
+
+def _layout_of(tensor: DTensor) -> tuple[Box, tuple[int, int], Box]:
+    return _layout(collectives.rank(), tuple(tensor.shape), tensor.device_mesh, tensor.placements)
 
 
 @lru_cache(maxsize=4096)  # asked for every weight around every step, and slow: it would keep a GPU waiting
-def _layout(shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]) -> tuple[Box, tuple[int, int], Box]:
-    """This rank's cells of such a weight, and which of them it owns among the ranks that hold the same."""
+def _layout(
+    rank: int, shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]
+) -> tuple[Box, tuple[int, int], Box]:
+    """This rank's cells of such a weight, and which of them it owns among the ranks that hold the same.
+
+    `rank`: meshes of the same ranks are equal, whichever of them this process is.
+    """
     size, start = private.local_shape_and_offset(shape, mesh, placements)
     box, index, count = Box(shape, start, size), 0, 1
     for dim, placement in enumerate(placements):

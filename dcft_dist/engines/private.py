@@ -23,8 +23,8 @@ from ..names import clean
 
 log = logging.getLogger(__name__)
 
-# Package -> (first, last) version series on which the attributes below were seen to work.
-TESTED = {"torch": ("2.11", "2.14"), "deepspeed": ("0.19", "0.19"), "transformers": ("5.23", "5.23")}
+# Package -> version series on which the attributes below were seen to work.
+TESTED = {"torch": ("2.11", "2.13", "2.14"), "deepspeed": ("0.19",), "transformers": ("5.23",)}
 
 # Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
 USES: dict[str, tuple[str, ...]] = {
@@ -111,25 +111,19 @@ USES: dict[str, tuple[str, ...]] = {
 
 @cache
 def check_version(package: str) -> None:
-    """Warns, once, if the installed version is outside the tested ones."""
+    """Warns, once, if the installed version is none of the tested ones."""
     try:
         installed = version(package)
     except PackageNotFoundError:
         return
-    first, last = TESTED[package]
-    if not _series(first) <= _series(installed) <= _series(last):
+    if ".".join(installed.split("+")[0].split(".")[:2]) not in TESTED[package]:
         log.warning(
-            "%s %s is outside the versions that this package's use of its private parts was tested on (%s to %s): "
+            "%s %s is none of the versions that this package's use of its private parts was tested on (%s): "
             "check a short run against one process, or install a tested version",
             package,
             installed,
-            first,
-            last,
+            ", ".join(TESTED[package]),
         )
-
-
-def _series(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split("+")[0].split(".")[:2])
 
 
 # -- modules --------------------------------------------------------------------------------------------------------------

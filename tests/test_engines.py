@@ -698,3 +698,19 @@ def test_deepspeed_neither_compiles_nor_waits_for_a_stale_build_lock(tmp_path: P
     )  # fmt: skip
     assert "stepped ['deepspeed_shm_comm']" in done.stdout, done.stderr
     assert [f.name for f in stale.iterdir()] == ["lock"]
+
+
+def test_layouts_know_the_rank() -> None:
+    """Meshes of the same ranks are equal to torch, whichever of them a process is: here first one, then the other."""
+    from torch.distributed.tensor import Shard
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  it registers the backend
+
+    from dcft_dist.engines.fsdp2 import _layout
+
+    starts = []
+    for rank in (0, 1):
+        dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=2)
+        mesh = init_device_mesh("cpu", (2,))
+        starts.append(_layout(dist.get_rank(), (10, 4), mesh, (Shard(0),))[0].start)
+        dist.destroy_process_group()
+    assert starts == [(0, 0), (5, 0)]

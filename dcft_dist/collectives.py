@@ -133,10 +133,14 @@ def _reachable(tensor: Tensor) -> Tensor:
     return tensor.to(torch.device("cuda", torch.cuda.current_device()) if tensor.device.type == "cpu" else "cpu")
 
 
+def _count(payload: Tensor) -> None:
+    _total.calls += 1
+    _total.num_bytes += payload.numel() * payload.element_size()
+
+
 def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
     """Reduces `tensor` over all ranks; returns the result on the tensor's own device (one rank: unchanged)."""
-    _total.calls += 1
-    _total.num_bytes += tensor.numel() * tensor.element_size()
+    _count(tensor)
     if world_size() == 1:
         return tensor
     arrive(what)
@@ -176,8 +180,7 @@ def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
 def all_gather_equal(mine: Tensor, *, what: str) -> Tensor:
     """The flat tensors of all ranks, of equal length, one after the other, on the tensors' own device."""
     everyone = mine.new_empty(world_size() * len(mine))
-    _total.calls += 1
-    _total.num_bytes += everyone.numel() * everyone.element_size()
+    _count(everyone)
     if world_size() == 1:
         return mine
     arrive(what)

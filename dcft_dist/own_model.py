@@ -36,7 +36,8 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, 
     """
     settings = config.model
     reads = read and settings.weights is not None
-    with without_memory() if reads or not read else nullcontext(), torch.random.fork_rng():
+    has_weights = settings.weights is None and read  # the callable itself gives a model with its weights
+    with nullcontext() if has_weights else without_memory(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         built = _part(_build(config, num_outputs), settings.part)
         module: nn.Module = built

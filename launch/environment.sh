@@ -5,7 +5,7 @@ make_environment() {
     local extra=$1 root place constraints stamp want
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     place=$root/.venv constraints=$root/constraints.txt
-    [ "$extra" != test-vision ] || place=$root/.venv-vision constraints=$root/constraints-vision.txt
+    [ "$extra" != test-vision ] || place=$root/.venv-vision constraints=$root/tests/constraints-vision.txt
     PYTHON=$place/bin/python
     stamp=$place/installed-$extra
     want=$(cat "$root/pyproject.toml" "$constraints" | sha256sum)

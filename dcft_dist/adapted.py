@@ -46,14 +46,18 @@ class Adapted:
 
     def evaluate(self, split: Split) -> tuple[Evaluation, Examples]:
         """Collective."""
+        examples = self.read(split)
+        outputs, computing, size = self.pretrained.outputs, self.prepared.computing, self.config.evaluation_batch
+        model = self.prepared.model
+        return evaluate(model, outputs, examples, self.objective, self.world, computing, size), examples
+
+    def read(self, split: Split) -> Examples:
+        """The examples as the model takes them, once they are checked. Collective."""
         processor = self.pretrained.processor
         with collectives.agreed("read the data"):
             if self.config.data.check:
                 processor.check([split], self.world.rank, self.world.world_size)
-            examples = processor(split)
-        outputs, computing, size = self.pretrained.outputs, self.prepared.computing, self.config.evaluation_batch
-        model = self.prepared.model
-        return evaluate(model, outputs, examples, self.objective, self.world, computing, size), examples
+            return processor(split)
 
 
 def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
@@ -99,13 +103,10 @@ def given_split(adapted: Adapted, labelled: bool) -> Split:
     """The examples that the overrides name, or the test split of a task that is not the user's.
 
     Raises:
-        ConfigError: answers cannot be predicted.
         DataError: see `own_task`.
     """
     if adapted.config.task.name != "own":
         return load_task(adapted.config).test
-    if adapted.config.task.kind == "causal_lm" and not labelled:
-        raise ConfigError("dcft predict gives no texts: read the exported model with transformers and call generate")
     return other_split(adapted.config, adapted.facts["names"], labelled)
 
 
@@ -122,6 +123,10 @@ def predictions_of(adapted: Adapted, split: Split, found: Evaluation) -> dict[st
     columns = adapted.objective.predictions(found.records, adapted.facts["names"])
     if "predicted" in columns and adapted.config.task.kind == "single_label":
         columns["predicted"] = [adapted.facts["names"][i] for i in columns["predicted"]]
-    indices = found.indices.tolist()
+    return named(split, found.indices.tolist()) | columns
+
+
+def named(split: Split, indices: Sequence[int]) -> dict[str, list[Any]]:
+    """The columns that tell which examples these are."""
     inputs = [str(split.inputs[i]) if isinstance(split.inputs[i], str | Path) else str(i) for i in indices]
-    return {"input": inputs, "group": [split.groups[i] for i in indices], **columns}
+    return {"input": inputs, "group": [split.groups[i] for i in indices]}

@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
         use = commands.add_parser(name, help=text, epilog="the data: --data.path new.csv, and any other key of [data]")
         use.add_argument("run", type=Path)
         use.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
+        if name == "predict":
+            use.add_argument(
+                "--masks", type=Path, metavar="FOLDER", help="segmentation: where a NIfTI file for each image goes"
+            )
+            use.add_argument("--tokens", type=int, default=128, help="causal_lm: length of an answer, at most (128)")
     delta = commands.add_parser("delta", help="write what fine-tuning changed as one file, or put it on the weights again")
     delta.add_argument("run", type=Path, help="directory of a finished run (to apply: its config.toml and summary.json do)")
     delta.add_argument("file", type=Path)
@@ -171,17 +176,23 @@ def _use(options: argparse.Namespace, rest: list[str]) -> None:
     import json
 
     from .adapted import given_split, load_adapted, predictions_of, report_of
+    from .answers import answers_of
     from .files import table_of, write_atomic
+    from .masks import write_masks
     from .world import joined_world
 
     with joined_world(600.0) as world:
         adapted = load_adapted(options.run, rest, world)
         split = given_split(adapted, labelled=options.command == "evaluate")
-        found, examples = adapted.evaluate(split)
+        kind = adapted.config.task.kind
         if options.command == "evaluate":
-            text = json.dumps(report_of(adapted, split, found, examples), indent=2) + "\n"
+            text = json.dumps(report_of(adapted, split, *adapted.evaluate(split)), indent=2) + "\n"
+        elif kind == "segmentation":
+            text = table_of(write_masks(adapted, split, options.masks))
+        elif kind == "causal_lm":
+            text = table_of(answers_of(adapted, split, options.tokens))
         else:
-            text = table_of(predictions_of(adapted, split, found))
+            text = table_of(predictions_of(adapted, split, adapted.evaluate(split)[0]))
         if not world.is_first:
             return
         write_atomic(options.out, text) if options.out else sys.stdout.write(text)

@@ -57,14 +57,14 @@ def evaluate(
     finally:
         model.train(training)
         find_engine(model).settle()
-    rows = _everyones(torch.cat(mine))
+    rows = rows_of_all(torch.cat(mine))
     rows = rows[rows[:, 0].argsort()]
     indices, records = rows[:, 0].long(), rows[:, 1:]
     labels = torch.tensor([examples.labels[i] for i in indices.tolist()])
     return Evaluation(objective.metrics(records, labels), records, indices)
 
 
-def _everyones(rows: Tensor) -> Tensor:
-    """Rows of all ranks; a rank may have none."""
+def rows_of_all(rows: Tensor) -> Tensor:
+    """Rows [size, width] of all ranks; a rank may have none. Collective."""
     sizes = [n for (n,) in collectives.all_gather_ints([rows.numel()], what="count of evaluated examples")]
     return collectives.all_gather_uneven(rows.flatten(), sizes, what="evaluated examples").view(-1, rows.shape[1])

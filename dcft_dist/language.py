@@ -56,7 +56,7 @@ class AnswerProcessor:
         Raises:
             DataError: an instruction leaves no room for its answer.
         """
-        prompts = self.tokenizer([self._template.replace("{input}", str(text)) for text in split.inputs])["input_ids"]
+        prompts = self.prompts(split)
         answers = self.tokenizer([str(text) for text in split.labels], add_special_tokens=False)["input_ids"]
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         ids = [[*prompt, *answer, *end][: self._max_tokens] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -69,6 +69,11 @@ class AnswerProcessor:
             )
         pad = self.tokenizer.pad_token_id
         return Answers(ids, given, (end or [0])[0] if pad is None else pad, [0] * len(ids))
+
+    def prompts(self, split: Split) -> list[list[int]]:
+        """Token ids of each instruction, up to where its answer begins."""
+        texts = [self._template.replace("{input}", str(text)) for text in split.inputs]
+        return [list(row) for row in self.tokenizer(texts)["input_ids"]]
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
         return None

@@ -44,10 +44,17 @@ def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:
     Raises:
         DataError: see `own_task`.
     """
-    rows = [row for part in read_rows(config.data, config.import_roots, labelled).values() for row in part]
+    data = config.data.model_copy(update={"split": None})  # so it need not be said
+    rows = [row for part in read_rows(data, config.import_roots, labelled).values() for row in part]
     _check_files({"": rows})
     unknown = float("nan")
-    nothing = {"single_label": 0, "multi_label": [unknown] * len(names), "regression": unknown, "causal_lm": "-"}
+    nothing = {
+        "single_label": 0,
+        "multi_label": [unknown] * len(names),
+        "regression": unknown,
+        "causal_lm": "-",
+        "segmentation": None,
+    }
     return _decoded(rows, _decoder(config, names) if labelled else lambda row: nothing[config.task.kind])
 
 

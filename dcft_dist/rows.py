@@ -54,7 +54,7 @@ def read_rows(data: Data, roots: Sequence[str], labelled: bool = True) -> dict[s
         DataError: a file, folder or column is missing or cannot be read; the message names it.
     """
     if not labelled:  # no columns are asked for then
-        data = data.model_copy(update={"label": [], "split": None})
+        data = data.model_copy(update={"label": []})
     readers: dict[str, Callable[[Data, Sequence[str]], dict[str, list[Row]]]] = {
         "table": _tables,
         "image_folder": _image_folder,

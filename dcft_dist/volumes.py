@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .dicom import problem_of_series
@@ -18,7 +19,7 @@ from .errors import ConfigError, DataError, line_of, listing
 from .schema import Config
 from .splits import Split
 
-Pair = tuple[Any, Any]  # where image and mask are
+Pair = tuple[Any, Any]  # where image and mask are; None: there is no mask
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Volumes:
         else:
             found = [self.processor.patch(self.pairs[i], f"{draw}:{i}") for i in indices]
         images, masks = zip(*found, strict=True)
+        if masks[0] is None:
+            return {"image": torch.stack(images)}
         return {"image": torch.stack(images), "labels": torch.stack(masks).long()}
 
 
@@ -51,7 +54,7 @@ class VolumeProcessor:
     def __init__(self, config: Config) -> None:
         data = config.data
         self._seed, self._patch, self._classes = config.seed, list(data.patch), len(data.classes)
-        self._kept: dict[Pair, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[Pair, tuple[Tensor, Tensor | None]] = {}
         self._cache = data.cache
         try:
             from monai import transforms as mt
@@ -59,19 +62,21 @@ class VolumeProcessor:
             raise ConfigError(
                 "task.kind = 'segmentation' needs the package monai: pip install 'dcft_dist[monai]'"
             ) from error
-        keys = ["image", "mask"]
+        keys, may = ["image", "mask"], dict[str, Any](allow_missing_keys=True)  # to predict, no mask is needed
         steps: list[Any] = [
-            mt.LoadImaged(keys, ensure_channel_first=True, image_only=True),
-            mt.Orientationd(keys, "RAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+            mt.LoadImaged(keys, ensure_channel_first=True, image_only=True, **may),
+            mt.Orientationd(keys, "RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")), **may),
         ]
         if data.spacing:
-            steps.append(mt.Spacingd(keys, data.spacing, mode=("bilinear", "nearest")))
+            steps.append(mt.Spacingd(keys, data.spacing, mode=("bilinear", "nearest"), **may))
         if data.window:
             low, high = data.window
             steps.append(mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True))
         else:
             steps.append(mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True))
-        self._read = mt.Compose([*steps, mt.EnsureTyped(keys, track_meta=False)])
+        self._read: Any = mt.Compose(steps)
+        self._bare: Any = mt.EnsureTyped(keys, track_meta=False, **may)
+        self._back: Any = mt.Invertd("mask", self._read, "image")
         self._crop = mt.Compose(
             [
                 mt.SpatialPadd(keys, self._patch),
@@ -82,21 +87,36 @@ class VolumeProcessor:
     def __call__(self, split: Split) -> Volumes:
         return Volumes(list(zip(split.inputs, split.labels, strict=True)), self, [0] * len(split))
 
-    def whole(self, pair: Pair) -> tuple[Tensor, Tensor]:
+    def whole(self, pair: Pair) -> tuple[Tensor, Tensor | None]:
         """Image and mask [1, *whole].
 
         Raises:
             DataError: a file cannot be read.
         """
         if pair not in self._kept:
-            try:
-                found = self._read({"image": str(pair[0]), "mask": str(pair[1])})
-            except Exception as error:  # each reader has its own
-                raise DataError(f"{pair[0]} with {pair[1]}: cannot be read: {line_of(error, -1)}") from error
+            found = self._bare(self._found(pair))
+            image, mask = found["image"].float(), found.get("mask")
             if not self._cache:
-                return found["image"].float(), found["mask"]
-            self._kept[pair] = found["image"].float(), found["mask"].to(torch.uint8)
+                return image, mask
+            self._kept[pair] = image, None if mask is None else mask.to(torch.uint8)
         return self._kept[pair]
+
+    def _found(self, pair: Pair) -> dict[str, Any]:
+        places = {key: str(place) for key, place in zip(("image", "mask"), pair, strict=True) if place is not None}
+        try:
+            return self._read(places)  # type: ignore[no-any-return]
+        except Exception as error:  # each reader has its own
+            raise DataError(f"{' with '.join(places.values())}: cannot be read: {line_of(error, -1)}") from error
+
+    def as_in_file(self, image: Any, classes: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Classes [*whole] of a volume on the grid of its file, and the affine of that."""
+        from monai.data import MetaTensor
+
+        mask = MetaTensor(classes.unsqueeze(0).float().cpu())
+        found = {**self._found((image, None)), "mask": mask}
+        back = self._back(found)["mask"]
+        kind = np.uint8 if self._classes <= 256 else np.uint16
+        return back[0].numpy().round().astype(kind), np.asarray(back.affine, dtype=np.float64)
 
     def patch(self, pair: Pair, draw: str) -> tuple[Tensor, Tensor]:
         """Image and mask [1, *patch]: a random place, in half of the draws around a voxel of a structure."""
@@ -120,19 +140,19 @@ class VolumeProcessor:
 
     def _problem(self, pair: Pair) -> str | None:
         try:
-            for place in map(Path, pair):
+            for place in (Path(place) for place in pair if place is not None):
                 if place.is_dir() and (text := problem_of_series(place)):
                     return text
-            if text := different_grids(*map(Path, pair)):
+            if pair[1] is not None and (text := different_grids(*map(Path, pair))):
                 return text
             image, mask = self.whole(pair)
         except DataError as error:
             return str(error)
-        if image.shape[1:] != mask.shape[1:]:
+        if mask is not None and image.shape[1:] != mask.shape[1:]:
             return f"{pair[0]} is {list(image.shape[1:])} once it is turned, and {pair[1]} {list(mask.shape[1:])}"
         if not bool(torch.isfinite(image).all()):
             return f"{pair[0]}: some of its voxels are no numbers (NaN or infinite)"
-        if not 0 <= int(mask.min()) <= int(mask.max()) < self._classes:
+        if mask is not None and not 0 <= int(mask.min()) <= int(mask.max()) < self._classes:
             return f"{pair[1]}: labels {int(mask.min())} to {int(mask.max())}, but there are {self._classes} classes"
         return None
 

@@ -50,6 +50,7 @@ LAYERS = [
     ["removal", "methods", "prior"],
     ["provenance", "job"],
     ["find_set", "training", "finish", "adapted", "delta"],
+    ["answers", "masks"],
     ["head"],
     ["trainer"],
     ["pictures"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -121,6 +122,47 @@ def test_the_decoder_is_warmed_up_and_the_encoder_stays(tmp_path: Path) -> None:
     assert moved and all(name.startswith(("encoder", "decoder", "out")) for name in moved)
     assert sum(name.startswith("decoder") for name in moved) > 10
     net.load_state_dict(after)
+    check_masks(tmp_path)
+
+
+def check_masks(folder: Path) -> None:
+    """Masks of images that have none, on two ranks: on the grids of their files, with the Dice of `dcft evaluate`."""
+    run, asked = folder / "run", folder / "asked"
+    asked.mkdir()
+    for i in range(3):
+        shutil.copy(folder / f"image{i}.nii.gz", asked)
+    for kind in ("image", "mask"):  # axes in another order
+        image = nibabel.load(folder / f"{kind}0.nii.gz")
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(("P", "I", "L"))
+        )
+        nibabel.save(image.as_reoriented(turn), (asked if kind == "image" else folder) / f"{kind}0.nii.gz")
+    (asked / "other").mkdir()
+    shutil.copy(folder / "image1.nii.gz", asked / "other/image2.nii.gz")  # two files of one name
+    names = ["image0.nii.gz", "image1.nii.gz", "image2.nii.gz", "other/image2.nii.gz"]
+    (asked / "asked.csv").write_text("\n".join(["image", *names]) + "\n")
+    begin = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dcft_dist.cli", "predict", str(run)]
+    words = ["--data.path", str(asked / "asked.csv"), "--engine", "fsdp2"]
+    done = subprocess.run([*begin, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode and "predictions of a segmentation are masks: say where they go, --masks FOLDER" in done.stderr
+    command = [*begin, *words, "--masks", str(folder / "masks"), "--out", str(folder / "said.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = list(csv.DictReader((folder / "said.csv").open()))
+    files = [f"image{i}" for i in ("0", "1", "2_2", "2_3")]
+    assert [row["mask"] for row in said] == [str(folder / f"masks/{name}.nii.gz") for name in files]
+    (folder / "two.csv").write_text(f"image,mask\n{asked}/image0.nii.gz,mask0.nii.gz\nimage1.nii.gz,mask1.nii.gz\n")
+    command = [sys.executable, "-m", "dcft_dist.cli", "evaluate", str(run), "--data.path", str(folder / "two.csv")]
+    done = subprocess.run([*command, "--test_resamples", "0"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    dice = []
+    for row, i in zip(said[:2], (0, 1), strict=True):
+        found, wanted = nibabel.load(row["mask"]), nibabel.load(folder / f"mask{i}.nii.gz")
+        assert np.array_equal(found.affine, wanted.affine) and found.shape == wanted.shape
+        mine, right = (np.asarray(image.dataobj) for image in (found, wanted))
+        dice.append([2 * np.sum((mine == c) & (right == c)) / (np.sum(mine == c) + np.sum(right == c)) for c in (1, 2)])
+        assert float(row["ml(grey)"]) == np.sum(mine == 1) / 1000  # voxels of 1 mm
+    assert json.loads(done.stdout)["metrics"]["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
 
 
 def broken(folder: Path, kind: str) -> list[str]:

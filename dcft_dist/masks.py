@@ -1,0 +1,68 @@
+"""What a finished run's model makes of volumes: a file of classes for each, on the grid of its image."""
+
+from __future__ import annotations
+
+import gzip
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from . import collectives
+from .adapted import Adapted, named
+from .data import evaluation_batches
+from .errors import ConfigError
+from .evaluate import rows_of_all
+from .files import write_atomic
+from .splits import Split
+from .volumes import VolumeProcessor
+
+
+@torch.no_grad()
+def write_masks(adapted: Adapted, split: Split, folder: Path | None) -> dict[str, list[Any]]:
+    """Writes the masks. Collective.
+
+    Returns:
+        Columns of a table: input, group, file of the mask, millilitres of each class but the background.
+
+    Raises:
+        ConfigError: no folder is given.
+        DataError: an image cannot be read.
+    """
+    processor, world, names = adapted.pretrained.processor, adapted.world, adapted.facts["names"]
+    if folder is None or not isinstance(processor, VolumeProcessor):
+        raise ConfigError("predictions of a segmentation are masks: say where they go, --masks FOLDER")
+    examples, files, sizes = adapted.read(split), _files(split, folder), list[list[float]]()
+    model = adapted.prepared.model.eval()
+    for batch in evaluation_batches(examples, world.rank, world.world_size, 1, world.device):
+        with adapted.prepared.computing():
+            found = adapted.objective.whole(partial(adapted.pretrained.outputs, model), batch)
+        with collectives.agreed("write the masks"):
+            for i in batch["index"][batch["real"]].tolist():
+                mask, affine = processor.as_in_file(split.inputs[i], found[0].argmax(0))
+                write_atomic(files[i], _nifti(mask, affine))
+                voxel = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+                counts = np.bincount(mask.ravel(), minlength=len(names))
+                sizes.append([i, *(float(n) * voxel for n in counts[1:])])
+    rows = rows_of_all(torch.tensor(sizes, dtype=torch.float64).view(-1, len(names)))
+    rows = rows[rows[:, 0].argsort()]
+    indices, volumes = rows[:, 0].long().tolist(), rows[:, 1:].T.tolist()
+    millilitres = {f"ml({name})": [round(v, 6) for v in of] for name, of in zip(names[1:], volumes, strict=True)}
+    return {**named(split, indices), "mask": [str(files[i]) for i in indices], **millilitres}
+
+
+def _files(split: Split, folder: Path) -> list[Path]:
+    """A name for each image: its own, with a number where several have the same."""
+    stems = [Path(place).name.removesuffix(".gz").removesuffix(".nii") for place in split.inputs]
+    often = Counter(stems)
+    return [folder / f"{stem}{f'_{i}' if often[stem] > 1 else ''}.nii.gz" for i, stem in enumerate(stems)]
+
+
+def _nifti(mask: NDArray[Any], affine: NDArray[Any]) -> bytes:
+    import nibabel
+
+    return gzip.compress(nibabel.Nifti1Image(mask, affine).to_bytes(), mtime=0)  # the same bytes every time

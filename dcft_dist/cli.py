@@ -27,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except DcftError as error:
         # Every rank raises; one line is enough unless only this rank knows what happened.
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, WorldError):
-            print(f"dcft: error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or isinstance(error, WorldError) or error.alone:
+            where = f"rank {rank}: " if error.alone else ""
+            print(f"dcft: error: {where}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except OSError as error:  # a full disk, a directory that cannot be written
         print(f"dcft: error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)

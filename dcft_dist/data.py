@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .errors import DcftError
 from .files import write_json
 from .splits import Split
 
@@ -144,9 +145,14 @@ def make_batch(
     draw: int | None = None,
 ) -> Batch:
     """Only the first `real` samples count."""
+    try:
+        inputs = examples.inputs(indices, draw)
+    except DcftError as error:
+        error.alone = True  # other ranks read other examples
+        raise
     batch = {
         "labels": torch.tensor([examples.labels[i] for i in indices]),
-        **examples.inputs(indices, draw),
+        **inputs,
         "real": torch.arange(len(indices)) < (len(indices) if real is None else real),
         "index": torch.tensor(indices),
     }

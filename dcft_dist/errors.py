@@ -10,6 +10,7 @@ class DcftError(Exception):
     """Base of every error raised on purpose by this package."""
 
     exit_code = 2  # bad input: running again unchanged cannot help
+    alone = False  # True: the other ranks do not know of it
 
 
 class ConfigError(DcftError):

@@ -461,6 +461,11 @@ def test_images_in_folders_under_a_sharding_engine(tmp_path: Path) -> None:
     assert body[0].keys() == body[1].keys()
     out = dcft("predict", str(tmp_path / "own"), "--data.path", str(images))
     assert len(out.splitlines()) == 1 + 48 and out.startswith("input,group,predicted,p(")
+    # An image that the second rank alone reads, and nobody has checked.
+    Path(list(csv.DictReader(out.splitlines()))[1]["input"]).write_bytes(b"no image")
+    begin = [*command[:-2], "predict", str(tmp_path / "own"), "--data.path", str(images), "--data.check", "false"]
+    done = subprocess.run(begin, capture_output=True, text=True, timeout=120)
+    assert done.returncode and "dcft: error: rank 1: " in done.stderr and "no image that can be read" in done.stderr
 
 
 def test_delta_and_pretrained_weights_are_the_adapted_ones(tmp_path: Path) -> None:

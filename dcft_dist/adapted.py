@@ -86,7 +86,8 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
     objective = make_objective(config, facts)
     pretrained = build_model(config, objective.num_outputs)
     engine = config.engine if world.world_size > 1 else "single"
-    plan = Plan(engine, world.device, pretrained.blocks, bf16=config.train.precision == "bf16")
+    stage, bf16 = config.sharding.zero_stage, config.train.precision == "bf16"
+    plan = Plan(engine, world.device, pretrained.blocks, bf16=bf16, zero_stage=stage)
     if not shards_weights(plan):
         Materialiser(world.device)(pretrained.module)
     prepared = prepare(pretrained.module, plan, _no_optimizer)

@@ -107,7 +107,7 @@ class Loading:
         self._fresh = dict(_fresh(module, [n for n in self.report.fresh if n in names.aliases], seed))
 
     def into_whole(self, module: nn.Module, device: torch.device) -> None:
-        """For engines that do not shard: gives the module memory on the device, and reads all weights. Collective."""
+        """For engines that do not shard weights: gives the module memory on the device, and reads it all. Collective."""
         Materialiser(device)(module)
         self.into(module)
 

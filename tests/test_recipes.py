@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from .own import drug_table, instructions, minilm_copy, mri_folder, slabs, tiny_decoder
 
 SMALL = ["--train.global_batch", "8", "--train.micro_batch", "4", "--importance.num_samples", "16", "--train.epochs", "1"]
-SMALL += ["--importance.score_batch", "8", "--removal.fractions", "[]", "--test_resamples", "0", "--train.precision", "fp32"]
+SMALL += ["--importance.score_batch", "8", "--removal.fractions", "[]", "--test_resamples", "0"]
 
 
 def images(folder: Path) -> list[str]:
@@ -88,9 +88,13 @@ MADE = (pathology_vit_giant, encoder_sam, reports_bert, instructions_7b, swin_un
 RECIPES = {made.__name__: made for made in MADE}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_recipes_run_at_toy_size(recipe: str, tmp_path: Path) -> None:
-    words = [*SMALL, *RECIPES[recipe](tmp_path), "--runs_dir", str(tmp_path), "--name", "toy"]
+ZERO3 = ["--engine", "deepspeed", "--sharding.zero_stage", "3"]
+
+
+@pytest.mark.parametrize(("recipe", "engine"), [*((recipe, []) for recipe in RECIPES), ("instructions_7b", ZERO3)])
+def test_recipes_run_at_toy_size(recipe: str, engine: list[str], tmp_path: Path) -> None:
+    """Under the engine and in the precision that they say, most in bfloat16."""
+    words = [*SMALL, *RECIPES[recipe](tmp_path), "--runs_dir", str(tmp_path), "--name", "toy", *engine]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dcft_dist.cli", "train"]
     done = subprocess.run([*command, f"{recipe}.toml", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -332,6 +332,15 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def zero3_materialise(model: Any, make: Callable[[Any], None], config: dict[str, Any]) -> None:
+    """Partitions a model on the meta device. `make` gives a module's own weights memory; one module at a time is whole."""
+    init = import_deepspeed().zero.Init
+    for module in reversed(list(model.modules())):  # parents after their parts, which it leaves as they are then
+        make(module)
+        if next(module.parameters(recurse=False), None) is not None:
+            init(module=module, config_dict_or_path=config)
 
 
 @dataclass(frozen=True)

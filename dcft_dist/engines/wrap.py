@@ -124,7 +124,7 @@ def prepare(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prep
 
 def shards_weights(plan: Plan) -> bool:
     """Whether the engine can take a model without memory and shard it first."""
-    return plan.engine in ("fsdp2", "fsdp1")
+    return plan.engine in ("fsdp2", "fsdp1") or (plan.engine == "deepspeed" and plan.zero_stage == 3)
 
 
 def _ddp(model: nn.Module, plan: Plan) -> nn.Module:
@@ -188,6 +188,8 @@ def _deepspeed(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> P
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if plan.offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": plan.device.type == "cuda"}
-    optimizer = make_optimizer([(name, p, p.ndim > 1) for name, p in model.named_parameters()])
+    if any(p.is_meta for p in model.parameters()):
+        private.zero3_materialise(model, Materialiser(plan.device).one, config)
+    optimizer = make_optimizer([(name, p, len(private.zero_shape(p)) > 1) for name, p in model.named_parameters()])
     engine, *_ = private.import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
     return Prepared(plan, engine, optimizer)

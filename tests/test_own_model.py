@@ -53,13 +53,13 @@ def saved(folder: Path, net: nn.Module, **more: torch.Tensor) -> Path:
 # -- under every engine --------------------------------------------------------------------------------------------------
 
 
-def load_here(kind: str, file: str) -> tuple[dict[str, torch.Tensor], list[bool]]:
+def load_here(kind: str, file: str, replicas: int = 1) -> tuple[dict[str, torch.Tensor], list[bool]]:
     """Whole weights after loading, and whether each weight was without memory when the model was wrapped."""
     name, _, stage = kind.partition("-")
     net = on_meta(OddNet)
     meta = [p.is_meta for p in net.parameters()]
     loading = Loading(net, Path(file), allowed=ODD_HEAD, seed=3)
-    plan = Plan(name, CPU, find_blocks(net), zero_stage=int(stage or 0))
+    plan = Plan(name, CPU, find_blocks(net), zero_stage=int(stage or 0), replicas=replicas)
     if not shards_weights(plan):
         loading.into_whole(net, CPU)
     model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
@@ -70,13 +70,17 @@ def load_here(kind: str, file: str) -> tuple[dict[str, torch.Tensor], list[bool]
     return {s.name: whole_weight(s, s.local).view(shapes[s.name]).clone() for s in engine.shards()}, meta
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2", "fsdp1", "deepspeed-1", "deepspeed-3"])
-def test_weights_are_read_under_every_engine(kind: str, tmp_path: Path) -> None:
+KINDS = [(kind, 2, 1) for kind in ("ddp", "fsdp2", "fsdp1", "deepspeed-1", "deepspeed-3")]
+HYBRID = [("fsdp2", 4, 2), ("fsdp1", 4, 2)]  # two groups of ranks that each hold all shards
+
+
+@pytest.mark.parametrize(("kind", "ranks", "replicas"), [*KINDS, *HYBRID, ("fsdp2", 4, 1), ("deepspeed-3", 4, 1)])
+def test_weights_are_read_under_every_engine(kind: str, ranks: int, replicas: int, tmp_path: Path) -> None:
     net = make_net(seed=7)
     net.steps += 5
     file = saved(tmp_path, net)
     alone, _ = run_ranks(1, load_here, "single", str(file))[0]
-    for found, meta in run_ranks(2, load_here, kind, str(file)):
+    for found, meta in run_ranks(ranks, load_here, kind, str(file), replicas):
         assert all(meta) and found.keys() == alone.keys()
         for name, value in found.items():
             wanted = alone[name] if name.startswith("head") else net.get_parameter(name)

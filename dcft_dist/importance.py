@@ -3,10 +3,11 @@
 With g the gradient of the mean loss of one score batch (averaged over ranks) and w the weight, over score batches b:
 
     taylor          |mean_b(g_b) w|                         first-order Taylor (Molchanov et al. 2017, 2019)
-    taylor_squared  mean_b((g_b w)^2)                       the default; with batches of one sample, the diagonal empirical-
-                                                            Fisher form of the second-order term (Theis et al. 2018)
+    taylor_squared  mean_b((g_b w)^2)                       with batches of one sample, the diagonal empirical-Fisher form of
+                                                            the second-order term (Theis et al. 2018)
     removal         -mean_b(g_b) w + 1/2 mean_b(g_b^2) w^2  signed: both Taylor terms, the Hessian by the Fisher
-    fisher          mean_b(g_b^2)                           empirical Fisher (Sung et al. 2021, FISH mask)
+    fisher          mean_b(g_b^2)                           the default: to hold its set was confirmed to help
+                                                            (docs/results/evidence.md); FISH mask (Sung et al. 2021)
     obs             w^2 / (2 [F^-1]_ii)                     optimal brain surgeon, blockwise Fisher (see `obs`)
     magnitude       |w|                                     control
     random          hash(seed, name, flat index)            control
@@ -94,7 +95,7 @@ def score_importance(
     loss_fn: LossFn | None,
     *,
     head: Patterns,
-    criterion: Criterion = "taylor_squared",
+    criterion: Criterion = "fisher",
     eligible: Patterns | None = None,
     accumulation: int = 1,
     seed: int = 0,

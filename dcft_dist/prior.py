@@ -30,7 +30,7 @@ def scores_after_training(
     train: Callable[[int], None],
     score: Callable[[], Scores],
 ) -> Scores:
-    """Scores at the end of the last round; pruned weights have score 0 where the criterion multiplies by w. Collective.
+    """Scores at the end of the last round; pruned weights have score 0 if the criterion multiplies by w. Collective.
 
     Args:
         model, optimizer: their weights are put back, and the optimizer's state is emptied.

@@ -206,7 +206,7 @@ class Importance(Section):
     """How weights are scored."""
 
     criterion: Literal["taylor", "taylor_squared", "removal", "fisher", "obs", "magnitude", "random"] = Field(
-        "taylor_squared", description="Importance criterion (docs/method.md)."
+        "fisher", description="Importance criterion (docs/method.md)."
     )
     num_samples: Count = Field(1024, description="Training texts to score on; a multiple of `score_batch`.")
     score_batch: Count = Field(32, description="Texts in a score batch over all ranks: part of the criterion.")
@@ -504,6 +504,11 @@ class Config(Section):
             raise ValueError("importance.after_epochs is not there for deepspeed")
         if rounds > 1 and (self.selection.fraction == "auto" or not epochs):
             raise ValueError("importance.rounds need importance.after_epochs, and a selection.fraction that is a number")
+        if rounds > 1 and self.importance.criterion in ("fisher", "random"):
+            raise ValueError(
+                f"importance.rounds prune, and the criterion '{self.importance.criterion}' gives weights that are zero a "
+                "score: use 'obs', 'taylor_squared', 'taylor' or 'magnitude'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,6 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from types import TracebackType
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from .bits import Box, Packed, cut
 from .engines import Engine, Leaf, Segment, Shard, find_engine, local_tensor
 from .errors import EngineError, PenaltyError, listing
 from .fundamental import FundamentalSet
+from .in_force import InForce, LeafCount
 from .multiplier import Multipliers
 from .penalty_checks import (
     CANCELLED,
@@ -45,7 +45,6 @@ from .penalty_checks import (
     check_placement,
     check_shareable,
     choose_level,
-    names_stepped,
 )
 
 log = logging.getLogger(__name__)
@@ -129,16 +128,6 @@ def _read_bits(
 # -- the penalty in force -----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _LeafCount:
-    """Since the last step: how often a leaf's hook fired, and how often a backward reached the leaf."""
-
-    names: list[str]
-    fired: int = 0
-    reached: int = 0
-    forwards: int = 0  # of the model, up to the last step
-
-
 class Penalty:
     """A penalty in force. Made by `attach_penalty`.
 
@@ -163,14 +152,9 @@ class Penalty:
         self._given = weakref.ref(optimizer) if optimizer is not None else None
         self.level, self.where = level, where
         self.calls: Counter[str] = Counter()
-        self.frozen = tuple(n for n, p in engine.names.parameters.items() if not p.requires_grad)
         self._engine, self._multipliers = engine, multipliers
-        self._at_attach = engine.stepped()
-        self._leaves: list[_LeafCount] = []
-        self._forwards = 0  # of the model, in training
-        self._agreed: set[str] = set()  # weights whose first step has been seen by all ranks together
-        self._fired: set[str] = set()  # since ranks last agreed: multiplied here
-        self._silent: set[str] = set()  # and: held a gradient here that was not multiplied here
+        self._seen = InForce(engine, multipliers.bits)
+        self.frozen = self._seen.frozen
         self._handles: list[Any] = []
         self._scaled: set[str] = set()  # weights whose reduced gradient has been multiplied for the coming step
         self._old: list[tuple[Shard, Tensor]] = []
@@ -242,7 +226,7 @@ class Penalty:
         Raises:
             PenaltyError: the ranks have different factors, or a weight that holds a gradient was multiplied on no rank.
         """
-        self._agree("")
+        self._seen.agree(self.factor)
         m = self._multipliers
         applied, proposed = collectives.reduce_numbers([m.applied, m.proposed], what="penalty in force")
         m.applied = m.proposed = 0.0
@@ -254,7 +238,6 @@ class Penalty:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._leaves.clear()
         if self._engine.penalty is self:
             self._engine.penalty = None
 
@@ -270,18 +253,14 @@ class Penalty:
         for leaf in leaves:
             segments = [s for s in leaf.segments if s.name in self._multipliers.bits]
             if segments:
-                count = _LeafCount([s.name for s in segments])
-                self._leaves.append(count)
+                count = self._seen.leaf([s.name for s in segments])
                 self._handles.append(leaf.tensor.register_hook(self._leaf_hook(segments, count)))
-                self._handles.append(leaf.tensor.register_post_accumulate_grad_hook(_witness(count)))
-        covered = {name for count in self._leaves for name in count.names}
-        missed = [name for name in self._multipliers.bits if name not in covered]
-        if missed:
+                self._handles.append(leaf.tensor.register_post_accumulate_grad_hook(count.reach))
+        if missed := self._seen.unhooked():
             raise EngineError(f"no autograd leaf was found for {listing(missed)}")
 
-    def _leaf_hook(self, segments: list[Segment], count: _LeafCount) -> Callable[[Tensor], Tensor]:
+    def _leaf_hook(self, segments: list[Segment], count: LeafCount) -> Callable[[Tensor], Tensor]:
         multipliers, calls = self._multipliers, self.calls
-
         cells = sum(s.box.numel for s in segments)
 
         def hook(gradient: Tensor) -> Tensor:
@@ -324,9 +303,9 @@ class Penalty:
     def _before_step(self, optimizer: Optimizer) -> bool:
         """Whether this optimizer steps weights that are penalised, or should be."""
         nested = getattr(self._stepping, "optim", None) is optimizer  # the inner one of ZeroRedundancyOptimizer
-        names = set() if nested else self._stepped_by(optimizer)
-        if not names and not self._steps_what_is_new(optimizer) and self._engine.holds():
-            if self._given is not None and self._given() is optimizer and not names_stepped(optimizer, self._known()):
+        names = set() if nested else self._seen.stepped_by(optimizer)
+        if not self._seen.concerns(optimizer, names):
+            if self._given is not None and self._given() is optimizer and self._seen.has_lost(optimizer):
                 raise PenaltyError(
                     f"rank {collectives.rank()}: {type(optimizer).__name__}, given to attach_penalty, steps none of the "
                     "weights that it stepped then: attach the penalty after deepspeed.initialize, or after wrapping"
@@ -338,7 +317,7 @@ class Penalty:
 
     def _gradients_are_there(self) -> None:
         """Between the last backward and the step proper."""
-        self._check_in_force(self._stepped)
+        self._seen.check(self._stepped, self.factor)
         self._scale_reduced([n for n in self._multipliers.bits if n in self._stepped])
         if self.level == "update":
             self._old = [(s, s.local.clone()) for s in self._shards(self._stepped) if s.gradient is not None]
@@ -381,22 +360,7 @@ class Penalty:
                 self.calls[shard.name] += 1
         self._old = []
         self._scaled -= self._stepped
-        for count in self._leaves:
-            if self._stepped.intersection(count.names):
-                count.fired = count.reached = 0
-                count.forwards = self._forwards
-
-    def _stepped_by(self, optimizer: Optimizer) -> set[str]:
-        return self._multipliers.bits.keys() & set(names_stepped(optimizer, self._known()))
-
-    def _known(self) -> dict[int, list[str]]:
-        """What an optimizer may step: as it is now, and as it was when the penalty was attached."""
-        return self._at_attach | self._engine.stepped()
-
-    def _steps_what_is_new(self, optimizer: Optimizer) -> bool:
-        """Whether it steps tensors that the model did not have when the penalty was attached."""
-        new = self._engine.stepped().keys() - self._at_attach.keys()
-        return any(id(p) in new for group in optimizer.param_groups for p in group["params"])
+        self._seen.after_step(self._stepped)
 
     def _shards(self, names: set[str]) -> list[Shard]:
         return [shard for shard in self._engine.shards() if shard.name in names]
@@ -410,69 +374,10 @@ class Penalty:
                 self.calls[shard.name] += 1
                 self._scaled.add(shard.name)
 
-    # -- is it in force? --------------------------------------------------------------------------------------------
-
-    def _check_in_force(self, names: set[str]) -> None:
-        """Hooks fired once per backward, and none was lost: on the first step of these weights all ranks agree on it.
-
-        Later steps check what this rank can tell alone, and send nothing. What only all can tell waits for `in_force`.
-        """
-        problem = self._local_problem()
-        leaves = [count for count in self._leaves if names.intersection(count.names)]
-        held = self._held({n for c in leaves if c.fired == 0 for n in c.names})
-        self._fired.update(n for c in leaves if c.fired for n in c.names)
-        silent = [c for c in leaves if c.fired == 0 and held.intersection(c.names)]
-        self._silent.update(n for c in silent for n in c.names)
-        if self._forwards and any(c.forwards == self._forwards for c in silent):  # no rank can have had a backward
-            problem = problem or self._unhooked([n for c in silent for n in c.names])
-        if not names <= self._agreed or collectives.world_size() == 1:
-            self._agree(problem)
-            self._agreed |= names
-        elif problem:
-            raise PenaltyError(f"rank {collectives.rank()}: {problem}")
-
-    def _agree(self, problem: str) -> None:
-        """All ranks together: the factor is the same, and what holds a gradient was multiplied on some rank. A weight that
-        is unused on this rank alone gets its gradient from the others."""
-        names = list(self._multipliers.bits)
-        seen = [float(n in where) for where in (self._fired, self._silent) for n in names]
-        state = [bool(problem), self.factor, -self.factor, *seen]
-        bad, high, low, *seen = collectives.reduce_numbers(state, "max", what="penalty check")
-        silent = [
-            n for n, fired, held in zip(names, seen[: len(names)], seen[len(names) :], strict=True) if held and not fired
-        ]
-        self._fired.clear()
-        self._silent.clear()
-        if high != -low:
-            problem = problem or f"the ranks disagree on the factor ({-low} to {high})"
-        if silent:
-            problem = problem or self._unhooked(silent)
-        if bad or problem:
-            raise PenaltyError(f"rank {collectives.rank()}: {problem or 'another rank is without penalty'}")
-
-    @staticmethod
-    def _unhooked(names: list[str]) -> str:
-        return (
-            f"{listing(names)} hold a gradient, but no hook fired: a second step on the same gradients, gradients set by "
-            "hand, or a model that was wrapped again"
-        )
-
-    def _local_problem(self) -> str:
-        if self._engine.stepped().keys() != self._at_attach.keys() or not self._engine.holds():
-            return "the model's weights were replaced after the penalty was attached: attach it after sharding"
-        thawed = [n for n in self.frozen if self._engine.names.parameters[n].requires_grad]
-        if thawed:
-            return f"{listing(thawed)} were frozen when the penalty was attached: attach it again"
-        uneven = [c for c in self._leaves if c.fired != c.reached]
-        if uneven:
-            c = uneven[0]
-            return f"the hook of {listing(c.names)} fired {c.fired} times for {c.reached} backwards"
-        return ""
-
-    def _held(self, names: set[str]) -> set[str]:
-        """Those weights whose gradient here is not all zero (zeros: cleared in place, and not reached since)."""
-        shards = self._shards(names) if names else []
-        return {s.name for s in shards if (gradient := s.gradient) is not None and bool(gradient.any())}
+    def on_forward(self) -> None:
+        """New gradients are on their way, and what was multiplied for a skipped step does not count."""
+        self._scaled.clear()
+        self._seen.forwards += 1
 
 
 # In the order in which they were attached, which is the same on every rank: they meet in collectives.
@@ -501,7 +406,7 @@ def _watch_optimizers() -> None:
 
 
 class _ForwardHook:
-    """A forward in training: new gradients are on their way, and what was multiplied for a skipped step does not count."""
+    """Tells the penalty of a forward in training."""
 
     def __init__(self, penalty: Penalty) -> None:
         self._penalty = weakref.ref(penalty)
@@ -509,8 +414,7 @@ class _ForwardHook:
     def __call__(self, module: torch.nn.Module, args: Any) -> None:
         penalty = self._penalty()
         if penalty is not None and module is penalty._engine.module and module.training and torch.is_grad_enabled():
-            penalty._scaled.clear()
-            penalty._forwards += 1
+            penalty.on_forward()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_inert_hook, ())
@@ -522,13 +426,6 @@ def _inert_hook() -> Callable[[torch.nn.Module, Any], None]:
 
 def _ignore(module: torch.nn.Module, args: Any) -> None:
     return None
-
-
-def _witness(count: _LeafCount) -> Callable[[Tensor], None]:
-    def reached(_: Tensor) -> None:
-        count.reached += 1
-
-    return reached
 
 
 def _nothing() -> None:

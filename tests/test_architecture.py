@@ -30,6 +30,7 @@ LAYERS = [
     ["importance"],
     ["threshold"],
     ["selection", "penalty_checks", "warmup", "score_file"],
+    ["in_force"],
     ["penalty"],
     ["factor"],
     ["__init__"],

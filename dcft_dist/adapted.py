@@ -12,11 +12,10 @@ from torch import nn
 
 from . import collectives
 from .data import Examples
-from .engines.wrap import Plan, Prepared, prepare, shards_weights
+from .engines.wrap import Plan, Prepared, prepare
 from .errors import ConfigError, RunError, listing
 from .evaluate import Evaluation, evaluate
 from .kinds import make_objective
-from .meta import Materialiser
 from .models import build_model
 from .objective import Objective, intervals
 from .own_data import other_split
@@ -30,7 +29,7 @@ from .world import World
 
 # What may differ from the run: the data, and how they are gone through.
 _SOURCES = ("data.path", "data.train", "data.validation", "data.test", "data.build")
-_FREE = ("--data.", "--engine", "--sharding.", "--import_roots", "--test_resamples")
+_FREE = ("--data.", "--engine", "--sharding.", "--import_roots", "--test_resamples", "--train.evaluation_batch")
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,6 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
     engine = config.engine if world.world_size > 1 else "single"
     stage, bf16 = config.sharding.zero_stage, config.train.precision == "bf16"
     plan = Plan(engine, world.device, pretrained.blocks, bf16=bf16, zero_stage=stage)
-    if not shards_weights(plan):
-        Materialiser(world.device)(pretrained.module)
     prepared = prepare(pretrained.module, plan, _no_optimizer)
     for prefix, part in pretrained.parts.items():
         load_weights(prepared.model, folder.model / part, prefix=prefix)

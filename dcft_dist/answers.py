@@ -10,8 +10,7 @@ import torch
 from . import collectives
 from .adapted import Adapted, named
 from .engines import find_engine
-from .errors import ConfigError
-from .language import AnswerProcessor
+from .errors import ConfigError, DataError
 from .splits import Split
 
 
@@ -19,7 +18,7 @@ from .splits import Split
 def answers_of(adapted: Adapted, split: Split, tokens: int) -> dict[str, list[Any]]:
     """The most probable next token, again and again, up to the end of the text or `tokens` of them. Collective.
 
-    Batches are the same for every number of ranks, and so are the answers.
+    Batches are the same for every number of ranks, and so, in float32, are the answers.
 
     Returns:
         Columns of a table: input, group, answer.
@@ -27,13 +26,14 @@ def answers_of(adapted: Adapted, split: Split, tokens: int) -> dict[str, list[An
     Raises:
         ConfigError: no tokens are asked for; the model has no `generate` of transformers, or an engine where that cannot
             work.
+        DataError: instruction and answer together are longer than the model can be given.
     """
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens}: an answer has at least one")
-    processor, world = adapted.pretrained.processor, adapted.world
+    world = adapted.world
     generate = _generate(adapted)
     with collectives.agreed("read the data"):
-        prompts = processor.prompts(split) if isinstance(processor, AnswerProcessor) else []
+        prompts = _prompts(adapted, split, tokens)
     ordered = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # of like length together
     size = adapted.config.evaluation_batch
     batches = [ordered[begin : begin + size] for begin in range(0, len(ordered), size)]
@@ -47,6 +47,19 @@ def answers_of(adapted: Adapted, split: Split, tokens: int) -> dict[str, list[An
     for rank in range(world.world_size):
         texts |= json.loads(collectives.broadcast_text(json.dumps(mine), rank, what="answers"))
     return {**named(split, range(len(prompts))), "answer": [texts[str(i)] for i in range(len(prompts))]}
+
+
+def _prompts(adapted: Adapted, split: Split, tokens: int) -> list[list[int]]:
+    processor: Any = adapted.pretrained.processor
+    prompts: list[list[int]] = processor.prompts(split)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    room = getattr(getattr(adapted.pretrained.module, "config", None), "max_position_embeddings", None)
+    if room is not None and len(prompts[longest]) + tokens > room:
+        raise DataError(
+            f"an instruction of {len(prompts[longest])} tokens and {tokens} of its answer are more than the {room} that the "
+            f"model has places for: lower --tokens, or leave out {str(split.inputs[longest])[:60]!r}"
+        )
+    return prompts
 
 
 def _generate(adapted: Adapted) -> Any:

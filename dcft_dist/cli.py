@@ -8,10 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from . import __version__, life
 from .config import check_ranks, check_sizes, find_config, load_config
-from .errors import DcftError, RunError, WorldError
+from .errors import ConfigError, DcftError, RunError, WorldError
+
+if TYPE_CHECKING:  # the commands import what they need
+    from .adapted import Adapted
+    from .splits import Split
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Every rank raises; one line is enough unless only this rank knows what happened.
         rank = os.environ.get("RANK", "0")
         if rank == "0" or isinstance(error, WorldError) or error.alone:
-            where = f"rank {rank}: " if error.alone else ""
+            where = f"rank {rank}: " if error.alone and not str(error).startswith("rank ") else ""
             print(f"dcft: error: {where}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except OSError as error:  # a full disk, a directory that cannot be written
@@ -61,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
             use.add_argument(
                 "--masks", type=Path, metavar="FOLDER", help="segmentation: where a NIfTI file for each image goes"
             )
-            use.add_argument("--tokens", type=int, default=128, help="causal_lm: length of an answer, at most (128)")
+            use.add_argument("--tokens", type=int, help="causal_lm: length of an answer, at most (default: 128)")
     delta = commands.add_parser("delta", help="write what fine-tuning changed as one file, or put it on the weights again")
     delta.add_argument("run", type=Path, help="directory of a finished run (to apply: its config.toml and summary.json do)")
     delta.add_argument("file", type=Path)
@@ -177,27 +182,38 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
 def _use(options: argparse.Namespace, rest: list[str]) -> None:
     import json
 
-    from .adapted import given_split, load_adapted, predictions_of, report_of
-    from .answers import answers_of
+    from .adapted import given_split, load_adapted, report_of
     from .files import table_of, write_atomic
-    from .masks import write_masks
     from .world import joined_world
 
     with joined_world(600.0) as world:
         adapted = load_adapted(options.run, rest, world)
         split = given_split(adapted, labelled=options.command == "evaluate")
-        kind = adapted.config.task.kind
         if options.command == "evaluate":
             text = json.dumps(report_of(adapted, split, *adapted.evaluate(split)), indent=2) + "\n"
-        elif kind == "segmentation":
-            text = table_of(write_masks(adapted, split, options.masks))
-        elif kind == "causal_lm":
-            text = table_of(answers_of(adapted, split, options.tokens))
         else:
-            text = table_of(predictions_of(adapted, split, adapted.evaluate(split)[0]))
+            text = table_of(_predictions(adapted, split, options.masks, options.tokens))
         if not world.is_first:
             return
         write_atomic(options.out, text) if options.out else sys.stdout.write(text)
+
+
+def _predictions(adapted: Adapted, split: Split, masks: Path | None, tokens: int | None) -> dict[str, list[Any]]:
+    kind = adapted.config.task.kind
+    for given, of in ((masks, "segmentation"), (tokens, "causal_lm")):
+        if given is not None and kind != of:
+            raise ConfigError(f"--{'masks' if of == 'segmentation' else 'tokens'} is for task.kind = '{of}', not '{kind}'")
+    if kind == "segmentation":
+        from .masks import write_masks
+
+        return write_masks(adapted, split, masks)
+    if kind == "causal_lm":
+        from .answers import answers_of
+
+        return answers_of(adapted, split, 128 if tokens is None else tokens)
+    from .adapted import predictions_of
+
+    return predictions_of(adapted, split, adapted.evaluate(split)[0])
 
 
 def _delta(options: argparse.Namespace, rest: list[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import DcftError
+from .errors import DcftError, alone
 from .files import write_json
 from .splits import Split
 
@@ -148,7 +148,7 @@ def make_batch(
     try:
         inputs = examples.inputs(indices, draw)
     except DcftError as error:
-        error.alone = True  # other ranks read other examples
+        alone(error)  # other ranks read other examples
         raise
     batch = {
         "labels": torch.tensor([examples.labels[i] for i in indices]),

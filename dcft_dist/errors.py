@@ -67,6 +67,12 @@ class WorldError(PassingError):
     """Ranks did not meet in a collective; the message names who is missing."""
 
 
+def alone(error: DcftError) -> DcftError:
+    """Marks an error that this rank has, and the others do not know of."""
+    error.alone = True
+    return error
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .data import Batch
-from .errors import DataError, DcftError
+from .errors import DataError, DcftError, alone
 
 Make = Callable[[int], list[Batch]]  # step -> this rank's micro-batches, on the CPU
 
@@ -48,7 +48,7 @@ class Feed:
         try:
             found = next(self._made)
         except RuntimeError as error:
-            raise DataError(f"a process that reads training data has died at step {step}: {error}") from error
+            raise alone(DataError(f"a process that reads training data has died at step {step}: {error}")) from error
         if isinstance(found, DcftError):
             raise found
         self._next = step + 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import collectives
 from .engines import Engine, Shard
-from .errors import PenaltyError, listing
+from .errors import PenaltyError, alone, listing
 from .penalty_checks import Optimizer, names_stepped
 
 
@@ -34,6 +34,7 @@ class InForce:
 
     Attributes:
         frozen: names of weights that were not trained when the penalty was attached.
+        leaves: counts of the leaves that have hooks.
         forwards: of the model, in training.
     """
 
@@ -43,19 +44,19 @@ class InForce:
         self._at_attach = engine.stepped()
         self.frozen = tuple(n for n, p in engine.names.parameters.items() if not p.requires_grad)
         self.forwards = 0
-        self._leaves: list[LeafCount] = []
+        self.leaves: list[LeafCount] = []
         self._agreed: set[str] = set()  # weights whose first step has been seen by all ranks together
         self._fired: set[str] = set()  # since ranks last agreed: multiplied here
         self._silent: set[str] = set()  # and: held a gradient here that was not multiplied here
 
     def leaf(self, names: list[str]) -> LeafCount:
         """The count of a leaf with these weights, to be kept by its hooks."""
-        self._leaves.append(LeafCount(names))
-        return self._leaves[-1]
+        self.leaves.append(LeafCount(names))
+        return self.leaves[-1]
 
     def unhooked(self) -> list[str]:
         """Names of weights that no leaf has."""
-        covered = {name for count in self._leaves for name in count.names}
+        covered = {name for count in self.leaves for name in count.names}
         return [name for name in self._names if name not in covered]
 
     # -- what an optimizer steps ------------------------------------------------------------------------------------
@@ -66,16 +67,18 @@ class InForce:
 
     def concerns(self, optimizer: Optimizer, names: set[str]) -> bool:
         """Whether it steps weights that are penalised (`names`), or should be: those that have replaced them."""
+        if names:
+            return True
         new = self._engine.stepped().keys() - self._at_attach.keys()
         replaced = any(id(p) in new for group in optimizer.param_groups for p in group["params"])
-        return bool(names) or replaced or not self._engine.holds()
+        return replaced or not self._engine.holds()
 
     def has_lost(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer that stepped the model's weights steps none of them any more."""
         return not names_stepped(optimizer, self._at_attach | self._engine.stepped())
 
     def after_step(self, names: set[str]) -> None:
-        for count in self._leaves:
+        for count in self.leaves:
             if names.intersection(count.names):
                 count.fired = count.reached = 0
                 count.forwards = self.forwards
@@ -89,7 +92,7 @@ class InForce:
             PenaltyError: it is not in force.
         """
         problem = self._local_problem()
-        leaves = [count for count in self._leaves if names.intersection(count.names)]
+        leaves = [count for count in self.leaves if names.intersection(count.names)]
         held = self._held({n for c in leaves if c.fired == 0 for n in c.names})
         self._fired.update(n for c in leaves if c.fired for n in c.names)
         silent = [c for c in leaves if c.fired == 0 and held.intersection(c.names)]
@@ -100,7 +103,7 @@ class InForce:
             self.agree(factor, problem)
             self._agreed |= names
         elif problem:
-            raise PenaltyError(f"rank {collectives.rank()}: {problem}")
+            raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
 
     def agree(self, factor: float, problem: str = "") -> None:
         """All ranks together: the factor is the same, and what holds a gradient was multiplied on some rank. A weight that
@@ -129,7 +132,7 @@ class InForce:
         thawed = [n for n in self.frozen if self._engine.names.parameters[n].requires_grad]
         if thawed:
             return f"{listing(thawed)} were frozen when the penalty was attached: attach it again"
-        uneven = [c for c in self._leaves if c.fired != c.reached]
+        uneven = [c for c in self.leaves if c.fired != c.reached]
         if uneven:
             c = uneven[0]
             return f"the hook of {listing(c.names)} fired {c.fired} times for {c.reached} backwards"

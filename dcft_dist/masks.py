@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from . import collectives
 from .adapted import Adapted, named
 from .data import evaluation_batches
-from .errors import ConfigError
+from .errors import ConfigError, DataError, listing
 from .evaluate import rows_of_all
 from .files import write_atomic
 from .splits import Split
@@ -27,16 +26,20 @@ def write_masks(adapted: Adapted, split: Split, folder: Path | None) -> dict[str
     """Writes the masks. Collective.
 
     Returns:
-        Columns of a table: input, group, file of the mask, millilitres of each class but the background.
+        Columns of a table: input, group, file of the mask; millilitres of each class but the background, or pixels if images
+        are flat.
 
     Raises:
         ConfigError: no folder is given.
-        DataError: an image cannot be read.
+        DataError: an image cannot be read; there is a file already where a mask would go.
     """
     processor, world, names = adapted.pretrained.processor, adapted.world, adapted.facts["names"]
     if folder is None or not isinstance(processor, VolumeProcessor):
         raise ConfigError("predictions of a segmentation are masks: say where they go, --masks FOLDER")
     examples, files, sizes = adapted.read(split), _files(split, folder), list[list[float]]()
+    with collectives.agreed("write the masks"):
+        if there := [str(file) for file in files if file.exists()]:
+            raise DataError(f"{listing(there, 3)}: there already, and nothing is overwritten: give another --masks")
     model = adapted.prepared.model.eval()
     for batch in evaluation_batches(examples, world.rank, world.world_size, 1, world.device):
         with adapted.prepared.computing():
@@ -45,21 +48,23 @@ def write_masks(adapted: Adapted, split: Split, folder: Path | None) -> dict[str
             for i in batch["index"][batch["real"]].tolist():
                 mask, affine = processor.as_in_file(split.inputs[i], found[0].argmax(0))
                 write_atomic(files[i], _nifti(mask, affine))
-                voxel = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
+                voxel = abs(float(np.linalg.det(affine[:3, :3]))) / 1000 if mask.ndim == 3 else 1.0
                 counts = np.bincount(mask.ravel(), minlength=len(names))
                 sizes.append([i, *(float(n) * voxel for n in counts[1:])])
     rows = rows_of_all(torch.tensor(sizes, dtype=torch.float64).view(-1, len(names)))
     rows = rows[rows[:, 0].argsort()]
     indices, volumes = rows[:, 0].long().tolist(), rows[:, 1:].T.tolist()
-    millilitres = {f"ml({name})": [round(v, 6) for v in of] for name, of in zip(names[1:], volumes, strict=True)}
-    return {**named(split, indices), "mask": [str(files[i]) for i in indices], **millilitres}
+    unit = "ml" if len(adapted.config.data.patch) == 3 else "pixels"
+    extent = {f"{unit}({name})": [round(v, 6) for v in of] for name, of in zip(names[1:], volumes, strict=True)}
+    return {**named(split, indices), "mask": [str(files[i]) for i in indices], **extent}
 
 
 def _files(split: Split, folder: Path) -> list[Path]:
-    """A name for each image: its own, with a number where several have the same."""
+    """A name for each image: its own, with a number before it where two have the same."""
     stems = [Path(place).name.removesuffix(".gz").removesuffix(".nii") for place in split.inputs]
-    often = Counter(stems)
-    return [folder / f"{stem}{f'_{i}' if often[stem] > 1 else ''}.nii.gz" for i, stem in enumerate(stems)]
+    if len(set(stems)) < len(stems):
+        stems = [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]
+    return [folder / f"{stem}_mask.nii.gz" for stem in stems]
 
 
 def _nifti(mask: NDArray[Any], affine: NDArray[Any]) -> bytes:

@@ -61,8 +61,9 @@ class Materialiser:
         """For a module's own weights and buffers."""
         for slot, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.is_meta:
-                _, made = self._made.setdefault(id(parameter), (parameter, self._empty(parameter)))
-                setattr(module, slot, made)
+                if id(parameter) not in self._made:
+                    self._made[id(parameter)] = parameter, self._empty(parameter)
+                setattr(module, slot, self._made[id(parameter)][1])
             elif parameter.device != self._device:
                 parameter.data = parameter.data.to(self._device)
         self._move_own_buffers(module)

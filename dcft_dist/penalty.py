@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from . import collectives
 from .bits import Box, Packed, cut
 from .engines import Engine, Leaf, Segment, Shard, find_engine, local_tensor
-from .errors import EngineError, PenaltyError, listing
+from .errors import EngineError, PenaltyError, alone, listing
 from .fundamental import FundamentalSet
 from .in_force import InForce, LeafCount
 from .multiplier import Multipliers
@@ -238,6 +238,7 @@ class Penalty:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._seen.leaves.clear()
         if self._engine.penalty is self:
             self._engine.penalty = None
 
@@ -306,9 +307,11 @@ class Penalty:
         names = set() if nested else self._seen.stepped_by(optimizer)
         if not self._seen.concerns(optimizer, names):
             if self._given is not None and self._given() is optimizer and self._seen.has_lost(optimizer):
-                raise PenaltyError(
-                    f"rank {collectives.rank()}: {type(optimizer).__name__}, given to attach_penalty, steps none of the "
-                    "weights that it stepped then: attach the penalty after deepspeed.initialize, or after wrapping"
+                raise alone(
+                    PenaltyError(
+                        f"rank {collectives.rank()}: {type(optimizer).__name__}, given to attach_penalty, steps none of the "
+                        "weights that it stepped then: attach the penalty after deepspeed.initialize, or after wrapping"
+                    )
                 )
             return False
         self._warn_if_cancelled(optimizer)

@@ -504,10 +504,10 @@ class Config(Section):
             raise ValueError("importance.after_epochs is not there for deepspeed")
         if rounds > 1 and (self.selection.fraction == "auto" or not epochs):
             raise ValueError("importance.rounds need importance.after_epochs, and a selection.fraction that is a number")
-        if rounds > 1 and self.importance.criterion in ("fisher", "random"):
+        if rounds > 1 and self.importance.criterion in ("fisher", "removal", "random"):
             raise ValueError(
-                f"importance.rounds prune, and the criterion '{self.importance.criterion}' gives weights that are zero a "
-                "score: use 'obs', 'taylor_squared', 'taylor' or 'magnitude'"
+                f"importance.rounds prune, and by the criterion '{self.importance.criterion}' weights that are zero do not "
+                "come last: use 'obs', 'taylor_squared', 'taylor' or 'magnitude'"
             )
         return self
 

@@ -96,9 +96,9 @@ class VolumeProcessor:
         if pair not in self._kept:
             found = self._bare(self._found(pair))
             image, mask = found["image"].float(), found.get("mask")
-            if not self._cache:
+            if not self._cache or mask is None:  # without a mask: to be predicted, once
                 return image, mask
-            self._kept[pair] = image, None if mask is None else mask.to(torch.uint8)
+            self._kept[pair] = image, mask.to(torch.uint8)
         return self._kept[pair]
 
     def _found(self, pair: Pair) -> dict[str, Any]:

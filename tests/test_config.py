@@ -100,7 +100,10 @@ def test_all_errors_at_once(tmp_path: Path) -> None:
         ),
         ('name = "a"\nlr = 1e-4', "lr: unknown key (did you mean 'head_warmup.lr' or 'optimizer.lr'?)"),
         ('extends = "bad.toml"\nname = "a"', "extends itself"),
-        ('name = "a"\n[importance]\nafter_epochs = 2\nrounds = 2', "'fisher' gives weights that are zero a score"),
+        (
+            'name = "a"\n[importance]\nafter_epochs = 2\nrounds = 2',
+            "by the criterion 'fisher' weights that are zero do not come last",
+        ),
         ('name = "a"\nseed = -1', "seed: Input should be greater than or equal to 0"),
         ('extends = "none.toml"\nname = "a"', "no configuration file"),
     ],

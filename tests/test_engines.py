@@ -442,7 +442,7 @@ def silent_failures(engine: str) -> dict[str, str]:
     def hooks_lost() -> None:
         prepared = get(engine, optimizer="sgd")
         penalty = attach_penalty(prepared.model, chosen)
-        for handle in penalty._handles[: 2 * len(penalty._seen._leaves)]:
+        for handle in penalty._handles[: 2 * len(penalty._seen.leaves)]:
             handle.remove()
         one_step(prepared, batch)
 

@@ -89,6 +89,18 @@ def test_weights_are_read_under_every_engine(kind: str, ranks: int, replicas: in
     assert 0.1 < float(alone["head.weight"].std() * 13**0.5) < 1.5  # as nn.Linear draws them
 
 
+def precision_here() -> tuple[set[str], str]:
+    """Data types of the weights that DeepSpeed gathers, and of the output for an input in float32."""
+    net = on_meta(lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    plan = Plan("deepspeed", CPU, list(net.children()), bf16=True, zero_stage=3)
+    model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
+    return {str(p.ds_tensor.dtype) for p in model.module.parameters()}, str(model(torch.randn(2, 6)).dtype)
+
+
+def test_a_model_without_memory_is_in_bfloat16_under_zero_3() -> None:
+    assert run_ranks(2, precision_here) == [({"torch.bfloat16"}, "torch.bfloat16")] * 2
+
+
 def buffers_here(file: str) -> float:
     net = on_meta(OddNet)
     Loading(net, Path(file), allowed=ODD_HEAD).into_whole(net, CPU)

@@ -417,7 +417,7 @@ def failures(engine: str) -> dict[str, str]:
         optimizer = make_optimizer("sgd", model.parameters())
         penalty = attach_penalty(model, some_set(), optimizer=optimizer)
         if dist.get_rank() == 1:
-            penalty._seen._leaves[0].fired += 1
+            penalty._seen.leaves[0].fired += 1
         step(model, optimizer, batch)
 
     def attached_before_sharding() -> None:

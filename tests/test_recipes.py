@@ -91,7 +91,10 @@ RECIPES = {made.__name__: made for made in MADE}
 ZERO3 = ["--engine", "deepspeed", "--sharding.zero_stage", "3"]
 
 
-@pytest.mark.parametrize(("recipe", "engine"), [*((recipe, []) for recipe in RECIPES), ("instructions_7b", ZERO3)])
+RUNS = [*((recipe, []) for recipe in RECIPES), ("instructions_7b", ZERO3), ("encoder_sam", ZERO3)]
+
+
+@pytest.mark.parametrize(("recipe", "engine"), RUNS)
 def test_recipes_run_at_toy_size(recipe: str, engine: list[str], tmp_path: Path) -> None:
     """Under the engine and in the precision that they say, most in bfloat16."""
     words = [*SMALL, *RECIPES[recipe](tmp_path), "--runs_dir", str(tmp_path), "--name", "toy", *engine]

@@ -80,6 +80,17 @@ def test_windows_on_ranks_with_different_volumes() -> None:
     assert [x for (x,) in run_ranks(2, windows_here)] == pytest.approx(alone, rel=1e-6)
 
 
+def test_windows_make_up_the_whole() -> None:
+    """A model that looks at one voxel gives the same in windows; the image is left as it was."""
+    torch.manual_seed(0)
+    image = torch.randn(1, 1, 20, 17, 8)
+    kept = image.clone()
+    objective = Segmentation(["none", "a"], [8, 8, 8], 0.25)
+    found = objective.whole(lambda batch: torch.cat([batch["image"], -batch["image"]], 1), {"image": image})
+    assert torch.equal(image, kept)
+    torch.testing.assert_close(found, torch.cat([image, -image], 1))
+
+
 def test_patches_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> None:
     config = load_config("mri.toml", [*KEYS, "--data.path", str(slabs(tmp_path)), "--model.build", "json.loads"])
     examples = VolumeProcessor(config)(own_task(config).train)
@@ -149,8 +160,10 @@ def check_masks(folder: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     said = list(csv.DictReader((folder / "said.csv").open()))
-    files = [f"image{i}" for i in ("0", "1", "2_2", "2_3")]
-    assert [row["mask"] for row in said] == [str(folder / f"masks/{name}.nii.gz") for name in files]
+    files = [f"{i:05d}_image{i}_mask.nii.gz" for i in (0, 1, 2)] + ["00003_image2_mask.nii.gz"]
+    assert [row["mask"] for row in said] == [str(folder / "masks" / name) for name in files]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode and "nothing is overwritten" in again.stderr
     (folder / "two.csv").write_text(f"image,mask\n{asked}/image0.nii.gz,mask0.nii.gz\nimage1.nii.gz,mask1.nii.gz\n")
     command = [sys.executable, "-m", "dcft_dist.cli", "evaluate", str(run), "--data.path", str(folder / "two.csv")]
     done = subprocess.run([*command, "--test_resamples", "0"], capture_output=True, text=True, timeout=300)
@@ -163,6 +176,22 @@ def check_masks(folder: Path) -> None:
         dice.append([2 * np.sum((mine == c) & (right == c)) / (np.sum(mine == c) + np.sum(right == c)) for c in (1, 2)])
         assert float(row["ml(grey)"]) == np.sum(mine == 1) / 1000  # voxels of 1 mm
     assert json.loads(done.stdout)["metrics"]["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
+
+
+@pytest.mark.parametrize("spacing", ["[1.0, 1.0, 1.0]", "[1.0, 0.5, 1.0]"])
+def test_a_mask_goes_back_to_the_grid_of_its_file(spacing: str, tmp_path: Path) -> None:
+    """Axes in another order, voxels of three sizes: what was read as a mask comes back as it was."""
+    table = slabs(tmp_path)
+    words = [*KEYS, "--data.path", str(table), "--data.spacing", spacing, "--model.build", "json.loads"]
+    processor = VolumeProcessor(load_config("mri.toml", words))
+    files = [tmp_path / "odd_image.nii.gz", tmp_path / "odd_mask.nii.gz"]
+    affine = np.array([[0, 0, -2.0, 5], [1.0, 0, 0, -7], [0, 3.0, 0, 1], [0, 0, 0, 1]])
+    for name, file in zip(("image0", "mask0"), files, strict=True):
+        nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(tmp_path / f"{name}.nii.gz").dataobj), affine), file)
+    image, mask = processor.whole((files[0], files[1]))
+    assert torch.equal(processor.whole((files[0], None))[0], image)
+    back, found = processor.as_in_file(files[0], mask[0])  # type: ignore[index]
+    assert np.array_equal(back, np.asarray(nibabel.load(files[1]).dataobj)) and np.allclose(found, affine)
 
 
 def broken(folder: Path, kind: str) -> list[str]:

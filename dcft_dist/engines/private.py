@@ -334,13 +334,19 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def zero3_materialise(model: Any, make: Callable[[Any], None], config: dict[str, Any]) -> None:
-    """Partitions a model on the meta device. `make` gives a module's own weights memory; one module at a time is whole."""
+def zero3_materialise(model: Any, make: Callable[[Any], None], config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Partitions a model on the meta device. `make` gives a module's own weights memory; one module at a time is whole.
+
+    `dtype`: of the weights, which DeepSpeed no longer casts once they are partitioned; masters are in float32.
+    """
     init = import_deepspeed().zero.Init
     for module in reversed(list(model.modules())):  # parents after their parts, which it leaves as they are then
         make(module)
-        if next(module.parameters(recurse=False), None) is not None:
-            init(module=module, config_dict_or_path=config)
+        own = [p for p in module.parameters(recurse=False) if not hasattr(p, "ds_id")]
+        for parameter in own:
+            parameter.data = parameter.data.to(dtype)
+        if own:
+            init(module=module, config_dict_or_path=config)  # it also sends them, without values yet
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,15 @@ def _fsdp1(model: nn.Module, plan: Plan) -> nn.Module:
     return FullyShardedDataParallel(model, **options)
 
 
+def _in_bf16(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Casts what a model is given, as FSDP does by itself; DeepSpeed does so for float16 alone."""
+
+    def cast(value: Any) -> Any:
+        return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items()}
+
+
 def _deepspeed(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prepared:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": plan.micro_batch,
@@ -189,7 +198,10 @@ def _deepspeed(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> P
     if plan.offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": plan.device.type == "cuda"}
     if any(p.is_meta for p in model.parameters()):
-        private.zero3_materialise(model, Materialiser(plan.device).one, config)
+        dtype = torch.bfloat16 if plan.bf16 else torch.float32
+        private.zero3_materialise(model, Materialiser(plan.device).one, config, dtype)
+    if plan.bf16:
+        model.register_forward_pre_hook(_in_bf16, with_kwargs=True)
     optimizer = make_optimizer([(name, p, len(private.zero_shape(p)) > 1) for name, p in model.named_parameters()])
     engine, *_ = private.import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
     return Prepared(plan, engine, optimizer)

@@ -92,7 +92,8 @@ def write_delta(config: Config, facts: Mapping[str, Any], adapted: Path, target:
             stored[f"{name}|whole"], number = value.clone(), value.numel()
         else:
             mask = (_bytes(before.tensors[name]) != _bytes(value)).any(-1)
-            stored[f"{name}|bits"], number = torch.from_numpy(pack(mask)), int(mask.sum())
+            stored[f"{name}|bits"] = torch.from_numpy(pack(mask))
+            number = int((before.tensors[name] != value).sum())  # a zero may have lost its sign, and is stored, not counted
             stored[f"{name}|values"] = value.reshape(-1)[mask]
         changed, total = changed + number, total + value.numel()
     write_atomic(target, save(stored, {"base": before.checksum(), "run": config.name}))

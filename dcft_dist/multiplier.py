@@ -65,7 +65,7 @@ class Multipliers:
             self._watched(target, None, chosen, "applied")
 
     def shorten(self, name: str, old: Tensor, new: Tensor) -> None:
-        """new <- old + m * (new - old), in place: exactly `old` where m is 0 and exactly `new` where it is 1."""
+        """new <- old + m * (new - old), in place: exactly `old` where m is 0 (-0 may become 0), `new` where it is 1."""
         starts, octets = old.contiguous().view(-1), self._octets(name)
         with _as_flat(new) as flat:
             if octets is not None and not self.watch and _fused(flat, octets):

@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
                       "a folder with a transformers config.json, or a configuration and words for it")  # fmt: skip
     plan.add_argument("--ranks", type=int, default=8)
     plan.add_argument("--gpus-per-node", type=int, default=8)
-    plan.add_argument("--engine", choices=("fsdp2",), default="fsdp2")
+    plan.add_argument("--engine", choices=("fsdp2", "zero3"))
     plan.add_argument("--replicas", type=int, help="groups of ranks that each hold all shards (hybrid sharding)")
     plan.add_argument("--micro-batch", type=int)
     plan.add_argument("--length", type=int, help="tokens of a sample of text (512)")
@@ -312,7 +312,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     from . import plan
     from .planned import request_of
 
-    given = {key: value for key, value in vars(options).items() if key not in ("command", "engine", "json")}
+    given = {key: value for key, value in vars(options).items() if key not in ("command", "json")}
     found = plan.plan(request_of(given.pop("model"), rest, **given))
     print(json.dumps(found.to_json()) if options.json else plan.table(found))
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from math import ceil, prod
 from typing import Any
 
@@ -26,7 +27,7 @@ from .fundamental import FundamentalSet, SetInfo
 from .importance import Scores, score_importance
 from .meta import Materialiser
 from .penalty import attach_penalty
-from .planned import Request, planned
+from .planned import Planned, Request, planned
 
 GIB = 2**30
 KINDS = {
@@ -40,7 +41,8 @@ KINDS = {
 
 @dataclass
 class Found:
-    """Bytes of rank 0, which has the largest shards. `*_step`: by kind at the peak of a step; `sent`: by collective."""
+    """Bytes of rank 0, which has the largest shards. `*_step`: by kind at the peak of a step (under ZeRO-3 "other" is all
+    that is neither a weight nor an optimizer's state); `sent`: by collective."""
 
     request: Request
     weights: int = 0
@@ -86,15 +88,18 @@ def plan(request: Request) -> Found:
     for key in ("ranks", "gpus_per_node", "micro_batch", "length", "replicas"):
         if getattr(request, key) < 1:
             raise ConfigError(f"{key} must be at least 1, not {getattr(request, key)}")
-    with private.fake_ranks(request.ranks), _as_on_a_gpu():
-        return carry_out(request, private.without_memory)
+    zero3 = request.engine == "zero3"
+    if zero3 and request.replicas > 1:
+        raise ConfigError("replicas are for FSDP2, not for ZeRO-3")
+    with private.fake_ranks(request.ranks), _as_on_a_gpu(), private.zero3_alone() if zero3 else nullcontext():
+        return carry_out(request, partial(private.without_memory, numbers=zero3))
 
 
 def table(found: Found) -> str:
     """The plan as text."""
     r = found.request
     lines = [
-        f"{r.model}: {found.weights:,} weights, {found.eligible:,} eligible; FSDP2 on {r.ranks} ranks "
+        f"{r.model}: {found.weights:,} weights, {found.eligible:,} eligible; {r.engine} on {r.ranks} ranks "
         f"({ceil(r.ranks / r.gpus_per_node)} nodes), {r.replicas} replicas, {'bf16' if r.bf16 else 'fp32'}, "
         f"micro-batch {r.micro_batch}, penalty on the {r.level}" + (f", {r.where}" if r.level == "gradient" else ""),
         "",
@@ -116,15 +121,8 @@ def table(found: Found) -> str:
 
 def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
     """The same on the ranks that are there, on tensors made inside `memory()`."""
-    mode, found = memory(), Found(request)
-    what, device = planned(request), torch.device("cpu")  # a fake of one: sizes are the same
-    with torch.no_grad(), mode:
-        Materialiser(device)(what.model)
-        for p in what.model.parameters():
-            p.fill_(0.01)
-        batch, head, loss_of = what.make_batch(), what.head, what.loss
-    how = wrap.Plan("fsdp2", device, what.blocks, bf16=request.bf16, replicas=request.replicas)
-    prepared = wrap.prepare(what.model, how, what.make_optimizer)
+    mode, found, what = memory(), Found(request), planned(request)
+    prepared, head, loss_of = _prepared(what, request, mode), what.head, what.loss
     found.weights = sum(prod(shape) for shape in find_engine(prepared.model).full_shapes().values())
 
     def steps(number: int) -> None:
@@ -134,6 +132,7 @@ def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
             prepared.step()
 
     with mode:
+        batch = what.make_batch()
         with _measured(prepared) as (peak, found.sent_score):
             scores = score_importance(prepared.model, [batch], loss_of, head=head, eligible=what.eligible)
         found.score_peak = sum(peak.values())
@@ -157,6 +156,24 @@ def carry_out(request: Request, memory: Callable[[], Any]) -> Found:
             steps(1)
         penalty.remove()
     return found
+
+
+def _prepared(what: Planned, request: Request, mode: Any) -> wrap.Prepared:
+    """The model under the engine, its weights numbers where there is memory for them."""
+    device, zero3 = torch.device("cpu"), request.engine == "zero3"  # a fake of one: sizes are the same
+    how = wrap.Plan("deepspeed" if zero3 else "fsdp2", device, what.blocks, request.bf16, request.replicas)
+    how = replace(how, zero_stage=3, micro_batch=request.micro_batch)
+    if not zero3:  # FSDP2 asks for a mesh of ranks, which has to have values
+        with mode:
+            Materialiser(device)(what.model)
+    with mode if zero3 else nullcontext():
+        prepared = wrap.prepare(what.model, how, what.make_optimizer)
+    engine = find_engine(prepared.model)
+    with torch.no_grad(), mode:
+        for shard in engine.shards():
+            shard.local.detach().fill_(0.01)
+        engine.publish()
+    return prepared
 
 
 @contextmanager
@@ -185,9 +202,13 @@ def _measured(prepared: wrap.Prepared) -> Iterator[tuple[dict[str, int], dict[st
         yield peak, traffic
     seen = next(iter(tracker.get_tracker_snapshot("peak").values()))
     by_name = {str(getattr(kind, "value", kind)): size for kind, size in seen.items()}
-    peak.update({kind: sum(by_name.pop(name, 0) for name in names) for kind, names in KINDS.items()})
-    by_name.pop("Total", None)
-    peak["other"] = sum(by_name.values())
+    total = by_name.pop("Total")
+    if prepared.plan.engine == "deepspeed":
+        states = [value for state in prepared.optimizer.state.values() for value in _tensors(list(state.values()))]
+        by_kind = {"parameters": _size(private.zero3_weights(prepared.model)), "optimizer": _size(states)}
+    else:
+        by_kind = {kind: sum(by_name.get(name, 0) for name in names) for kind, names in KINDS.items()}
+    peak.update(by_kind, other=total - sum(by_kind.values()))
     traffic.update(sent.bytes)
 
 
@@ -201,8 +222,7 @@ class _Sent(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, _, name = str(func.name()).partition("::")
         if space in ("c10d", "_c10d_functional"):
-            sizes = [t.numel() * t.element_size() for t in _tensors(args)]
-            self.bytes[name.strip("_")] += max(sizes, default=0)
+            self.bytes[name.strip("_")] += max((_size([t]) for t in _tensors(args)), default=0)
         return func(*args, **(kwargs or {}))
 
 
@@ -210,3 +230,7 @@ def _tensors(given: Any) -> list[Tensor]:
     if isinstance(given, list | tuple):
         return [t for part in given for t in _tensors(part)]
     return [given] if isinstance(given, Tensor) else []
+
+
+def _size(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)

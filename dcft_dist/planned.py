@@ -52,6 +52,7 @@ class Request:
 
     model: str
     ranks: int
+    engine: Literal["fsdp2", "zero3"] = "fsdp2"
     gpus_per_node: int = 8
     micro_batch: int = 1
     length: int = 512
@@ -90,7 +91,13 @@ def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
         config = load_config(model, list(words))
         sgd = config.optimizer.name == "sgd" and not config.optimizer.weight_decay
         level = config.penalty.level if config.penalty.level != "auto" else "gradient" if sgd else "update"
-        known = {"micro_batch": config.train.micro_batch, "length": config.task.max_tokens, "level": level}
+        zero3 = config.engine == "deepspeed" and config.sharding.zero_stage == 3
+        known = {
+            "engine": "zero3" if zero3 else "fsdp2",
+            "micro_batch": config.train.micro_batch,
+            "length": config.task.max_tokens,
+            "level": level,
+        }
         known |= {"where": config.penalty.where, "bf16": config.train.precision == "bf16"}
         known |= {
             "mask_placement": config.penalty.mask_placement,

@@ -78,6 +78,26 @@ def test_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, model:
     assert foretold.bits == pytest.approx(num_bytes(foretold.eligible) / share, rel=0.02)
 
 
+@pytest.mark.parametrize(("ranks", "model", "how"), [(2, "vit", "update"), (4, "decoder", "before")])
+def test_zero3_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, model: str, how: str) -> None:
+    request = Request(folders[model], ranks, "zero3", micro_batch=2, length=32, bf16=model == "vit")
+    if how != "update":
+        request = replace(request, level="gradient", where=how)  # type: ignore[arg-type]
+    foretold = plan.plan(request)
+    real, peaks = least_peaks(request, foretold)
+    for key in ("weights", "eligible", "scores", "bits"):
+        assert getattr(foretold, key) == getattr(real, key), key
+    # DeepSpeed's `reduce_bucket_size`, beside which so small a model is nothing; and gloo copies what it scatters
+    bucket, copied = 4 * 500_000_000, 4 * foretold.weights
+    for key, peak in peaks.items():
+        assert -0.05 * (peak - bucket) < peak - getattr(foretold, key) < 1.05 * copied, (key, peak, foretold)
+    assert foretold.plain_step["optimizer"] == pytest.approx(8 * foretold.weights / ranks, rel=0.02)
+    masters = 6 if request.bf16 else 8
+    assert foretold.plain_step["parameters"] == pytest.approx(masters * foretold.weights / ranks, rel=0.02)
+    for name in ("allgather_base", "reduce_scatter_base"):
+        assert foretold.sent_dcft.get(name) == real.sent_dcft.get(name), (name, foretold, real)
+
+
 def test_a_large_model_on_many_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", "--model", "vit_large", "--ranks", "1024", "--replicas", "8", "--memory-gib", "0.1"]) == 0
     text = capsys.readouterr().out
@@ -132,6 +152,15 @@ def test_recipes_at_true_size(recipe: str, tmp_path: Path, capsys: pytest.Captur
     assert found["fits"] and found["dcft_peak"] > found["bits"] > 0
 
 
+def test_a_decoder_under_zero3_at_true_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*true_size("instructions_7b", tmp_path), "--engine", "zero3", "--ranks", "2", "--json"]
+    assert cli.main(["plan", "--model", "configs/instructions_7b.toml", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["weights"] == pytest.approx(6.74e9, rel=0.01) and found["request"]["engine"] == "zero3"
+    assert found["plain_step"]["parameters"] == pytest.approx(6 * found["weights"] / 2, rel=0.01)
+    assert found["bits"] == pytest.approx(num_bytes(found["eligible"]) / 2, rel=0.02)
+
+
 def test_a_plan_follows_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     """SGD without momentum has no state and takes the gradient level; bits that are shared out are."""
 
@@ -175,5 +204,7 @@ def test_refusals(folders: dict[str, str]) -> None:
         request_of("vit_large", ["--model.weights", "x"], ranks=2)
     with pytest.raises(ConfigError, match="ranks must be at least 1, not 0"):
         plan.plan(Request(folders["vit"], 0))
+    with pytest.raises(ConfigError, match=r"replicas are for FSDP2, not for ZeRO-3"):
+        plan.plan(Request(folders["vit"], 4, "zero3", replicas=2))
     with pytest.raises(EngineError, match="3 replicas do not divide 4 ranks"):
         plan.plan(Request(folders["vit"], 4, replicas=3))

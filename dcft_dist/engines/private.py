@@ -6,8 +6,10 @@ attribute is gone, and a version outside `TESTED` warns once.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ USES: dict[str, tuple[str, ...]] = {
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily"),
     "torch.testing._internal.distributed.fake_pg": (),
     "torch.distributed._tools.fsdp2_mem_tracker": ("FSDPMemTracker",),
+    "torch.distributed._tools.mem_tracker": ("MemTracker",),
     "FSDPModule": ("_get_fsdp_state",),
     "FSDPState": ("_fsdp_param_group",),  # and, since torch 2.13, `_fsdp_param_groups`
     "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
@@ -103,6 +106,7 @@ USES: dict[str, tuple[str, ...]] = {
     "CheckpointWrapper": ("_checkpoint_wrapped_module",),
     "OptimizedModule": ("_orig_mod",),
     "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.runtime.zero.partitioned_param_coordinator": ("assert_ints_same_as_other_ranks",),
     "transformers.Trainer": ("_prepare_inputs",),
     "transformers.conversion_mapping": ("get_model_conversion_mapping",),
     "transformers.core_model_loading": ("rename_source_key", "WeightConverter", "WeightRenaming"),
@@ -164,11 +168,21 @@ def number(value: Any) -> float:
     return 1.0 if isinstance(value, FakeTensor) else float(value)
 
 
-def without_memory() -> Any:
-    """A block in which tensors have shapes and types, but no values; real ones may take part."""
+def without_memory(numbers: bool = False) -> Any:
+    """A block in which tensors have shapes and types, but no values; real ones may take part.
+
+    `numbers`: code that reads a value finds 1, or False, where it would be an error.
+    """
+    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    class Numbers(FakeTensorMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._local_scalar_dense.default:
+                return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    return (Numbers if numbers else FakeTensorMode)(allow_non_fake_inputs=True)
 
 
 @contextmanager
@@ -181,14 +195,59 @@ def fake_ranks(ranks: int) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def memory_tracker(model: Any, optimizer: Any) -> Any:
-    """Torch's own account of the memory of an FSDP2 model by kind, over a block; its optimizer's states included."""
+    """Torch's own account of memory over a block, with what is there before it: of FSDP2 by kind, of ZeRO-3 in all."""
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+    from torch.distributed.fsdp import FSDPModule
 
-    return FSDPMemTracker(model, optimizer)
+    if isinstance(model, FSDPModule):
+        return FSDPMemTracker(model, optimizer)
+    tracker = MemTracker()
+    tracker.track_external(*_tensors_like(model.optimizer.fp32_partitioned_groups_flat[0]))
+    return tracker
+
+
+def zero3_weights(model: Any) -> list[Any]:
+    """What this rank holds of the weights: its partitions, and their masters."""
+    return [p.ds_tensor for p in model.parameters()] + list(model.optimizer.fp32_partitioned_groups_flat)
+
+
+def _tensors_like(one: Any) -> list[Any]:
+    """All tensors of the process, or of the block without memory that `one` is of: DeepSpeed's are in many places."""
+    from torch import Tensor
+
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta]
+    return [t for t in found if getattr(t, "fake_mode", None) is getattr(one, "fake_mode", None)]
+
+
+@contextmanager
+def zero3_alone() -> Iterator[None]:
+    """A block in which DeepSpeed's ZeRO-3 runs as rank 0 of ranks that are not there.
+
+    It reads from the environment where it is, and compares the order of modules with that of rank 0, which it cannot here.
+    It keeps process groups in places of its own: they are destroyed, with torch's.
+    """
+    deepspeed = import_deepspeed()
+    from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
+
+    compare, before = coordinator.assert_ints_same_as_other_ranks, dict(os.environ)
+    coordinator.assert_ints_same_as_other_ranks = lambda ints: None
+    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, at each collective that DeepSpeed calls
+            yield
+    finally:
+        if deepspeed.comm.is_initialized():
+            deepspeed.comm.destroy_process_group()
+        coordinator.assert_ints_same_as_other_ranks = compare
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def real_tensors() -> Any:

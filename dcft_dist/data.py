@@ -108,13 +108,19 @@ class TextProcessor:
 
     def __call__(self, split: Split) -> Tokens:
         ids = self.tokenizer(split.inputs, truncation=True, max_length=self._max_tokens)["input_ids"]
-        return Tokens([list(row) for row in ids], split.labels, self.tokenizer.pad_token_id)
+        return Tokens([list(row) for row in ids], split.labels, pad_id(self.tokenizer))
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
         return None
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills up, or where there is none (GPT-2, Llama) the end of the text: attention passes over it."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in known if token is not None)
 
 
 class ImageProcessor:

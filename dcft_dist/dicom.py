@@ -36,9 +36,21 @@ def problem_of_series(folder: Path) -> str | None:
         return f"{folder}: the slices of {len(series)} series; a folder for each is needed"
     if not all(np.allclose(turned[0], other, atol=1e-3) for other in turned):
         return f"{folder}: its slices are not parallel"
-    return _problem_of_places(
-        [file.name for file in files], np.stack(places) @ np.cross(turned[0][:3], turned[0][3:]), folder
+    along = np.stack(places) @ np.cross(turned[0][:3], turned[0][3:])
+    return _problem_of_places([file.name for file in files], along, folder) or _regular_gaps(
+        [header for _, header in slices], along, folder
     )
+
+
+def _regular_gaps(headers: list[Any], places: NDArray[np.float64], folder: Path) -> str | None:
+    """Evenly spaced, but numbered with gaps and further apart than slices are thick: every second one may be missing."""
+    numbers = sorted(int(header.get("InstanceNumber") or 0) for header in headers)
+    steps, gap = set(np.diff(numbers).tolist()), float(np.diff(np.sort(places)).mean())
+    apart = float(headers[0].get("SpacingBetweenSlices") or headers[0].get("SliceThickness") or gap)
+    if len(steps) == 1 and (step := steps.pop()) > 1 and gap > apart * (step - 0.5):
+        found = f"slices numbered in steps of {step}, {gap:.4g} mm apart and {apart:.4g} mm thick"
+        return f"{folder}: {found}: the others are missing"
+    return None
 
 
 def _problem_of_places(names: list[str], places: NDArray[np.float64], folder: Path) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,11 @@ from torch.nn import functional
 from .errors import ConfigError, DataError, listing
 from .files import read_json, write_json
 from .imports import find_object
-from .rows import Cell
+from .rows import SPLITS, Cell
 from .schema import Config
 from .splits import Split
 
+log = logging.getLogger(__name__)
 PREPROCESSOR = "preprocessor_config.json"  # of transformers' image processors
 Transform = Callable[[Tensor], Any]
 
@@ -36,7 +38,7 @@ def read_image(source: Any, channels: int) -> Tensor:
     Raises:
         DataError: it cannot be read, has another number of channels, or has values that are no numbers; it is named.
     """
-    name = str(source) if isinstance(source, str | Path) else f"row {source.index}" if isinstance(source, Cell) else "array"
+    name = str(source) if isinstance(source, str | Path) else repr(source) if isinstance(source, Cell) else "array"
     try:
         pixels = _scaled(_array(source))
     except Exception as error:  # each kind of damage has its own
@@ -68,7 +70,10 @@ def _array(source: Any) -> Any:
 
 def _array_of(image: Any) -> Any:
     if image.mode.startswith("I"):  # 16 bits, which Pillow may give as 32
-        return np.asarray(image).astype(np.uint16)
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"whole numbers from {pixels.min()} to {pixels.max()} do not go into 16 bits")
+        return pixels.astype(np.uint16)
     return np.asarray(image.convert("RGB") if image.mode in ("P", "CMYK", "YCbCr") else image)
 
 
@@ -107,12 +112,19 @@ class OwnImageProcessor:
     def __init__(self, config: Config) -> None:
         self._seed = config.seed
         self.mean, self.std = list(config.data.mean), [float(s) for s in config.data.std]
-        self.side = config.model.image_size
+        self.side, self._scale = config.model.image_size, 1.0
         place = Path(config.model.weights or "")
         beside = (place if place.is_dir() else place.parent) / PREPROCESSOR
         if config.model.weights and beside.is_file():
             facts = read_json(beside)
             self.mean, self.std = facts.get("image_mean") or self.mean, facts.get("image_std") or self.std
+            if facts.get("do_normalize") is False:
+                self.mean, self.std = [0.0] * len(self.mean), [1.0] * len(self.std)
+            factor = facts.get("rescale_factor", 1 / 255) if facts.get("do_rescale", True) else 1.0
+            self._scale = 255 * factor  # integers are read as shares of 255
+            sizes = set((facts.get("crop_size") or facts.get("size") or {}).values())
+            if sizes and sizes != {self.side}:
+                log.warning("model.image_size = %d, but %s says %s", self.side, beside, sorted(sizes))
         if len(self.mean) != len(self.std):
             raise ConfigError(f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}")
         self._transform = _transform(config)
@@ -130,7 +142,7 @@ class OwnImageProcessor:
         if draw is not None and self._transform is not None:
             pixels = self._varied(pixels, draw)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (pixels - mean) / std
+        return (pixels * self._scale - mean) / std
 
     def _varied(self, pixels: Tensor, draw: str) -> Tensor:
         """Whatever generator the transform uses, it starts from (seed, epoch, example)."""
@@ -156,13 +168,19 @@ class OwnImageProcessor:
         Raises:
             DataError: some cannot be read; the first are named.
         """
-        sources = [source for split in splits for source in split.inputs][rank::ranks]
+        named = [
+            (f"{name} example {i}", source)
+            for name, split in zip(SPLITS, splits, strict=False)
+            for i, source in enumerate(split.inputs)
+        ]
+        sources = named[rank::ranks]
 
-        def problem(source: Any) -> str | None:
+        def problem(found: tuple[str, Any]) -> str | None:
+            where, source = found
             try:
                 read_image(source, len(self.mean))
             except DataError as error:
-                return str(error)
+                return str(error) if isinstance(source, str | Path) else f"{where}: {error}"
             return None
 
         with ThreadPoolExecutor() as threads:
@@ -173,7 +191,7 @@ class OwnImageProcessor:
     def save(self, folder: Path) -> None:
         """As transformers' image processors read it."""
         facts = {"size": {"height": self.side, "width": self.side}, "image_mean": self.mean, "image_std": self.std}
-        write_json(folder / PREPROCESSOR, {**facts, "do_center_crop": False})
+        write_json(folder / PREPROCESSOR, {**facts, "rescale_factor": self._scale / 255, "do_center_crop": False})
 
 
 def _transform(config: Config) -> Transform | None:

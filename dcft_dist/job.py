@@ -16,6 +16,7 @@ from . import collectives
 from .config import check_sizes
 from .data import Batch, Examples, micro_batches
 from .engines.wrap import Plan, Prepared, prepare, shards_weights
+from .errors import ConfigError, did_you_mean
 from .evaluate import Evaluation, evaluate
 from .kinds import facts_of, make_objective
 from .methods import choose_trained, depths
@@ -54,6 +55,11 @@ class Job:
         """The wrapped model."""
         found: nn.Module = self.prepared.model
         return found
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses the epoch."""
+        return self.config.train.metric or self.objective.best
 
     @property
     def steps_per_epoch(self) -> int:
@@ -110,6 +116,7 @@ def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
         splits = {"train": task.train, "validation": task.validation, "test": task.test}
         examples = {name: pretrained.processor(split) for name, split in splits.items()}
         check_sizes(config, len(examples["train"]))
+        _check_metric(config, objective, examples["validation"])
         if config.data.check:
             pretrained.processor.check(list(splits.values()), world.rank, world.world_size)
     num_weights = sum(p.numel() for p in pretrained.module.parameters())
@@ -117,6 +124,16 @@ def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
     head = copy.deepcopy(found[1]) if found else None
     prepared = _prepare(config, world, pretrained)
     return Job(config, world, directory, task, objective, pretrained, prepared, head, num_weights, facts, **examples)
+
+
+def _check_metric(config: Config, objective: Objective, validation: Examples) -> None:
+    """
+    Raises:
+        ConfigError: the metric that is to choose the epoch is not defined on the validation data.
+    """
+    name, known = config.train.metric or objective.best, objective.names(torch.tensor(validation.labels))
+    if name not in known:
+        raise ConfigError(f"train.metric: no {name!r} on the validation data{did_you_mean(name, known)}: {', '.join(known)}")
 
 
 def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:

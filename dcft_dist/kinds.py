@@ -36,7 +36,7 @@ def make_objective(config: Config, facts: Mapping[str, Any]) -> Objective:
     if task.kind == "causal_lm":
         return CausalLanguage()
     if task.kind == "segmentation":
-        return Segmentation(facts["names"], config.data.patch, config.data.overlap)
+        return Segmentation(facts["names"], config.data.patch, config.data.overlap, config.data.spacing)
     if task.kind == "multi_label":
         return MultiLabel(len(facts["names"]))
     if task.kind == "regression":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .data import pad_id
 from .errors import ConfigError, DataError
 from .objective import Metrics, Objective
 from .splits import Split
 
+log = logging.getLogger(__name__)
 IGNORED = -100  # label of what is not learned
 
 
@@ -61,14 +64,16 @@ class AnswerProcessor:
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         ids = [[*prompt, *answer, *end][: self._max_tokens] for prompt, answer in zip(prompts, answers, strict=True)]
         given = [len(prompt) for prompt in prompts]
+        wholes = zip(prompts, answers, strict=True)
+        if cut := sum(len(p) + len(a) + len(end) > self._max_tokens for p, a in wholes):
+            log.warning("%d of %d answers are cut at task.max_tokens = %d", cut, len(ids), self._max_tokens)
         full = [i for i, n in enumerate(given) if n >= len(ids[i])]
         if full:
             raise DataError(
                 f"{len(full)} instructions leave no room for an answer in {self._max_tokens} tokens, such as "
                 f"{str(split.inputs[full[0]])[:60]!r}: raise task.max_tokens"
             )
-        pad = self.tokenizer.pad_token_id
-        return Answers(ids, given, (end or [0])[0] if pad is None else pad, [0] * len(ids))
+        return Answers(ids, given, pad_id(self.tokenizer), [0] * len(ids))
 
     def prompts(self, split: Split) -> list[list[int]]:
         """Token ids of each instruction, up to where its answer begins."""
@@ -116,6 +121,9 @@ class CausalLanguage(Objective):
             "token_accuracy": float(right.sum() / number.sum()),
             "exact": float((right == number).double().mean()),
         }
+
+    def names(self, labels: Tensor) -> list[str]:
+        return ["loss", "perplexity", "token_accuracy", "exact"]
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
         losses, number, right = records.unbind(-1)

@@ -104,7 +104,8 @@ class Loading:
         if tied:
             raise CheckpointError(f"{listing(tied)} would start afresh, but is tied to pre-trained weights: model.head = []")
         self._shapes = shapes
-        self._fresh = dict(_fresh(module, [n for n in self.report.fresh if n in names.aliases], seed))
+        self._fresh = list(_templates(module, [n for n in self.report.fresh if n in names.aliases]))
+        self._seed = seed
 
     def into_whole(self, module: nn.Module, device: torch.device) -> None:
         """For engines that do not shard weights: gives the module memory on the device, and reads it all. Collective."""
@@ -130,8 +131,9 @@ class Loading:
                 else:
                     shard = shards[engine.names.aliases[name]]
                     shard.local.copy_(cells(values, shard.box).view(shard.local.shape))
-            for name, whole in self._fresh.items():
-                fill_shard(shards[engine.names.aliases[name]], whole)
+            for template in self._fresh:  # one module at a time is whole
+                for name, whole in _fresh(*template, self._seed).items():
+                    fill_shard(shards[engine.names.aliases[name]], whole)
         engine.publish()
 
 
@@ -275,19 +277,23 @@ def _resized(values: Tensor, shape: Shape) -> Tensor:
 # -- what is new ---------------------------------------------------------------------------------------------------------
 
 
-def _fresh(module: nn.Module, names: Sequence[str], seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Whole values of new weights: as their modules reset them; where a module cannot, matrices small and random, scales 1,
-    biases 0."""
+def _templates(module: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, list[str]]]:
+    """(path, the module without memory there, names) of the modules that own these weights."""
     owners: dict[str, list[str]] = {}
     for name in names:
         owners.setdefault(name.rpartition(".")[0], []).append(name)
     for path, wanted in owners.items():
-        digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-        with torch.random.fork_rng():
-            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            values = _reset(module.get_submodule(path))
-        for name in wanted:
-            yield name, values[name.rpartition(".")[2]].detach()
+        yield path, copy.deepcopy(module.get_submodule(path)), wanted
+
+
+def _fresh(path: str, template: nn.Module, names: Sequence[str], seed: int) -> dict[str, Tensor]:
+    """Whole values of new weights: as their module resets them; where it cannot, matrices small and random, scales 1,
+    biases 0."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    with torch.random.fork_rng():
+        torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        values = _reset(template)
+    return {name: values[name.rpartition(".")[2]].detach() for name in names}
 
 
 def _reset(module: nn.Module) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
-"""What a finished run's model makes of volumes: a file of classes for each, on the grid of its image."""
+"""What a finished run's model makes of volumes and images: a file of classes for each, on the grid of its image."""
 
 from __future__ import annotations
 
 import gzip
+import io
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def write_masks(adapted: Adapted, split: Split, folder: Path | None) -> dict[str
     processor, world, names = adapted.pretrained.processor, adapted.world, adapted.facts["names"]
     if folder is None or not isinstance(processor, VolumeProcessor):
         raise ConfigError("predictions of a segmentation are masks: say where they go, --masks FOLDER")
-    examples, files, sizes = adapted.read(split), _files(split, folder), list[list[float]]()
+    volumes = len(adapted.config.data.patch) == 3
+    examples, files, sizes = adapted.read(split), _files(split, folder, volumes), list[list[float]]()
     with collectives.agreed("write the masks"):
         if there := [str(file) for file in files if file.exists()]:
             raise DataError(f"{listing(there, 3)}: there already, and nothing is overwritten: give another --masks")
@@ -47,27 +49,36 @@ def write_masks(adapted: Adapted, split: Split, folder: Path | None) -> dict[str
         with collectives.agreed("write the masks"):
             for i in batch["index"][batch["real"]].tolist():
                 mask, affine = processor.as_in_file(split.inputs[i], found[0].argmax(0))
-                write_atomic(files[i], _nifti(mask, affine))
+                write_atomic(files[i], _nifti(mask, affine) if mask.ndim == 3 else _png(mask))
                 voxel = abs(float(np.linalg.det(affine[:3, :3]))) / 1000 if mask.ndim == 3 else 1.0
                 counts = np.bincount(mask.ravel(), minlength=len(names))
                 sizes.append([i, *(float(n) * voxel for n in counts[1:])])
     rows = rows_of_all(torch.tensor(sizes, dtype=torch.float64).view(-1, len(names)))
     rows = rows[rows[:, 0].argsort()]
     indices, volumes = rows[:, 0].long().tolist(), rows[:, 1:].T.tolist()
-    unit = "ml" if len(adapted.config.data.patch) == 3 else "pixels"
+    unit = "ml" if volumes else "pixels"
     extent = {f"{unit}({name})": [round(v, 6) for v in of] for name, of in zip(names[1:], volumes, strict=True)}
     return {**named(split, indices), "mask": [str(files[i]) for i in indices], **extent}
 
 
-def _files(split: Split, folder: Path) -> list[Path]:
+def _files(split: Split, folder: Path, volumes: bool) -> list[Path]:
     """A name for each image: its own, with a number before it where two have the same."""
-    stems = [Path(place).name.removesuffix(".gz").removesuffix(".nii") for place in split.inputs]
+    names = [Path(place).name.removesuffix(".gz") for place in split.inputs]
+    stems = [name.removesuffix(".nii") if volumes else Path(name).stem for name in names]
     if len(set(stems)) < len(stems):
         stems = [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]
-    return [folder / f"{stem}_mask.nii.gz" for stem in stems]
+    return [folder / f"{stem}_mask{'.nii.gz' if volumes else '.png'}" for stem in stems]
 
 
 def _nifti(mask: NDArray[Any], affine: NDArray[Any]) -> bytes:
     import nibabel
 
     return gzip.compress(nibabel.Nifti1Image(mask, affine).to_bytes(), mtime=0)  # the same bytes every time
+
+
+def _png(mask: NDArray[Any]) -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "png")
+    return file.getvalue()

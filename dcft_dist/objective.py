@@ -17,7 +17,7 @@ from . import collectives
 from .errors import ConfigError
 
 Metrics = dict[str, float]
-LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse", "perplexity")
+LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse", "perplexity", "hd95")
 
 
 class Objective(ABC):
@@ -56,6 +56,10 @@ class Objective(ABC):
     @abstractmethod
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
         """Of records [size, width] and labels [size, ...] of all examples; what is not defined for them is left out."""
+
+    def names(self, labels: Tensor) -> list[str]:
+        """Of the metrics that examples with these labels would have."""
+        return list(self.metrics(torch.randn(len(labels), self.num_outputs, dtype=torch.float64), labels))
 
     @abstractmethod
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:

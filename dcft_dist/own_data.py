@@ -29,6 +29,8 @@ def own_task(config: Config) -> TaskData:
     splits = {name: _decoded(rows, _decoder(config, names)) for name, rows in parts.items()}
     if config.task.kind == "single_label":
         _check_classes(names, splits["train"])
+    if config.task.kind == "multi_label":
+        _check_findings(names, splits["train"])
     grouped = data.group is not None or data.group_pattern is not None
     caveat = "" if grouped else "No groups were given: examples of one patient may be in two splits."
     return TaskData.of(names, splits, caveat)
@@ -113,6 +115,7 @@ def _split(found: Parts, config: Config) -> Parts:
 
 def _check_groups(parts: Parts) -> None:
     where: dict[str, tuple[str, Row]] = {}
+    files: dict[Path, tuple[str, Row]] = {}
     for name, rows in parts.items():
         for row in rows:
             before, first = where.setdefault(row.group, (name, row))
@@ -121,6 +124,10 @@ def _check_groups(parts: Parts) -> None:
                     f"group {row.group!r} is in two splits: {first.where} is for {before}, {row.where} for {name}; "
                     "results on it would be too good"
                 )
+            if isinstance(row.input, Path):
+                before, first = files.setdefault(row.input.absolute(), (name, row))
+                if before != name:
+                    raise DataError(f"{row.input} is in two splits: {first.where} is for {before}, {row.where} for {name}")
 
 
 def _check_files(parts: Parts) -> None:
@@ -195,3 +202,9 @@ def _check_classes(names: Sequence[str], train: Split) -> None:
     empty = [name for i, name in enumerate(names) if not counts[i]]
     if empty:
         raise DataError(f"no training example of {listing(empty)}: leave these classes out, or split otherwise")
+
+
+def _check_findings(names: Sequence[str], train: Split) -> None:
+    for name, values in zip(names, zip(*train.labels, strict=True), strict=True):
+        if not {0.0, 1.0} <= set(values):
+            raise DataError(f"no training example with, or none without, the finding {name!r}: leave it out, or split otherwise")

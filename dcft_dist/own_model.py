@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from . import schema
-from .data import Processor
+from .data import Processor, TextProcessor, pad_id
 from .engines.private import names_in_transformers
 from .errors import ConfigError, did_you_mean, listing
 from .imports import find_object
+from .language import AnswerProcessor
 from .loading import Allowed, Loading, Translate
 from .meta import without_memory
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
@@ -39,7 +40,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, 
     has_weights = settings.weights is None and read  # the callable itself gives a model with its weights
     with nullcontext() if has_weights else without_memory(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
-        built = _part(_build(config, num_outputs), settings.part)
+        built = _part(_build(config, num_outputs, processor), settings.part)
         module: nn.Module = built
         if settings.features:
             module = Classifier(built, settings.features, settings.width or _width(built), num_outputs)
@@ -75,7 +76,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, 
     )
 
 
-def _build(config: schema.Config, num_outputs: int) -> nn.Module:
+def _build(config: schema.Config, num_outputs: int, processor: Processor) -> nn.Module:
     settings = config.model
     make = find_object(str(settings.build), config.import_roots, "model.build")
     args = {key: num_outputs if value == "num_outputs" else value for key, value in settings.args.items()}
@@ -85,8 +86,24 @@ def _build(config: schema.Config, num_outputs: int) -> nn.Module:
         raise ConfigError(f"model.build: {settings.build} fails: {type(error).__name__}: {error}") from error
     if not isinstance(built, nn.Module):
         raise ConfigError(f"model.build: {settings.build} gives a {type(built).__name__}, not a torch.nn.Module")
+    _fits_text(getattr(built, "config", None), config, processor)
     _says_float32(getattr(built, "config", None))  # or transformers would read the export as the file was
     return built.float()  # masters in float32, whatever the file has
+
+
+def _fits_text(described: Any, config: schema.Config, processor: Processor) -> None:
+    """A model of transformers is told which token fills up, if it knows none.
+
+    Raises:
+        ConfigError: it has fewer positions than texts may have tokens.
+    """
+    if not isinstance(processor, TextProcessor | AnswerProcessor):
+        return
+    positions, tokens = getattr(described, "max_position_embeddings", None), config.task.max_tokens
+    if isinstance(positions, int) and tokens > positions:
+        raise ConfigError(f"task.max_tokens = {tokens}, but the model has {positions} positions")
+    if hasattr(described, "pad_token_id") and described.pad_token_id is None:
+        described.pad_token_id = pad_id(processor.tokenizer)
 
 
 def _part(built: nn.Module, path: str | None) -> nn.Module:
@@ -130,6 +147,10 @@ def _width(module: nn.Module) -> int:
 def _head(settings: schema.Model, module: nn.Module) -> tuple[str, ...]:
     if settings.head is not None:
         return tuple(settings.head)
+    last = module.get_classifier() if callable(getattr(module, "get_classifier", None)) else None  # timm
+    for name, part in module.named_modules():
+        if part is last and next(part.parameters(), None) is not None:
+            return (name,)  # ConvNeXt's `head` also holds a norm that is pre-trained
     children = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
     for name in _HEADS:
         if name in children:

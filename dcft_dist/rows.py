@@ -39,9 +39,10 @@ class Cell:
     table: Any
     index: int
     column: str
+    stamp: str  # of the files it is in: a checksum tells changed ones
 
     def __repr__(self) -> str:
-        return f"row {self.index}"
+        return f"row {self.index}{self.stamp}"
 
     def read(self) -> Any:
         return self.table[self.index][self.column]
@@ -90,7 +91,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         elif file.suffix in (".jsonl", ".json"):
             for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
                 if line.strip():
-                    yield number, dict(json.loads(line))
+                    yield number, _json_line(f"{file}, line {number}", line)
         elif file.suffix in (".csv", ".tsv"):
             with file.open(newline="", encoding="utf-8-sig") as lines:
                 yield from enumerate(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), 2)
@@ -100,6 +101,13 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{file} needs the package pyarrow: pip install pyarrow") from error
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def _json_line(where: str, line: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{where}: no JSON object: {error}") from error
 
 
 def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folder: Path | None) -> dict[str, list[Row]]:
@@ -189,6 +197,8 @@ def _medmnist(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
                 labels = arrays[f"{short}_labels"] if data.label else np.zeros((len(images), 0))
                 if len(images) != len(labels):
                     raise DataError(f"{file}: {len(images)} {short}_images, but {len(labels)} {short}_labels")
+                if isinstance(data.label, list) and len(data.label) != labels.reshape(len(labels), -1).shape[1]:
+                    raise DataError(f"{file}: {short}_labels have {labels.shape[1:]} columns, data.label {len(data.label)}")
                 values = (labels if isinstance(data.label, list) else labels.reshape(len(labels), -1)[:, 0]).tolist()
                 places = [f"{file}, {short} image {i}" for i in range(len(images))]
                 found[split] = [Row(x, y, place, place) for x, y, place in zip(images, values, places, strict=True)]
@@ -213,8 +223,10 @@ def _dataset(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
         split = _split_name(name, where) if name else ""
         keep = [c for c in table.column_names if c != data.input] if data.modality == "image" else table.column_names
         lazy = data.input if data.modality == "image" and data.input in table.column_names else None
+        files = [Path(file["filename"]) for file in table.cache_files]
+        stamp = " of " + ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
         records = (
-            (f"{where}, row {i}", {**record, **({lazy: Cell(table, i, lazy)} if lazy else {})})
+            (f"{where}, row {i}", {**record, **({lazy: Cell(table, i, lazy, stamp)} if lazy else {})})
             for i, record in enumerate(table.select_columns(keep))
         )
         for part, rows in _rows_of(records, data, None).items():

@@ -465,8 +465,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _model_fits_task(self) -> Config:
-        if self.train.sampling == "balanced" and self.task.kind != "single_label":
+        if self.task.kind != "single_label" and self.train.sampling == "balanced":
             raise ValueError("train.sampling = 'balanced' is for task.kind = 'single_label'")
+        if self.task.kind != "single_label" and self.task.class_weights == "balanced":
+            raise ValueError("task.class_weights = 'balanced' is for task.kind = 'single_label'")
+        if self.data.transform and self.data.modality != "image":
+            raise ValueError("data.transform varies images: it is for data.modality = 'image'")
         if self.task.name == "own":
             if not self.data.sources():
                 raise ValueError(f"task.name = 'own' needs data: data.{'build' if self.data.format == 'python' else 'path'}")

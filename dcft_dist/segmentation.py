@@ -21,14 +21,20 @@ class Segmentation(Objective):
     """A class for each voxel; class 0 is the background.
 
     Outputs are logits [size, classes, *space], labels [size, 1, *space]. Records of an example: cross-entropy, then Dice and
-    the 95th percentile of the Hausdorff distance (in voxels) of each class but the background; NaN where it is not there.
+    the 95th percentile of the Hausdorff distance of each class but the background. Where a class is neither in the mask nor
+    found, both are NaN and left out of means (as nnU-Net does); where it is in one of them alone, Dice is 0 and the
+    distance the diagonal of the volume, so that to find nothing never pays.
     """
 
     best = "dice"
 
-    def __init__(self, names: Sequence[str], patch: Sequence[int], overlap: float) -> None:
-        """`patch`, `overlap`: of the windows of an evaluation."""
+    def __init__(
+        self, names: Sequence[str], patch: Sequence[int], overlap: float, spacing: Sequence[float] | None = None
+    ) -> None:
+        """`patch`, `overlap`: of the windows of an evaluation; `spacing`: mm of a voxel along each axis, to measure
+        distances in mm; None: in voxels."""
         self.num_outputs, self._names = len(names), list(names[1:])
+        self._spacing = [1.0] * len(patch) if spacing is None else list(spacing)
         self._patch, self._overlap = tuple(patch), overlap
 
     def check(self, outputs: Tensor) -> None:
@@ -75,19 +81,31 @@ class Segmentation(Objective):
         for logits, mask in zip(outputs, labels, strict=True):
             found, wanted = (_one_hot(classes, self.num_outputs) for classes in (logits.argmax(0), mask[0]))
             loss = functional.cross_entropy(logits.unsqueeze(0), mask).double().reshape(1)
-            dice = compute_dice(found, wanted, include_background=False)[0].double()
-            far = compute_hausdorff_distance(found, wanted, include_background=False, percentile=95)[0].double()
-            rows.append(torch.cat([loss.cpu(), dice.cpu(), far.cpu()]))
+            dice = compute_dice(found, wanted, include_background=False, ignore_empty=False)[0].double().cpu()
+            far = (
+                compute_hausdorff_distance(found, wanted, include_background=False, percentile=95, spacing=self._spacing)[0]
+                .double()
+                .cpu()
+            )
+            said, there = (one.flatten(2).any(-1)[0, 1:].cpu() for one in (found, wanted))
+            far = torch.where(said & there, far, self._diagonal(mask.shape[1:]))
+            nowhere = ~said & ~there
+            rows.append(torch.cat([loss.cpu(), dice.masked_fill(nowhere, torch.nan), far.masked_fill(nowhere, torch.nan)]))
         width = 1 + 2 * len(self._names)
         return torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
 
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
         n = len(self._names)
         dice, far = records[:, 1 : 1 + n], records[:, 1 + n :]
-        far = torch.where(far.isinf(), torch.nan, far)  # one of both is empty: Dice says so
         found = {"loss": float(records[:, 0].mean()), "dice": float(dice.nanmean()), "hd95": float(far.nanmean())}
         found |= {f"dice_{name}": float(dice[:, i].nanmean()) for i, name in enumerate(self._names)}
         return {name: value for name, value in found.items() if value == value}  # a class that is nowhere has none
+
+    def names(self, labels: Tensor) -> list[str]:
+        return ["loss", "dice", "hd95", *(f"dice_{name}" for name in self._names)]
+
+    def _diagonal(self, shape: Sequence[int]) -> Tensor:
+        return torch.tensor([(n - 1) * mm for n, mm in zip(shape, self._spacing, strict=True)]).double().norm()
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
         n = len(self._names)

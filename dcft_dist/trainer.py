@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from . import collectives, life
 from .checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
 from .config import check_ranks
-from .errors import CheckpointError, ConfigError, did_you_mean
+from .errors import CheckpointError, RunError
 from .files import read_json, sha256_of, write_json
 from .find_set import find_fundamental
 from .finish import finish
@@ -180,15 +180,10 @@ class Trainer:
         return best
 
     def _judged(self, metrics: Metrics) -> float:
-        """The metric that chooses the epoch, the higher the better.
-
-        Raises:
-            ConfigError: there is no such metric.
-        """
-        name = self.config.train.metric or self.job.objective.best
-        if name not in metrics:
-            known = ", ".join(metrics)
-            raise ConfigError(f"train.metric: no {name!r} on the validation data{did_you_mean(name, metrics)}: {known}")
+        """The metric that chooses the epoch, the higher the better."""
+        name = self.job.metric
+        if name not in metrics:  # of a segmentation, if no example has or is given any structure
+            raise RunError(f"train.metric: {name!r} is not defined on the validation data")
         return metrics[name] * (-1 if name in LOWER_IS_BETTER else 1)
 
     def _save(self, step: int, best: Best, validated: bool) -> None:

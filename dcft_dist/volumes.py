@@ -58,23 +58,26 @@ class VolumeProcessor:
         self._cache = data.cache
         try:
             from monai import transforms as mt
+            from monai.data import PILReader
         except ImportError as error:
             raise ConfigError(
                 "task.kind = 'segmentation' needs the package monai: pip install 'dcft_dist[monai]'"
             ) from error
         keys, may = ["image", "mask"], dict[str, Any](allow_missing_keys=True)  # to predict, no mask is needed
+        load = mt.LoadImaged(keys, ensure_channel_first=True, image_only=True, **may)
+        load.register(PILReader(reverse_indexing=False))  # rows first, as pre-trained models have seen images
         steps: list[Any] = [
-            mt.LoadImaged(keys, ensure_channel_first=True, image_only=True, **may),
+            load,
             mt.Orientationd(keys, "RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")), **may),
         ]
         if data.spacing:
             steps.append(mt.Spacingd(keys, data.spacing, mode=("bilinear", "nearest"), **may))
+        self._read: Any = mt.Compose(steps)
         if data.window:
             low, high = data.window
-            steps.append(mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True))
+            self._scale: Any = mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True)
         else:
-            steps.append(mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True))
-        self._read: Any = mt.Compose(steps)
+            self._scale = mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True)
         self._bare: Any = mt.EnsureTyped(keys, track_meta=False, **may)
         self._back: Any = mt.Invertd("mask", self._read, "image")
         self._crop = mt.Compose(
@@ -91,14 +94,16 @@ class VolumeProcessor:
         """Image and mask [1, *whole].
 
         Raises:
-            DataError: a file cannot be read.
+            DataError: a file cannot be read; image and mask do not lie on one grid; values are no numbers, or no classes.
         """
         if pair not in self._kept:
-            found = self._bare(self._found(pair))
+            found = self._found(pair)
+            self._check_values(pair, found)
+            found = self._bare(self._scale(found))
             image, mask = found["image"].float(), found.get("mask")
             if not self._cache or mask is None:  # without a mask: to be predicted, once
                 return image, mask
-            self._kept[pair] = image, mask.to(torch.uint8)
+            self._kept[pair] = image, mask.to(torch.uint8 if self._classes <= 256 else torch.int32)
         return self._kept[pair]
 
     def _found(self, pair: Pair) -> dict[str, Any]:
@@ -107,6 +112,24 @@ class VolumeProcessor:
             return self._read(places)  # type: ignore[no-any-return]
         except Exception as error:  # each reader has its own
             raise DataError(f"{' with '.join(places.values())}: cannot be read: {line_of(error, -1)}") from error
+
+    def _check_values(self, pair: Pair, found: dict[str, Any]) -> None:
+        """What was read, once it is turned, with the values that its files have."""
+        image, mask = found["image"], found.get("mask")
+        if not bool(torch.isfinite(image).all()):
+            raise DataError(f"{pair[0]}: some of its voxels are no numbers (NaN or infinite)")
+        if mask is None:
+            return
+        if image.shape[1:] != mask.shape[1:] or len(mask) != 1:
+            raise DataError(f"{pair[0]} is {list(image.shape[1:])} once it is turned, and {pair[1]} {list(mask.shape)[1:]} "
+                            f"with {len(mask)} channels")  # fmt: skip
+        if not np.allclose(image.affine, mask.affine, atol=1e-2):
+            raise DataError(f"{pair[0]} and {pair[1]} lie differently in space")
+        labels = torch.unique(mask)
+        wrong = [float(v) for v in labels if not (0 <= float(v) < self._classes and float(v) == round(float(v)))]
+        if wrong:
+            some = listing([f"{v:g}" for v in wrong])
+            raise DataError(f"{pair[1]}: labels {some}, but there are {self._classes} classes, 0 to {self._classes - 1}")
 
     def as_in_file(self, image: Any, classes: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
         """Classes [*whole] of a volume on the grid of its file, and the affine of that."""
@@ -145,15 +168,9 @@ class VolumeProcessor:
                     return text
             if pair[1] is not None and (text := different_grids(*map(Path, pair))):
                 return text
-            image, mask = self.whole(pair)
+            self.whole(pair)
         except DataError as error:
             return str(error)
-        if mask is not None and image.shape[1:] != mask.shape[1:]:
-            return f"{pair[0]} is {list(image.shape[1:])} once it is turned, and {pair[1]} {list(mask.shape[1:])}"
-        if not bool(torch.isfinite(image).all()):
-            return f"{pair[0]}: some of its voxels are no numbers (NaN or infinite)"
-        if mask is not None and not 0 <= int(mask.min()) <= int(mask.max()) < self._classes:
-            return f"{pair[1]}: labels {int(mask.min())} to {int(mask.max())}, but there are {self._classes} classes"
         return None
 
     def save(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ import pydicom
 import pytest
 import torch
 from safetensors.torch import load_file
+from PIL import Image
 from torch import nn
 
 from dcft_dist.config import load_config
@@ -58,6 +59,24 @@ def test_dice_distance_and_loss_by_their_definitions() -> None:
     mask[:, :, 5] = 1
     flat = Segmentation(["none", "a"], [9, 4, 4], 0.0)
     assert flat.metrics(flat.records(apart, mask), torch.zeros(1))["hd95"] == 3.0
+
+
+def test_what_is_in_one_of_both_alone_is_the_worst_there_is() -> None:
+    """Three cases: class a right; class a where there is none; class a not found. Class b is nowhere, and left out."""
+    objective = Segmentation(["none", "a", "b"], [6, 6], 0.0, spacing=[2.0, 3.0])
+    masks, outputs = torch.zeros(3, 1, 6, 6, dtype=torch.long), torch.zeros(3, 3, 6, 6)
+    outputs[:, 0] = 1.0
+    masks[[0, 2], 0, 2:4, 2:4] = 1
+    outputs[:2, 1, 2:4, 2:4] = 2.0
+    records = objective.records(outputs, masks)
+    assert records[:, 1].tolist() == [1.0, 0.0, 0.0] and records[:, [2, 4]].isnan().all()
+    diagonal = (10**2 + 15**2) ** 0.5
+    assert records[:, 3].tolist() == pytest.approx([0.0, diagonal, diagonal])
+    found = objective.metrics(records, torch.zeros(3))
+    assert found["dice"] == pytest.approx(1 / 3) and found["hd95"] == pytest.approx(2 * diagonal / 3)
+    assert "dice_b" not in found and set(found) <= set(objective.names(torch.zeros(3)))
+    shifted = outputs[:1].roll((1, 0), (2, 3))
+    assert objective.metrics(objective.records(shifted, masks[:1]), torch.zeros(1))["hd95"] == 2.0  # mm along the rows
 
 
 def windows_here() -> Any:
@@ -194,6 +213,22 @@ def test_a_mask_goes_back_to_the_grid_of_its_file(spacing: str, tmp_path: Path) 
     assert np.array_equal(back, np.asarray(nibabel.load(files[1]).dataobj)) and np.allclose(found, affine)
 
 
+def test_flat_images_have_rows_first(tmp_path: Path) -> None:
+    """As Pillow and pre-trained models see them; a mask goes back as it came."""
+    draw = np.random.default_rng(0)
+    pixels, mask = draw.integers(0, 255, (40, 32, 3)).astype(np.uint8), np.zeros((40, 32), np.uint8)
+    mask[3:9, 20:31] = 1
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = [*KEYS, "--data.path", "x.csv", "--data.patch", "[16, 16]", "--model.build", "json.loads"]
+    processor = VolumeProcessor(load_config("mri.toml", [*words, "--data.window", "[0, 255]"]))
+    image, found = processor.whole((tmp_path / "image.png", tmp_path / "mask.png"))
+    torch.testing.assert_close(image, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    assert found is not None and np.array_equal(found[0].numpy(), mask)
+    back, _ = processor.as_in_file(tmp_path / "image.png", found[0])
+    assert np.array_equal(back, mask)
+
+
 def broken(folder: Path, kind: str) -> list[str]:
     file = slabs(folder)
     image = nibabel.load(folder / "image2.nii.gz")
@@ -206,10 +241,14 @@ def broken(folder: Path, kind: str) -> list[str]:
     elif kind == "nan":
         values[3, 3, 3] = np.nan
         nibabel.save(nibabel.Nifti1Image(values, image.affine), folder / "image2.nii.gz")
-    elif kind == "label":
-        mask = np.asarray(nibabel.load(folder / "mask2.nii.gz").dataobj).copy()
-        mask[0, 0, 0] = 7
+    elif kind in ("label", "257", "0.7", "no number"):
+        mask = np.asarray(nibabel.load(folder / "mask2.nii.gz").dataobj).astype(np.float32)
+        mask[0, 0, 0] = {"label": 7.0, "257": 257.0, "0.7": 0.7, "no number": np.nan}[kind]
         nibabel.save(nibabel.Nifti1Image(mask, image.affine), folder / "mask2.nii.gz")
+    elif kind == "infinite":
+        values[3, 3, 3] = np.inf
+        nibabel.save(nibabel.Nifti1Image(values, image.affine), folder / "image2.nii.gz")
+        return ["--data.path", str(file), "--data.window", "[0, 100]"]
     elif kind == "damaged":
         data = (folder / "image2.nii.gz").read_bytes()
         (folder / "image2.nii.gz").write_bytes(data[: len(data) // 2])
@@ -227,7 +266,11 @@ def broken(folder: Path, kind: str) -> list[str]:
         ),
         ("shape", r"image2.nii.gz is \[39, 40, 8\] and .*mask2.nii.gz \[40, 40, 8\]"),
         ("nan", "image2.nii.gz: some of its voxels are no numbers"),
-        ("label", "mask2.nii.gz: labels 0 to 7, but there are 3 classes"),
+        ("infinite", "image2.nii.gz: some of its voxels are no numbers"),
+        ("label", "mask2.nii.gz: labels 7, but there are 3 classes, 0 to 2"),
+        ("257", "mask2.nii.gz: labels 257, but there are 3 classes"),
+        ("0.7", "mask2.nii.gz: labels 0.7, but there are 3 classes"),
+        ("no number", "mask2.nii.gz: labels nan, but there are 3 classes"),
         ("damaged", "image2.nii.gz with .*mask2.nii.gz: cannot be read"),
         ("missing", r"1 of 12 files are missing: .*mask2.nii.gz"),
     ],
@@ -265,6 +308,8 @@ def test_a_series_of_dicom_files_is_the_volume_it_came_from(tmp_path: Path) -> N
         ("each twice", r"series2: .*slice000.dcm lie at the same place|series2: slice000.dcm and .* lie at the same place"),
         ("no series", r"series2: a slice does not say what series it is of, or where it lies"),
         ("two", r"series2: the slices of 2 series; a folder for each is needed"),
+        ("every second", r"series2: slices numbered in steps of 2, 2 mm apart and 1 mm thick: the others are missing"),
+        ("elsewhere", r"series2 and .*mask2.nii.gz lie differently in space"),
         ("end", r"series2 is \[40, 40, 7\] once it is turned, and .*mask2.nii.gz \[40, 40, 8\]"),
     ],
 )
@@ -285,6 +330,13 @@ def test_series_with_mistakes_are_named(kind: str, message: str, tmp_path: Path)
             else:
                 slice_.ImagePositionPatient = [0, 0, 0]
             slice_.save_as(file)
+    elif kind == "every second":
+        for file in sorted(series.iterdir())[1::2]:
+            file.unlink()
+    elif kind == "elsewhere":
+        mask = nibabel.load(tmp_path / "mask2.nii.gz")
+        shift = mask.affine + np.diag([0.0, 0.0, 0.0, 0.0]) + np.array([[0, 0, 0, 4.0]] + [[0.0] * 4] * 3)
+        nibabel.save(nibabel.Nifti1Image(np.asarray(mask.dataobj), shift), tmp_path / "mask2.nii.gz")
     elif kind == "two":
         (dicom_series(tmp_path / "other", tmp_path / "image1.nii.gz") / "slice000.dcm").rename(series / "other.dcm")
     else:
@@ -295,6 +347,12 @@ def test_series_with_mistakes_are_named(kind: str, message: str, tmp_path: Path)
 
 
 def test_keys_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match=r"data\.transform varies images"):
+        load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.transform", "a.b", "--model.build", "json.loads"])
+    with pytest.raises(ConfigError, match=r"class_weights = 'balanced' is for task.kind = 'single_label'"):
+        load_config(
+            "mri.toml", [*KEYS, "--data.path", "x", "--task.class_weights", "balanced", "--model.build", "json.loads"]
+        )
     with pytest.raises(ConfigError, match=r"segmentation' and data.modality = 'volume' go together"):
         load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.modality", "image", "--model.build", "json.loads"])
     with pytest.raises(ConfigError, match=r"segmentation needs data.format = 'table' and data.classes"):

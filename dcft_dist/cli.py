@@ -171,12 +171,15 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
     from .inspection import inspection
     from .kinds import facts_of, make_objective
+    from .methods import choose_trained
     from .models import build_model
     from .tasks import load_task
 
     task = load_task(config)
     objective = make_objective(config, facts_of(config, task.class_names, task.train.labels))
-    print(inspection(build_model(config, objective.num_outputs), config))
+    pretrained = build_model(config, objective.num_outputs)
+    choose_trained(pretrained, config)
+    print(inspection(pretrained, config))
 
 
 def _use(options: argparse.Namespace, rest: list[str]) -> None:

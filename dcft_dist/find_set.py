@@ -119,11 +119,11 @@ def _score(job: Job) -> Scores:
     settings, size = job.config.importance, job.config.importance.score_batch
     wanted = order(job.config.seed, 0, len(job.train))[: settings.num_samples]
     parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
-    items = [item for part in parts for item in job.micro_batches(part, job.train, draw=0)]
+    items = (item for part in job.progress_bar(parts, "score") for item in job.micro_batches(part, job.train, draw=0))
     ranks = job.world.world_size
     return score_importance(
         job.model,
-        items if settings.criterion == "obs" else job.progress_bar(items, "score"),
+        list(items) if settings.criterion == "obs" else items,  # it goes through them more than once
         job.loss,
         head=job.pretrained.head,
         criterion=settings.criterion,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import collectives
 from .data import Examples, evaluation_batches, order
 from .engines import find_engine
+from .engines.private import persistent_buffers
 from .errors import CheckpointError, ConfigError
 from .files import write_atomic
 from .job import Job
@@ -26,7 +27,7 @@ from .meta import Materialiser
 from .names import clean
 from .training import Training
 from .warmup import warm_up_head
-from .weights import whole_weight
+from .weights import average_buffers, whole_weight
 
 log = logging.getLogger(__name__)
 Features = tuple[Tensor, Tensor, int]  # [size, ...] inputs of the head, [size, ...] labels, size
@@ -48,20 +49,39 @@ def warm_up_or_load(job: Job) -> None:
         with collectives.agreed("load the warmed-up head"):
             try:
                 found = load_file(file)
-                if set(found) != set(names):
+                if set(found) != {*names, *_buffers(job, names)}:
                     raise ValueError("it has other weights than this model's head")
             except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{file} is damaged ({error}): delete it to make it again") from error
-        fill_weights(job.model, found)
+        _put_back(job, found)
         return
     if job.head is not None and job.config.head_warmup.max_epochs:
-        fill_weights(job.model, _warm_up(job))
+        _put_back(job, _warm_up(job))
     elif job.config.head_warmup.max_epochs:
         _warm_up_in_place(job, names)
-    found = _weights(job, names)
+    found = _state(job, names)
     with collectives.agreed("save the warmed-up head"):  # it is not read back: a node may not see the new file yet
         if job.world.is_first:
             write_atomic(file, save({name: value.cpu().contiguous() for name, value in found.items()}))
+
+
+def _state(job: Job, names: list[str]) -> dict[str, Tensor]:
+    """Whole weights of the head, and a copy of its buffers (statistics of batch normalisation). Collective."""
+    return {**_weights(job, names), **{name: buffer.clone() for name, buffer in _buffers(job, names).items()}}
+
+
+def _put_back(job: Job, state: dict[str, Tensor]) -> None:
+    fill_weights(job.model, state)
+    for name, buffer in persistent_buffers(find_engine(job.model).module).items():
+        if name in state:
+            buffer.copy_(state[name])
+
+
+def _buffers(job: Job, names: list[str]) -> dict[str, Tensor]:
+    """Buffers of the modules that have these weights."""
+    owners = {name.rpartition(".")[0] for name in names}
+    found = persistent_buffers(find_engine(job.model).module)
+    return {name: buffer for name, buffer in found.items() if name.rpartition(".")[0] in owners}
 
 
 def _weights(job: Job, names: list[str]) -> dict[str, Tensor]:
@@ -96,8 +116,7 @@ def _warm_up(job: Job) -> dict[str, Tensor]:
     if done.best_epoch == settings.max_epochs:
         log.warning("the head was still improving after %d epochs of warm-up", settings.max_epochs)
     log.info("head: %s", json.dumps({"epochs": done.best_epoch, "validation_loss": min(done.validation_losses)}))
-    weights = dict(head.named_parameters())
-    return {full: weights[short].detach() for full, short in inside.items()}
+    return {f"{name}.{inner}": value.detach() for inner, value in head.state_dict().items()}
 
 
 def _warm_up_in_place(job: Job, names: list[str]) -> None:
@@ -109,20 +128,37 @@ def _warm_up_in_place(job: Job, names: list[str]) -> None:
     for group in optimizer.param_groups:
         group["peak_lr"] = settings.lr if group["in_head"] else 0.0
     training, total = Training(job), settings.max_epochs * job.steps_per_epoch
-    best, best_epoch, lowest = _weights(job, names), 0, job.evaluate(job.validation).metrics["loss"]
-    for epoch in range(1, settings.max_epochs + 1):
-        steps = range((epoch - 1) * job.steps_per_epoch, epoch * job.steps_per_epoch)
-        training.steps(steps, total, f"warm-up of the head, epoch {epoch}")
-        loss = job.evaluate(job.validation).metrics["loss"]
-        if loss < lowest:
-            best, best_epoch, lowest = _weights(job, names), epoch, loss
-        if epoch - best_epoch >= settings.patience:
-            break
-    fill_weights(job.model, best)
+    best, best_epoch, lowest = _state(job, names), 0, job.evaluate(job.validation).metrics["loss"]
+    with _statistics_of_the_body_stay(job, names):
+        for epoch in range(1, settings.max_epochs + 1):
+            steps = range((epoch - 1) * job.steps_per_epoch, epoch * job.steps_per_epoch)
+            training.steps(steps, total, f"warm-up of the head, epoch {epoch}")
+            average_buffers(job.model)
+            loss = job.evaluate(job.validation).metrics["loss"]
+            if loss < lowest:
+                best, best_epoch, lowest = _state(job, names), epoch, loss
+            if epoch - best_epoch >= settings.patience:
+                break
+    _put_back(job, best)
     optimizer.state.clear()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["peak_lr"] = rate
     log.info("head: %s", json.dumps({"epochs": best_epoch, "validation_loss": lowest}))
+
+
+@contextmanager
+def _statistics_of_the_body_stay(job: Job, names: list[str]) -> Iterator[None]:
+    """Within the block, batch normalisation outside the head is in eval mode, whatever mode the model is put into."""
+    head, modules = {name.rpartition(".")[0] for name in names}, find_engine(job.model).module.named_modules()
+    held = [m for path, m in modules if getattr(m, "running_mean", None) is not None and clean(path) not in head]
+    for module in held:
+        module.eval()
+        module.train = lambda mode=True, module=module: module
+    try:
+        yield
+    finally:
+        for module in held:
+            del module.train
 
 
 def _copied(job: Job) -> tuple[str, nn.Module]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import random
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from torch.nn import functional
 from .errors import ConfigError, DataError, listing
 from .files import read_json, write_json
 from .imports import find_object
-from .rows import SPLITS, Cell
+from .rows import Cell
 from .schema import Config
-from .splits import Split
+from .seeded import seeded
+from .splits import SPLITS, Split
 
 log = logging.getLogger(__name__)
 PREPROCESSOR = "preprocessor_config.json"  # of transformers' image processors
@@ -148,16 +148,10 @@ class OwnImageProcessor:
         """Whatever generator the transform uses, it starts from (seed, epoch, example)."""
         digest = hashlib.sha256(f"{self._seed}:{draw}".encode()).digest()
         seed = int.from_bytes(digest[:4], "little")
-        kept = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
+        with seeded(seed):
             if reset := getattr(self._transform, "set_random_state", None):  # MONAI's
                 reset(seed)
             found = torch.as_tensor(np.asarray(self._transform(pixels.clone()))).to(pixels.dtype)  # type: ignore[misc]
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
         if found.shape != pixels.shape:
             raise ConfigError(f"data.transform: it makes {list(found.shape)} of an image {list(pixels.shape)}")
         return found
@@ -169,8 +163,8 @@ class OwnImageProcessor:
             DataError: some cannot be read; the first are named.
         """
         named = [
-            (f"{name} example {i}", source)
-            for name, split in zip(SPLITS, splits, strict=False)
+            (f"{name} example {i}".strip(), source)
+            for name, split in zip(SPLITS if len(splits) == len(SPLITS) else ("",), splits, strict=True)
             for i, source in enumerate(split.inputs)
         ]
         sources = named[rank::ranks]

@@ -10,6 +10,7 @@ import torch
 from .language import CausalLanguage
 from .objective import Objective
 from .objectives import MultiLabel, Regression, SingleLabel
+from .own_parts import OwnObjective
 from .schema import Config
 from .segmentation import Segmentation
 
@@ -32,6 +33,11 @@ def facts_of(config: Config, names: Sequence[str], labels: Sequence[Any]) -> dic
 
 def make_objective(config: Config, facts: Mapping[str, Any]) -> Objective:
     """What a task is trained for, from what `facts_of` found."""
+    kind = _of_kind(config, facts)
+    return OwnObjective(kind, config) if config.task.loss or config.task.metrics else kind
+
+
+def _of_kind(config: Config, facts: Mapping[str, Any]) -> Objective:
     task = config.task
     if task.kind == "causal_lm":
         return CausalLanguage()

@@ -94,7 +94,7 @@ class CausalLanguage(Objective):
     number, how many were right.
     """
 
-    best, num_outputs = "perplexity", 0
+    best, num_outputs, width = "perplexity", 0, 3
 
     def check(self, outputs: Tensor) -> None:
         """
@@ -121,9 +121,6 @@ class CausalLanguage(Objective):
             "token_accuracy": float(right.sum() / number.sum()),
             "exact": float((right == number).double().mean()),
         }
-
-    def names(self, labels: Tensor) -> list[str]:
-        return ["loss", "perplexity", "token_accuracy", "exact"]
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
         losses, number, right = records.unbind(-1)

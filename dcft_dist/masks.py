@@ -37,8 +37,8 @@ def write_masks(adapted: Adapted, split: Split, folder: Path | None) -> dict[str
     processor, world, names = adapted.pretrained.processor, adapted.world, adapted.facts["names"]
     if folder is None or not isinstance(processor, VolumeProcessor):
         raise ConfigError("predictions of a segmentation are masks: say where they go, --masks FOLDER")
-    volumes = len(adapted.config.data.patch) == 3
-    examples, files, sizes = adapted.read(split), _files(split, folder, volumes), list[list[float]]()
+    deep = len(adapted.config.data.patch) == 3
+    examples, files, sizes = adapted.read(split), _files(split, folder, deep), list[list[float]]()
     with collectives.agreed("write the masks"):
         if there := [str(file) for file in files if file.exists()]:
             raise DataError(f"{listing(there, 3)}: there already, and nothing is overwritten: give another --masks")
@@ -56,18 +56,18 @@ def write_masks(adapted: Adapted, split: Split, folder: Path | None) -> dict[str
     rows = rows_of_all(torch.tensor(sizes, dtype=torch.float64).view(-1, len(names)))
     rows = rows[rows[:, 0].argsort()]
     indices, volumes = rows[:, 0].long().tolist(), rows[:, 1:].T.tolist()
-    unit = "ml" if volumes else "pixels"
+    unit = "ml" if deep else "pixels"
     extent = {f"{unit}({name})": [round(v, 6) for v in of] for name, of in zip(names[1:], volumes, strict=True)}
     return {**named(split, indices), "mask": [str(files[i]) for i in indices], **extent}
 
 
-def _files(split: Split, folder: Path, volumes: bool) -> list[Path]:
+def _files(split: Split, folder: Path, deep: bool) -> list[Path]:
     """A name for each image: its own, with a number before it where two have the same."""
     names = [Path(place).name.removesuffix(".gz") for place in split.inputs]
-    stems = [name.removesuffix(".nii") if volumes else Path(name).stem for name in names]
+    stems = [name.removesuffix(".nii") if deep else Path(name).stem for name in names]
     if len(set(stems)) < len(stems):
         stems = [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]
-    return [folder / f"{stem}_mask{'.nii.gz' if volumes else '.png'}" for stem in stems]
+    return [folder / f"{stem}_mask{'.nii.gz' if deep else '.png'}" for stem in stems]
 
 
 def _nifti(mask: NDArray[Any], affine: NDArray[Any]) -> bytes:

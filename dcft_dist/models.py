@@ -14,6 +14,7 @@ from .images import OwnImageProcessor
 from .imports import find_object
 from .language import AnswerProcessor
 from .own_model import own_model
+from .own_parts import CollateProcessor
 from .packages import dinov2_file, minilm_folder
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks
 from .schema import Config
@@ -60,6 +61,8 @@ def make_processor(config: Config) -> Processor:
         return ImageProcessor(config.model.image_size)
     if config.task.kind == "segmentation":
         return VolumeProcessor(config)
+    if config.task.name == "own" and config.data.modality == "own":
+        return CollateProcessor(config)
     if config.task.name == "own" and config.data.modality == "image":
         return OwnImageProcessor(config)
     from transformers import AutoTokenizer

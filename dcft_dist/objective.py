@@ -21,10 +21,12 @@ LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse", "perplexity", "hd95")
 
 
 class Objective(ABC):
-    """`num_outputs`: of the head. `best`: the metric that chooses the epoch, if the configuration says none."""
+    """`num_outputs`: of the head. `best`: the metric that chooses the epoch, if the configuration says none. `width`: of
+    records."""
 
     num_outputs: int
     best: str
+    width: int
 
     def whole(self, call: Callable[[dict[str, Tensor]], Tensor], batch: dict[str, Tensor]) -> Tensor:
         """Outputs for a batch of whole examples in an evaluation. `call`: the model. Collective."""
@@ -59,7 +61,7 @@ class Objective(ABC):
 
     def names(self, labels: Tensor) -> list[str]:
         """Of the metrics that examples with these labels would have."""
-        return list(self.metrics(torch.randn(len(labels), self.num_outputs, dtype=torch.float64), labels))
+        return list(self.metrics(torch.rand(len(labels), self.width, dtype=torch.float64), labels))
 
     @abstractmethod
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:

@@ -20,7 +20,7 @@ class SingleLabel(Objective):
 
     def __init__(self, num_classes: int, class_weights: Sequence[float] | None = None) -> None:
         """`class_weights`: of the losses; 1 on the average over training examples, so that a batch's mean needs no other."""
-        self.num_outputs = num_classes
+        self.num_outputs = self.width = num_classes
         self._weights = None if class_weights is None else torch.tensor(class_weights)
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class MultiLabel(Objective):
     best = "auroc"
 
     def __init__(self, num_findings: int) -> None:
-        self.num_outputs = num_findings
+        self.num_outputs = self.width = num_findings
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         known = ~labels.isnan()
@@ -80,7 +80,7 @@ class MultiLabel(Objective):
 class Regression(Objective):
     """A number, or a grade: squared error in standard deviations of the training labels. Records are predictions."""
 
-    best, num_outputs = "mae", 1
+    best, num_outputs, width = "mae", 1, 1
 
     def __init__(self, mean: float = 0.0, std: float = 1.0, grades: tuple[int, int] | None = None) -> None:
         """`grades`: lowest and highest of labels that are grades; the agreement of rounded predictions is measured then."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import DataError, did_you_mean, listing
-from .rows import SPLITS, Row, read_rows
+from .rows import Row, read_rows
 from .schema import Config
-from .splits import Split, TaskData
+from .splits import SPLITS, Split, TaskData
 
 Parts = dict[str, list[Row]]
 
@@ -207,4 +207,6 @@ def _check_classes(names: Sequence[str], train: Split) -> None:
 def _check_findings(names: Sequence[str], train: Split) -> None:
     for name, values in zip(names, zip(*train.labels, strict=True), strict=True):
         if not {0.0, 1.0} <= set(values):
-            raise DataError(f"no training example with, or none without, the finding {name!r}: leave it out, or split otherwise")
+            raise DataError(
+                f"no training example with, or none without, the finding {name!r}: leave it out, or split otherwise"
+            )

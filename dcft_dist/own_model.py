@@ -147,10 +147,10 @@ def _width(module: nn.Module) -> int:
 def _head(settings: schema.Model, module: nn.Module) -> tuple[str, ...]:
     if settings.head is not None:
         return tuple(settings.head)
-    last = module.get_classifier() if callable(getattr(module, "get_classifier", None)) else None  # timm
-    for name, part in module.named_modules():
-        if part is last and next(part.parameters(), None) is not None:
-            return (name,)  # ConvNeXt's `head` also holds a norm that is pre-trained
+    last: Any = getattr(module, "get_classifier", lambda: None)  # of timm
+    modules = {id(part): name for name, part in module.named_modules() if next(part.parameters(), None) is not None}
+    if name := modules.get(id(last())):
+        return (name,)  # ConvNeXt's `head` also holds a norm that is pre-trained
     children = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
     for name in _HEADS:
         if name in children:

@@ -131,6 +131,8 @@ def _configured(request: Request) -> Planned:
     if config.method not in ("dcft", "equal_displacement", "full") or config.sharding.offload:
         what = "sharding.offload" if config.sharding.offload else f"method {config.method!r}"
         raise ConfigError(f"{request.model}: {what} cannot be planned")
+    if config.data.modality == "own":
+        raise ConfigError(f"{request.model}: batches of data.collate cannot be planned: their sizes are not known")
     labels = config.data.label if isinstance(config.data.label, list) else [config.data.label]
     names = labels if config.task.kind == "multi_label" else config.data.classes or ["no", "yes"]
     objective = make_objective(config, {"names": names, "mean": 0.0, "std": 1.0, "grades": None})

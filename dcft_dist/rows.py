@@ -16,8 +16,8 @@ import numpy as np
 from .errors import DataError, did_you_mean
 from .imports import find_object
 from .schema import Data
+from .splits import SPLITS
 
-SPLITS = ("train", "validation", "test")
 _SYNONYMS = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 _IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy"}
 
@@ -121,7 +121,7 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
                 known = [str(name) for name in record]
                 raise DataError(f"{where}: no column {column!r}{did_you_mean(column, known)}; it has {', '.join(known)}")
         value: Any = record[data.input]
-        if data.modality != "text" and isinstance(value, str):
+        if data.modality in ("image", "volume") and isinstance(value, str):
             value = (folder or Path()) / value
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
         if data.modality == "volume" and isinstance(label, str):

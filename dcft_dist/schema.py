@@ -105,6 +105,16 @@ class Task(Section):
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="`single_label`: weight of each class in the loss; `balanced`: all classes count the same."
     )
+    loss: str | None = Field(
+        None,
+        description="Import path of a loss of yours to train with: (outputs in float32 [size, ...], labels [size, ...]) -> "
+        "[size]. The metric `loss` stays that of the kind.",
+    )
+    metrics: list[str] = Field(
+        [],
+        description="Import paths of functions that give further metrics: (what is kept of each example [size, ...] in "
+        "float64, such as logits; labels [size, ...]) -> name -> number, the higher the better.",
+    )
     train_per_class: Count = Field(150, description="Training texts of each class, at most.")
     validation_per_class: Count = Field(50, description="Validation texts of each class, at most.")
     test_per_class: Count = Field(100, description="Test texts of each class, at most.")
@@ -137,7 +147,14 @@ class Data(Section):
         description="`python`: import path of a function without arguments that returns rows, or split -> rows; a row is a "
         "dictionary with the columns below.",
     )
-    modality: Literal["image", "text", "volume"] = Field("image", description="What the inputs are.")
+    modality: Literal["image", "text", "volume", "own"] = Field(
+        "image", description="What the inputs are; `own`: whatever `collate` makes batches of."
+    )
+    collate: str | None = Field(
+        None,
+        description="modality own: import path of a function of yours, [input of each example] -> the model's arguments by "
+        "name, tensors [size, ...].",
+    )
     input: str = Field("input", description="Column of the input: a text; path of an image or .npy file; an array.")
     label: str | list[str] = Field(
         "label", description="Column of the label; several for multi_label: 1, 0, or empty for unknown."
@@ -188,6 +205,8 @@ class Data(Section):
             raise ValueError(
                 f"group_pattern is for format = 'image_folder', not for '{self.format}': name a column as group"
             )
+        if (self.collate is None) == (self.modality == "own"):
+            raise ValueError("modality = 'own' and collate go together")
         if self.group and self.format in ("image_folder", "medmnist"):
             raise ValueError(f"format = '{self.format}' has no columns, so no group = '{self.group}'")
         return self

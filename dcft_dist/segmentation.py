@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -34,6 +35,7 @@ class Segmentation(Objective):
         """`patch`, `overlap`: of the windows of an evaluation; `spacing`: mm of a voxel along each axis, to measure
         distances in mm; None: in voxels."""
         self.num_outputs, self._names = len(names), list(names[1:])
+        self.width = 1 + 2 * len(self._names)
         self._spacing = [1.0] * len(patch) if spacing is None else list(spacing)
         self._patch, self._overlap = tuple(patch), overlap
 
@@ -91,8 +93,7 @@ class Segmentation(Objective):
             far = torch.where(said & there, far, self._diagonal(mask.shape[1:]))
             nowhere = ~said & ~there
             rows.append(torch.cat([loss.cpu(), dice.masked_fill(nowhere, torch.nan), far.masked_fill(nowhere, torch.nan)]))
-        width = 1 + 2 * len(self._names)
-        return torch.stack(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
+        return torch.stack(rows) if rows else torch.zeros(0, self.width, dtype=torch.float64)
 
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
         n = len(self._names)
@@ -101,11 +102,8 @@ class Segmentation(Objective):
         found |= {f"dice_{name}": float(dice[:, i].nanmean()) for i, name in enumerate(self._names)}
         return {name: value for name, value in found.items() if value == value}  # a class that is nowhere has none
 
-    def names(self, labels: Tensor) -> list[str]:
-        return ["loss", "dice", "hd95", *(f"dice_{name}" for name in self._names)]
-
     def _diagonal(self, shape: Sequence[int]) -> Tensor:
-        return torch.tensor([(n - 1) * mm for n, mm in zip(shape, self._spacing, strict=True)]).double().norm()
+        return torch.tensor(math.hypot(*((n - 1) * mm for n, mm in zip(shape, self._spacing, strict=True))))
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
         n = len(self._names)

@@ -12,6 +12,8 @@ import numpy as np
 
 from . import schema
 
+SPLITS = ("train", "validation", "test")
+
 
 @dataclass(frozen=True)
 class Split:

@@ -15,8 +15,8 @@ import numpy as np
 import pydicom
 import pytest
 import torch
-from safetensors.torch import load_file
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from dcft_dist.config import load_config

@@ -206,7 +206,7 @@ def memory_tracker(model: Any, optimizer: Any) -> Any:
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):
-        return FSDPMemTracker(model, optimizer)
+        return FSDPMemTracker(model, optimizer)  # type: ignore[arg-type]
     tracker = MemTracker()
     tracker.track_external(*_tensors_like(model.optimizer.fp32_partitioned_groups_flat[0]))
     return tracker

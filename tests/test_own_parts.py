@@ -1,0 +1,168 @@
+"""The user's own batches, loss and metrics by import path; a network with batch normalisation in body and head."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcft_dist.config import load_config
+from dcft_dist.errors import ConfigError, DataError
+from dcft_dist.kinds import make_objective
+from dcft_dist.models import build_model, make_processor
+from dcft_dist.own_data import own_task
+
+CODE = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+def rows():  # two numbers of each patient, and whether their sum is positive
+    draw = torch.Generator().manual_seed(0)
+    found = torch.randn(480, 2, generator=draw).tolist()
+    return [{"case": {"age": a, "dose": b}, "label": int(a + b > 0), "patient": i // 2} for i, (a, b) in enumerate(found)]
+
+def collate(cases):
+    return {"ages": torch.tensor([c["age"] for c in cases]), "doses": torch.tensor([c["dose"] for c in cases])}
+
+def random_collate(cases):
+    return {"ages": torch.rand(len(cases)), "doses": torch.zeros(len(cases))}
+
+def bad_collate(cases):
+    return {"ages": torch.tensor([1 / c["age"] if abs(c["age"]) > 0.01 else float("nan") for c in cases])}
+
+def smooth(outputs, labels):
+    return functional.cross_entropy(outputs, labels, reduction="none", label_smoothing=0.2)
+
+def mean_loss(outputs, labels):
+    return functional.cross_entropy(outputs, labels)
+
+def minus_brier(records, labels):
+    return {"minus_brier": -(records.softmax(-1)[:, 1] - labels).square().mean()}
+
+def second_accuracy(records, labels):
+    return {"accuracy": 0.0}
+
+class Net(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.neck, self.last = nn.BatchNorm1d(16), nn.Linear(16, outputs)
+    def forward(self, ages, doses):
+        return self.last(self.neck(self.body(torch.stack([ages, doses], 1))))
+"""
+
+
+def words(folder: Path, **more: str) -> list[str]:
+    (folder / "my_parts.py").write_text(CODE)
+    given = {
+        "import_roots": json.dumps([str(folder)]),
+        "model.build": "my_parts.Net",
+        "model.args.outputs": "num_outputs",
+        "model.head": '["neck", "last"]',
+        "task.name": "own",
+        "data.format": "python",
+        "data.build": "my_parts.rows",
+        "data.input": "case",
+        "data.group": "patient",
+        "data.modality": "own",
+        "data.collate": "my_parts.collate",
+        "runs_dir": str(folder),
+        "name": "run",
+        "importance.num_samples": "32",
+        "train.epochs": "2",
+        "train.micro_batch": "8",
+        "head_warmup.max_epochs": "3",
+        "optimizer.lr": "1e-2",
+        "test_resamples": "0",
+        "removal.fractions": "[]",
+        **more,
+    }
+    return [word for key, value in given.items() for word in (f"--{key}", value)]
+
+
+def dcft(*arguments: str, ranks: int = 2) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "dcft_dist.cli"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_with_own_batches_loss_and_metric(tmp_path: Path) -> None:
+    own = {"task.loss": "my_parts.smooth", "task.metrics": '["my_parts.minus_brier"]', "train.metric": "minus_brier"}
+    dcft("train", "mri.toml", *words(tmp_path, **own))
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["validation"]["minus_brier"] > -0.15 and summary["test"]["accuracy"] > 0.8
+    assert summary["num_selected"] == round(0.1 * 32)  # of the one matrix of the body
+    said = json.loads(dcft("evaluate", str(tmp_path / "run"), "--data.build", "my_parts.rows", ranks=1))
+    assert said["metrics"]["minus_brier"] > -0.15 and said["examples"] == 480
+
+
+def test_statistics_of_the_body_stay_while_the_head_is_warmed_up(tmp_path: Path) -> None:
+    """Those of the head are its own, and are kept with it."""
+    given = words(tmp_path, method="linear_probe")
+    dcft("train", "mri.toml", *given)
+    before = build_model(load_config("mri.toml", given), 2).module.state_dict()
+    after = load_file(tmp_path / "run/model/model.safetensors")
+    same = {name for name, value in after.items() if torch.equal(value, before[name])}
+    assert same == {name for name in after if name.startswith("body.")} and "body.1.running_mean" in same
+    head = load_file(tmp_path / "run/head.safetensors")
+    moved = {name: value for name, value in after.items() if name not in same}
+    assert "neck.running_var" in moved and head.keys() == moved.keys()
+    assert all(torch.equal(head[name], value) for name, value in moved.items())
+
+
+def test_random_batches_are_functions_of_seed_epoch_and_examples(tmp_path: Path) -> None:
+    config = load_config("mri.toml", words(tmp_path, **{"data.collate": "my_parts.random_collate"}))
+    examples = make_processor(config)(own_task(config).train)
+    first, again, later, other = (
+        examples.inputs(rows, draw)["ages"] for rows, draw in (([0, 1], 1), ([0, 1], 1), ([0, 1], 2), ([1, 2], 1))
+    )
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, other)
+
+
+def test_own_loss_and_metrics(tmp_path: Path) -> None:
+    facts: dict[str, Any] = {"names": ["no", "yes"]}
+    own = {"task.loss": "my_parts.smooth", "task.metrics": '["my_parts.minus_brier"]'}
+    objective = make_objective(load_config("mri.toml", words(tmp_path, **own)), facts)
+    outputs, labels = torch.tensor([[0.0, 2.0], [1.0, 0.0]]), torch.tensor([1, 1])
+    wanted = torch.nn.functional.cross_entropy(outputs, labels, reduction="none", label_smoothing=0.2)
+    assert torch.equal(objective.losses(outputs, labels), wanted)
+    assert float(objective.loss(outputs, labels)) == pytest.approx(float(wanted.mean()))
+    chances = outputs.softmax(-1)[:, 1]
+    found = objective.metrics(outputs.double(), labels)
+    assert found["minus_brier"] == pytest.approx(-float((chances - 1).square().mean()), rel=1e-6)
+    assert found["accuracy"] == 0.5 and "minus_brier" in objective.names(labels)
+    for key, path, message in (
+        ("task.loss", "my_parts.mean_loss", r"my_parts.mean_loss gives \[\] for 2 examples, not \[2\]"),
+        ("task.metrics", '["my_parts.second_accuracy"]', r"gives accuracy, which there is already"),
+        ("task.metrics", '["my_parts.mean_loss"]', r"my_parts.mean_loss fails"),
+        ("task.loss", "my_parts.CODE", "has no CODE"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            bad = make_objective(load_config("mri.toml", words(tmp_path, **{key: path})), facts)
+            bad.losses(outputs, labels)
+            bad.metrics(outputs.double(), labels)
+
+
+def test_bad_batches_are_named_before_the_run(tmp_path: Path) -> None:
+    def check(path: str) -> None:
+        config = load_config("mri.toml", words(tmp_path, **{"data.collate": path}))
+        task = own_task(config)
+        make_processor(config).check([task.train, task.validation, task.test], 0, 1)
+
+    check("my_parts.collate")
+    with pytest.raises(DataError, match=r"[0-9]+ of 480 examples: train example [0-9]+: ages with values that are no numbers"):
+        check("my_parts.bad_collate")
+    with pytest.raises(DataError, match=r"480 of 480 examples: train example 0: data.collate: my_parts.smooth fails on"):
+        check("my_parts.smooth")
+    with pytest.raises(ConfigError, match=r"gives no dictionary of tensors \[1, ...\]"):
+        check("builtins.len")
+    with pytest.raises(ConfigError, match="modality = 'own' and collate go together"):
+        load_config("mri.toml", words(tmp_path, **{"data.modality": "text"}))

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from .errors import DcftError, alone
 from .files import write_json
+from .language import pad_id
 from .splits import Split
 
 # `labels`, `index` [size]; `real` [size] (False: padding); and the inputs: `input_ids`, `attention_mask` [size, tokens], or
@@ -115,12 +116,6 @@ class TextProcessor:
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The token that fills up, or where there is none (GPT-2, Llama) the end of the text: attention passes over it."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in known if token is not None)
 
 
 class ImageProcessor:

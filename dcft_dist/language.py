@@ -12,13 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .data import pad_id
 from .errors import ConfigError, DataError
 from .objective import Metrics, Objective
 from .splits import Split
 
 log = logging.getLogger(__name__)
 IGNORED = -100  # label of what is not learned
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The token that fills up, or where there is none (GPT-2, Llama) the end of the text: attention passes over it."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in known if token is not None)
 
 
 @dataclass(frozen=True)

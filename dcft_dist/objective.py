@@ -20,6 +20,11 @@ Metrics = dict[str, float]
 LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse", "perplexity", "hd95")
 
 
+def is_better(name: str, value: float, than: float) -> bool:
+    """Of two values of a metric."""
+    return value < than if name in LOWER_IS_BETTER else value > than
+
+
 class Objective(ABC):
     """`num_outputs`: of the head. `best`: the metric that chooses the epoch, if the configuration says none. `width`: of
     records."""

@@ -115,7 +115,6 @@ def _split(found: Parts, config: Config) -> Parts:
 
 def _check_groups(parts: Parts) -> None:
     where: dict[str, tuple[str, Row]] = {}
-    files: dict[Path, tuple[str, Row]] = {}
     for name, rows in parts.items():
         for row in rows:
             before, first = where.setdefault(row.group, (name, row))
@@ -124,10 +123,6 @@ def _check_groups(parts: Parts) -> None:
                     f"group {row.group!r} is in two splits: {first.where} is for {before}, {row.where} for {name}; "
                     "results on it would be too good"
                 )
-            if isinstance(row.input, Path):
-                before, first = files.setdefault(row.input.absolute(), (name, row))
-                if before != name:
-                    raise DataError(f"{row.input} is in two splits: {first.where} is for {before}, {row.where} for {name}")
 
 
 def _check_files(parts: Parts) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from . import schema
-from .data import Processor, TextProcessor, pad_id
+from .data import Processor, TextProcessor
 from .engines.private import names_in_transformers
 from .errors import ConfigError, did_you_mean, listing
 from .imports import find_object
-from .language import AnswerProcessor
+from .language import AnswerProcessor, pad_id
 from .loading import Allowed, Loading, Translate
 from .meta import without_memory
 from .pretrained import HEAD, Classifier, Pretrained, find_blocks

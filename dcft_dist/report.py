@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .errors import DataError
 from .files import read_json, read_lines, write_atomic
 from .fundamental import FundamentalSet
-from .objective import LOWER_IS_BETTER
+from .objective import is_better
 from .pictures import SETS, loss_curves, metric_curves, movement_curves, png, removal_bars, share_picture, shown_metrics
 
 
@@ -99,10 +99,9 @@ def comparison(runs: Sequence[Path]) -> str:
             f"| {_shown(s['validation'], first)} | {s['best_epoch']} | {minutes:.1f} |"
         )
     tested = [s for s in summaries if s["test"] and first in s["test"]]
-    sign = -1 if first in LOWER_IS_BETTER else 1
-    best_probe = max((sign * s["test"][first] for s in tested if s["method"] == "linear_probe"), default=None)
+    probes = [s["test"][first] for s in tested if s["method"] == "linear_probe"]
     others = [s for s in tested if s["method"] != "linear_probe"]
-    beaten = [s["name"] for s in others if best_probe is not None and sign * s["test"][first] < best_probe]
+    beaten = [s["name"] for s in others if any(is_better(first, probe, s["test"][first]) for probe in probes)]
     if beaten:
         lines.append(f"\nThe linear probe beats {', '.join(beaten)} here.")
     unfinished = [run.name for run in runs if run not in finished]

@@ -126,7 +126,7 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
         if data.modality == "volume" and isinstance(label, str):
             label = (folder or Path()) / label
-        group = str(record[data.group]).strip() if data.group else where
+        group = str(record[data.group]).strip() if data.group else str(value) if isinstance(value, Path) else where
         for name, cell in ((data.group, group), (data.label, label), (data.input, value)):
             if isinstance(name, str) and is_empty(cell):
                 raise DataError(f"{where}: the column {name!r} is empty")

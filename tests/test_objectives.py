@@ -12,9 +12,11 @@ from torch import Tensor
 from dcft_dist.config import load_config
 from dcft_dist.errors import ConfigError
 from dcft_dist.kinds import facts_of, make_objective
-from dcft_dist.objective import intervals
+from dcft_dist.language import CausalLanguage
+from dcft_dist.objective import intervals, is_better
 from dcft_dist.objectives import MultiLabel, Regression, SingleLabel
 from dcft_dist.schema import Config
+from dcft_dist.segmentation import Segmentation
 
 from .ranks import run_ranks
 
@@ -23,6 +25,42 @@ def auroc(scores: Tensor, there: Tensor) -> float:
     """Share of pairs in the right order, ties half."""
     pairs = list(itertools.product(scores[there == 1].tolist(), scores[there == 0].tolist()))
     return sum((a > b) + 0.5 * (a == b) for a, b in pairs) / len(pairs)
+
+
+def average_precision(scores: Tensor, there: Tensor) -> float:
+    """Mean over thresholds of the precision, weighted by the gain of recall."""
+    area, before = 0.0, 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        said = scores >= threshold
+        recall = float(there[said].sum() / there.sum())
+        area, before = area + (recall - before) * float(there[said].double().mean()), recall
+    return area
+
+
+def segmentation() -> Segmentation:
+    return Segmentation(["none", "a"], [8, 8], 0.0)
+
+
+def examples_of(objective: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels, and outputs of a perfect and of a poor model."""
+    if isinstance(objective, SingleLabel):
+        labels = torch.arange(60) % 3
+        sure = torch.nn.functional.one_hot(labels, 3) * 40.0
+        return labels, sure, sure.roll(1, 1) * (torch.arange(60) % 2).unsqueeze(1)
+    if isinstance(objective, MultiLabel):
+        labels = torch.stack([torch.arange(40) % 2, torch.arange(40) % 3 % 2], 1).float()
+        return labels, labels * 40 - 20, torch.randn(40, 2)
+    if isinstance(objective, Regression):
+        labels = torch.arange(40).float() % 4
+        return labels, ((labels - 1) / 2).unsqueeze(1), torch.randn(40, 1)
+    if isinstance(objective, CausalLanguage):
+        labels = torch.randint(0, 7, (20, 6))
+        sure = torch.nn.functional.one_hot(labels.roll(-1, 1), 7) * 40.0
+        return labels, sure, torch.randn(20, 6, 7)
+    labels = torch.zeros(2, 1, 8, 8, dtype=torch.long)
+    labels[:, :, 2:5, 2:5] = 1
+    sure = torch.cat([1.0 - labels, labels * 1.0], 1) * 40
+    return labels, sure, sure.roll(2, 2)
 
 
 def test_single_label_metrics_by_their_definitions() -> None:
@@ -41,6 +79,27 @@ def test_single_label_metrics_by_their_definitions() -> None:
     gaps = [(right[bins == b].sum() - sure[bins == b].sum()).abs() for b in bins.unique()]
     assert found["ece"] == pytest.approx(float(sum(gaps)) / 60, abs=1e-6)
     assert "sensitivity_at_95_specificity" not in found
+    f1 = []
+    for c in range(4):
+        hits, said, there = ((predicted == c) & (labels == c)).sum(), (predicted == c).sum(), (labels == c).sum()
+        f1.append(float(2 * hits / (said + there)) if said + there else 0.0)
+    assert found["macro_f1"] == pytest.approx(sum(f1) / 4, abs=1e-6)
+    assert found["auprc"] == pytest.approx(
+        sum(average_precision(chances[:, c], (labels == c).long()) for c in range(3)) / 3, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "objective", [SingleLabel(3), MultiLabel(2), Regression(1.0, 2.0, (0, 3)), CausalLanguage(), segmentation()]
+)
+def test_every_metric_says_that_a_perfect_model_is_the_better_one(objective: Any) -> None:
+    """Whatever metric chooses the epoch."""
+    torch.manual_seed(0)
+    labels, perfect, poor = examples_of(objective)
+    good, bad = (objective.metrics(objective.records(outputs, labels), labels) for outputs in (perfect, poor))
+    assert set(good) == set(bad) and set(good) <= set(objective.names(labels))
+    worse = [name for name in good if not is_better(name, good[name], bad[name])]
+    assert not worse, (good, bad)
 
 
 def test_two_classes_and_their_sensitivity() -> None:

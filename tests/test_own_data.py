@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ from dcft_dist.data import order
 from dcft_dist.errors import ConfigError, DataError
 from dcft_dist.images import OwnImageProcessor, read_image
 from dcft_dist.own_data import own_task
-from dcft_dist.splits import TaskData
+from dcft_dist.splits import Split, TaskData
 
 from .own import drug_table, minilm_copy, mri_folder
 
@@ -124,12 +125,12 @@ def test_medmnist(tmp_path: Path) -> None:
 
 
 def test_findings_and_numbers(tmp_path: Path) -> None:
-    rows = [{"input": f"t{i}", "a": i % 2, "b": ["", "-1", "1"][i % 3], "age": 40 + i} for i in range(20)]
+    rows = [{"input": f"t{i}", "a": i % 2, "b": ["", "-1", "1", "0"][i % 4], "age": 40 + i} for i in range(20)]
     file = table(tmp_path, rows)
     data = task_of("--data.path", str(file), *TEXT, "--task.kind", "multi_label", "--data.label", '["a", "b"]')
     splits = (data.train, data.validation, data.test)
     found = {text: label for split in splits for text, label in zip(split.inputs, split.labels, strict=True)}
-    assert data.class_names == ["a", "b"] and found["t2"] == [0.0, 1.0] and found["t5"] == [1.0, 1.0]
+    assert data.class_names == ["a", "b"] and found["t2"] == [0.0, 1.0] and found["t3"] == [1.0, 0.0]
     assert any(x[1] != x[1] for x in data.train.labels)
     data = task_of("--data.path", str(file), *TEXT, "--task.kind", "regression", "--data.label", "age")
     assert sorted(data.train.labels + data.validation.labels + data.test.labels) == [float(40 + i) for i in range(20)]
@@ -275,6 +276,37 @@ def empty_group(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, [{**row, "patient": ""} for row in texts()])), *TEXT, "--data.group", "patient"]
 
 
+@bad("no training example with, or none without, the finding 'b'")
+def empty_finding(folder: Path) -> list[str]:
+    rows = [{"input": f"t{i}", "a": i % 2, "b": ["", 0][i % 2]} for i in range(20)]
+    return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "multi_label", "--data.label", '["a", "b"]']
+
+
+@bad(r"data.jsonl, line 3: no JSON object")
+def broken_line(folder: Path) -> list[str]:
+    lines = [*map(json.dumps, texts())]
+    lines[2] = lines[2][:-1]
+    (folder / "data.jsonl").write_text("\n".join(lines))
+    return ["--data.path", str(folder / "data.jsonl"), *TEXT]
+
+
+@bad(r"x.png' is in two splits: .*data.csv, line 2 is for train, .*data.csv, line 3 for test")
+def one_file_in_two_splits(folder: Path) -> list[str]:
+    picture(folder / "x.png")
+    picture(folder / "y.png")
+    rows = [{"input": "xxy"[i] + ".png", "label": i % 2, "split": ["train", "test", "val"][i]} for i in range(3)]
+    return ["--data.path", str(table(folder, rows)), "--task.name", "own", "--data.split", "split"]
+
+
+@bad(r"train_labels have \(14,\) columns, data.label 3")
+def findings_of_medmnist(folder: Path) -> list[str]:
+    arrays = {f"{s}_images": np.zeros((4, 28, 28), np.uint8) for s in ("train", "val", "test")}
+    arrays |= {f"{s}_labels": np.zeros((4, 14), np.uint8) for s in ("train", "val", "test")}
+    np.savez(folder / "chest.npz", **arrays)
+    words = ["--task.name", "own", "--data.format", "medmnist", "--data.path", str(folder / "chest.npz")]
+    return [*words, "--task.kind", "multi_label", "--data.label", '["a", "b", "c"]']
+
+
 @bad("the split is 'holdout', not train, validation or test")
 def odd_split(folder: Path) -> list[str]:
     rows = [{**row, "split": "holdout"} for row in texts()]
@@ -336,6 +368,71 @@ def test_bad_images_are_found_before_the_run(tmp_path: Path) -> None:
         read_image(tmp_path / "empty.npy", 3)
     with pytest.raises(DataError, match=r"deep.npy: an image of shape \[4, 4, 9\] does not go into 3 channels"):
         read_image(tmp_path / "deep.npy", 3)
+
+
+def test_arrays_are_named_by_their_place() -> None:
+    pixels = np.ones((4, 4), np.float32)
+    pixels[0, 0] = np.nan
+    processor = OwnImageProcessor(load_config("mri.toml", ["--task.name", "own", "--data.path", "x"]))
+    splits = [Split([pixels * 0, good], [0, 0], ["a", "b"]) for good in (pixels * 0 + 1, pixels, pixels)]
+    with pytest.raises(DataError, match="validation example 1: array: 1 of its pixels are no numbers"):
+        processor.check([Split([np.nan_to_num(x) for x in splits[0].inputs], [0, 0], ["a", "b"]), *splits[1:]], 0, 1)
+    deep = Image.fromarray(np.full((4, 4), 70000, np.int32))
+    with pytest.raises(DataError, match="whole numbers from 70000 to 70000 do not go into 16 bits"):
+        read_image(deep, 3)
+
+
+def test_what_the_processor_beside_the_weights_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What transformers' own image processor makes of an image of the right size."""
+    from transformers import ViTImageProcessor
+
+    source = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    for i, facts in enumerate(
+        (
+            {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]},
+            {"do_normalize": False},
+            {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+            {"do_rescale": False, "image_mean": [120.0] * 3, "image_std": [60.0] * 3},
+        )
+    ):
+        theirs = ViTImageProcessor(size={"height": 32, "width": 32}, **facts)
+        theirs.save_pretrained(tmp_path / str(i))
+        words = ["--task.name", "own", "--data.path", "x", "--model.image_size", "32", "--model.build", "json.loads"]
+        mine = OwnImageProcessor(load_config("mri.toml", [*words, "--model.weights", str(tmp_path / str(i))]))
+        wanted = theirs(images=source, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(mine.image(source), wanted)
+        assert "model.image_size" not in caplog.text
+        mine.save(tmp_path / str(i))  # what it leaves says the same
+        torch.testing.assert_close(
+            ViTImageProcessor.from_pretrained(tmp_path / str(i))(images=source, return_tensors="pt")["pixel_values"][0],
+            wanted,
+        )
+    words = [*words[:5], "64", *words[6:], "--model.weights", str(tmp_path / "0")]
+    OwnImageProcessor(load_config("mri.toml", words))
+    assert "model.image_size = 64, but" in caplog.text
+
+
+def test_a_checksum_tells_other_images_of_a_saved_dataset(tmp_path: Path) -> None:
+    import datasets
+
+    def checksum(value: int, size: int) -> str:
+        shutil.rmtree(tmp_path / "saved", ignore_errors=True)
+        images = [Image.fromarray(np.full((size, size), value + i, np.uint8)) for i in range(20)]
+        datasets.Dataset.from_dict({"input": images, "label": [0, 1] * 10}).save_to_disk(tmp_path / "saved")
+        return task_of("--data.path", str(tmp_path / "saved"), "--data.format", "dataset").checksum
+
+    assert checksum(0, 8) == checksum(0, 8) != checksum(0, 16)
+
+
+def test_a_metric_that_is_not_there_is_named_before_the_run(tmp_path: Path) -> None:
+    file = table(tmp_path, texts())
+    words = ["smoke.toml", "--task.name", "own", "--data.path", str(file), "--data.modality", "text", "--engine", "single"]
+    words += ["--runs_dir", str(tmp_path), "--train.global_batch", "4", "--importance.num_samples", "4"]
+    words += ["--importance.score_batch", "4", "--train.metric", "acuracy"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dcft_dist.cli", "train", *words], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 2 and "no 'acuracy' on the validation data (did you mean 'accuracy'?)" in done.stderr
 
 
 # -- whole runs ----------------------------------------------------------------------------------------------------------

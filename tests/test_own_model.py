@@ -27,10 +27,12 @@ from dcft_dist.models import build_model
 from dcft_dist.packages import minilm_folder
 from dcft_dist.pretrained import find_blocks
 from dcft_dist.schema import Config
+from dcft_dist.splits import Split
 from dcft_dist.stored import Stored
 from dcft_dist.weights import average_buffers, whole_weight
 
 from .nets import OddNet, make_net
+from .own import tiny_decoder
 from .ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -389,6 +391,38 @@ def test_bad_models(minilm: Path, words: list[str], message: str) -> None:
     with pytest.raises(Exception, match=message) as error:
         build_model(config, 5).head_names  # noqa: B018
     assert type(error.value).__name__ in ("ConfigError", "CheckpointError", "PatternError")
+
+
+def test_a_decoder_that_knows_no_padding_classifies(tmp_path: Path) -> None:
+    """GPT-2's and Llama's tokenizers have no padding token: the end of the text fills up, and the model is told."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2ForSequenceClassification
+
+    weights, _ = tiny_decoder(tmp_path / "decoder"), torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    tokenizer.pad_token = None
+    sizes = {
+        "n_embd": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "n_positions": 32,
+    }
+    GPT2ForSequenceClassification(GPT2Config(**sizes, pad_token_id=None)).save_pretrained(tmp_path / "gpt")
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    words = ["--model.build", "transformers.AutoModelForSequenceClassification", "--model.weights", str(tmp_path / "gpt")]
+    words += ["--task.name", "own", "--data.path", "x", "--data.modality", "text", "--model.head", '["score"]']
+    config = load_config("icd.toml", [*words, "--task.max_tokens", "32", "--model.args.num_labels", "num_outputs"])
+    found = build_model(config, 3)
+    assert found.loading is not None
+    found.loading.into_whole(found.module, torch.device("cpu"))
+    texts = ["a short one", "a text that is quite a bit longer than the first", "one"]
+    batch = found.processor(Split(texts, [0, 1, 2], list("abc"))).inputs([0, 1, 2])
+    with torch.no_grad():
+        together = found.outputs(found.module.eval(), batch)
+        alone = [found.outputs(found.module, found.processor(Split([t], [0], ["a"])).inputs([0])) for t in texts]
+    torch.testing.assert_close(together, torch.cat(alone))
+    with pytest.raises(ConfigError, match=r"task.max_tokens = 48, but the model has 32 positions"):
+        build_model(load_config("icd.toml", [*words, "--task.max_tokens", "48"]), 3)
 
 
 def test_keys_of_own_models() -> None:

@@ -158,7 +158,9 @@ def test_bad_batches_are_named_before_the_run(tmp_path: Path) -> None:
         make_processor(config).check([task.train, task.validation, task.test], 0, 1)
 
     check("my_parts.collate")
-    with pytest.raises(DataError, match=r"[0-9]+ of 480 examples: train example [0-9]+: ages with values that are no numbers"):
+    with pytest.raises(
+        DataError, match=r"[0-9]+ of 480 examples: train example [0-9]+: ages with values that are no numbers"
+    ):
         check("my_parts.bad_collate")
     with pytest.raises(DataError, match=r"480 of 480 examples: train example 0: data.collate: my_parts.smooth fails on"):
         check("my_parts.smooth")

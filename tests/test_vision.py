@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dcft_dist import cli
+from dcft_dist.config import load_config
+from dcft_dist.models import build_model
 
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
@@ -89,6 +91,23 @@ def test_a_masked_autoencoder_of_timm_grades(tmp_path: Path) -> None:
         outputs = exported.eval()(images).squeeze(1) * summary["labels"]["std"] + summary["labels"]["mean"]
     assert [float(row["predicted"]) for row in said] == pytest.approx(outputs.tolist(), abs=1e-5)
     assert f"times {summary['labels']['std']}, plus" in (tmp_path / "toy/model/README.md").read_text()
+
+
+def test_the_norm_before_a_classifier_is_not_part_of_it(tmp_path: Path) -> None:
+    """ConvNeXt keeps both under `head`; the norm is pre-trained."""
+    torch.manual_seed(0)
+    sizes = {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]}
+    net = timm.create_model("convnext_atto", num_classes=7, **sizes)
+    nn.init.uniform_(net.head.norm.weight)
+    save_file(net.state_dict(), tmp_path / "convnext.safetensors")
+    words = ["--model.build", "timm.create_model", "--model.args.model_name", "convnext_atto"]
+    words += ["--model.args.num_classes", "num_outputs", "--model.weights", str(tmp_path / "convnext.safetensors")]
+    words += [w for key, value in sizes.items() for w in (f"--model.args.{key}", json.dumps(value))]
+    found = build_model(load_config("mri.toml", ["--task.name", "own", "--data.path", "x", *words]), 4)
+    assert found.head == ("head.fc",) and found.loading is not None
+    found.loading.into_whole(found.module, torch.device("cpu"))
+    read = found.module.state_dict()
+    assert torch.equal(read["head.norm.weight"], net.head.norm.weight) and read["head.fc.weight"].shape == (4, 16)
 
 
 def test_the_image_tower_of_a_clip_classifies(tmp_path: Path) -> None:

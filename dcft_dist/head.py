@@ -192,7 +192,7 @@ def _features(job: Job, name: str, examples: Examples) -> list[Features]:
             features.append(given[real].float())
             labels.append(batch["labels"][real])
     x, y = torch.cat(features), torch.cat(labels)
-    mixed = torch.tensor(order(job.config.seed, rank, len(x)), device=x.device)  # they come by length
+    mixed = torch.tensor(order(job.config.seed, rank, len(x)), dtype=torch.int64, device=x.device)  # they come by length
     share = max(job.config.head_warmup.batch // ranks, 1)
     num_batches = math.ceil(math.ceil(len(examples) / ranks) / share)
     parts = [mixed[i * share : (i + 1) * share] for i in range(num_batches)]

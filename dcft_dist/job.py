@@ -28,6 +28,7 @@ from .run_dir import RunDirectory
 from .schema import Config
 from .splits import TaskData
 from .tasks import load_task
+from .volumes import VolumeProcessor
 from .world import World
 
 
@@ -119,6 +120,8 @@ def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
         _check_metric(config, objective, examples["validation"])
         if config.data.check:
             pretrained.processor.check(list(splits.values()), world.rank, world.world_size)
+    if config.data.check and isinstance(pretrained.processor, VolumeProcessor):
+        pretrained.processor.check_classes(task.train, task.class_names)
     num_weights = sum(p.numel() for p in pretrained.module.parameters())
     found = pretrained.head_module()
     head = copy.deepcopy(found[1]) if found else None

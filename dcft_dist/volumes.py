@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import collectives
 from .dicom import problem_of_series
 from .errors import ConfigError, DataError, line_of, listing
 from .schema import Config
@@ -54,6 +55,7 @@ class VolumeProcessor:
     def __init__(self, config: Config) -> None:
         data = config.data
         self._seed, self._patch, self._classes = config.seed, list(data.patch), len(data.classes)
+        self._found_in: dict[Pair, set[int]] = {}  # classes of each mask that was read
         self._kept: dict[Pair, tuple[Tensor, Tensor | None]] = {}
         self._cache = data.cache
         try:
@@ -66,10 +68,9 @@ class VolumeProcessor:
         keys, may = ["image", "mask"], dict[str, Any](allow_missing_keys=True)  # to predict, no mask is needed
         load = mt.LoadImaged(keys, ensure_channel_first=True, image_only=True, **may)
         load.register(PILReader(reverse_indexing=False))  # rows first, as pre-trained models have seen images
-        steps: list[Any] = [
-            load,
-            mt.Orientationd(keys, "RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")), **may),
-        ]
+        steps: list[Any] = [load]
+        if len(data.patch) == 3:  # flat images have no orientation
+            steps.append(mt.Orientationd(keys, "RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")), **may))
         if data.spacing:
             steps.append(mt.Spacingd(keys, data.spacing, mode=("bilinear", "nearest"), **may))
         self._read: Any = mt.Compose(steps)
@@ -130,6 +131,7 @@ class VolumeProcessor:
         if wrong:
             some = listing([f"{v:g}" for v in wrong])
             raise DataError(f"{pair[1]}: labels {some}, but there are {self._classes} classes, 0 to {self._classes - 1}")
+        self._found_in[pair] = {int(v) for v in labels}
 
     def as_in_file(self, image: Any, classes: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
         """Classes [*whole] of a volume on the grid of its file, and the affine of that."""
@@ -160,6 +162,17 @@ class VolumeProcessor:
             wrong = [text for text in threads.map(self._problem, pairs) if text]
         if wrong:
             raise DataError(f"{len(wrong)} of {len(pairs)} volumes: {listing(wrong, 3)}")
+
+    def check_classes(self, train: Split, names: Sequence[str]) -> None:
+        """After `check`. Collective.
+
+        Raises:
+            DataError: a class is in no training mask.
+        """
+        there = set[int]().union(*(self._found_in.get(pair, ()) for pair in zip(train.inputs, train.labels, strict=True)))
+        counts = collectives.reduce_numbers([int(i in there) for i in range(len(names))], what="classes of the masks")
+        if absent := [name for name, count in zip(names, counts, strict=True) if not count]:
+            raise DataError(f"no training mask has {listing(absent)}: leave it out of data.classes, or split otherwise")
 
     def _problem(self, pair: Pair) -> str | None:
         try:

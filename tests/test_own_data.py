@@ -481,6 +481,8 @@ def test_texts_from_a_table_with_an_own_model(tmp_path: Path) -> None:
     )
     shown = dcft("inspect", str(tmp_path / "mine.toml"))
     assert "eligible" in shown and "head.weight" in shown and "tensors read; 2 started afresh (head.weight" in shown
+    shown = dcft("inspect", str(tmp_path / "mine.toml"), "--method", "bitfit")
+    assert "frozen" in shown and "eligible" not in shown and "unscored" in shown  # biases alone are trained, and no matrix
     dcft("train", str(tmp_path / "mine.toml"))
     summary = json.loads((tmp_path / "mine/summary.json").read_text())
     assert summary["labels"]["names"] == ["negative", "neutral", "positive"] and summary["num_selected"] > 0
@@ -503,7 +505,8 @@ def test_texts_from_a_table_with_an_own_model(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 2 and message in done.stderr
     split = ["--data.test", str(other), "--test_resamples", "0"]  # of the run's own files nothing is left over
-    again = json.loads(dcft("evaluate", str(tmp_path / "mine"), *split, "--engine", "fsdp2", ranks=2))
+    split += ["--train.evaluation_batch", "13"]  # the last batch has one example: two ranks of three have none
+    again = json.loads(dcft("evaluate", str(tmp_path / "mine"), *split, "--engine", "fsdp2", ranks=3))
     assert again["metrics"] == pytest.approx(found["metrics"], abs=1e-6) and again["examples"] == 40
 
 
@@ -558,11 +561,34 @@ def test_images_in_folders_under_a_sharding_engine(tmp_path: Path) -> None:
     assert body[0].keys() == body[1].keys()
     out = dcft("predict", str(tmp_path / "own"), "--data.path", str(images))
     assert len(out.splitlines()) == 1 + 48 and out.startswith("input,group,predicted,p(")
+    check_image_export(tmp_path / "own/model", out)
+    dcft("delta", str(tmp_path / "own"), str(tmp_path / "own.delta"))
+    dcft("delta", str(tmp_path / "own"), str(tmp_path / "own.delta"), "--apply", str(tmp_path / "again"))
+    for part, after in (("model.safetensors", body[0]), ("head/model.safetensors", head[0])):
+        before = load_file(tmp_path / "again" / part)
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     # An image that the second rank alone reads, and nobody has checked.
     Path(list(csv.DictReader(out.splitlines()))[1]["input"]).write_bytes(b"no image")
     begin = [*command[:-2], "predict", str(tmp_path / "own"), "--data.path", str(images), "--data.check", "false"]
     done = subprocess.run(begin, capture_output=True, text=True, timeout=120)
     assert done.returncode and "dcft: error: rank 1: " in done.stderr and "no image that can be read" in done.stderr
+
+
+def check_image_export(folder: Path, said: str) -> None:
+    """transformers alone, with its own image processor, gives what `dcft predict` says."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    rows = list(csv.DictReader(said.splitlines()))
+    model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    head = torch.nn.Linear(384, 8)
+    head.load_state_dict(load_file(folder / "head/model.safetensors"))
+    images = [Image.open(row["input"]).convert("RGB") for row in rows]
+    assert {image.size for image in images} == {(56, 56)}  # nothing is resized
+    with torch.no_grad():
+        states = model.eval()(**processor(images, return_tensors="pt")).last_hidden_state[:, 0]
+        shares = head(states).softmax(-1)
+    found = [[float(value) for key, value in row.items() if key.startswith("p(")] for row in rows]
+    torch.testing.assert_close(torch.tensor(found), shares, atol=1e-5, rtol=0)
 
 
 def test_delta_and_pretrained_weights_are_the_adapted_ones(tmp_path: Path) -> None:
@@ -636,6 +662,15 @@ def test_workers_change_no_number_and_classes_are_balanced(tmp_path: Path) -> No
         dcft("train", "mri.toml", "--name", name, *words, *more)
         found[name] = json.loads((tmp_path / name / "summary.json").read_text())["weights_checksum"]
     assert found["none"] == found["two"] != found["plain"]
+    torn = ["mri.toml", "--name", "torn", *words, "--train.workers", "2", "--checkpoint.every", "2"]
+    running = subprocess.Popen([sys.executable, "-m", "dcft_dist.cli", "train", *torn], stderr=subprocess.DEVNULL)
+    while running.poll() is None and not list((tmp_path / "torn/checkpoints").glob("step_0*")):
+        time.sleep(0.02)
+    running.kill()
+    running.wait()
+    assert not (tmp_path / "torn/summary.json").exists()
+    dcft("train", *torn)
+    assert json.loads((tmp_path / "torn/summary.json").read_text())["weights_checksum"] == found["none"]
     classes = [0] * 90 + [1] * 10
     drawn = [classes[i] for i in order(0, 1, 100, classes)]
     assert len(drawn) == 100 and 35 < sum(drawn) < 65

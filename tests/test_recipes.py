@@ -8,9 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from .own import drug_table, instructions, minilm_copy, mri_folder, slabs, tiny_decoder
 
@@ -94,6 +96,38 @@ ZERO3 = ["--engine", "deepspeed", "--sharding.zero_stage", "3"]
 RUNS = [*((recipe, []) for recipe in RECIPES), ("instructions_7b", ZERO3), ("encoder_sam", ZERO3)]
 
 
+def check_sam(folder: Path) -> None:
+    """The exported encoder in transformers' own class gives what `dcft predict` says, in bfloat16 as the run."""
+    from transformers import SamConfig, SamModel
+
+    command = [
+        sys.executable,
+        "-m",
+        "dcft_dist.cli",
+        "predict",
+        str(folder / "toy"),
+        "--data.path",
+        str(folder / "tiles.csv"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader(done.stdout.splitlines()))[:6]
+    net = SamModel(SamConfig.from_pretrained(folder / "sam")).vision_encoder.eval()
+    net.load_state_dict(load_file(folder / "toy/model/model.safetensors"))
+    names = [key for key in rows[0] if key.startswith("p(")]
+    head = torch.nn.Linear(16, len(names))
+    head.load_state_dict(load_file(folder / "toy/model/head/model.safetensors"))
+    facts = json.loads((folder / "toy/model/preprocessor_config.json").read_text())
+    mean, std = (torch.tensor(facts[f"image_{key}"]).view(3, 1, 1) for key in ("mean", "std"))
+    pixels = [torch.from_numpy(np.array(Image.open(row["input"]).convert("RGB"))).permute(2, 0, 1) / 255 for row in rows]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        sized = torch.nn.functional.interpolate(torch.stack(pixels), (56, 56), mode="bilinear", antialias=True)
+        states = net((sized - mean) / std).last_hidden_state
+        shares = head(states.flatten(2).mean(-1)).double().softmax(-1)
+    found = torch.tensor([[float(row[name]) for name in names] for row in rows]).double()
+    torch.testing.assert_close(found, shares, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("recipe", "engine"), RUNS)
 def test_recipes_run_at_toy_size(recipe: str, engine: list[str], tmp_path: Path) -> None:
     """Under the engine and in the precision that they say, most in bfloat16."""
@@ -106,3 +140,5 @@ def test_recipes_run_at_toy_size(recipe: str, engine: list[str], tmp_path: Path)
     assert summary["loading"]["matched"] and all(value == value for value in summary["test"].values())
     best = {"reports_bert": "auroc", "instructions_7b": "perplexity", "swin_unetr": "dice"}.get(recipe, "accuracy")
     assert best in summary["validation"] and (tmp_path / "toy/report.html").exists()
+    if recipe == "encoder_sam":
+        check_sam(tmp_path)

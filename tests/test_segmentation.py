@@ -229,6 +229,65 @@ def test_flat_images_have_rows_first(tmp_path: Path) -> None:
     assert np.array_equal(back, mask)
 
 
+def flat_images(folder: Path) -> Path:
+    """Middle slices of the slabs as PNG files with their masks, and their table."""
+    slabs(folder)
+    rows = ["image,mask,split"]
+    for i in range(6):
+        image, mask = (nibabel.load(folder / f"{kind}{i}.nii.gz").get_fdata()[..., 4] for kind in ("image", "mask"))
+        for name, values in (("image", image / image.max() * 255), ("mask", mask)):
+            Image.fromarray(values.astype(np.uint8)).save(folder / f"{name}{i}.png")
+        rows.append(f"image{i}.png,mask{i}.png,{['train', 'train', 'train', 'train', 'val', 'test'][i]}")
+    (folder / "flat.csv").write_text("\n".join(rows) + "\n")
+    return folder / "flat.csv"
+
+
+def test_flat_images_are_segmented(tmp_path: Path) -> None:
+    """A U-Net of MONAI on two ranks; the masks that are predicted have the Dice that `dcft evaluate` gives."""
+    words = [*KEYS, "--data.path", str(flat_images(tmp_path)), "--data.patch", "[32, 32]"]
+    words += ["--model.build", "monai.networks.nets.UNet", "--model.head", '["model.2"]', "--engine", "fsdp2"]
+    args = {"spatial_dims": "2", "in_channels": "1", "out_channels": "num_outputs", "channels": "[8, 16]", "strides": "[2]"}
+    words += [word for key, value in {**args, "norm": "batch"}.items() for word in (f"--model.args.{key}", value)]
+    words += ["--importance.num_samples", "4", "--importance.score_batch", "4", "--train.global_batch", "4"]
+    words += ["--train.epochs", "12", "--head_warmup.max_epochs", "2", "--optimizer.lr", "1e-2", "--removal.fractions", "[]"]
+    train(2, *words, "--runs_dir", str(tmp_path), "--name", "run", "--test_resamples", "0")
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test"]["dice"] > 0.5 and summary["num_selected"] > 0
+    command = [sys.executable, "-m", "dcft_dist.cli", "predict", str(tmp_path / "run"), "--data.path"]
+    (tmp_path / "asked.csv").write_text("image\nimage5.png\n")
+    command += [str(tmp_path / "asked.csv"), "--masks", str(tmp_path / "said"), "--out", str(tmp_path / "said.csv")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found, wanted = (np.asarray(Image.open(f)) for f in (tmp_path / "said/image5_mask.png", tmp_path / "mask5.png"))
+    assert found.shape == wanted.shape == (44, 40)
+    dice = [2 * np.sum((found == c) & (wanted == c)) / (np.sum(found == c) + np.sum(wanted == c)) for c in (1, 2)]
+    assert summary["test"]["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
+    said = list(csv.DictReader((tmp_path / "said.csv").open()))
+    assert float(said[0]["pixels(grey)"]) == np.sum(found == 1)
+
+
+def test_a_structure_that_no_training_mask_has(tmp_path: Path) -> None:
+    """Named on every rank, whichever masks it has read."""
+    words = [*KEYS, "--data.path", str(flat_images(tmp_path)), "--data.patch", "[32, 32]", "--engine", "fsdp2"]
+    words += ["--data.classes", '["none", "grey", "white", "tumour"]', "--model.build", "monai.networks.nets.UNet"]
+    args = {"spatial_dims": "2", "in_channels": "1", "out_channels": "num_outputs", "channels": "[8, 16]", "strides": "[2]"}
+    words += [word for key, value in args.items() for word in (f"--model.args.{key}", value)]
+    words += ["--model.head", '["model.2"]', "--importance.num_samples", "4", "--importance.score_batch", "4"]
+    words += ["--train.global_batch", "4", "--runs_dir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "-m",
+        "dcft_dist.cli",
+        "train",
+        "mri.toml",
+    ]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200)
+    assert done.returncode and "no training mask has tumour: leave it out of data.classes" in done.stderr
+
+
 def broken(folder: Path, kind: str) -> list[str]:
     file = slabs(folder)
     image = nibabel.load(folder / "image2.nii.gz")

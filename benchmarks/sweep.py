@@ -2,8 +2,8 @@
 
     python benchmarks/sweep.py docs/results/studies/sweep_630
 
-In percent and nats, means over seeds; in brackets what lies between the value and `factor` 1 (no penalty) of the same optimizer, paired by
-seed [standard error].
+In percent and nats, means over seeds; in brackets what lies between the value and `factor` 1 (no penalty) of the same
+optimizer, paired by seed [standard error].
 """
 
 from __future__ import annotations

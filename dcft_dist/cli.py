@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="check a configuration and that its data and weights are installed")
     check.add_argument("config")
     check.add_argument("--ranks", type=int, default=1, help="number of ranks that will run it")
+    check.add_argument("--data", action="store_true", help="build the model too, and read every input once")
     inspect = commands.add_parser("inspect", help="show what a configuration does to each weight of its model")
     inspect.add_argument("config")
     for name, text in (
@@ -163,6 +164,12 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
     check_ranks(config, options.ranks)
     RunFolder.of(config).check(config)
     check_model(config)
+    if options.data:
+        from .job import check_classes, gather
+
+        check_classes(config, gather(config))
+        print(f"{config.name}: the configuration is valid, its weights fit the model, and its data can be read")
+        return
     check_sizes(config, len(load_task(config).train))
     print(f"{config.name}: the configuration is valid, and its data and weights are installed")
 

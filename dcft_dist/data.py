@@ -134,7 +134,8 @@ class ImageProcessor:
         """As transformers' image processors read it."""
         facts = {"size": {"height": self.side, "width": self.side}, "image_mean": [0.485, 0.456, 0.406]}
         write_json(
-            folder / "preprocessor_config.json", {**facts, "image_std": [0.229, 0.224, 0.225], "do_center_crop": False}
+            folder / "preprocessor_config.json",
+            {**facts, "image_std": [0.229, 0.224, 0.225], "resample": 2, "do_center_crop": False},
         )
 
 

@@ -25,6 +25,7 @@ from .seeded import seeded
 from .splits import SPLITS, Split
 
 log = logging.getLogger(__name__)
+FLAT = {"resample": 2, "do_center_crop": False}  # bilinear, of the whole image
 PREPROCESSOR = "preprocessor_config.json"  # of transformers' image processors
 Transform = Callable[[Tensor], Any]
 
@@ -185,7 +186,7 @@ class OwnImageProcessor:
     def save(self, folder: Path) -> None:
         """As transformers' image processors read it."""
         facts = {"size": {"height": self.side, "width": self.side}, "image_mean": self.mean, "image_std": self.std}
-        write_json(folder / PREPROCESSOR, {**facts, "rescale_factor": self._scale / 255, "do_center_crop": False})
+        write_json(folder / PREPROCESSOR, {**facts, **FLAT, "rescale_factor": self._scale / 255})
 
 
 def _transform(config: Config) -> Transform | None:

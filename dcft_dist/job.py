@@ -103,30 +103,65 @@ class Job:
         return tqdm(items, desc=f"{self.config.name}: {what}", disable=off, mininterval=2.0, **options)
 
 
+@dataclass(frozen=True)
+class Materials:
+    """What a run is made of, before any engine. `facts`: of the labels, see `kinds.facts_of`."""
+
+    task: TaskData
+    facts: dict[str, Any]
+    objective: Objective
+    pretrained: Pretrained
+    examples: dict[str, Examples]
+
+
+def gather(config: Config, rank: int = 0, ranks: int = 1, read: bool = True) -> Materials:
+    """Reads the data, and builds the model without its weights.
+
+    Args:
+        read: whether this rank's part of the inputs is looked at.
+
+    Raises:
+        DcftError: see `load_task`, `build_model` and `Processor.check`.
+    """
+    task = load_task(config)
+    facts = facts_of(config, task.class_names, task.train.labels)
+    objective = make_objective(config, facts)
+    pretrained = build_model(config, objective.num_outputs)
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    examples = {name: pretrained.processor(split) for name, split in splits.items()}
+    check_sizes(config, len(examples["train"]))
+    _check_metric(config, objective, examples["validation"])
+    if read:
+        pretrained.processor.check(list(splits.values()), rank, ranks)
+    return Materials(task, facts, objective, pretrained, examples)
+
+
+def check_classes(config: Config, found: Materials) -> None:
+    """Once every rank has read its part. Collective.
+
+    Raises:
+        DataError: a structure is in no training mask.
+    """
+    if config.data.check and isinstance(found.pretrained.processor, VolumeProcessor):
+        found.pretrained.processor.check_classes(found.task.train, found.task.class_names)
+
+
 def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
     """Reads the data, and puts the model with its pre-trained weights and an optimizer under the engine. Collective.
 
     Raises:
-        DcftError: see `load_task`, `build_model` and `prepare`.
+        DcftError: see `gather` and `prepare`.
     """
     with collectives.agreed("set-up"):
-        task = load_task(config)
-        facts = facts_of(config, task.class_names, task.train.labels)
-        objective = make_objective(config, facts)
-        pretrained = build_model(config, objective.num_outputs)
-        splits = {"train": task.train, "validation": task.validation, "test": task.test}
-        examples = {name: pretrained.processor(split) for name, split in splits.items()}
-        check_sizes(config, len(examples["train"]))
-        _check_metric(config, objective, examples["validation"])
-        if config.data.check:
-            pretrained.processor.check(list(splits.values()), world.rank, world.world_size)
-    if config.data.check and isinstance(pretrained.processor, VolumeProcessor):
-        pretrained.processor.check_classes(task.train, task.class_names)
-    num_weights = sum(p.numel() for p in pretrained.module.parameters())
-    found = pretrained.head_module()
-    head = copy.deepcopy(found[1]) if found else None
-    prepared = _prepare(config, world, pretrained)
-    return Job(config, world, directory, task, objective, pretrained, prepared, head, num_weights, facts, **examples)
+        f = gather(config, world.rank, world.world_size, config.data.check)
+    check_classes(config, f)
+    num_weights = sum(p.numel() for p in f.pretrained.module.parameters())
+    one = f.pretrained.head_module()
+    head = copy.deepcopy(one[1]) if one else None
+    prepared = _prepare(config, world, f.pretrained)
+    return Job(
+        config, world, directory, f.task, f.objective, f.pretrained, prepared, head, num_weights, f.facts, **f.examples
+    )
 
 
 def _check_metric(config: Config, objective: Objective, validation: Examples) -> None:

@@ -358,9 +358,11 @@ def test_bad_images_are_found_before_the_run(tmp_path: Path) -> None:
     words += ["--train.global_batch", "8", "--importance.num_samples", "16", "--importance.score_batch", "8"]
     command = [sys.executable, "-m", "dcft_dist.cli", "train", "mri.toml", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    errors = done.stderr
-    assert done.returncode == 2 and "2 of 41 images" in errors and "image3.png: no image that can be read" in errors
-    assert "nan.npy: 1 of its pixels are no numbers" in errors
+    checked = subprocess.run([*command[:3], "check", "--data", *command[4:]], capture_output=True, text=True, timeout=120)
+    for found in (done, checked):
+        assert found.returncode == 2 and "2 of 41 images" in found.stderr
+        assert "image3.png: no image that can be read" in found.stderr
+        assert "nan.npy: 1 of its pixels are no numbers" in found.stderr
     with pytest.raises(DataError, match=r"whole numbers of int64: what is white\?"):
         read_image(np.full((4, 4), 255), 3)
     (tmp_path / "empty.npy").write_bytes(b"")
@@ -575,7 +577,7 @@ def test_images_in_folders_under_a_sharding_engine(tmp_path: Path) -> None:
 
 
 def check_image_export(folder: Path, said: str) -> None:
-    """transformers alone, with its own image processor, gives what `dcft predict` says."""
+    """transformers alone gives what `dcft predict` says; its image processor makes nearly the same pixels."""
     from transformers import AutoImageProcessor, AutoModel
 
     rows = list(csv.DictReader(said.splitlines()))
@@ -583,10 +585,13 @@ def check_image_export(folder: Path, said: str) -> None:
     head = torch.nn.Linear(384, 8)
     head.load_state_dict(load_file(folder / "head/model.safetensors"))
     images = [Image.open(row["input"]).convert("RGB") for row in rows]
-    assert {image.size for image in images} == {(56, 56)}  # nothing is resized
+    pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
+    pixels = torch.nn.functional.interpolate(pixels, (56, 56), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    pixels = (pixels - mean) / std
+    torch.testing.assert_close(processor(images, return_tensors="pt")["pixel_values"], pixels, atol=0.02, rtol=0)
     with torch.no_grad():
-        states = model.eval()(**processor(images, return_tensors="pt")).last_hidden_state[:, 0]
-        shares = head(states).softmax(-1)
+        shares = head(model.eval()(pixel_values=pixels).last_hidden_state[:, 0]).softmax(-1)
     found = [[float(value) for key, value in row.items() if key.startswith("p(")] for row in rows]
     torch.testing.assert_close(torch.tensor(found), shares, atol=1e-5, rtol=0)
 

@@ -167,7 +167,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
     if options.data:
         from .job import check_classes, gather
 
-        check_classes(config, gather(config))
+        check_classes(gather(config))
         print(f"{config.name}: the configuration is valid, its weights fit the model, and its data can be read")
         return
     check_sizes(config, len(load_task(config).train))

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -78,10 +79,15 @@ def _put_back(job: Job, state: dict[str, Tensor]) -> None:
 
 
 def _buffers(job: Job, names: list[str]) -> dict[str, Tensor]:
-    """Buffers of the modules that have these weights."""
-    owners = {name.rpartition(".")[0] for name in names}
+    """Buffers of the head's modules."""
     found = persistent_buffers(find_engine(job.model).module)
-    return {name: buffer for name, buffer in found.items() if name.rpartition(".")[0] in owners}
+    return {name: buffer for name, buffer in found.items() if _in_head(job, name.rpartition(".")[0], names)}
+
+
+def _in_head(job: Job, path: str, names: list[str]) -> bool:
+    """Whether a module is one of the head's: by its own weights, or, if it has none, by the patterns."""
+    patterns = [form for pattern in job.pretrained.head for form in (pattern, f"{pattern}.*")]
+    return path in {name.rpartition(".")[0] for name in names} or any(fnmatchcase(path, p) for p in patterns)
 
 
 def _weights(job: Job, names: list[str]) -> dict[str, Tensor]:
@@ -149,8 +155,9 @@ def _warm_up_in_place(job: Job, names: list[str]) -> None:
 @contextmanager
 def _statistics_of_the_body_stay(job: Job, names: list[str]) -> Iterator[None]:
     """Within the block, batch normalisation outside the head is in eval mode, whatever mode the model is put into."""
-    head, modules = {name.rpartition(".")[0] for name in names}, find_engine(job.model).module.named_modules()
-    held = [m for path, m in modules if getattr(m, "running_mean", None) is not None and clean(path) not in head]
+    modules = {clean(path): m for path, m in find_engine(job.model).module.named_modules()}
+    normalise = {path: m for path, m in modules.items() if getattr(m, "running_mean", None) is not None}
+    held = [m for path, m in normalise.items() if not _in_head(job, path, names)]
     for module in held:
         module.eval()
         module.train = lambda mode=True, module=module: module

@@ -30,8 +30,8 @@ PREPROCESSOR = "preprocessor_config.json"  # of transformers' image processors
 Transform = Callable[[Tensor], Any]
 
 
-def read_image(source: Any, channels: int) -> Tensor:
-    """[channels, height, width] in float32: integers are scaled to [0, 1], floats stay; grey goes into all channels.
+def read_image(source: Any, channels: int, scale: float = 1.0) -> Tensor:
+    """[channels, height, width] in float32: integers are scaled to [0, `scale`], floats stay; grey goes into all channels.
 
     Args:
         source: path of an image or .npy file, an array [height, width] or [height, width, channels], or a `Cell`.
@@ -41,7 +41,7 @@ def read_image(source: Any, channels: int) -> Tensor:
     """
     name = str(source) if isinstance(source, str | Path) else repr(source) if isinstance(source, Cell) else "array"
     try:
-        pixels = _scaled(_array(source))
+        pixels = _scaled(_array(source), scale)
     except Exception as error:  # each kind of damage has its own
         raise DataError(f"{name}: no image that can be read: {error}") from error
     if pixels.ndim == 2:
@@ -78,11 +78,11 @@ def _array_of(image: Any) -> Any:
     return np.asarray(image.convert("RGB") if image.mode in ("P", "CMYK", "YCbCr") else image)
 
 
-def _scaled(pixels: Any) -> Any:
+def _scaled(pixels: Any, scale: float) -> Any:
     if pixels.dtype == np.bool_:
         return pixels.astype(np.float32)
     if pixels.dtype in (np.uint8, np.uint16):
-        return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max
+        return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max * np.float32(scale)
     if np.issubdtype(pixels.dtype, np.integer):
         raise ValueError(f"whole numbers of {pixels.dtype}: what is white? Give uint8, uint16, or floats")
     return pixels.astype(np.float32)
@@ -121,9 +121,10 @@ class OwnImageProcessor:
             self.mean, self.std = facts.get("image_mean") or self.mean, facts.get("image_std") or self.std
             if facts.get("do_normalize") is False:
                 self.mean, self.std = [0.0] * len(self.mean), [1.0] * len(self.std)
-            factor = facts.get("rescale_factor", 1 / 255) if facts.get("do_rescale", True) else 1.0
-            self._scale = 255 * factor  # integers are read as shares of 255
-            sizes = set((facts.get("crop_size") or facts.get("size") or {}).values())
+            factor = (facts.get("rescale_factor") or 1 / 255) if facts.get("do_rescale", True) else 1.0
+            self._scale = 255 * factor
+            size = facts.get("crop_size") or facts.get("size") or {}  # a number in older files
+            sizes = set(size.values() if isinstance(size, dict) else size if isinstance(size, list) else [size])
             if sizes and sizes != {self.side}:
                 log.warning("model.image_size = %d, but %s says %s", self.side, beside, sorted(sizes))
         if len(self.mean) != len(self.std):
@@ -135,7 +136,7 @@ class OwnImageProcessor:
 
     def image(self, source: Any, draw: str | None = None) -> Tensor:
         """[channels, side, side]. `draw`: which random variant; None: no variation."""
-        pixels = read_image(source, len(self.mean)).unsqueeze(0)
+        pixels = read_image(source, len(self.mean), self._scale).unsqueeze(0)
         size = (self.side, self.side)
         if pixels.shape[2:] != size:
             pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
@@ -143,7 +144,7 @@ class OwnImageProcessor:
         if draw is not None and self._transform is not None:
             pixels = self._varied(pixels, draw)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
-        return (pixels * self._scale - mean) / std
+        return (pixels - mean) / std
 
     def _varied(self, pixels: Tensor, draw: str) -> Tensor:
         """Whatever generator the transform uses, it starts from (seed, epoch, example)."""

@@ -136,13 +136,13 @@ def gather(config: Config, rank: int = 0, ranks: int = 1, read: bool = True) -> 
     return Materials(task, facts, objective, pretrained, examples)
 
 
-def check_classes(config: Config, found: Materials) -> None:
+def check_classes(found: Materials) -> None:
     """Once every rank has read its part. Collective.
 
     Raises:
         DataError: a structure is in no training mask.
     """
-    if config.data.check and isinstance(found.pretrained.processor, VolumeProcessor):
+    if isinstance(found.pretrained.processor, VolumeProcessor):
         found.pretrained.processor.check_classes(found.task.train, found.task.class_names)
 
 
@@ -154,7 +154,8 @@ def make_job(config: Config, world: World, directory: RunDirectory) -> Job:
     """
     with collectives.agreed("set-up"):
         f = gather(config, world.rank, world.world_size, config.data.check)
-    check_classes(config, f)
+    if config.data.check:
+        check_classes(f)
     num_weights = sum(p.numel() for p in f.pretrained.module.parameters())
     one = f.pretrained.head_module()
     head = copy.deepcopy(one[1]) if one else None

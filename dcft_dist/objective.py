@@ -20,9 +20,9 @@ Metrics = dict[str, float]
 LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse", "perplexity", "hd95")
 
 
-def is_better(name: str, value: float, than: float) -> bool:
-    """Of two values of a metric."""
-    return value < than if name in LOWER_IS_BETTER else value > than
+def oriented(name: str, value: float) -> float:
+    """A metric's value, or its negative, so that the higher is the better."""
+    return -value if name in LOWER_IS_BETTER else value
 
 
 class Objective(ABC):
@@ -66,7 +66,14 @@ class Objective(ABC):
 
     def names(self, labels: Tensor) -> list[str]:
         """Of the metrics that examples with these labels would have."""
-        return list(self.metrics(torch.rand(len(labels), self.width, dtype=torch.float64), labels))
+        return list(self.metrics(self._some_records(len(labels)), labels))
+
+    def resampled(self, records: Tensor, labels: Tensor) -> Metrics:
+        """The metrics of some of the examples; what cannot be computed of them is left out."""
+        return self.metrics(records, labels)
+
+    def _some_records(self, number: int) -> Tensor:
+        return torch.rand(number, self.width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     @abstractmethod
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -97,7 +104,7 @@ def intervals(
             draw = torch.Generator().manual_seed((seed << 32) + number)
             chosen = torch.randint(len(parts), (len(parts),), generator=draw).tolist()
             index = torch.cat([parts[i] for i in chosen])
-            values = objective.metrics(records[index], labels[index])
+            values = objective.resampled(records[index], labels[index])
             found[number] = torch.tensor([values.get(name, float("nan")) for name in names])
     found = collectives.all_reduce(found, what="intervals")
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .errors import ConfigError, DataError, line_of, listing
 from .imports import find_object
-from .objective import Metrics, Objective
+from .objective import LOWER_IS_BETTER, Metrics, Objective
 from .schema import Config
 from .seeded import seeded
 from .splits import SPLITS, Split
@@ -38,6 +38,7 @@ class OwnObjective(Objective):
         self.chance, self._loss, self._measures = kind.chance, None, list[tuple[str, Measure]]()  # type: ignore[method-assign]
         if config.task.loss:
             self._loss_path, self._loss = config.task.loss, _function(config.task.loss, config, "task.loss")
+        self._asked = [config.train.metric] if config.train.metric else []
         self._measures = [(path, _function(path, config, "task.metrics")) for path in config.task.metrics]
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
@@ -61,14 +62,34 @@ class OwnObjective(Objective):
         Raises:
             ConfigError: the user's metrics are no numbers by name, or have names that there are already.
         """
+        return self._with_more(records, labels, strict=True)
+
+    def resampled(self, records: Tensor, labels: Tensor) -> Metrics:
+        return self._with_more(records, labels, strict=False)
+
+    def names(self, labels: Tensor) -> list[str]:
+        """The user's functions are tried on made-up records; one that fails there is believed to give what is asked for."""
+        found, records = self._kind.names(labels), self._some_records(len(labels))
+        for _, measure in self._measures:
+            try:
+                found += map(str, measure(records, labels))
+            except Exception:
+                return [*found, *self._asked]
+        return found
+
+    def _with_more(self, records: Tensor, labels: Tensor, strict: bool) -> Metrics:
         found = dict(self._kind.metrics(records, labels))
         for path, measure in self._measures:
             try:
                 more = {str(name): float(value) for name, value in measure(records, labels).items()}
             except Exception as error:
+                if not strict:
+                    continue
                 raise ConfigError(f"task.metrics: {path} fails: {type(error).__name__}: {error}") from error
             if twice := sorted(more.keys() & found.keys()):
                 raise ConfigError(f"task.metrics: {path} gives {listing(twice)}, which there is already")
+            if lower := sorted(more.keys() & set(LOWER_IS_BETTER)):
+                raise ConfigError(f"task.metrics: {path} gives {listing(lower)}, of which less is better: another name")
             found |= {name: value for name, value in more.items() if not math.isnan(value)}
         return found
 

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from .errors import DataError
 from .files import read_json, read_lines, write_atomic
 from .fundamental import FundamentalSet
-from .objective import is_better
+from .objective import oriented
 from .pictures import SETS, loss_curves, metric_curves, movement_curves, png, removal_bars, share_picture, shown_metrics
 
 
@@ -101,7 +101,9 @@ def comparison(runs: Sequence[Path]) -> str:
     tested = [s for s in summaries if s["test"] and first in s["test"]]
     probes = [s["test"][first] for s in tested if s["method"] == "linear_probe"]
     others = [s for s in tested if s["method"] != "linear_probe"]
-    beaten = [s["name"] for s in others if any(is_better(first, probe, s["test"][first]) for probe in probes)]
+    beaten = [
+        s["name"] for s in others if any(oriented(first, probe) > oriented(first, s["test"][first]) for probe in probes)
+    ]
     if beaten:
         lines.append(f"\nThe linear probe beats {', '.join(beaten)} here.")
     unfinished = [run.name for run in runs if run not in finished]

@@ -488,6 +488,8 @@ class Config(Section):
             raise ValueError("train.sampling = 'balanced' is for task.kind = 'single_label'")
         if self.task.kind != "single_label" and self.task.class_weights == "balanced":
             raise ValueError("task.class_weights = 'balanced' is for task.kind = 'single_label'")
+        if self.task.loss and self.task.class_weights == "balanced":
+            raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
         if self.data.transform and self.data.modality != "image":
             raise ValueError("data.transform varies images: it is for data.modality = 'image'")
         if self.task.name == "own":

@@ -30,7 +30,7 @@ from .head import warm_up_or_load
 from .job import Job, make_job
 from .measure import Groups
 from .methods import begin
-from .objective import Metrics, is_better
+from .objective import Metrics, oriented
 from .provenance import git_commit
 from .run_dir import RunDirectory
 from .schema import Config
@@ -171,7 +171,7 @@ class Trainer:
         self.directory.phase("checkpoint", step)
         fell_back = epoch == 0 and self.config.method != "linear_probe" and not self.config.train.fall_back
         value = self._judged(found)
-        if not fell_back and (best.value is None or is_better(self.job.metric, value, best.value)):
+        if not fell_back and (best.value is None or value > best.value):
             best = Best(epoch, value, step)
             save_checkpoint(self._best_folder(best), model_state(self.job.model), {"epoch": epoch, "validation": found})
         if write:
@@ -180,11 +180,11 @@ class Trainer:
         return best
 
     def _judged(self, metrics: Metrics) -> float:
-        """The metric that chooses the epoch."""
+        """The metric that chooses the epoch, the higher the better."""
         name = self.job.metric
         if name not in metrics:  # of a segmentation, if no example has or is given any structure
             raise RunError(f"train.metric: {name!r} is not defined on the validation data")
-        return metrics[name]
+        return oriented(name, metrics[name])
 
     def _save(self, step: int, best: Best, validated: bool) -> None:
         if self.config.checkpoint.keep_last == 0:

@@ -115,7 +115,9 @@ class VolumeProcessor:
             raise DataError(f"{' with '.join(places.values())}: cannot be read: {line_of(error, -1)}") from error
 
     def _check_values(self, pair: Pair, found: dict[str, Any]) -> None:
-        """What was read, once it is turned, with the values that its files have."""
+        """What was read, once it is turned, with the values that its files have; once for each pair."""
+        if pair in self._found_in:
+            return
         image, mask = found["image"], found.get("mask")
         if not bool(torch.isfinite(image).all()):
             raise DataError(f"{pair[0]}: some of its voxels are no numbers (NaN or infinite)")
@@ -167,11 +169,11 @@ class VolumeProcessor:
         """After `check`. Collective.
 
         Raises:
-            DataError: a class is in no training mask.
+            DataError: a class, the background excepted, is in no training mask.
         """
         there = set[int]().union(*(self._found_in.get(pair, ()) for pair in zip(train.inputs, train.labels, strict=True)))
         counts = collectives.reduce_numbers([int(i in there) for i in range(len(names))], what="classes of the masks")
-        if absent := [name for name, count in zip(names, counts, strict=True) if not count]:
+        if absent := [name for name, count in zip(names[1:], counts[1:], strict=True) if not count]:
             raise DataError(f"no training mask has {listing(absent)}: leave it out of data.classes, or split otherwise")
 
     def _problem(self, pair: Pair) -> str | None:

@@ -13,7 +13,7 @@ from dcft_dist.config import load_config
 from dcft_dist.errors import ConfigError
 from dcft_dist.kinds import facts_of, make_objective
 from dcft_dist.language import CausalLanguage
-from dcft_dist.objective import intervals, is_better
+from dcft_dist.objective import intervals, oriented
 from dcft_dist.objectives import MultiLabel, Regression, SingleLabel
 from dcft_dist.schema import Config
 from dcft_dist.segmentation import Segmentation
@@ -98,7 +98,7 @@ def test_every_metric_says_that_a_perfect_model_is_the_better_one(objective: Any
     labels, perfect, poor = examples_of(objective)
     good, bad = (objective.metrics(objective.records(outputs, labels), labels) for outputs in (perfect, poor))
     assert set(good) == set(bad) and set(good) <= set(objective.names(labels))
-    worse = [name for name in good if not is_better(name, good[name], bad[name])]
+    worse = [name for name in good if not oriented(name, good[name]) > oriented(name, bad[name])]
     assert not worse, (good, bad)
 
 

@@ -384,6 +384,10 @@ def test_arrays_are_named_by_their_place() -> None:
         read_image(deep, 3)
 
 
+def _column(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values).view(-1, 1, 1)
+
+
 def test_what_the_processor_beside_the_weights_says(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What transformers' own image processor makes of an image of the right size."""
     from transformers import ViTImageProcessor
@@ -399,10 +403,17 @@ def test_what_the_processor_beside_the_weights_says(tmp_path: Path, caplog: pyte
     ):
         theirs = ViTImageProcessor(size={"height": 32, "width": 32}, **facts)
         theirs.save_pretrained(tmp_path / str(i))
+        if i == 1:  # as older files have it
+            facts_there = json.loads((tmp_path / "1/preprocessor_config.json").read_text())
+            (tmp_path / "1/preprocessor_config.json").write_text(json.dumps({**facts_there, "size": 32}))
         words = ["--task.name", "own", "--data.path", "x", "--model.image_size", "32", "--model.build", "json.loads"]
         mine = OwnImageProcessor(load_config("mri.toml", [*words, "--model.weights", str(tmp_path / str(i))]))
         wanted = theirs(images=source, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(mine.image(source), wanted)
+        floats = mine.image(source.astype(np.float32))  # which nobody scales
+        torch.testing.assert_close(
+            floats, (torch.from_numpy(source).permute(2, 0, 1) - _column(mine.mean)) / _column(mine.std)
+        )
         assert "model.image_size" not in caplog.text
         mine.save(tmp_path / str(i))  # what it leaves says the same
         torch.testing.assert_close(

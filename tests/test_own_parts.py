@@ -16,6 +16,7 @@ from dcft_dist.config import load_config
 from dcft_dist.errors import ConfigError, DataError
 from dcft_dist.kinds import make_objective
 from dcft_dist.models import build_model, make_processor
+from dcft_dist.objective import intervals
 from dcft_dist.own_data import own_task
 
 CODE = """
@@ -46,6 +47,14 @@ def mean_loss(outputs, labels):
 def minus_brier(records, labels):
     return {"minus_brier": -(records.softmax(-1)[:, 1] - labels).square().mean()}
 
+def fussy(records, labels):
+    if len(labels.unique()) < 2 or records.abs().max() <= 1:
+        raise ValueError("one class alone")
+    return {"fussy": 1.0}
+
+def brier_as_mae(records, labels):
+    return {"mae": 0.0}
+
 def second_accuracy(records, labels):
     return {"accuracy": 0.0}
 
@@ -53,7 +62,8 @@ class Net(nn.Module):
     def __init__(self, outputs):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU())
-        self.neck, self.last = nn.BatchNorm1d(16), nn.Linear(16, outputs)
+        self.neck = nn.Sequential(nn.BatchNorm1d(16), nn.BatchNorm1d(16, affine=False))
+        self.last = nn.Linear(16, outputs)
     def forward(self, ages, doses):
         return self.last(self.neck(self.body(torch.stack([ages, doses], 1))))
 """
@@ -114,7 +124,7 @@ def test_statistics_of_the_body_stay_while_the_head_is_warmed_up(tmp_path: Path)
     assert same == {name for name in after if name.startswith("body.")} and "body.1.running_mean" in same
     head = load_file(tmp_path / "run/head.safetensors")
     moved = {name: value for name, value in after.items() if name not in same}
-    assert "neck.running_var" in moved and head.keys() == moved.keys()
+    assert {"neck.0.running_var", "neck.1.running_var"} <= moved.keys() and head.keys() == moved.keys()
     assert all(torch.equal(head[name], value) for name, value in moved.items())
 
 
@@ -139,7 +149,15 @@ def test_own_loss_and_metrics(tmp_path: Path) -> None:
     found = objective.metrics(outputs.double(), labels)
     assert found["minus_brier"] == pytest.approx(-float((chances - 1).square().mean()), rel=1e-6)
     assert found["accuracy"] == 0.5 and "minus_brier" in objective.names(labels)
+    labels = torch.tensor([0, 1] * 20)  # a function that fails on made-up records, and on draws with one class
+    config = load_config("mri.toml", words(tmp_path, **{"task.metrics": '["my_parts.fussy"]', "train.metric": "fussy"}))
+    objective, sure = make_objective(config, facts), torch.nn.functional.one_hot(labels, 2).double() * 9
+    assert "fussy" in objective.names(labels) and objective.metrics(sure, labels)["fussy"] == 1.0
+    assert "fussy" not in objective.resampled(sure[::2], labels[::2])
+    found = intervals(objective, sure[:2], labels[:2], ["a", "b"], 20)
+    assert found is not None and found["fussy"] == [1.0, 1.0]
     for key, path, message in (
+        ("task.metrics", '["my_parts.brier_as_mae"]', r"gives mae, of which less is better: another name"),
         ("task.loss", "my_parts.mean_loss", r"my_parts.mean_loss gives \[\] for 2 examples, not \[2\]"),
         ("task.metrics", '["my_parts.second_accuracy"]', r"gives accuracy, which there is already"),
         ("task.metrics", '["my_parts.mean_loss"]', r"my_parts.mean_loss fails"),
@@ -147,8 +165,8 @@ def test_own_loss_and_metrics(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             bad = make_objective(load_config("mri.toml", words(tmp_path, **{key: path})), facts)
-            bad.losses(outputs, labels)
-            bad.metrics(outputs.double(), labels)
+            bad.losses(outputs, torch.tensor([1, 1]))
+            bad.metrics(outputs.double(), torch.tensor([1, 1]))
 
 
 def test_bad_batches_are_named_before_the_run(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Series of DICOM files, a folder each: whether slices are missing, which a reader would stretch over in silence."""
+"""DICOM files: pictures, and series, a folder each, of which slices may be missing that a reader would stretch over."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def problem_of_series(folder: Path) -> str | None:
     Raises:
         ConfigError: the package pydicom is not installed.
     """
-    files = sorted(file for file in folder.iterdir() if file.is_file() and _is_dicom(file))
+    files = sorted(file for file in folder.iterdir() if file.is_file() and is_dicom(file))
     if len(files) < 2:
         return None  # no series: a file may hold a whole volume
     try:
@@ -69,14 +69,43 @@ def _problem_of_places(names: list[str], places: NDArray[np.float64], folder: Pa
     return None
 
 
-def _is_dicom(file: Path) -> bool:
+def is_dicom(file: Path) -> bool:
+    """Whether a file begins as DICOM files do."""
     with file.open("rb") as stream:
         return stream.read(132)[128:] == b"DICM"
 
 
+def picture_in(file: Path) -> NDArray[np.float32]:
+    """A picture in a DICOM file as it is meant to be seen: [height, width] or [height, width, 3], from 0 to 1.
+
+    Grey values go through the file's modality and window (DICOM PS3.3 C.11.1 and C.11.2), its lowest and highest become 0
+    and 1, and where low values are bright (MONOCHROME1) they are turned round.
+
+    Raises:
+        ConfigError: the package pydicom is not installed.
+        ValueError: there are several frames.
+    """
+    data = _pydicom().dcmread(file)
+    if int(data.get("NumberOfFrames") or 1) > 1:
+        raise ValueError(f"{data.NumberOfFrames} frames, not one picture")
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+    if not str(data.PhotometricInterpretation).startswith("MONOCHROME"):
+        colours: NDArray[np.float32] = (data.pixel_array / np.iinfo(data.pixel_array.dtype).max).astype(np.float32)
+        return colours
+    values = np.asarray(apply_voi_lut(apply_modality_lut(data.pixel_array, data), data), dtype=np.float64)
+    low, high = values.min(), values.max()
+    shares: NDArray[np.float32] = ((values - low) / (high - low or 1.0)).astype(np.float32)
+    return 1 - shares if data.PhotometricInterpretation == "MONOCHROME1" else shares
+
+
 def _header(file: Path) -> Any:
+    return _pydicom().dcmread(file, stop_before_pixels=True)
+
+
+def _pydicom() -> Any:
     try:
         import pydicom
     except ImportError as error:
         raise ConfigError("DICOM files need the package pydicom: pip install 'dcft_dist[monai]'") from error
-    return pydicom.dcmread(file, stop_before_pixels=True)
+    return pydicom

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .dicom import is_dicom, picture_in
 from .errors import ConfigError, DataError, listing
 from .files import read_json, write_json
 from .imports import find_object
@@ -34,7 +35,7 @@ def read_image(source: Any, channels: int, scale: float = 1.0) -> Tensor:
     """[channels, height, width] in float32: integers are scaled to [0, `scale`], floats stay; grey goes into all channels.
 
     Args:
-        source: path of an image or .npy file, an array [height, width] or [height, width, channels], or a `Cell`.
+        source: path of an image, .npy or DICOM file, an array [height, width] or [height, width, channels], or a `Cell`.
 
     Raises:
         DataError: it cannot be read, has another number of channels, or has values that are no numbers; it is named.
@@ -64,6 +65,8 @@ def _array(source: Any) -> Any:
     if isinstance(found, str | Path | io.BytesIO):
         if not isinstance(found, io.BytesIO) and Path(found).suffix == ".npy":
             return np.load(found, allow_pickle=False)
+        if not isinstance(found, io.BytesIO) and is_dicom(Path(found)):
+            return np.rint(picture_in(Path(found)) * 65535).astype(np.uint16)
         with Image.open(found) as image:
             return _array_of(image)
     return _array_of(found) if isinstance(found, Image.Image) else np.asarray(found)

@@ -158,6 +158,34 @@ def random_flip(image: torch.Tensor) -> torch.Tensor:
     return image.flip(-1) if sum(x < 0.5 for x in drawn) % 2 else image
 
 
+@pytest.mark.parametrize("bright", ["MONOCHROME1", "MONOCHROME2"])
+def test_a_picture_of_dicom_as_it_is_meant_to_be_seen(bright: str, tmp_path: Path) -> None:
+    """A radiograph of twelve bits with a window: below it black, above it white; the other way round in MONOCHROME1."""
+    import pydicom
+    from pydicom.dataset import FileMetaDataset
+
+    values = np.arange(0, 4000, 40, dtype=np.uint16).reshape(10, 10)
+    data, meta = pydicom.Dataset(), FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = data.SOPClassUID = pydicom.uid.DigitalXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = pydicom.uid.generate_uid()
+    data.file_meta = meta
+    data.Rows = data.Columns = 10
+    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, bright, 0
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelData = 16, 12, 11, values.tobytes()
+    data.RescaleSlope, data.RescaleIntercept, data.WindowCenter, data.WindowWidth = 2, -1000, 3000, 2001
+    data.save_as(tmp_path / "scan", enforce_file_format=True)  # as they often come, without a suffix
+    wanted = np.clip((2.0 * values - 1000 - 2000) / 2000, 0, 1)
+    wanted = 1 - wanted if bright == "MONOCHROME1" else wanted
+    found = read_image(tmp_path / "scan", 1)[0].numpy()
+    assert np.abs(found - wanted).max() < 2e-3 and found.min() == 0 and found.max() == 1
+    data.NumberOfFrames = 2
+    data.PixelData = values.tobytes() * 2
+    data.save_as(tmp_path / "film", enforce_file_format=True)
+    with pytest.raises(DataError, match="film: no image that can be read: 2 frames, not one picture"):
+        read_image(tmp_path / "film", 1)
+
+
 def test_variants_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> None:
     for i in range(8):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8)).save(tmp_path / f"{i}.png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
 from collections.abc import Callable, Sequence
@@ -22,8 +21,8 @@ from .files import read_json, write_json
 from .imports import find_object
 from .rows import Cell
 from .schema import Config
-from .seeded import seeded
-from .splits import SPLITS, Split
+from .seeded import seed_of, seeded
+from .splits import Split, places_of
 
 log = logging.getLogger(__name__)
 FLAT = {"resample": 2, "do_center_crop": False}  # bilinear, of the whole image
@@ -151,8 +150,7 @@ class OwnImageProcessor:
 
     def _varied(self, pixels: Tensor, draw: str) -> Tensor:
         """Whatever generator the transform uses, it starts from (seed, epoch, example)."""
-        digest = hashlib.sha256(f"{self._seed}:{draw}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "little")
+        seed = seed_of(self._seed, draw)
         with seeded(seed):
             if reset := getattr(self._transform, "set_random_state", None):  # MONAI's
                 reset(seed)
@@ -167,12 +165,7 @@ class OwnImageProcessor:
         Raises:
             DataError: some cannot be read; the first are named.
         """
-        named = [
-            (f"{name} example {i}".strip(), source)
-            for name, split in zip(SPLITS if len(splits) == len(SPLITS) else ("",), splits, strict=True)
-            for i, source in enumerate(split.inputs)
-        ]
-        sources = named[rank::ranks]
+        sources = places_of(splits)[rank::ranks]
 
         def problem(found: tuple[str, Any]) -> str | None:
             where, source = found

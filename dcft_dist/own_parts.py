@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +15,8 @@ from .errors import ConfigError, DataError, line_of, listing
 from .imports import find_object
 from .objective import LOWER_IS_BETTER, Metrics, Objective
 from .schema import Config
-from .seeded import seeded
-from .splits import SPLITS, Split
+from .seeded import seed_of, seeded
+from .splits import Split, places_of
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 Measure = Callable[[Tensor, Tensor], Metrics]
@@ -134,9 +133,8 @@ class CollateProcessor:
             DataError: the user's function fails.
             ConfigError: it gives something else than tensors for as many examples.
         """
-        digest = hashlib.sha256(f"{self._seed}:{draw}".encode()).digest()
         try:
-            with seeded(int.from_bytes(digest[:4], "little")):
+            with seeded(seed_of(self._seed, draw)):
                 found = self._collate(sources)
         except Exception as error:
             names = listing([str(source)[:80] for source in sources], 2)
@@ -152,9 +150,7 @@ class CollateProcessor:
         Raises:
             DataError: some cannot be made, or hold values that are no numbers; the first are named.
         """
-        names = SPLITS if len(splits) == len(SPLITS) else ("",)
-        found = [(f"{name} example {i}".strip(), source) for name, s in zip(names, splits, strict=True)
-                 for i, source in enumerate(s.inputs)][rank::ranks]  # fmt: skip
+        found = places_of(splits)[rank::ranks]
         wrong = [text for where, source in found if (text := self._problem(where, source))]
         if wrong:
             raise DataError(f"{len(wrong)} of {len(found)} examples: {listing(wrong, 3)}")

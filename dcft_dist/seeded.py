@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+
+def seed_of(*words: object) -> int:
+    """A seed of 32 bits that is a function of the words."""
+    digest = hashlib.sha256(":".join(map(str, words)).encode()).digest()
+    return int.from_bytes(digest[:4], "little")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,13 @@ class TaskData:
         facts = [(name, _plain(splits[name].inputs), _plain(splits[name].labels)) for name in sorted(splits)]
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()
         return cls(class_names, splits["train"], splits["validation"], splits["test"], digest, caveat)
+
+
+def places_of(splits: Sequence[Split]) -> list[tuple[str, Any]]:
+    """(what to call it in an error, input) of every example of the three splits, or of one."""
+    names = SPLITS if len(splits) == len(SPLITS) else ("",)
+    found = zip(names, splits, strict=True)
+    return [(f"{name} example {i}".strip(), x) for name, split in found for i, x in enumerate(split.inputs)]
 
 
 def draw_of(task: schema.Task, split: str) -> str:

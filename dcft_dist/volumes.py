@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from . import collectives
 from .dicom import problem_of_series
 from .errors import ConfigError, DataError, line_of, listing
 from .schema import Config
+from .seeded import seed_of
 from .splits import Split
 
 Pair = tuple[Any, Any]  # where image and mask are; None: there is no mask
@@ -148,8 +148,7 @@ class VolumeProcessor:
     def patch(self, pair: Pair, draw: str) -> tuple[Tensor, Tensor]:
         """Image and mask [1, *patch]: a random place, in half of the draws around a voxel of a structure."""
         image, mask = self.whole(pair)
-        digest = hashlib.sha256(f"{self._seed}:{draw}".encode()).digest()
-        self._crop.set_random_state(int.from_bytes(digest[:4], "little"))
+        self._crop.set_random_state(seed_of(self._seed, draw))
         found = self._crop({"image": image, "mask": mask})[0]
         return found["image"].as_tensor(), found["mask"].as_tensor()
 

@@ -13,9 +13,10 @@ from transformers import LlamaConfig, ResNetConfig, T5Config, ViTConfig
 
 from dcft_dist import cli, plan
 from dcft_dist.bits import num_bytes
+from dcft_dist.engines import private
 from dcft_dist.errors import ConfigError, EngineError
 from dcft_dist.plan import Found
-from dcft_dist.planned import Request, request_of
+from dcft_dist.planned import Request, planned, request_of
 
 from .ranks import run_ranks
 
@@ -96,6 +97,19 @@ def test_zero3_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, 
     assert foretold.plain_step["parameters"] == pytest.approx(masters * foretold.weights / ranks, rel=0.02)
     for name in ("allgather_base", "reduce_scatter_base"):
         assert foretold.sent_dcft.get(name) == real.sent_dcft.get(name), (name, foretold, real)
+
+
+def test_what_zero3_holds_before_a_step_counts(folders: dict[str, str]) -> None:
+    """Partitions, masters and the bucket, though no operation touches some of them within the block."""
+    request, mode = Request(folders["decoder"], 2, "zero3", bf16=True, length=32), private.without_memory(numbers=True)
+    with private.fake_ranks(2), private.zero3_alone():
+        prepared = plan._prepared(planned(request), request, mode)
+        tracker = private.memory_tracker(prepared.model, prepared.optimizer)
+        with mode, tracker:
+            pass
+        (seen,) = tracker.get_tracker_snapshot("peak").values()
+        weights = sum(t.numel() * t.element_size() for t in private.zero3_weights(prepared.model))
+    assert seen["Total"] > 4 * 500_000_000 + weights > 2e9 + 6e5
 
 
 def test_a_large_model_on_many_ranks(capsys: pytest.CaptureFixture[str]) -> None:

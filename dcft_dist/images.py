@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from .dicom import is_dicom, picture_in
 from .errors import ConfigError, DataError, listing
-from .files import read_json, write_json
+from .files import write_atomic, write_json
 from .imports import find_object
+from .preprocessing import TRANSFORMERS, Crop, as_picture, preprocessing_of
 from .rows import Cell
 from .schema import Config
 from .seeded import seed_of, seeded
@@ -26,7 +27,6 @@ from .splits import Split, places_of
 
 log = logging.getLogger(__name__)
 FLAT = {"resample": 2, "do_center_crop": False}  # bilinear, of the whole image
-PREPROCESSOR = "preprocessor_config.json"  # of transformers' image processors
 Transform = Callable[[Tensor], Any]
 
 
@@ -39,7 +39,7 @@ def read_image(source: Any, channels: int, scale: float = 1.0) -> Tensor:
     Raises:
         DataError: it cannot be read, has another number of channels, or has values that are no numbers; it is named.
     """
-    name = str(source) if isinstance(source, str | Path) else repr(source) if isinstance(source, Cell) else "array"
+    name = name_of(source)
     try:
         pixels = _scaled(_array(source), scale)
     except Exception as error:  # each kind of damage has its own
@@ -53,6 +53,11 @@ def read_image(source: Any, channels: int, scale: float = 1.0) -> Tensor:
     if not np.isfinite(pixels).all():
         raise DataError(f"{name}: {int((~np.isfinite(pixels)).sum())} of its pixels are no numbers (NaN or infinite)")
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).expand(channels, -1, -1)
+
+
+def name_of(source: Any) -> str:
+    """What an image is called in an error."""
+    return str(source) if isinstance(source, str | Path) else repr(source) if isinstance(source, Cell) else "array"
 
 
 def _array(source: Any) -> Any:
@@ -110,43 +115,60 @@ class ImageFiles:
 
 
 class OwnImageProcessor:
-    """Resizes to a square, varies, normalises; size, mean and deviation are those beside the model's weights, if there."""
+    """Resizes to a square or as the model's library does, varies, normalises as is said beside the weights, if there."""
 
     def __init__(self, config: Config) -> None:
-        self._seed = config.seed
-        self.mean, self.std = list(config.data.mean), [float(s) for s in config.data.std]
-        self.side, self._scale = config.model.image_size, 1.0
-        place = Path(config.model.weights or "")
-        beside = (place if place.is_dir() else place.parent) / PREPROCESSOR
-        if config.model.weights and beside.is_file():
-            facts = read_json(beside)
-            self.mean, self.std = facts.get("image_mean") or self.mean, facts.get("image_std") or self.std
-            if facts.get("do_normalize") is False:
-                self.mean, self.std = [0.0] * len(self.mean), [1.0] * len(self.std)
-            factor = (facts.get("rescale_factor") or 1 / 255) if facts.get("do_rescale", True) else 1.0
-            self._scale = 255 * factor
-            size = facts.get("crop_size") or facts.get("size") or {}  # a number in older files
-            sizes = set(size.values() if isinstance(size, dict) else size if isinstance(size, list) else [size])
-            if sizes and sizes != {self.side}:
-                log.warning("model.image_size = %d, but %s says %s", self.side, beside, sorted(sizes))
+        self._seed, self.side = config.seed, config.model.image_size
+        said = preprocessing_of(config.model.weights)
+        self.mean = (said.mean if said else None) or list(config.data.mean)
+        self.std = [float(s) for s in (said.std if said else None) or config.data.std]
+        self._scale, self._crop, self._said = said.scale if said else 1.0, None, said
         if len(self.mean) != len(self.std):
             raise ConfigError(f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}")
+        if config.data.processor:
+            self._crop = self._its_crop(config)
+        elif said and said.sizes and said.sizes != {self.side}:
+            log.warning("model.image_size = %d, but %s says %s", self.side, said.file, sorted(said.sizes))
         self._transform = _transform(config)
+
+    def _its_crop(self, config: Config) -> Crop:
+        if self._said is None:
+            raise ConfigError(
+                f"data.processor: nothing beside model.weights = {config.model.weights} says how: no "
+                "preprocessor_config.json (transformers), config.json of timm, or open_clip_config.json"
+            )
+        crop = self._said.crop()
+        found = list(crop(as_picture(torch.zeros(len(self.mean), 2 * self.side, 3 * self.side))).shape)
+        if found != [len(self.mean), self.side, self.side]:
+            raise ConfigError(f"data.processor: {self._said.file} makes images of {found}: model.image_size = {found[-1]}")
+        return crop
 
     def __call__(self, split: Split) -> ImageFiles:
         return ImageFiles(list(split.inputs), split.labels, self)
 
     def image(self, source: Any, draw: str | None = None) -> Tensor:
-        """[channels, side, side]. `draw`: which random variant; None: no variation."""
-        pixels = read_image(source, len(self.mean), self._scale).unsqueeze(0)
-        size = (self.side, self.side)
-        if pixels.shape[2:] != size:
-            pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
-        pixels = pixels[0]
+        """[channels, side, side]. `draw`: which random variant; None: no variation.
+
+        Raises:
+            DataError: see `read_image`.
+        """
+        pixels = self._sized(source)
         if draw is not None and self._transform is not None:
             pixels = self._varied(pixels, draw)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
+
+    def _sized(self, source: Any) -> Tensor:
+        if self._crop is not None:
+            pixels = read_image(source, len(self.mean))
+            try:
+                return self._crop(as_picture(pixels))
+            except ValueError as error:
+                raise DataError(f"{name_of(source)}: {error}") from error
+        pixels, size = read_image(source, len(self.mean), self._scale).unsqueeze(0), (self.side, self.side)
+        if pixels.shape[2:] != size:
+            pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+        return pixels[0]
 
     def _varied(self, pixels: Tensor, draw: str) -> Tensor:
         """Whatever generator the transform uses, it starts from (seed, epoch, example)."""
@@ -170,7 +192,7 @@ class OwnImageProcessor:
         def problem(found: tuple[str, Any]) -> str | None:
             where, source = found
             try:
-                read_image(source, len(self.mean))
+                read_image(source, len(self.mean)) if self._crop is None else self._sized(source)
             except DataError as error:
                 return str(error) if isinstance(source, str | Path) else f"{where}: {error}"
             return None
@@ -181,9 +203,12 @@ class OwnImageProcessor:
             raise DataError(f"{len(wrong)} of {len(sources)} images: {listing(wrong, 3)}")
 
     def save(self, folder: Path) -> None:
-        """As transformers' image processors read it."""
+        """As transformers' image processors read it; with `data.processor`, what its library reads, as it was."""
+        if self._crop is not None and self._said is not None:
+            write_atomic(folder / self._said.file.name, self._said.file.read_bytes())
+            return
         facts = {"size": {"height": self.side, "width": self.side}, "image_mean": self.mean, "image_std": self.std}
-        write_json(folder / PREPROCESSOR, {**facts, **FLAT, "rescale_factor": self._scale / 255})
+        write_json(folder / TRANSFORMERS, {**facts, **FLAT, "rescale_factor": self._scale / 255})
 
 
 def _transform(config: Config) -> Transform | None:

@@ -94,8 +94,11 @@ class RunFolder:
 
 
 def differences(before: str, after: str) -> dict[str, str]:
-    """Dotted key -> how it differs between two resolved configurations."""
-    old, new = _flat(before), _flat(after)
+    """Dotted key -> how it differs between two resolved configurations.
+
+    Keys that came after one was written had what is now their default.
+    """
+    old, new = (_flat(to_toml(Config(name="defaults"))) | _flat(text) for text in (before, after))
     return {k: f"{k} was {old.get(k)} and is {new.get(k)}" for k in old | new if old.get(k) != new.get(k)}
 
 

@@ -187,6 +187,11 @@ class Data(Section):
     check: bool = Field(True, description="Whether every image is read once before the run begins.")
     mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of each channel, where the model's folder says none.")
     std: list[Positive] = Field([0.229, 0.224, 0.225], description="Standard deviation of each channel, likewise.")
+    processor: bool = Field(
+        False,
+        description="Whether images are resized and cropped as the model's library does, by what is said beside the weights "
+        "(`preprocessor_config.json`, `config.json` of timm, `open_clip_config.json`); else whole images become squares.",
+    )
     transform: str | None = Field(
         None,
         description="Import path of a function that makes a random variant of a training image ([channels, side, side], "
@@ -492,6 +497,8 @@ class Config(Section):
             raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
         if self.data.transform and self.data.modality != "image":
             raise ValueError("data.transform varies images: it is for data.modality = 'image'")
+        if self.data.processor and (self.data.modality != "image" or self.task.name != "own"):
+            raise ValueError("data.processor crops images: it is for data.modality = 'image'")
         if self.task.name == "own":
             if not self.data.sources():
                 raise ValueError(f"task.name = 'own' needs data: data.{'build' if self.data.format == 'python' else 'path'}")

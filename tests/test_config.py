@@ -11,6 +11,7 @@ import pytest
 from dcft_dist import config as schema
 from dcft_dist.config import check_ranks, check_sizes, find_config, load_config, to_toml
 from dcft_dist.errors import ConfigError
+from dcft_dist.run_folder import differences
 
 CONFIGS = sorted((Path(schema.__file__).parent.parent / "configs").glob("*.toml"))
 
@@ -147,3 +148,13 @@ def test_resolved_level() -> None:
     assert load_config("icd_sgd.toml").level == "gradient"
     assert load_config("icd.toml", ["--optimizer.name", "sgd", "--optimizer.weight_decay", "0.1"]).level == "update"
     assert tomllib.loads(to_toml(load_config("icd.toml")))["penalty"]["level"] == "auto"
+
+
+def test_a_key_that_came_later_does_not_make_another_run() -> None:
+    """A run that was begun by an older version goes on, unless the new key has another value than its default."""
+    text = to_toml(load_config("icd.toml"))
+    older = "".join(line for line in text.splitlines(True) if not line.startswith(("layer_decay", "workers")))
+    assert older.count("\n") == text.count("\n") - 2
+    assert differences(older, text) == {} == differences(text, older)
+    now = to_toml(load_config("icd.toml", ["--optimizer.layer_decay", "0.5"]))
+    assert list(differences(older, now)) == ["optimizer.layer_decay"]

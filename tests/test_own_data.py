@@ -453,6 +453,49 @@ def test_what_the_processor_beside_the_weights_says(tmp_path: Path, caplog: pyte
     assert "model.image_size = 64, but" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["BitImageProcessor", "ViTImageProcessor", "ConvNextImageProcessor", "CLIPImageProcessor"])
+def test_a_processor_of_transformers_resizes_and_crops(kind: str, tmp_path: Path) -> None:
+    """With `data.processor` an image of any size and mode becomes what the model has seen, and what the export says."""
+    import transformers
+
+    size = {"BitImageProcessor": {"shortest_edge": 40}, "ConvNextImageProcessor": {"shortest_edge": 32}}.get(kind)
+    crop = {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True} if kind[:3] in ("Bit", "CLI") else {}
+    plain = {"height": 32, "width": 32} if kind[:3] == "ViT" else {"shortest_edge": 40}
+    theirs = getattr(transformers, kind)(size=size or plain, image_std=[0.2, 0.3, 0.4], **crop)
+    theirs.save_pretrained(tmp_path / "model")
+    words = ["--task.name", "own", "--data.path", "x", "--model.image_size", "32", "--model.build", "json.loads"]
+    words += ["--model.weights", str(tmp_path / "model"), "--data.processor", "true"]
+    mine = OwnImageProcessor(load_config("mri.toml", words))
+    colours = np.random.default_rng(0).integers(0, 256, (53, 75, 3)).astype(np.uint8)
+    for source in (colours, colours[:, :, 0]):
+        picture = Image.fromarray(source).convert("RGB")
+        wanted = theirs(picture, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(mine.image(source), wanted, atol=1e-5, rtol=0)
+    whole = OwnImageProcessor(load_config("mri.toml", words[:-2])).image(colours)
+    assert kind[:3] == "ViT" or (whole - mine.image(colours)).abs().mean() > 0.05  # it makes a difference
+    mine.save(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").read_text() == (tmp_path / "model/preprocessor_config.json").read_text()
+    with pytest.raises(DataError, match=r"array: values from -3 to 1: data.processor takes those from 0 to 1"):
+        mine.image(np.where(colours > 9, 1, -3).astype(np.float32))
+
+
+def test_a_processor_that_is_not_there_or_does_not_fit(tmp_path: Path) -> None:
+    from transformers import ViTImageProcessor
+
+    words = ["--task.name", "own", "--data.path", "x", "--model.image_size", "48", "--model.build", "json.loads"]
+    words += ["--model.weights", str(tmp_path), "--data.processor", "true"]
+    with pytest.raises(ConfigError, match=r"data.processor: nothing beside model.weights = .* says how"):
+        OwnImageProcessor(load_config("mri.toml", words))
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json makes images of \[3, 32, 32\]: model.image_size = 32"):
+        OwnImageProcessor(load_config("mri.toml", words))
+    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
+    with pytest.raises(ConfigError, match=r"data.processor: .*preprocessor_config.json: ValueError: "):
+        OwnImageProcessor(load_config("mri.toml", words))
+    with pytest.raises(ConfigError, match=r"data.processor crops images: it is for data.modality = 'image'"):
+        load_config("mri.toml", [*words, "--data.modality", "text"])
+
+
 def test_a_checksum_tells_other_images_of_a_saved_dataset(tmp_path: Path) -> None:
     import datasets
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dcft_dist import cli
 from dcft_dist.config import load_config
+from dcft_dist.images import OwnImageProcessor
 from dcft_dist.models import build_model
 
 timm = pytest.importorskip("timm")
@@ -131,3 +132,41 @@ def test_the_image_tower_of_a_clip_classifies(tmp_path: Path) -> None:
         shares = head(clip.visual.eval()(images)).softmax(-1)
     for grade in range(5):
         assert [float(row[f"p({grade})"]) for row in said] == pytest.approx(shares[:, grade].tolist(), abs=1e-5)
+
+
+def of_timm(folder: Path) -> Any:
+    """What is in a folder of the hub beside the weights."""
+    facts = {
+        "input_size": [3, SIDE, SIDE],
+        "interpolation": "bicubic",
+        "crop_pct": 0.8,
+        "mean": [0.7, 0.5, 0.6],
+        "std": [0.2] * 3,
+    }
+    (folder / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "pretrained_cfg": facts}))
+    return timm.data.create_transform(**{**facts, "input_size": (3, SIDE, SIDE)})
+
+
+def of_open_clip(folder: Path) -> Any:
+    facts = {"mean": [0.48, 0.45, 0.4], "std": [0.27, 0.26, 0.28], "interpolation": "bicubic", "resize_mode": "shortest"}
+    sizes = {"vision_cfg": {"image_size": SIDE}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes, "preprocess_cfg": facts}))
+    return open_clip.image_transform(SIDE, is_train=False, **facts)
+
+
+@pytest.mark.parametrize("make", [of_timm, of_open_clip])
+def test_the_preprocessing_of_their_hubs(make: Any, tmp_path: Path) -> None:
+    """Mean and deviation always, resizing and cropping if asked; the export says the same."""
+    theirs, colours = make(tmp_path), np.random.default_rng(0).integers(0, 256, (53, 75, 3)).astype(np.uint8)
+    words = ["--task.name", "own", "--data.path", "x", "--model.image_size", str(SIDE), "--model.build", "json.loads"]
+    words += ["--model.weights", str(tmp_path / "weights.bin")]
+    squared = OwnImageProcessor(load_config("mri.toml", words))
+    mine = OwnImageProcessor(load_config("mri.toml", [*words, "--data.processor", "true"]))
+    torch.testing.assert_close(mine.image(colours), theirs(Image.fromarray(colours)))
+    small = colours[:SIDE, :SIDE]
+    wanted = (torch.from_numpy(small).permute(2, 0, 1) / 255 - torch.tensor(mine.mean).view(3, 1, 1)) / mine.std[0]
+    torch.testing.assert_close(squared.image(small)[0], wanted[0])
+    (tmp_path / "export").mkdir()
+    mine.save(tmp_path / "export")
+    (said,) = (tmp_path / "export").iterdir()
+    assert said.read_bytes() == (tmp_path / said.name).read_bytes()

@@ -22,7 +22,7 @@ from .own_data import other_split
 from .pretrained import Pretrained
 from .run_folder import RunFolder
 from .schema import Config
-from .splits import Split
+from .splits import Split, name_of
 from .tasks import load_task
 from .weights import load_weights
 from .world import World
@@ -126,5 +126,5 @@ def predictions_of(adapted: Adapted, split: Split, found: Evaluation) -> dict[st
 
 def named(split: Split, indices: Sequence[int]) -> dict[str, list[Any]]:
     """The columns that tell which examples these are."""
-    inputs = [str(split.inputs[i]) if isinstance(split.inputs[i], str | Path) else str(i) for i in indices]
+    inputs = [name_of(split.inputs[i], str(i)) for i in indices]
     return {"input": inputs, "group": [split.groups[i] for i in indices]}

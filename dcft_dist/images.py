@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +18,14 @@ from torch.nn import functional
 from .dicom import is_dicom, picture_in
 from .errors import ConfigError, DataError, listing
 from .files import write_atomic, write_json
-from .imports import find_object
 from .preprocessing import TRANSFORMERS, Crop, as_picture, preprocessing_of
 from .rows import Cell
 from .schema import Config
-from .seeded import seed_of, seeded
-from .splits import Split, places_of
+from .splits import Split, name_of, places_of
+from .variation import Variation
 
 log = logging.getLogger(__name__)
 FLAT = {"resample": 2, "do_center_crop": False}  # bilinear, of the whole image
-Transform = Callable[[Tensor], Any]
 
 
 def read_image(source: Any, channels: int, scale: float = 1.0) -> Tensor:
@@ -39,7 +37,7 @@ def read_image(source: Any, channels: int, scale: float = 1.0) -> Tensor:
     Raises:
         DataError: it cannot be read, has another number of channels, or has values that are no numbers; it is named.
     """
-    name = name_of(source)
+    name = _name(source)
     try:
         pixels = _scaled(_array(source), scale)
     except Exception as error:  # each kind of damage has its own
@@ -55,9 +53,8 @@ def read_image(source: Any, channels: int, scale: float = 1.0) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).expand(channels, -1, -1)
 
 
-def name_of(source: Any) -> str:
-    """What an image is called in an error."""
-    return str(source) if isinstance(source, str | Path) else repr(source) if isinstance(source, Cell) else "array"
+def _name(source: Any) -> str:
+    return name_of(source, repr(source) if isinstance(source, Cell) else "array")
 
 
 def _array(source: Any) -> Any:
@@ -118,7 +115,7 @@ class OwnImageProcessor:
     """Resizes to a square or as the model's library does, varies, normalises as is said beside the weights, if there."""
 
     def __init__(self, config: Config) -> None:
-        self._seed, self.side = config.seed, config.model.image_size
+        self.side = config.model.image_size
         said = preprocessing_of(config.model.weights)
         self.mean = (said.mean if said else None) or list(config.data.mean)
         self.std = [float(s) for s in (said.std if said else None) or config.data.std]
@@ -129,7 +126,7 @@ class OwnImageProcessor:
             self._crop = self._its_crop(config)
         elif said and said.sizes and said.sizes != {self.side}:
             log.warning("model.image_size = %d, but %s says %s", self.side, said.file, sorted(said.sizes))
-        self._transform = _transform(config)
+        self._vary = Variation(config)
 
     def _its_crop(self, config: Config) -> Crop:
         if self._said is None:
@@ -153,7 +150,7 @@ class OwnImageProcessor:
             DataError: see `read_image`.
         """
         pixels = self._sized(source)
-        if draw is not None and self._transform is not None:
+        if draw is not None and self._vary:
             pixels = self._varied(pixels, draw)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
@@ -164,19 +161,14 @@ class OwnImageProcessor:
             try:
                 return self._crop(as_picture(pixels))
             except ValueError as error:
-                raise DataError(f"{name_of(source)}: {error}") from error
+                raise DataError(f"{_name(source)}: {error}") from error
         pixels, size = read_image(source, len(self.mean), self._scale).unsqueeze(0), (self.side, self.side)
         if pixels.shape[2:] != size:
             pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
         return pixels[0]
 
     def _varied(self, pixels: Tensor, draw: str) -> Tensor:
-        """Whatever generator the transform uses, it starts from (seed, epoch, example)."""
-        seed = seed_of(self._seed, draw)
-        with seeded(seed):
-            if reset := getattr(self._transform, "set_random_state", None):  # MONAI's
-                reset(seed)
-            found = torch.as_tensor(np.asarray(self._transform(pixels.clone()))).to(pixels.dtype)  # type: ignore[misc]
+        found = torch.as_tensor(np.asarray(self._vary(pixels.clone(), draw))).to(pixels.dtype)
         if found.shape != pixels.shape:
             raise ConfigError(f"data.transform: it makes {list(found.shape)} of an image {list(pixels.shape)}")
         return found
@@ -209,18 +201,3 @@ class OwnImageProcessor:
             return
         facts = {"size": {"height": self.side, "width": self.side}, "image_mean": self.mean, "image_std": self.std}
         write_json(folder / TRANSFORMERS, {**facts, **FLAT, "rescale_factor": self._scale / 255})
-
-
-def _transform(config: Config) -> Transform | None:
-    path, args = config.data.transform, config.data.transform_args
-    if path is None:
-        return None
-    found = find_object(path, config.import_roots, "data.transform")
-    try:
-        made = found(**args) if args or isinstance(found, type) else found
-    except Exception as error:
-        raise ConfigError(f"data.transform: {path} fails: {type(error).__name__}: {error}") from error
-    if not callable(made):
-        raise ConfigError(f"data.transform: {path} is no function")
-    transform: Transform = made
-    return transform

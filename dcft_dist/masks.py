@@ -18,7 +18,7 @@ from .data import evaluation_batches
 from .errors import ConfigError, DataError, listing
 from .evaluate import rows_of_all
 from .files import write_atomic
-from .splits import Split
+from .splits import Split, name_of
 from .volumes import VolumeProcessor
 
 
@@ -63,7 +63,7 @@ def write_masks(adapted: Adapted, split: Split, folder: Path | None) -> dict[str
 
 def _files(split: Split, folder: Path, deep: bool) -> list[Path]:
     """A name for each image: its own, with a number before it where two have the same."""
-    names = [Path(place).name.removesuffix(".gz") for place in split.inputs]
+    names = [Path(name_of(place, "")).name.removesuffix(".gz") for place in split.inputs]
     stems = [name.removesuffix(".nii") if deep else Path(name).stem for name in names]
     if len(set(stems)) < len(stems):
         stems = [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]

@@ -126,7 +126,9 @@ def _check_groups(parts: Parts) -> None:
 
 
 def _check_files(parts: Parts) -> None:
-    found = [(x, row.where) for rows in parts.values() for row in rows for x in (row.input, row.label)]
+    rows_of_all = [row for rows in parts.values() for row in rows]
+    inputs = [(row.input if isinstance(row.input, tuple) else (row.input,), row) for row in rows_of_all]
+    found = [(x, row.where) for places, row in inputs for x in (*places, row.label)]
     files = [(x, where) for x, where in found if isinstance(x, Path)]
     missing = [f"{file} ({where})" for file, where in files if not file.exists()]
     if missing:

@@ -161,7 +161,8 @@ def _inputs(config: Config, request: Request) -> dict[str, Tensor]:
         ids = torch.zeros(size, request.length, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if config.task.kind == "segmentation":
-        return {"image": torch.zeros(size, 1, *config.data.patch)}
+        channels = 1 if isinstance(config.data.input, str) else len(config.data.input)
+        return {"image": torch.zeros(size, channels, *config.data.patch)}
     return {"pixel_values": torch.zeros(size, len(config.data.mean), config.model.image_size, config.model.image_size)}
 
 
@@ -169,7 +170,7 @@ def _labels(config: Config, request: Request, outputs: int, batch: dict[str, Ten
     if config.task.kind == "causal_lm":
         return batch["input_ids"]
     if config.task.kind == "segmentation":
-        return torch.zeros(batch["image"].shape, dtype=torch.int64)
+        return torch.zeros(batch["image"][:, :1].shape, dtype=torch.int64)
     if config.task.kind == "multi_label":
         return torch.zeros(request.micro_batch, outputs)
     return torch.zeros(request.micro_batch, dtype=torch.float32 if config.task.kind == "regression" else torch.int64)

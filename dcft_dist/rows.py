@@ -113,21 +113,23 @@ def _json_line(where: str, line: str) -> dict[str, Any]:
 def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folder: Path | None) -> dict[str, list[Row]]:
     """Split -> rows of named columns; paths of images are relative to the folder."""
     labels = [data.label] if isinstance(data.label, str) else data.label
-    wanted = [data.input, *labels, *(name for name in (data.group, data.split) if name)]
+    inputs = [data.input] if isinstance(data.input, str) else data.input
+    wanted = [*inputs, *labels, *(name for name in (data.group, data.split) if name)]
     found: dict[str, list[Row]] = {}
     for where, record in records:
         for column in wanted:
             if column not in record:
                 known = [str(name) for name in record]
                 raise DataError(f"{where}: no column {column!r}{did_you_mean(column, known)}; it has {', '.join(known)}")
-        value: Any = record[data.input]
-        if data.modality in ("image", "volume") and isinstance(value, str):
-            value = (folder or Path()) / value
+        values: list[Any] = [record[name] for name in inputs]
+        if data.modality in ("image", "volume"):
+            values = [(folder or Path()) / value if isinstance(value, str) else value for value in values]
+        value = values[0] if isinstance(data.input, str) else tuple(values)
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
         if data.modality == "volume" and isinstance(label, str):
             label = (folder or Path()) / label
-        group = str(record[data.group]).strip() if data.group else str(value) if isinstance(value, Path) else where
-        for name, cell in ((data.group, group), (data.label, label), (data.input, value)):
+        group = str(record[data.group]).strip() if data.group else str(values[0]) if isinstance(values[0], Path) else where
+        for name, cell in ((data.group, group), (data.label, label), *((name, record[name]) for name in inputs)):
             if isinstance(name, str) and is_empty(cell):
                 raise DataError(f"{where}: the column {name!r} is empty")
         if data.modality == "text" and not isinstance(value, str):
@@ -222,7 +224,7 @@ def _dataset(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
         where = f"{data.path}{f', {name}' if name else ''}"
         split = _split_name(name, where) if name else ""
         keep = [c for c in table.column_names if c != data.input] if data.modality == "image" else table.column_names
-        lazy = data.input if data.modality == "image" and data.input in table.column_names else None
+        lazy = str(data.input) if data.modality == "image" and data.input in table.column_names else None
         files = [Path(file["filename"]) for file in table.cache_files]
         stamp = " of " + ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
         records = (

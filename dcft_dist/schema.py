@@ -155,7 +155,11 @@ class Data(Section):
         description="modality own: import path of a function of yours, [input of each example] -> the model's arguments by "
         "name, tensors [size, ...].",
     )
-    input: str = Field("input", description="Column of the input: a text; path of an image or .npy file; an array.")
+    input: str | list[str] = Field(
+        "input",
+        description="Column of the input: a text; path of an image or .npy file; an array. Of volumes also several columns: "
+        "files on one grid, which become the channels.",
+    )
     label: str | list[str] = Field(
         "label", description="Column of the label; several for multi_label: 1, 0, or empty for unknown."
     )
@@ -195,7 +199,8 @@ class Data(Section):
     transform: str | None = Field(
         None,
         description="Import path of a function that makes a random variant of a training image ([channels, side, side], "
-        "before normalisation): yours, or a transform of MONAI with `transform_args`.",
+        "before normalisation) or of a patch ({image, mask}, each [channels, *patch]): yours, or one of MONAI, with "
+        "`transform_args`.",
     )
     transform_args: dict[str, Any] = Field({}, description="Keyword arguments that make it; absent: it is called as it is.")
 
@@ -495,8 +500,10 @@ class Config(Section):
             raise ValueError("task.class_weights = 'balanced' is for task.kind = 'single_label'")
         if self.task.loss and self.task.class_weights == "balanced":
             raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
-        if self.data.transform and self.data.modality != "image":
-            raise ValueError("data.transform varies images: it is for data.modality = 'image'")
+        if self.data.transform and self.data.modality not in ("image", "volume"):
+            raise ValueError("data.transform varies images: it is for data.modality = 'image' or 'volume'")
+        if isinstance(self.data.input, list) and self.data.modality != "volume":
+            raise ValueError("several columns of data.input are channels of a volume: data.modality = 'volume'")
         if self.data.processor and (self.data.modality != "image" or self.task.name != "own"):
             raise ValueError("data.processor crops images: it is for data.modality = 'image'")
         if self.task.name == "own":

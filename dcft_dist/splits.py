@@ -58,6 +58,12 @@ def places_of(splits: Sequence[Split]) -> list[tuple[str, Any]]:
     return [(f"{name} example {i}".strip(), x) for name, split in found for i, x in enumerate(split.inputs)]
 
 
+def name_of(place: Any, otherwise: str) -> str:
+    """What an input is called: its file, or the first of its files; a text by itself."""
+    first = place[0] if isinstance(place, tuple) else place
+    return str(first) if isinstance(first, str | Path) else otherwise
+
+
 def draw_of(task: schema.Task, split: str) -> str:
     """Seed of the draw of a split's examples."""
     again = split == "train" and task.sample_seed is not None
@@ -68,6 +74,6 @@ def _plain(inputs: Any) -> Any:
     """What the checksum is made of: texts, bytes of arrays, names and sizes of files."""
     if isinstance(inputs, np.ndarray):
         return hashlib.sha256(inputs.tobytes()).hexdigest()
-    if isinstance(inputs, list):
+    if isinstance(inputs, list | tuple):
         return [_plain(value) for value in inputs]
     return (inputs.name, inputs.stat().st_size) if isinstance(inputs, Path) else inputs

@@ -18,9 +18,10 @@ from .dicom import problem_of_series
 from .errors import ConfigError, DataError, line_of, listing
 from .schema import Config
 from .seeded import seed_of
-from .splits import Split
+from .splits import Split, name_of
+from .variation import Variation
 
-Pair = tuple[Any, Any]  # where image and mask are; None: there is no mask
+Pair = tuple[Any, Any]  # where the image (or its channels, a tuple) and the mask are; None: there is no mask
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Volumes:
         return 0
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """`image` and `labels` [size, 1, *patch], or, without `draw`, [size, 1, *whole] of volumes of one shape."""
+        """`image` [size, channels, *patch], `labels` [size, 1, *patch]; without `draw` *whole, of volumes of one shape."""
         if draw is None:
             found = [self.processor.whole(self.pairs[i]) for i in indices]
         else:
@@ -57,7 +58,7 @@ class VolumeProcessor:
         self._seed, self._patch, self._classes = config.seed, list(data.patch), len(data.classes)
         self._found_in: dict[Pair, set[int]] = {}  # classes of each mask that was read
         self._kept: dict[Pair, tuple[Tensor, Tensor | None]] = {}
-        self._cache = data.cache
+        self._cache, self._vary = data.cache, Variation(config)
         try:
             from monai import transforms as mt
             from monai.data import PILReader
@@ -92,7 +93,7 @@ class VolumeProcessor:
         return Volumes(list(zip(split.inputs, split.labels, strict=True)), self, [0] * len(split))
 
     def whole(self, pair: Pair) -> tuple[Tensor, Tensor | None]:
-        """Image and mask [1, *whole].
+        """Image [channels, *whole] and mask [1, *whole].
 
         Raises:
             DataError: a file cannot be read; image and mask do not lie on one grid; values are no numbers, or no classes.
@@ -108,26 +109,30 @@ class VolumeProcessor:
         return self._kept[pair]
 
     def _found(self, pair: Pair) -> dict[str, Any]:
-        places = {key: str(place) for key, place in zip(("image", "mask"), pair, strict=True) if place is not None}
+        channels, mask = _files_of(pair)
+        places: dict[str, Any] = {"image": channels if len(channels) > 1 else channels[0]}
+        if mask is not None:
+            places["mask"] = mask
         try:
             return self._read(places)  # type: ignore[no-any-return]
         except Exception as error:  # each reader has its own
-            raise DataError(f"{' with '.join(places.values())}: cannot be read: {line_of(error, -1)}") from error
+            names = " with ".join(filter(None, (*channels, mask)))
+            raise DataError(f"{names}: cannot be read: {line_of(error, -1)}") from error
 
     def _check_values(self, pair: Pair, found: dict[str, Any]) -> None:
         """What was read, once it is turned, with the values that its files have; once for each pair."""
         if pair in self._found_in:
             return
-        image, mask = found["image"], found.get("mask")
+        image, mask, name = found["image"], found.get("mask"), name_of(pair[0], "")
         if not bool(torch.isfinite(image).all()):
-            raise DataError(f"{pair[0]}: some of its voxels are no numbers (NaN or infinite)")
+            raise DataError(f"{name}: some of its voxels are no numbers (NaN or infinite)")
         if mask is None:
             return
         if image.shape[1:] != mask.shape[1:] or len(mask) != 1:
-            raise DataError(f"{pair[0]} is {list(image.shape[1:])} once it is turned, and {pair[1]} {list(mask.shape)[1:]} "
+            raise DataError(f"{name} is {list(image.shape[1:])} once it is turned, and {pair[1]} {list(mask.shape)[1:]} "
                             f"with {len(mask)} channels")  # fmt: skip
         if not np.allclose(image.affine, mask.affine, atol=1e-2):
-            raise DataError(f"{pair[0]} and {pair[1]} lie differently in space")
+            raise DataError(f"{name} and {pair[1]} lie differently in space")
         labels = torch.unique(mask)
         wrong = [float(v) for v in labels if not (0 <= float(v) < self._classes and float(v) == round(float(v)))]
         if wrong:
@@ -146,11 +151,26 @@ class VolumeProcessor:
         return back[0].numpy().round().astype(kind), np.asarray(back.affine, dtype=np.float64)
 
     def patch(self, pair: Pair, draw: str) -> tuple[Tensor, Tensor]:
-        """Image and mask [1, *patch]: a random place, in half of the draws around a voxel of a structure."""
+        """Image [channels, *patch] and mask [1, *patch]: a random place, in half of the draws around a voxel of a structure.
+
+        Raises:
+            ConfigError: `data.transform` makes something else of it.
+        """
         image, mask = self.whole(pair)
         self._crop.set_random_state(seed_of(self._seed, draw))
         found = self._crop({"image": image, "mask": mask})[0]
-        return found["image"].as_tensor(), found["mask"].as_tensor()
+        image, mask = found["image"].as_tensor(), found["mask"].as_tensor()
+        return self._varied(image, mask, draw) if self._vary else (image, mask)
+
+    def _varied(self, image: Tensor, mask: Tensor, draw: str) -> tuple[Tensor, Tensor]:
+        found = self._vary({"image": image, "mask": mask}, draw)
+        if not isinstance(found, dict) or not {"image", "mask"} <= found.keys():
+            raise ConfigError("data.transform: it is to give a dictionary with image and mask, as it gets one")
+        made = [torch.as_tensor(np.asarray(found[key])) for key in ("image", "mask")]
+        for one, before in zip(made, (image, mask), strict=True):
+            if one.shape != before.shape:
+                raise ConfigError(f"data.transform: it makes {list(one.shape)} of a patch {list(before.shape)}")
+        return made[0].to(image.dtype), made[1].to(mask.dtype)
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
         """Compares image and mask of every pair, and reads both, each rank its part.
@@ -177,11 +197,14 @@ class VolumeProcessor:
 
     def _problem(self, pair: Pair) -> str | None:
         try:
-            for place in (Path(place) for place in pair if place is not None):
+            channels, mask = _files_of(pair)
+            files = [Path(place) for place in (*channels, mask) if place is not None]
+            for place in files:
                 if place.is_dir() and (text := problem_of_series(place)):
                     return text
-            if pair[1] is not None and (text := different_grids(*map(Path, pair))):
-                return text
+            for other in files[1:]:
+                if text := different_grids(files[0], other):
+                    return text
             self.whole(pair)
         except DataError as error:
             return str(error)
@@ -191,21 +214,27 @@ class VolumeProcessor:
         return None
 
 
-def different_grids(image: Path, mask: Path) -> str | None:
+def _files_of(pair: Pair) -> tuple[list[str], str | None]:
+    """Of the channels, and of the mask."""
+    image, mask = pair
+    return [str(place) for place in (image if isinstance(image, tuple) else (image,))], None if mask is None else str(mask)
+
+
+def different_grids(first: Path, second: Path) -> str | None:
     """How the grids of two NIfTI files differ; None: they do not, or these are other files."""
-    if not all(file.name.endswith((".nii", ".nii.gz")) for file in (image, mask)):
+    if not all(file.name.endswith((".nii", ".nii.gz")) for file in (first, second)):
         return None
     import nibabel
 
     try:
-        first, second = (_header_of(nibabel.load(file)) for file in (image, mask))
+        one, two = (_header_of(nibabel.load(file)) for file in (first, second))
     except Exception as error:
-        raise DataError(f"{image} with {mask}: cannot be read: {line_of(error, -1)}") from error
-    if first[0] != second[0]:
-        return f"{image} is {first[0]} and {mask} {second[0]}"
-    if not np.allclose(first[1], second[1], atol=1e-3):
-        sizes = [np.round(np.linalg.norm(affine[:3, :3], axis=0), 3).tolist() for _, affine in (first, second)]
-        return f"{image} and {mask} lie differently in space (voxels {sizes[0]} and {sizes[1]} mm)"
+        raise DataError(f"{first} with {second}: cannot be read: {line_of(error, -1)}") from error
+    if one[0] != two[0]:
+        return f"{first} is {one[0]} and {second} {two[0]}"
+    if not np.allclose(one[1], two[1], atol=1e-3):
+        sizes = [np.round(np.linalg.norm(affine[:3, :3], axis=0), 3).tolist() for _, affine in (one, two)]
+        return f"{first} and {second} lie differently in space (voxels {sizes[0]} and {sizes[1]} mm)"
     return None
 
 

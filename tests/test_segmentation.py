@@ -120,6 +120,66 @@ def test_patches_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> None
     assert whole["image"].shape == (1, 1, 44, 40, 8) and set(whole["labels"].unique().tolist()) <= {0, 1, 2}
 
 
+def test_several_files_are_channels_of_one_image(tmp_path: Path) -> None:
+    """As those of MRI sequences: turned, resampled and normalised each, cut together; a file on another grid is named."""
+    slabs(tmp_path)
+    rows = ["image,second,mask,split"]
+    for i, split in enumerate(["train", "train", "train", "train", "val", "test"]):
+        one = nibabel.load(tmp_path / f"image{i}.nii.gz")
+        nibabel.save(nibabel.Nifti1Image(7 + np.square(one.get_fdata()), one.affine), tmp_path / f"second{i}.nii.gz")
+        rows.append(f"image{i}.nii.gz,second{i}.nii.gz,mask{i}.nii.gz,{split}")
+    (tmp_path / "two.csv").write_text("\n".join(rows) + "\n")
+    words = [*KEYS, "--data.path", str(tmp_path / "two.csv"), "--model.build", "json.loads", "--data.spacing", "[1, 2, 1]"]
+    both = load_config("mri.toml", [*words, "--data.input", '["image", "second"]'])
+    task, processor = own_task(both), VolumeProcessor(both)
+    processor.check([task.train, task.validation, task.test], 0, 1)
+    found = processor(task.train).inputs([0, 1], 3)
+    for i, name in enumerate(("image", "second")):
+        single = load_config("mri.toml", [*words, "--data.input", name])
+        alone = VolumeProcessor(single)(own_task(single).train).inputs([0, 1], 3)
+        assert torch.equal(found["image"][:, i : i + 1], alone["image"]) and torch.equal(found["labels"], alone["labels"])
+        assert own_task(single).checksum != task.checksum
+    nibabel.save(nibabel.Nifti1Image(one.get_fdata(), np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "second5.nii.gz")
+    with pytest.raises(DataError, match=r"image5.nii.gz and .*second5.nii.gz lie differently in space"):
+        VolumeProcessor(both).check([task.test], 0, 1)
+    (tmp_path / "second5.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"1 of 18 files are missing: .*second5.nii.gz .two.csv, line 7|two.csv, line 7"):
+        own_task(both)
+
+
+def flip_both(patch: dict[str, Any]) -> dict[str, Any]:
+    return {key: np.flip(value.numpy(), 1).copy() for key, value in patch.items()}
+
+
+def test_patches_are_varied_with_their_masks(tmp_path: Path) -> None:
+    """By a function of the user, or a dictionary transform of MONAI; never where whole volumes are evaluated."""
+    words = [*KEYS, "--data.path", str(slabs(tmp_path)), "--model.build", "json.loads", "--import_roots", '["."]']
+
+    def patches(*more: str) -> list[dict[str, torch.Tensor]]:
+        config = load_config("mri.toml", [*words, *more])
+        examples = VolumeProcessor(config)(own_task(config).train)
+        return [*(examples.inputs([0, 1, 2, 3], draw) for draw in (1, 1, 2)), examples.inputs([0])]
+
+    plain, mine = patches(), patches("--data.transform", "tests.test_segmentation.flip_both")
+    for before, after in zip(plain[:3], mine[:3], strict=True):
+        assert all(torch.equal(before[key].flip(2), after[key]) for key in ("image", "labels"))
+    assert torch.equal(plain[3]["image"], mine[3]["image"])
+    flips = ["--data.transform", "monai.transforms.RandFlipd", "--data.transform_args.keys", '["image", "mask"]']
+    theirs = patches(*flips, "--data.transform_args.prob", "0.5", "--data.transform_args.spatial_axis", "0")
+    assert torch.equal(theirs[0]["image"], theirs[1]["image"])
+    turned = [not torch.equal(a, b) for a, b in zip(plain[0]["image"], theirs[0]["image"], strict=True)]
+    turned += [not torch.equal(a, b) for a, b in zip(plain[2]["image"], theirs[2]["image"], strict=True)]
+    assert 0 < sum(turned) < 8
+    for i in range(4):
+        wanted = plain[0]["labels"][i].flip(1) if turned[i] else plain[0]["labels"][i]
+        assert torch.equal(theirs[0]["labels"][i], wanted)
+    with pytest.raises(ConfigError, match=r"data.transform: it makes \[1, 16, 16, 8\] of a patch \[1, 32, 32, 8\]"):
+        patches("--data.transform", "monai.transforms.CenterSpatialCropd", *flips[2:],
+                "--data.transform_args.roi_size", "[16, 16, 8]")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data.transform: it is to give a dictionary with image and mask"):
+        patches("--data.transform", "builtins.len")
+
+
 def swin(folder: Path) -> list[str]:
     """A small SwinUNETR of MONAI with random weights, and slabs of a brain."""
     words = [*KEYS, "--data.path", str(slabs(folder)), "--runs_dir", str(folder), "--name", "run"]
@@ -232,21 +292,25 @@ def test_flat_images_have_rows_first(tmp_path: Path) -> None:
 def flat_images(folder: Path) -> Path:
     """Middle slices of the slabs as PNG files with their masks, and their table."""
     slabs(folder)
-    rows = ["image,mask,split"]
+    rows = ["image,square,mask,split"]
     for i in range(6):
         image, mask = (nibabel.load(folder / f"{kind}{i}.nii.gz").get_fdata()[..., 4] for kind in ("image", "mask"))
-        for name, values in (("image", image / image.max() * 255), ("mask", mask)):
+        image /= image.max()
+        for name, values in (("image", image * 255), ("square", image**2 * 255), ("mask", mask)):
             Image.fromarray(values.astype(np.uint8)).save(folder / f"{name}{i}.png")
-        rows.append(f"image{i}.png,mask{i}.png,{['train', 'train', 'train', 'train', 'val', 'test'][i]}")
+        split = ["train", "train", "train", "train", "val", "test"][i]
+        rows.append(f"image{i}.png,square{i}.png,mask{i}.png,{split}")
     (folder / "flat.csv").write_text("\n".join(rows) + "\n")
     return folder / "flat.csv"
 
 
 def test_flat_images_are_segmented(tmp_path: Path) -> None:
-    """A U-Net of MONAI on two ranks; the masks that are predicted have the Dice that `dcft evaluate` gives."""
+    """A U-Net of MONAI of two channels on two ranks; the masks that are predicted have the Dice of the run."""
     words = [*KEYS, "--data.path", str(flat_images(tmp_path)), "--data.patch", "[32, 32]"]
     words += ["--model.build", "monai.networks.nets.UNet", "--model.head", '["model.2"]', "--engine", "fsdp2"]
-    args = {"spatial_dims": "2", "in_channels": "1", "out_channels": "num_outputs", "channels": "[8, 16]", "strides": "[2]"}
+    words += ["--data.input", '["image", "square"]', "--data.transform", "monai.transforms.RandFlipd"]
+    words += ["--data.transform_args", '{keys = ["image", "mask"], prob = 0.5, spatial_axis = 0}']
+    args = {"spatial_dims": "2", "in_channels": "2", "out_channels": "num_outputs", "channels": "[8, 16]", "strides": "[2]"}
     words += [word for key, value in {**args, "norm": "batch"}.items() for word in (f"--model.args.{key}", value)]
     words += ["--importance.num_samples", "4", "--importance.score_batch", "4", "--train.global_batch", "4"]
     words += ["--train.epochs", "12", "--head_warmup.max_epochs", "2", "--optimizer.lr", "1e-2", "--removal.fractions", "[]"]
@@ -254,7 +318,7 @@ def test_flat_images_are_segmented(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["test"]["dice"] > 0.5 and summary["num_selected"] > 0
     command = [sys.executable, "-m", "dcft_dist.cli", "predict", str(tmp_path / "run"), "--data.path"]
-    (tmp_path / "asked.csv").write_text("image\nimage5.png\n")
+    (tmp_path / "asked.csv").write_text("image,square\nimage5.png,square5.png\n")
     command += [str(tmp_path / "asked.csv"), "--masks", str(tmp_path / "said"), "--out", str(tmp_path / "said.csv")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr

@@ -470,8 +470,11 @@ def test_series_with_mistakes_are_named(kind: str, message: str, tmp_path: Path)
 
 
 def test_keys_that_do_not_fit() -> None:
+    text = ["--task.name", "own", "--data.path", "x", "--data.modality", "text", "--model.build", "json.loads"]
     with pytest.raises(ConfigError, match=r"data\.transform varies images"):
-        load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.transform", "a.b", "--model.build", "json.loads"])
+        load_config("mri.toml", [*text, "--data.transform", "a.b"])
+    with pytest.raises(ConfigError, match=r"several columns of data.input are channels of a volume"):
+        load_config("mri.toml", [*text, "--data.input", '["a", "b"]'])
     with pytest.raises(ConfigError, match=r"class_weights = 'balanced' is for task.kind = 'single_label'"):
         load_config(
             "mri.toml", [*KEYS, "--data.path", "x", "--task.class_weights", "balanced", "--model.build", "json.loads"]

@@ -18,10 +18,12 @@ import torch.distributed as dist
 
 DEVICE = os.environ.get("DCFT_TEST_DEVICE", "cpu")
 os.environ.setdefault("DS_ACCELERATOR", DEVICE)  # before the fork server starts: it imports DeepSpeed once for all
-_context: Any = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")  # CUDA does not outlive a fork
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "deepspeed", "dcft_dist", "tests.prepared"]
+context: Any = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")  # CUDA does not outlive a fork
+PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "deepspeed", "dcft_dist.start", "tests.prepared"]
+PRELOAD += ["transformers", "transformers.models.bert.modeling_bert", "torch.utils.tensorboard", "matplotlib.pyplot"]
+PRELOAD += ["torchmetrics.functional"]
 if DEVICE == "cpu":
-    _context.set_forkserver_preload(PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
 
 
 def run_ranks(
@@ -42,8 +44,8 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as folder:
         pipes, processes = [], []
         for rank in range(world_size):
-            here, there = _context.Pipe(duplex=False)
-            process = _context.Process(
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(
                 target=_rank_main,
                 args=(there, rank, world_size, str(Path(folder) / "store"), timeout_s, body, args, breaks),
             )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +18,7 @@ from dcft_dist.language import IGNORED, AnswerProcessor, CausalLanguage
 from dcft_dist.splits import Split
 
 from .own import instructions, tiny_decoder
+from .processes import dcft, output_of
 
 
 @pytest.fixture(scope="module")
@@ -69,18 +68,7 @@ def test_a_run_on_instructions(decoder: Path, tmp_path: Path) -> None:
     words += ["--train.micro_batch", "8", "--train.evaluation_batch", "8", "--test_resamples", "10"]
     found = {}
     for name, ranks in (("single", 1), ("fsdp2", 2)):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={ranks}",
-            "-m",
-            "dcft_dist.cli",
-            "train",
-        ]
-        command += ["icd.toml", "--name", name, "--engine", name, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        output_of("train", "icd.toml", "--name", name, "--engine", name, *words, ranks=ranks)
         found[name] = json.loads((tmp_path / name / "summary.json").read_text())
     one, two = found["single"], found["fsdp2"]
     assert one["num_selected"] == two["num_selected"] == round(0.1 * one["num_eligible"])
@@ -90,10 +78,8 @@ def test_a_run_on_instructions(decoder: Path, tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.5 and one["best_epoch"] > 0
     assert one["test"].keys() == {"loss", "perplexity", "token_accuracy", "exact"} and one["test_intervals"]["perplexity"]
     check_export(tmp_path / "single/model", tmp_path / "single")
-    command = [sys.executable, "-m", "dcft_dist.cli", "evaluate", str(tmp_path / "single"), "--data.path", str(data)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["examples"] == 200 and json.loads(done.stdout)["metrics"]["perplexity"] > 1
+    evaluated = json.loads(output_of("evaluate", tmp_path / "single", "--data.path", data))
+    assert evaluated["examples"] == 200 and evaluated["metrics"]["perplexity"] > 1
     check_answers(tmp_path, data)
 
 
@@ -104,23 +90,21 @@ def check_answers(runs: Path, data: Path) -> None:
     rows = [json.loads(line) for line in data.read_text().splitlines()[:5]]
     asked = runs / "asked.jsonl"  # without answers, and of lengths that need padding
     asked.write_text("\n".join(json.dumps({"prompt": row["prompt"], "code": row["code"]}) for row in rows))
-    said = {}
+    answers = {}
     for engine, ranks in (("single", 1), ("fsdp2", 2), ("deepspeed", 2), ("fsdp1", 2)):
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-        command = [sys.executable, *launcher, "-m", "dcft_dist.cli", "predict", str(runs / "single"), "--tokens", "12"]
-        command += ["--data.path", str(asked), "--engine", engine, "--out", str(runs / f"{engine}.csv")]
-        command += ["--sharding.zero_stage", "3", "--train.evaluation_batch", "2"]  # three batches
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        words = ["predict", runs / "single", "--tokens", "12", "--data.path", asked, "--engine", engine]
+        words += ["--sharding.zero_stage", "3", "--train.evaluation_batch", "2"]  # three batches
+        done = dcft(*words, "--out", runs / f"{engine}.csv", ranks=ranks)
         if engine == "fsdp1":
             assert done.returncode and "generate goes past the hooks of FSDP1: use --engine fsdp2" in done.stderr
             continue
         assert done.returncode == 0, done.stderr
-        said[engine] = list(csv.DictReader((runs / f"{engine}.csv").open()))
-    assert said["single"] == said["fsdp2"] == said["deepspeed"]
+        answers[engine] = list(csv.DictReader((runs / f"{engine}.csv").open()))
+    assert answers["single"] == answers["fsdp2"] == answers["deepspeed"]
     folder = runs / "single/model"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     template = load_config("icd.toml").data.template
-    for row, found in zip(rows, said["single"], strict=True):
+    for row, found in zip(rows, answers["single"], strict=True):
         ids = tokenizer(template.replace("{input}", row["prompt"]), return_tensors="pt").input_ids
         wanted = model.generate(ids, do_sample=False, max_new_tokens=12, eos_token_id=2, pad_token_id=3)
         text = tokenizer.decode(wanted[0, ids.shape[1] :], skip_special_tokens=True)

@@ -6,8 +6,6 @@ import csv
 import json
 import random
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +25,7 @@ from dcft_dist.own_data import own_task
 from dcft_dist.splits import Split, TaskData
 
 from .own import drug_table, minilm_copy, mri_folder
+from .processes import dcft, output_of, start
 
 
 def task_of(*words: str) -> TaskData:
@@ -384,9 +383,7 @@ def test_bad_images_are_found_before_the_run(tmp_path: Path) -> None:
     file = table(tmp_path, rows)
     words = ["--task.name", "own", "--data.path", str(file), "--runs_dir", str(tmp_path / "runs")]
     words += ["--train.global_batch", "8", "--importance.num_samples", "16", "--importance.score_batch", "8"]
-    command = [sys.executable, "-m", "dcft_dist.cli", "train", "mri.toml", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    checked = subprocess.run([*command[:3], "check", "--data", *command[4:]], capture_output=True, text=True, timeout=120)
+    done, checked = dcft("train", "mri.toml", *words), dcft("check", "--data", "mri.toml", *words)
     for found in (done, checked):
         assert found.returncode == 2 and "2 of 41 images" in found.stderr
         assert "image3.png: no image that can be read" in found.stderr
@@ -513,21 +510,11 @@ def test_a_metric_that_is_not_there_is_named_before_the_run(tmp_path: Path) -> N
     words = ["smoke.toml", "--task.name", "own", "--data.path", str(file), "--data.modality", "text", "--engine", "single"]
     words += ["--runs_dir", str(tmp_path), "--train.global_batch", "4", "--importance.num_samples", "4"]
     words += ["--importance.score_batch", "4", "--train.metric", "acuracy"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dcft_dist.cli", "train", *words], capture_output=True, text=True, timeout=100
-    )
+    done = dcft("train", *words)
     assert done.returncode == 2 and "no 'acuracy' on the validation data (did you mean 'accuracy'?)" in done.stderr
 
 
 # -- whole runs ----------------------------------------------------------------------------------------------------------
-
-
-def dcft(*words: str, ranks: int = 1) -> str:
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "dcft_dist.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_texts_from_a_table_with_an_own_model(tmp_path: Path) -> None:
@@ -563,19 +550,19 @@ def test_texts_from_a_table_with_an_own_model(tmp_path: Path) -> None:
         score_batch = 16
         """
     )
-    shown = dcft("inspect", str(tmp_path / "mine.toml"))
+    shown = output_of("inspect", str(tmp_path / "mine.toml"))
     assert "eligible" in shown and "head.weight" in shown and "tensors read; 2 started afresh (head.weight" in shown
-    shown = dcft("inspect", str(tmp_path / "mine.toml"), "--method", "bitfit")
+    shown = output_of("inspect", str(tmp_path / "mine.toml"), "--method", "bitfit")
     assert "frozen" in shown and "eligible" not in shown and "unscored" in shown  # biases alone are trained, and no matrix
-    dcft("train", str(tmp_path / "mine.toml"))
+    output_of("train", str(tmp_path / "mine.toml"))
     summary = json.loads((tmp_path / "mine/summary.json").read_text())
     assert summary["labels"]["names"] == ["negative", "neutral", "positive"] and summary["num_selected"] > 0
     assert {"auroc", "auprc", "balanced_accuracy", "macro_f1", "ece"} <= summary["test"].keys()
     low, high = summary["test_intervals"]["accuracy"]
     assert low <= summary["test"]["accuracy"] <= high
     other = drug_table(tmp_path / "other.csv", 40, split="test")
-    found = json.loads(dcft("evaluate", str(tmp_path / "mine"), "--data.path", str(other), "--test_resamples", "10"))
-    said = list(csv.DictReader(dcft("predict", str(tmp_path / "mine"), "--data.path", str(other)).splitlines()))
+    found = json.loads(output_of("evaluate", str(tmp_path / "mine"), "--data.path", str(other), "--test_resamples", "10"))
+    said = list(csv.DictReader(output_of("predict", str(tmp_path / "mine"), "--data.path", str(other)).splitlines()))
     rated = [row["rating"] for row in csv.DictReader(other.open())]
     right = np.mean([row["predicted"] == rating for row, rating in zip(said, rated, strict=True)])
     assert found["examples"] == len(said) == 40 and right == pytest.approx(found["metrics"]["accuracy"])
@@ -585,12 +572,11 @@ def test_texts_from_a_table_with_an_own_model(tmp_path: Path) -> None:
         "a finished run takes other data": ["--data.path", str(other), "--optimizer.lr", "1"],
     }
     for message, words in refused.items():
-        command = [sys.executable, "-m", "dcft_dist.cli", "evaluate", str(tmp_path / "mine"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = dcft("evaluate", tmp_path / "mine", *words)
         assert done.returncode == 2 and message in done.stderr
     split = ["--data.test", str(other), "--test_resamples", "0"]  # of the run's own files nothing is left over
     split += ["--train.evaluation_batch", "13"]  # the last batch has one example: two ranks of three have none
-    again = json.loads(dcft("evaluate", str(tmp_path / "mine"), *split, "--engine", "fsdp2", ranks=3))
+    again = json.loads(output_of("evaluate", str(tmp_path / "mine"), *split, "--engine", "fsdp2", ranks=3))
     assert again["metrics"] == pytest.approx(found["metrics"], abs=1e-6) and again["examples"] == 40
 
 
@@ -624,37 +610,25 @@ def test_images_in_folders_under_a_sharding_engine(tmp_path: Path) -> None:
     words += ["--importance.score_batch", "8", "--train.global_batch", "8", "--train.epochs", "1", "--test_resamples", "0"]
     words += ["--removal.fractions", "[]", "--engine", "fsdp2"]
     how = ["--model.build", "transformers.AutoModel", "--model.weights", str(weights), "--model.features", "cls"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "-m",
-        "dcft_dist.cli",
-        "train",
-        "mri.toml",
-    ]
     for name, model in (("own", how), ("packaged", ["--model.num_layers", "2"])):
-        done = subprocess.run([*command, "--name", name, *words, *model], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        output_of("train", "mri.toml", "--name", name, *words, *model, ranks=2)
     own, wanted = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("own", "packaged"))
     assert own["data_checksum"] == wanted["data_checksum"] and own["num_selected"] == wanted["num_selected"]
     head = [load_file(tmp_path / name / "model/head/model.safetensors") for name in ("own", "packaged")]
     assert head[0].keys() == head[1].keys()
     body = [load_file(tmp_path / name / "model/model.safetensors") for name in ("own", "packaged")]
     assert body[0].keys() == body[1].keys()
-    out = dcft("predict", str(tmp_path / "own"), "--data.path", str(images))
+    out = output_of("predict", str(tmp_path / "own"), "--data.path", str(images))
     assert len(out.splitlines()) == 1 + 48 and out.startswith("input,group,predicted,p(")
     check_image_export(tmp_path / "own/model", out)
-    dcft("delta", str(tmp_path / "own"), str(tmp_path / "own.delta"))
-    dcft("delta", str(tmp_path / "own"), str(tmp_path / "own.delta"), "--apply", str(tmp_path / "again"))
+    output_of("delta", str(tmp_path / "own"), str(tmp_path / "own.delta"))
+    output_of("delta", str(tmp_path / "own"), str(tmp_path / "own.delta"), "--apply", str(tmp_path / "again"))
     for part, after in (("model.safetensors", body[0]), ("head/model.safetensors", head[0])):
         before = load_file(tmp_path / "again" / part)
         assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     # An image that the second rank alone reads, and nobody has checked.
     Path(list(csv.DictReader(out.splitlines()))[1]["input"]).write_bytes(b"no image")
-    begin = [*command[:-2], "predict", str(tmp_path / "own"), "--data.path", str(images), "--data.check", "false"]
-    done = subprocess.run(begin, capture_output=True, text=True, timeout=120)
+    done = dcft("predict", tmp_path / "own", "--data.path", images, "--data.check", "false", ranks=2)
     assert done.returncode and "dcft: error: rank 1: " in done.stderr and "no image that can be read" in done.stderr
 
 
@@ -693,7 +667,7 @@ def test_delta_and_pretrained_weights_are_the_adapted_ones(tmp_path: Path) -> No
         "[]",
     ]
     words += ["--selection.fraction", "0.01", "--penalty.factor", "1.0", "--penalty.rest_factor", "0.0"]
-    dcft(
+    output_of(
         "train",
         "smoke.toml",
         *words,
@@ -705,22 +679,21 @@ def test_delta_and_pretrained_weights_are_the_adapted_ones(tmp_path: Path) -> No
         "false",
     )
     run, file = tmp_path / "sparse", tmp_path / "sparse.delta"
-    said = dcft("delta", str(run), str(file))
+    said = output_of("delta", str(run), str(file))
     summary = json.loads((run / "summary.json").read_text())
     changed = int(said.split(": ")[1].split(" of ")[0].replace(",", ""))
     head = 384 * 21 + 21
     assert 0.9 * summary["num_selected"] < changed - head <= summary["num_selected"]
     full = (run / "model/model.safetensors").stat().st_size
     assert file.stat().st_size < full / 32 + 4 * changed + 20_000
-    dcft("delta", str(run), str(file), "--apply", str(tmp_path / "again"))
+    output_of("delta", str(run), str(file), "--apply", str(tmp_path / "again"))
     for part in ("model.safetensors", "head/model.safetensors"):
         before, after = load_file(run / "model" / part), load_file(tmp_path / "again" / part)
         assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     assert (tmp_path / "again/tokenizer.json").exists() and (tmp_path / "again/config.json").exists()
     other = (run / "config.toml").read_text().replace("num_layers = 2", "num_layers = 1")
     (run / "config.toml").write_text(other)
-    command = [sys.executable, "-m", "dcft_dist.cli", "delta", str(run), str(file), "--apply", str(tmp_path / "no")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = dcft("delta", run, file, "--apply", tmp_path / "no")
     assert done.returncode == 2 and "other pre-trained weights" in done.stderr
 
 
@@ -746,17 +719,17 @@ def test_workers_change_no_number_and_classes_are_balanced(tmp_path: Path) -> No
     words += ["--data.transform", "tests.test_own_data.random_flip", "--import_roots", json.dumps([str(Path.cwd())])]
     found = {}
     for name, more in (("none", []), ("two", ["--train.workers", "2"]), ("plain", ["--train.sampling", "plain"])):
-        dcft("train", "mri.toml", "--name", name, *words, *more)
+        output_of("train", "mri.toml", "--name", name, *words, *more)
         found[name] = json.loads((tmp_path / name / "summary.json").read_text())["weights_checksum"]
     assert found["none"] == found["two"] != found["plain"]
     torn = ["mri.toml", "--name", "torn", *words, "--train.workers", "2", "--checkpoint.every", "2"]
-    running = subprocess.Popen([sys.executable, "-m", "dcft_dist.cli", "train", *torn], stderr=subprocess.DEVNULL)
+    (running,) = start("train", *torn)
     while running.poll() is None and not list((tmp_path / "torn/checkpoints").glob("step_0*")):
         time.sleep(0.02)
     running.kill()
     running.wait()
     assert not (tmp_path / "torn/summary.json").exists()
-    dcft("train", *torn)
+    output_of("train", *torn)
     assert json.loads((tmp_path / "torn/summary.json").read_text())["weights_checksum"] == found["none"]
     classes = [0] * 90 + [1] * 10
     drawn = [classes[i] for i in order(0, 1, 100, classes)]
@@ -781,7 +754,7 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
         "--log_every",
         "1",
     ]
-    running = subprocess.Popen([sys.executable, "-m", "dcft_dist.cli", "train", *words], stderr=subprocess.DEVNULL)
+    (running,) = start("train", *words)
     while running.poll() is None and not list((tmp_path / "grown/checkpoints").glob("step_0*")):
         time.sleep(0.05)
     running.kill()
@@ -789,6 +762,5 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     assert not (tmp_path / "grown/summary.json").exists()
     with file.open("a", newline="") as lines:
         csv.writer(lines).writerow(["It helped me a lot.", "positive", "another"])
-    command = [sys.executable, "-m", "dcft_dist.cli", "train", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = dcft("train", *words)
     assert done.returncode == 2 and "the data are not those that" in done.stderr

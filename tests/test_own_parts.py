@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,8 @@ from dcft_dist.kinds import make_objective
 from dcft_dist.models import build_model, make_processor
 from dcft_dist.objective import intervals
 from dcft_dist.own_data import own_task
+
+from .processes import output_of
 
 CODE = """
 import torch
@@ -97,27 +97,20 @@ def words(folder: Path, **more: str) -> list[str]:
     return [word for key, value in given.items() for word in (f"--{key}", value)]
 
 
-def dcft(*arguments: str, ranks: int = 2) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "dcft_dist.cli"]
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_a_run_with_own_batches_loss_and_metric(tmp_path: Path) -> None:
     own = {"task.loss": "my_parts.smooth", "task.metrics": '["my_parts.minus_brier"]', "train.metric": "minus_brier"}
-    dcft("train", "mri.toml", *words(tmp_path, **own))
+    output_of("train", "mri.toml", *words(tmp_path, **own), ranks=2)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["validation"]["minus_brier"] > -0.15 and summary["test"]["accuracy"] > 0.8
     assert summary["num_selected"] == round(0.1 * 32)  # of the one matrix of the body
-    said = json.loads(dcft("evaluate", str(tmp_path / "run"), "--data.build", "my_parts.rows", ranks=1))
-    assert said["metrics"]["minus_brier"] > -0.15 and said["examples"] == 480
+    found = json.loads(output_of("evaluate", tmp_path / "run", "--data.build", "my_parts.rows"))
+    assert found["metrics"]["minus_brier"] > -0.15 and found["examples"] == 480
 
 
 def test_statistics_of_the_body_stay_while_the_head_is_warmed_up(tmp_path: Path) -> None:
     """Those of the head are its own, and are kept with it."""
     given = words(tmp_path, method="linear_probe")
-    dcft("train", "mri.toml", *given)
+    output_of("train", "mri.toml", *given, ranks=2)
     before = build_model(load_config("mri.toml", given), 2).module.state_dict()
     after = load_file(tmp_path / "run/model/model.safetensors")
     same = {name for name, value in after.items() if torch.equal(value, before[name])}

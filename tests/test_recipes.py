@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from .own import drug_table, instructions, minilm_copy, mri_folder, slabs, tiny_decoder
+from .processes import output_of
 
 SMALL = ["--train.global_batch", "8", "--train.micro_batch", "4", "--importance.num_samples", "16", "--train.epochs", "1"]
 SMALL += ["--importance.score_batch", "8", "--removal.fractions", "[]", "--test_resamples", "0"]
@@ -100,18 +99,8 @@ def check_sam(folder: Path) -> None:
     """The exported encoder in transformers' own class gives what `dcft predict` says, in bfloat16 as the run."""
     from transformers import SamConfig, SamModel
 
-    command = [
-        sys.executable,
-        "-m",
-        "dcft_dist.cli",
-        "predict",
-        str(folder / "toy"),
-        "--data.path",
-        str(folder / "tiles.csv"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader(done.stdout.splitlines()))[:6]
+    out = output_of("predict", folder / "toy", "--data.path", folder / "tiles.csv")
+    rows = list(csv.DictReader(out.splitlines()))[:6]
     net = SamModel(SamConfig.from_pretrained(folder / "sam")).vision_encoder.eval()
     net.load_state_dict(load_file(folder / "toy/model/model.safetensors"))
     names = [key for key in rows[0] if key.startswith("p(")]
@@ -132,9 +121,7 @@ def check_sam(folder: Path) -> None:
 def test_recipes_run_at_toy_size(recipe: str, engine: list[str], tmp_path: Path) -> None:
     """Under the engine and in the precision that they say, most in bfloat16."""
     words = [*SMALL, *RECIPES[recipe](tmp_path), "--runs_dir", str(tmp_path), "--name", "toy", *engine]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dcft_dist.cli", "train"]
-    done = subprocess.run([*command, f"{recipe}.toml", *words], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    output_of("train", f"{recipe}.toml", *words, ranks=2)
     summary = json.loads((tmp_path / "toy/summary.json").read_text())
     assert summary["ranks"] == 2 and summary["num_selected"] == round(0.1 * summary["num_eligible"]) > 0
     assert summary["loading"]["matched"] and all(value == value for value in summary["test"].values())

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +17,9 @@ from safetensors.torch import load_file
 
 from dcft_dist import FundamentalSet, cli
 from dcft_dist.files import read_lines
+
+from . import processes
+from .processes import Process, finish
 
 # Two layers of MiniLM and 84 training texts: seconds, yet real weights, data, engines and files.
 TINY = """
@@ -48,31 +49,8 @@ def tiny(tmp_path: Path) -> Path:
     return tmp_path / "tiny.toml"
 
 
-def start(config: Path, runs: Path, *overrides: str, ranks: int = 2) -> list[subprocess.Popen[str]]:
-    """One process a rank, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        env = os.environ | {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "dcft_dist.cli", "train", str(config), "--runs_dir", str(runs), *overrides]
-        processes.append(
-            subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, errors="replace")
-        )
-    return processes
-
-
-def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 180) -> list[tuple[int, str]]:
-    """Exit code and standard error of every rank."""
-    try:
-        return [(p.returncode, err) for p in processes for _, err in [p.communicate(timeout=timeout_s)]]
-    finally:
-        for p in processes:
-            p.kill()
+def start(config: Path, runs: Path, *overrides: str, ranks: int = 2) -> list[Process]:
+    return processes.start("train", str(config), "--runs_dir", str(runs), *overrides, ranks=ranks)
 
 
 def train(config: Path, runs: Path, *overrides: str, ranks: int = 2) -> dict[str, Any]:
@@ -179,7 +157,7 @@ def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path:
 PHASES = ("setup", "warm_up", "score", "removal_check", "train", "validate", "checkpoint", "train", "test")
 
 
-def wait_for_phase(run: Path, phase: str, processes: list[subprocess.Popen[str]]) -> bool:
+def wait_for_phase(run: Path, phase: str, processes: list[Process]) -> bool:
     """Until the run's progress file shows the phase; False if the run ended before."""
     while all(p.poll() is None for p in processes):
         try:

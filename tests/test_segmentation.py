@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from dcft_dist.segmentation import Segmentation
 from dcft_dist.volumes import VolumeProcessor
 
 from .own import dicom_series, slabs
+from .processes import dcft, output_of
 from .ranks import run_ranks
 
 CLASSES = '["none", "grey", "white"]'
@@ -192,16 +191,10 @@ def swin(folder: Path) -> list[str]:
     return [*words, "--removal.fractions", "[]", "--test_resamples", "5", "--penalty.factor", "0.0"]
 
 
-def train(ranks: int, *words: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "-m", "dcft_dist.cli", "train"]
-    done = subprocess.run([*command, "mri.toml", *words], capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_decoder_is_warmed_up_and_the_encoder_stays(tmp_path: Path) -> None:
     """One process; under a sharding engine: test_recipes. The export is what MONAI reads."""
     words = [*swin(tmp_path), "--engine", "single", "--method", "linear_probe"]
-    train(1, *words)
+    output_of("train", "mri.toml", *words)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert {"dice", "hd95", "dice_grey", "dice_white"} <= summary["test"].keys()
     assert "One of 3 classes for each voxel" in (tmp_path / "run/model/README.md").read_text()
@@ -231,30 +224,26 @@ def check_masks(folder: Path) -> None:
     shutil.copy(folder / "image1.nii.gz", asked / "other/image2.nii.gz")  # two files of one name
     names = ["image0.nii.gz", "image1.nii.gz", "image2.nii.gz", "other/image2.nii.gz"]
     (asked / "asked.csv").write_text("\n".join(["image", *names]) + "\n")
-    begin = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "dcft_dist.cli", "predict", str(run)]
-    words = ["--data.path", str(asked / "asked.csv"), "--engine", "fsdp2"]
-    done = subprocess.run([*begin, *words], capture_output=True, text=True, timeout=300)
+    words = ["predict", run, "--data.path", asked / "asked.csv", "--engine", "fsdp2"]
+    done = dcft(*words, ranks=2)
     assert done.returncode and "predictions of a segmentation are masks: say where they go, --masks FOLDER" in done.stderr
-    command = [*begin, *words, "--masks", str(folder / "masks"), "--out", str(folder / "said.csv")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    said = list(csv.DictReader((folder / "said.csv").open()))
+    words += ["--masks", folder / "masks", "--out", folder / "said.csv"]
+    output_of(*words, ranks=2)
+    rows = list(csv.DictReader((folder / "said.csv").open()))
     files = [f"{i:05d}_image{i}_mask.nii.gz" for i in (0, 1, 2)] + ["00003_image2_mask.nii.gz"]
-    assert [row["mask"] for row in said] == [str(folder / "masks" / name) for name in files]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert [row["mask"] for row in rows] == [str(folder / "masks" / name) for name in files]
+    again = dcft(*words, ranks=2)
     assert again.returncode and "nothing is overwritten" in again.stderr
     (folder / "two.csv").write_text(f"image,mask\n{asked}/image0.nii.gz,mask0.nii.gz\nimage1.nii.gz,mask1.nii.gz\n")
-    command = [sys.executable, "-m", "dcft_dist.cli", "evaluate", str(run), "--data.path", str(folder / "two.csv")]
-    done = subprocess.run([*command, "--test_resamples", "0"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    found = json.loads(output_of("evaluate", run, "--data.path", folder / "two.csv", "--test_resamples", "0"))
     dice = []
-    for row, i in zip(said[:2], (0, 1), strict=True):
-        found, wanted = nibabel.load(row["mask"]), nibabel.load(folder / f"mask{i}.nii.gz")
-        assert np.array_equal(found.affine, wanted.affine) and found.shape == wanted.shape
-        mine, right = (np.asarray(image.dataobj) for image in (found, wanted))
+    for row, i in zip(rows[:2], (0, 1), strict=True):
+        made, wanted = nibabel.load(row["mask"]), nibabel.load(folder / f"mask{i}.nii.gz")
+        assert np.array_equal(made.affine, wanted.affine) and made.shape == wanted.shape
+        mine, right = (np.asarray(image.dataobj) for image in (made, wanted))
         dice.append([2 * np.sum((mine == c) & (right == c)) / (np.sum(mine == c) + np.sum(right == c)) for c in (1, 2)])
         assert float(row["ml(grey)"]) == np.sum(mine == 1) / 1000  # voxels of 1 mm
-    assert json.loads(done.stdout)["metrics"]["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
+    assert found["metrics"]["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
 
 
 @pytest.mark.parametrize("spacing", ["[1.0, 1.0, 1.0]", "[1.0, 0.5, 1.0]"])
@@ -314,20 +303,18 @@ def test_flat_images_are_segmented(tmp_path: Path) -> None:
     words += [word for key, value in {**args, "norm": "batch"}.items() for word in (f"--model.args.{key}", value)]
     words += ["--importance.num_samples", "4", "--importance.score_batch", "4", "--train.global_batch", "4"]
     words += ["--train.epochs", "12", "--head_warmup.max_epochs", "2", "--optimizer.lr", "1e-2", "--removal.fractions", "[]"]
-    train(2, *words, "--runs_dir", str(tmp_path), "--name", "run", "--test_resamples", "0")
+    output_of("train", "mri.toml", *words, "--runs_dir", tmp_path, "--name", "run", "--test_resamples", "0", ranks=2)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["test"]["dice"] > 0.5 and summary["num_selected"] > 0
-    command = [sys.executable, "-m", "dcft_dist.cli", "predict", str(tmp_path / "run"), "--data.path"]
     (tmp_path / "asked.csv").write_text("image,square\nimage5.png,square5.png\n")
-    command += [str(tmp_path / "asked.csv"), "--masks", str(tmp_path / "said"), "--out", str(tmp_path / "said.csv")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    words = ["predict", tmp_path / "run", "--data.path", tmp_path / "asked.csv"]
+    output_of(*words, "--masks", tmp_path / "said", "--out", tmp_path / "said.csv")
     found, wanted = (np.asarray(Image.open(f)) for f in (tmp_path / "said/image5_mask.png", tmp_path / "mask5.png"))
     assert found.shape == wanted.shape == (44, 40)
     dice = [2 * np.sum((found == c) & (wanted == c)) / (np.sum(found == c) + np.sum(wanted == c)) for c in (1, 2)]
     assert summary["test"]["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
-    said = list(csv.DictReader((tmp_path / "said.csv").open()))
-    assert float(said[0]["pixels(grey)"]) == np.sum(found == 1)
+    rows = list(csv.DictReader((tmp_path / "said.csv").open()))
+    assert float(rows[0]["pixels(grey)"]) == np.sum(found == 1)
 
 
 def test_a_structure_that_no_training_mask_has(tmp_path: Path) -> None:
@@ -338,17 +325,7 @@ def test_a_structure_that_no_training_mask_has(tmp_path: Path) -> None:
     words += [word for key, value in args.items() for word in (f"--model.args.{key}", value)]
     words += ["--model.head", '["model.2"]', "--importance.num_samples", "4", "--importance.score_batch", "4"]
     words += ["--train.global_batch", "4", "--runs_dir", str(tmp_path)]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        "-m",
-        "dcft_dist.cli",
-        "train",
-        "mri.toml",
-    ]
-    done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=200)
+    done = dcft("train", "mri.toml", *words, ranks=2)
     assert done.returncode and "no training mask has tumour: leave it out of data.classes" in done.stderr
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,8 @@ from dcft_dist.study import Cell, facts_of, final_cells, load_study, make_config
 from dcft_dist.study_folder import StudyFolder
 from dcft_dist.study_table import results, table
 from dcft_dist.tasks import load_task
+
+from .processes import dcft
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -39,11 +39,6 @@ penalty.factor = 0.0
 arm = "dcft"
 minus = "full"
 """
-
-
-def dcft(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dcft_dist.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=500)
 
 
 def write(path: Path, text: str = SMALL) -> Path:

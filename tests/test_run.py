@@ -27,7 +27,9 @@ extends = "smoke.toml"
 name = "tiny"
 log_every = 1
 timeout_s = 60
+test_resamples = 20
 [task]
+max_tokens = 16
 train_per_class = 4
 validation_per_class = 2
 test_per_class = 2

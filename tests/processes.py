@@ -6,6 +6,7 @@ it (test_run.py: bad input; test_life.py, test_slurm.py: torchrun).
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -65,6 +66,7 @@ def _dcft(words: list[str], env: dict[str, str], folder: str, files: list[Path])
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)  # the run's own processes start as in a Python of its own
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", "1")))
     sys.argv[1:] = words
     from dcft_dist import cli

@@ -18,7 +18,7 @@ from torch.nn import functional
 from .dicom import is_dicom, picture_in
 from .errors import ConfigError, DataError, listing
 from .files import write_atomic, write_json
-from .preprocessing import TRANSFORMERS, Crop, as_picture, preprocessing_of
+from .preprocessing import TRANSFORMERS, Library, as_picture, preprocessing_of
 from .rows import Cell
 from .schema import Config
 from .splits import Split, name_of, places_of
@@ -115,30 +115,33 @@ class OwnImageProcessor:
     """Resizes to a square or as the model's library does, varies, normalises as is said beside the weights, if there."""
 
     def __init__(self, config: Config) -> None:
+        """
+        Raises:
+            ConfigError: the library's processor cannot be used (see `Preprocessing.library`); mean and deviation do not fit.
+        """
         self.side = config.model.image_size
         said = preprocessing_of(config.model.weights)
         self.mean = (said.mean if said else None) or list(config.data.mean)
         self.std = [float(s) for s in (said.std if said else None) or config.data.std]
-        self._scale, self._crop, self._said = said.scale if said else 1.0, None, said
-        if len(self.mean) != len(self.std):
-            raise ConfigError(f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}")
+        self._scale, self._said, self._crop = said.scale if said else 1.0, said, None
         if config.data.processor:
-            self._crop = self._its_crop(config)
+            library = self._library(config)
+            self.mean, self.std, self._crop = library.mean, library.std, library.crop
         elif said and said.sizes and said.sizes != {self.side}:
             log.warning("model.image_size = %d, but %s says %s", self.side, said.file, sorted(said.sizes))
+        if len(self.mean) != len(self.std):
+            raise ConfigError(f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}")
+        if said:
+            log.info("mean %s and deviation %s of pixels: %s", self.mean, self.std, said.file)
         self._vary = Variation(config)
 
-    def _its_crop(self, config: Config) -> Crop:
+    def _library(self, config: Config) -> Library:
         if self._said is None:
             raise ConfigError(
                 f"data.processor: nothing beside model.weights = {config.model.weights} says how: no "
                 "preprocessor_config.json (transformers), config.json of timm, or open_clip_config.json"
             )
-        crop = self._said.crop()
-        found = list(crop(as_picture(torch.zeros(len(self.mean), 2 * self.side, 3 * self.side))).shape)
-        if found != [len(self.mean), self.side, self.side]:
-            raise ConfigError(f"data.processor: {self._said.file} makes images of {found}: model.image_size = {found[-1]}")
-        return crop
+        return self._said.library(self.side)
 
     def __call__(self, split: Split) -> ImageFiles:
         return ImageFiles(list(split.inputs), split.labels, self)
@@ -168,7 +171,7 @@ class OwnImageProcessor:
         return pixels[0]
 
     def _varied(self, pixels: Tensor, draw: str) -> Tensor:
-        found = torch.as_tensor(np.asarray(self._vary(pixels.clone(), draw))).to(pixels.dtype)
+        found = torch.from_numpy(np.ascontiguousarray(self._vary(pixels.clone(), draw))).to(pixels.dtype)
         if found.shape != pixels.shape:
             raise ConfigError(f"data.transform: it makes {list(found.shape)} of an image {list(pixels.shape)}")
         return found
@@ -193,6 +196,8 @@ class OwnImageProcessor:
             wrong = [text for text in threads.map(problem, sources) if text]
         if wrong:
             raise DataError(f"{len(wrong)} of {len(sources)} images: {listing(wrong, 3)}")
+        if sources and self._vary:
+            self.image(sources[0][1], "check")
 
     def save(self, folder: Path) -> None:
         """As transformers' image processors read it; with `data.processor`, what its library reads, as it was."""

@@ -129,7 +129,11 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
         if data.modality == "volume" and isinstance(label, str):
             label = (folder or Path()) / label
         group = str(record[data.group]).strip() if data.group else str(values[0]) if isinstance(values[0], Path) else where
-        for name, cell in ((data.group, group), (data.label, label), *((name, record[name]) for name in inputs)):
+        for name, cell in (
+            (data.group, group),
+            (data.label, record.get(str(data.label))),
+            *((name, record[name]) for name in inputs),
+        ):
             if isinstance(name, str) and is_empty(cell):
                 raise DataError(f"{where}: the column {name!r} is empty")
         if data.modality == "text" and not isinstance(value, str):

@@ -128,7 +128,7 @@ class Task(Section):
 
 
 class Data(Section):
-    """The user's data, for `task.name = "own"` (docs/data.md)."""
+    """The user's data, for `task.name = "own"` (docs/models.md)."""
 
     format: Literal["table", "image_folder", "medmnist", "dataset", "python"] = Field(
         "table",
@@ -199,8 +199,8 @@ class Data(Section):
     transform: str | None = Field(
         None,
         description="Import path of a function that makes a random variant of a training image ([channels, side, side], "
-        "before normalisation) or of a patch ({image, mask}, each [channels, *patch]): yours, or one of MONAI, with "
-        "`transform_args`.",
+        "before normalisation) or patch ({image: [channels, *patch], mask: [1, *patch]}, normalised): yours, or one of "
+        "MONAI, with `transform_args`.",
     )
     transform_args: dict[str, Any] = Field({}, description="Keyword arguments that make it; absent: it is called as it is.")
 
@@ -502,10 +502,13 @@ class Config(Section):
             raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
         if self.data.transform and self.data.modality not in ("image", "volume"):
             raise ValueError("data.transform varies images: it is for data.modality = 'image' or 'volume'")
-        if isinstance(self.data.input, list) and self.data.modality != "volume":
+        columns = self.data.input
+        if isinstance(columns, list) and not 0 < len(columns) == len(set(columns)):
+            raise ValueError(f"data.input: columns that differ, at least one, not {columns}")
+        if isinstance(columns, list) and self.data.modality != "volume":
             raise ValueError("several columns of data.input are channels of a volume: data.modality = 'volume'")
         if self.data.processor and (self.data.modality != "image" or self.task.name != "own"):
-            raise ValueError("data.processor crops images: it is for data.modality = 'image'")
+            raise ValueError("data.processor is for task.name = 'own' with data.modality = 'image'")
         if self.task.name == "own":
             if not self.data.sources():
                 raise ValueError(f"task.name = 'own' needs data: data.{'build' if self.data.format == 'python' else 'path'}")

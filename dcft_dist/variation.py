@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, line_of
 from .imports import find_object
 from .schema import Config
 from .seeded import seed_of, seeded
@@ -19,19 +19,26 @@ class Variation:
         Raises:
             ConfigError: there is no such function, or it cannot be made.
         """
-        self._seed = config.seed
+        self._seed, self._path = config.seed, config.data.transform
         self._transform = _transform(config)
 
     def __bool__(self) -> bool:
         return self._transform is not None
 
     def __call__(self, example: Any, draw: str) -> Any:
-        """The variant of that draw."""
+        """The variant of that draw.
+
+        Raises:
+            ConfigError: the function fails.
+        """
         seed = seed_of(self._seed, draw)
         with seeded(seed):
             if reset := getattr(self._transform, "set_random_state", None):  # MONAI's
                 reset(seed)
-            return self._transform(example)  # type: ignore[misc]
+            try:
+                return self._transform(example)  # type: ignore[misc]
+            except Exception as error:
+                raise ConfigError(f"data.transform: {self._path} fails: {type(error).__name__}: {line_of(error)}") from error
 
 
 def _transform(config: Config) -> Callable[[Any], Any] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -75,6 +77,8 @@ class VolumeProcessor:
         if data.spacing:
             steps.append(mt.Spacingd(keys, data.spacing, mode=("bilinear", "nearest"), **may))
         self._read: Any = mt.Compose(steps)
+        # MONAI's readers keep what they read between two calls: in a thread of its own each reads by a copy of its own.
+        self._readers: dict[int, Any] = {threading.get_ident(): self._read}
         if data.window:
             low, high = data.window
             self._scale: Any = mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True)
@@ -114,18 +118,32 @@ class VolumeProcessor:
         if mask is not None:
             places["mask"] = mask
         try:
-            return self._read(places)  # type: ignore[no-any-return]
+            return self._reader()(places)  # type: ignore[no-any-return]
         except Exception as error:  # each reader has its own
-            names = " with ".join(filter(None, (*channels, mask)))
-            raise DataError(f"{names}: cannot be read: {line_of(error, -1)}") from error
+            names, why = " with ".join(filter(None, (*channels, mask))), error
+            while isinstance(why.__cause__, Exception):  # MONAI says in which transform, and hides the reason
+                why = why.__cause__
+            raise DataError(f"{names}: cannot be read: {line_of(why, -1)}") from error
+
+    def _reader(self) -> Any:
+        thread = threading.get_ident()
+        if thread not in self._readers:
+            self._readers[thread] = copy.deepcopy(self._read)
+        return self._readers[thread]
 
     def _check_values(self, pair: Pair, found: dict[str, Any]) -> None:
         """What was read, once it is turned, with the values that its files have; once for each pair."""
         if pair in self._found_in:
             return
         image, mask, name = found["image"], found.get("mask"), name_of(pair[0], "")
-        if not bool(torch.isfinite(image).all()):
-            raise DataError(f"{name}: some of its voxels are no numbers (NaN or infinite)")
+        good, (channels, _) = torch.isfinite(image).flatten(1).all(1).tolist(), _files_of(pair)
+        if not all(good):
+            bad = (
+                [file for file, fine in zip(channels, good, strict=True) if not fine]
+                if len(channels) == len(good)
+                else [name]
+            )
+            raise DataError(f"{listing(bad)}: some of its voxels are no numbers (NaN or infinite)")
         if mask is None:
             return
         if image.shape[1:] != mask.shape[1:] or len(mask) != 1:
@@ -133,12 +151,10 @@ class VolumeProcessor:
                             f"with {len(mask)} channels")  # fmt: skip
         if not np.allclose(image.affine, mask.affine, atol=1e-2):
             raise DataError(f"{name} and {pair[1]} lie differently in space")
-        labels = torch.unique(mask)
-        wrong = [float(v) for v in labels if not (0 <= float(v) < self._classes and float(v) == round(float(v)))]
-        if wrong:
-            some = listing([f"{v:g}" for v in wrong])
-            raise DataError(f"{pair[1]}: labels {some}, but there are {self._classes} classes, 0 to {self._classes - 1}")
-        self._found_in[pair] = {int(v) for v in labels}
+        if wrong := self._no_classes(mask):
+            last = self._classes - 1
+            raise DataError(f"{pair[1]}: labels {listing(wrong)}, but there are {self._classes} classes, 0 to {last}")
+        self._found_in[pair] = {int(v) for v in torch.unique(mask)}
 
     def as_in_file(self, image: Any, classes: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
         """Classes [*whole] of a volume on the grid of its file, and the affine of that."""
@@ -163,14 +179,22 @@ class VolumeProcessor:
         return self._varied(image, mask, draw) if self._vary else (image, mask)
 
     def _varied(self, image: Tensor, mask: Tensor, draw: str) -> tuple[Tensor, Tensor]:
-        found = self._vary({"image": image, "mask": mask}, draw)
+        # Draws of its own: those of the crop would make it a function of where that lies. Copies: volumes stay in memory.
+        found = self._vary({"image": image.clone(), "mask": mask.clone()}, f"{draw}:transform")
         if not isinstance(found, dict) or not {"image", "mask"} <= found.keys():
             raise ConfigError("data.transform: it is to give a dictionary with image and mask, as it gets one")
-        made = [torch.as_tensor(np.asarray(found[key])) for key in ("image", "mask")]
+        made = [torch.from_numpy(np.ascontiguousarray(found[key])) for key in ("image", "mask")]
         for one, before in zip(made, (image, mask), strict=True):
             if one.shape != before.shape:
                 raise ConfigError(f"data.transform: it makes {list(one.shape)} of a patch {list(before.shape)}")
+        if wrong := self._no_classes(made[1]):
+            raise ConfigError(f"data.transform: the mask has values {listing(wrong)}: it is to be interpolated by nearest")
         return made[0].to(image.dtype), made[1].to(mask.dtype)
+
+    def _no_classes(self, mask: Tensor) -> list[str]:
+        """Values of a mask that are none of the classes."""
+        found = [float(v) for v in torch.unique(mask)]
+        return [f"{v:g}" for v in found if not (0 <= v < self._classes and v == round(v))]
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
         """Compares image and mask of every pair, and reads both, each rank its part.
@@ -183,6 +207,8 @@ class VolumeProcessor:
             wrong = [text for text in threads.map(self._problem, pairs) if text]
         if wrong:
             raise DataError(f"{len(wrong)} of {len(pairs)} volumes: {listing(wrong, 3)}")
+        if pairs and self._vary:
+            self.patch(pairs[0], "check")
 
     def check_classes(self, train: Split, names: Sequence[str]) -> None:
         """After `check`. Collective.

@@ -206,6 +206,13 @@ def test_variants_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> Non
     examples = OwnImageProcessor(config)(own_task(config).train)
     a, b = (examples.inputs(range(8), d)["pixel_values"] for d in (1, 1))
     assert torch.equal(a, b)
+    # As it comes from numpy, with steps that go backwards; and one that fails.
+    config = load_config("mri.toml", [*how, "--data.transform", "numpy.fliplr"])
+    OwnImageProcessor(config)(own_task(config).train).inputs([0], 1)
+    config = load_config("mri.toml", [*how, "--data.transform", "json.loads"])
+    task = own_task(config)
+    with pytest.raises(ConfigError, match=r"data.transform: json.loads fails: TypeError: the JSON object must be"):
+        OwnImageProcessor(config).check([task.train, task.validation, task.test], 0, 1)
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------------
@@ -450,13 +457,16 @@ def test_what_the_processor_beside_the_weights_says(tmp_path: Path, caplog: pyte
     assert "model.image_size = 64, but" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["BitImageProcessor", "ViTImageProcessor", "ConvNextImageProcessor", "CLIPImageProcessor"])
+@pytest.mark.parametrize(
+    "kind",
+    ["BitImageProcessor", "ViTImageProcessor", "ConvNextImageProcessor", "CLIPImageProcessor", "MobileViTImageProcessor"],
+)
 def test_a_processor_of_transformers_resizes_and_crops(kind: str, tmp_path: Path) -> None:
     """With `data.processor` an image of any size and mode becomes what the model has seen, and what the export says."""
     import transformers
 
     size = {"BitImageProcessor": {"shortest_edge": 40}, "ConvNextImageProcessor": {"shortest_edge": 32}}.get(kind)
-    crop = {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True} if kind[:3] in ("Bit", "CLI") else {}
+    crop = {"crop_size": {"height": 32, "width": 32}, "do_center_crop": True} if kind[:3] in ("Bit", "CLI", "Mob") else {}
     plain = {"height": 32, "width": 32} if kind[:3] == "ViT" else {"shortest_edge": 40}
     theirs = getattr(transformers, kind)(size=size or plain, image_std=[0.2, 0.3, 0.4], **crop)
     theirs.save_pretrained(tmp_path / "model")
@@ -477,6 +487,7 @@ def test_a_processor_of_transformers_resizes_and_crops(kind: str, tmp_path: Path
 
 
 def test_a_processor_that_is_not_there_or_does_not_fit(tmp_path: Path) -> None:
+    import transformers
     from transformers import ViTImageProcessor
 
     words = ["--task.name", "own", "--data.path", "x", "--model.image_size", "48", "--model.build", "json.loads"]
@@ -486,10 +497,22 @@ def test_a_processor_that_is_not_there_or_does_not_fit(tmp_path: Path) -> None:
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"preprocessor_config.json makes images of \[3, 32, 32\]: model.image_size = 32"):
         OwnImageProcessor(load_config("mri.toml", words))
+    transformers.CLIPImageProcessor(size={"shortest_edge": 48}, do_center_crop=False).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"makes images of \[3, 48, 72\], no squares: use data.collate"):
+        OwnImageProcessor(load_config("mri.toml", words))
+    transformers.SamImageProcessor(size={"longest_edge": 48}, pad_size={"height": 48, "width": 48}).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"is more than to resize, crop and normalise: use data.collate"):
+        OwnImageProcessor(load_config("mri.toml", words))  # it pads what is normalised
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
     with pytest.raises(ConfigError, match=r"data.processor: .*preprocessor_config.json: ValueError: "):
         OwnImageProcessor(load_config("mri.toml", words))
-    with pytest.raises(ConfigError, match=r"data.processor crops images: it is for data.modality = 'image'"):
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "config.json").write_text("[1, 2")
+    with pytest.raises(ConfigError, match=r"config.json cannot be read"):
+        OwnImageProcessor(load_config("mri.toml", words))
+    (tmp_path / "config.json").write_text("[1, 2]")
+    OwnImageProcessor(load_config("mri.toml", words[:-2]))  # nothing is said there
+    with pytest.raises(ConfigError, match=r"data.processor is for task.name = 'own' with data.modality"):
         load_config("mri.toml", [*words, "--data.modality", "text"])
 
 

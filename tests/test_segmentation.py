@@ -13,6 +13,7 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from monai.transforms import Compose, RandFlipd
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -22,6 +23,7 @@ from dcft_dist.engines.wrap import Plan, prepare
 from dcft_dist.errors import ConfigError, DataError
 from dcft_dist.models import build_model
 from dcft_dist.own_data import own_task
+from dcft_dist.seeded import seed_of
 from dcft_dist.segmentation import Segmentation
 from dcft_dist.volumes import VolumeProcessor
 
@@ -141,13 +143,30 @@ def test_several_files_are_channels_of_one_image(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(one.get_fdata(), np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "second5.nii.gz")
     with pytest.raises(DataError, match=r"image5.nii.gz and .*second5.nii.gz lie differently in space"):
         VolumeProcessor(both).check([task.test], 0, 1)
+    nibabel.save(nibabel.Nifti1Image(np.full(one.shape, np.nan), one.affine), tmp_path / "second5.nii.gz")
+    with pytest.raises(DataError, match=r"volumes: \S*second5.nii.gz: some of its voxels are no numbers"):
+        VolumeProcessor(both).check([task.test], 0, 1)
     (tmp_path / "second5.nii.gz").unlink()
-    with pytest.raises(DataError, match=r"1 of 18 files are missing: .*second5.nii.gz .two.csv, line 7|two.csv, line 7"):
+    with pytest.raises(DataError, match=r"1 of 18 files are missing: .*second5\.nii\.gz \(.*two\.csv, line 7\)"):
         own_task(both)
 
 
 def flip_both(patch: dict[str, Any]) -> dict[str, Any]:
-    return {key: np.flip(value.numpy(), 1).copy() for key, value in patch.items()}
+    """Written into what is given as well, as careless code does."""
+    found = {key: np.flip(value.numpy().copy(), 1) for key, value in patch.items()}
+    patch["image"] += 5
+    return found
+
+
+def halved(patch: dict[str, Any]) -> dict[str, Any]:
+    return patch | {"mask": patch["mask"] / 2}
+
+
+class Flips(Compose):
+    """As users write them: a chain, which hands its draws on as MONAI's cropping does."""
+
+    def __init__(self) -> None:
+        super().__init__([RandFlipd(["image", "mask"], prob=0.5, spatial_axis=0)])
 
 
 def test_patches_are_varied_with_their_masks(tmp_path: Path) -> None:
@@ -175,8 +194,25 @@ def test_patches_are_varied_with_their_masks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.transform: it makes \[1, 16, 16, 8\] of a patch \[1, 32, 32, 8\]"):
         patches("--data.transform", "monai.transforms.CenterSpatialCropd", *flips[2:],
                 "--data.transform_args.roi_size", "[16, 16, 8]")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"data.transform: the mask has values 0.5: it is to be interpolated by nearest"):
+        patches("--data.transform", "tests.test_segmentation.halved")
     with pytest.raises(ConfigError, match=r"data.transform: it is to give a dictionary with image and mask"):
         patches("--data.transform", "builtins.len")
+
+
+def test_a_variant_does_not_depend_on_the_place_of_the_patch(tmp_path: Path) -> None:
+    words = [*KEYS, "--data.path", str(slabs(tmp_path)), "--model.build", "json.loads", "--import_roots", '["."]']
+    config = load_config("mri.toml", words)
+    vary = load_config("mri.toml", [*words, "--data.transform", "tests.test_segmentation.Flips"])
+    (plain, varied), task = [VolumeProcessor(one) for one in (config, vary)], own_task(config)
+    pair, alike = (task.train.inputs[0], task.train.labels[0]), []
+    for draw in range(20):
+        patches = [one.patch(pair, f"{draw}:0")[0] for one in (plain, varied)]
+        flips = Flips()
+        flips.set_random_state(seed_of(0, f"{draw}:0"))  # where the cropping begins
+        again = flips({"image": patches[0], "mask": patches[0]})["image"]
+        alike.append(torch.equal(torch.as_tensor(again), patches[1]))
+    assert 0 < sum(alike) < 20
 
 
 def swin(folder: Path) -> list[str]:

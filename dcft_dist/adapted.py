@@ -89,7 +89,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> Adapted:
     plan = Plan(engine, world.device, pretrained.blocks, bf16=bf16, zero_stage=stage)
     prepared = prepare(pretrained.module, plan, _no_optimizer)
     for prefix, part in pretrained.parts.items():
-        load_weights(prepared.model, folder.model / part, prefix=prefix)
+        load_weights(prepared.model, folder.model / part.folder, prefix=prefix, stem=part.stem)
     return Adapted(config, facts, objective, pretrained, prepared, world)
 
 

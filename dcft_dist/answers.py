@@ -11,6 +11,7 @@ from . import collectives
 from .adapted import Adapted, named
 from .engines import find_engine
 from .errors import ConfigError, DataError
+from .language import AnswerProcessor
 from .splits import Split
 
 
@@ -30,6 +31,8 @@ def answers_of(adapted: Adapted, split: Split, tokens: int) -> dict[str, list[An
     """
     if tokens < 1:
         raise ConfigError(f"--tokens {tokens}: an answer has at least one")
+    if not isinstance(adapted.pretrained.processor, AnswerProcessor):
+        raise ConfigError("answers to inputs that data.collate makes cannot be predicted: call the model's `generate`")
     world = adapted.world
     generate = _generate(adapted)
     with collectives.agreed("read the data"):

@@ -60,7 +60,7 @@ class Weights:
         pretrained = build_model(config, make_objective(config, facts).num_outputs)
         Materialiser(_CPU)(pretrained.module)
         for prefix, part in pretrained.parts.items():
-            load_weights(pretrained.module, folder / part, prefix=prefix)
+            load_weights(pretrained.module, folder / part.folder, prefix=prefix, stem=part.stem)
         return self._of(pretrained, self.fresh)
 
     @classmethod
@@ -118,7 +118,7 @@ def apply_delta(config: Config, facts: Mapping[str, Any], delta: Path, folder: P
     for name, tensor in weights.tensors.items():
         _change(tensor, name, stored, delta)
     for prefix, part in weights.pretrained.parts.items():
-        save_weights(weights.pretrained.module, folder / part, prefix=prefix)
+        save_weights(weights.pretrained.module, folder / part.folder, prefix=prefix, stem=part.stem)
     weights.pretrained.describe(folder)
     weights.pretrained.processor.save(folder)
 

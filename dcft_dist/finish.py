@@ -100,7 +100,7 @@ def _export(job: Job, fundamental: FundamentalSet | None) -> None:
     if job.config.method == "lora":
         merge_adapters(job.pretrained.module)
     for prefix, part in job.pretrained.parts.items():
-        save_weights(job.model, folder / part, prefix=prefix)
+        save_weights(job.model, folder / part.folder, prefix=prefix, stem=part.stem)
     if fundamental is not None:
         fundamental.save(folder / job.directory.fundamental.name)
     with collectives.agreed("export"):

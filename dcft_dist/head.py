@@ -128,8 +128,6 @@ def _warm_up(job: Job) -> dict[str, Tensor]:
 def _warm_up_in_place(job: Job, names: list[str]) -> None:
     """A head of several modules (a decoder) is trained where it is, by steps in which the body has the learning rate 0."""
     settings, optimizer = job.config.head_warmup, job.prepared.optimizer
-    if job.config.engine == "deepspeed":
-        raise ConfigError("a head of several modules cannot be warmed up under deepspeed: head_warmup.max_epochs = 0")
     rates = [group["peak_lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["peak_lr"] = settings.lr if group["in_head"] else 0.0

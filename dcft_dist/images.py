@@ -196,7 +196,7 @@ class OwnImageProcessor:
             wrong = [text for text in threads.map(problem, sources) if text]
         if wrong:
             raise DataError(f"{len(wrong)} of {len(sources)} images: {listing(wrong, 3)}")
-        if sources and self._vary:
+        if sources and len(splits) > 1 and self._vary:  # before the run, not when others are predicted
             self.image(sources[0][1], "check")
 
     def save(self, folder: Path) -> None:

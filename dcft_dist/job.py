@@ -127,6 +127,9 @@ def gather(config: Config, rank: int = 0, ranks: int = 1, read: bool = True) -> 
     facts = facts_of(config, task.class_names, task.train.labels)
     objective = make_objective(config, facts)
     pretrained = build_model(config, objective.num_outputs)
+    several = pretrained.head and pretrained.head_module() is None
+    if several and config.engine == "deepspeed" and config.head_warmup.max_epochs:
+        raise ConfigError("a head of several modules cannot be warmed up under deepspeed: head_warmup.max_epochs = 0")
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     examples = {name: pretrained.processor(split) for name, split in splits.items()}
     check_sizes(config, len(examples["train"]))

@@ -25,12 +25,12 @@ from .engines.private import persistent_buffers
 from .errors import CheckpointError, listing
 from .meta import Materialiser
 from .names import ParameterNames
-from .stored import Stored, TensorSlice
+from .stored import Part, Stored, TensorSlice
 from .weights import cells
 
 _COUNTERS = "num_batches_tracked"  # of batch normalisation: nothing uses them where the momentum is given
 Shape = tuple[int, ...]
-Translate = Callable[[Iterable[str]], Mapping[str, str | None]]
+Translate = Callable[[Iterable[str]], Mapping[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ class Loading:
             part: the module is this part of what the file holds: names that begin so count, without that, and all others are
                 left aside; all count where none begins so.
             rename: prefix of names in the file -> prefix in the model; the longest that fits.
-            translate: names after that -> names in the model, for files of a library that has its own (None: it cannot).
+            translate: names after that -> names in the model, for files of a library that has its own (several: of equal
+                parts of the rows; none: it cannot).
             prefix: put before all names then, for a model that is part of another.
             seed: new weights are a function of it and their names.
 
@@ -125,7 +126,7 @@ class Loading:
             for name in (*self.report.matched, *self.report.resized):
                 values = stored[self._source[name]]
                 if name in self.report.resized:
-                    values = TensorSlice(_resized(values[...], self._shapes[name]))
+                    values = TensorSlice(_resized(name, values[...], self._shapes[name]))
                 if name in buffers:
                     buffers[name].copy_(values[...])
                 else:
@@ -155,26 +156,34 @@ def fill_shard(shard: Shard, whole: Tensor) -> None:
 
 def _names(
     stored: Stored, part: str | None, rename: Mapping[str, str], translate: Translate | None, prefix: str
-) -> dict[str, str]:
-    """Name in the model -> name in the file.
+) -> dict[str, str | Part]:
+    """Name in the model -> name in the file, or which part of that tensor.
 
     Raises:
         CheckpointError: two tensors would go to one place, or the library merges some.
     """
     inside = [name for name in stored if part and name.startswith(f"{part}.")]
     renamed = {name: _renamed(name.removeprefix(f"{part}.") if inside else name, rename) for name in inside or stored}
-    known = translate(renamed.values()) if translate else {name: name for name in renamed.values()}
-    merged = [name for name, middle in renamed.items() if known[middle] is None]
+    known = translate(renamed.values()) if translate else {name: [name] for name in renamed.values()}
+    merged = [name for name, middle in renamed.items() if not known[middle]]
     if merged:
         raise CheckpointError(
             f"{stored.place}: its library merges or splits {listing(merged, 3)} when it reads them: read and save the model "
             "there once with save_pretrained(..., save_original_format=False)"
         )
-    source = {f"{prefix}{known[middle]}": name for name, middle in renamed.items()}
-    lost = set(renamed) - set(source.values())
+    source: dict[str, str | Part] = {}
+    for name, middle in renamed.items():
+        many = len(known[middle])
+        source |= {f"{prefix}{new}": Part(name, i, many) if many > 1 else name for i, new in enumerate(known[middle])}
+    lost = set(renamed) - {_tensor(old) for old in source.values()}
     if lost:
         raise CheckpointError(f"{stored.place}: {listing(sorted(lost))} would go where another tensor of the file goes")
     return source
+
+
+def _tensor(source: str | Part) -> str:
+    """The name in the file."""
+    return source.name if isinstance(source, Part) else source
 
 
 def _renamed(name: str, rename: Mapping[str, str]) -> str:
@@ -187,7 +196,7 @@ def _renamed(name: str, rename: Mapping[str, str]) -> str:
 
 def _compare(
     stored: Stored,
-    source: Mapping[str, str],
+    source: Mapping[str, str | Part],
     shapes: Mapping[str, Shape],
     aliases: Mapping[str, str],
     allowed: Allowed,
@@ -213,15 +222,19 @@ def _compare(
         elif (found := stored.shape(source[name])) == shape:
             report.matched.append(name)
         elif _fits(name, allowed.resize):
-            _grid(name, found, shape)
+            _check_resize(name, found, shape)
             report.resized[name] = [list(found), list(shape)]
         else:
-            advice = f": model.resize = ['{name.removeprefix(prefix)}'] interpolates it" if "pos" in name else ""
+            advice = (
+                f": model.resize = ['{name.removeprefix(prefix)}'] interpolates it"
+                if _can_resize(name, found, shape)
+                else ""
+            )
             wrong.append(f"{source[name]} is {list(found)} there and {list(shape)} in the model{advice}")
     for name, old in source.items():
         if name not in shapes or _fits(name, allowed.head):
-            report.unused.append(old)
-            if name not in shapes and not _fits(old, allowed.unused):
+            report.unused.append(str(old))
+            if name not in shapes and not _fits(_tensor(old), allowed.unused):
                 wrong.append(f"{old} has no place in the model")
     if wrong:
         raise CheckpointError(f"{stored.place} does not fit the model: {listing(wrong)}{_advice(source, shapes, prefix)}")
@@ -232,7 +245,7 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
 
 
-def _advice(source: Mapping[str, str], shapes: Mapping[str, Shape], prefix: str) -> str:
+def _advice(source: Iterable[str], shapes: Mapping[str, Shape], prefix: str) -> str:
     """A prefix that would make names fit, if there is one; otherwise which keys allow differences."""
     known, given = ({name.removeprefix(prefix) for name in names} for names in (shapes, source))
     unknown, missing = sorted(given - known), sorted(known - given)
@@ -250,11 +263,13 @@ def _advice(source: Mapping[str, str], shapes: Mapping[str, Shape], prefix: str)
 
 
 def _grid(name: str, old: Shape, new: Shape) -> tuple[int, int, int]:
-    """(extra tokens before the grid, side of the old grid, of the new one) of position embeddings [1, tokens, width].
+    """(extra tokens before the grid, side of the old grid, of the new one) of position embeddings.
 
     Raises:
         CheckpointError: they are no square grids with equally many extra tokens.
     """
+    if len(old) == len(new) == 2:  # as CLIP has them
+        old, new = (1, *old), (1, *new)
     if len(old) == len(new) == 3 and old[0] == new[0] == 1 and old[2] == new[2]:
         for extra in range(9):
             sides = math.isqrt(max(old[1] - extra, 0)), math.isqrt(max(new[1] - extra, 0))
@@ -265,9 +280,36 @@ def _grid(name: str, old: Shape, new: Shape) -> tuple[int, int, int]:
     raise CheckpointError(f"{name} cannot be resized from {list(old)} to {list(new)}: these are no square grids of tokens")
 
 
-def _resized(values: Tensor, shape: Shape) -> Tensor:
-    """Bicubic interpolation of the grid; extra tokens stay. [1, tokens, width] or [1, side, side, width]."""
-    extra, old, new = _grid("", tuple(values.shape), shape)
+def _can_resize(name: str, old: Shape, new: Shape) -> bool:
+    try:
+        _check_resize(name, old, new)
+    except CheckpointError:
+        return False
+    return "pos" in name
+
+
+def _check_resize(name: str, old: Shape, new: Shape) -> None:
+    """
+    Raises:
+        CheckpointError: see `_grid`.
+    """
+    if not _is_relative(name, old, new):
+        _grid(name, old, new)
+
+
+def _is_relative(name: str, old: Shape, new: Shape) -> bool:
+    """Whether these are embeddings of distances along an axis, [distances, width]."""
+    return "rel_pos" in name and len(old) == len(new) == 2 and old[1] == new[1]
+
+
+def _resized(name: str, values: Tensor, shape: Shape) -> Tensor:
+    """Bicubic interpolation of the grid; extra tokens stay. [1, tokens, width], [tokens, width] or [1, side, side, width].
+
+    Of distances linear, as Segment Anything does it (Kirillov et al. 2023).
+    """
+    if _is_relative(name, tuple(values.shape), shape):
+        return functional.interpolate(values.float().T.unsqueeze(0), shape[0], mode="linear")[0].T
+    extra, old, new = _grid(name, tuple(values.shape), shape)
     flat = values.float().reshape(1, -1, values.shape[-1])
     grid = flat[:, extra:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
     grid = functional.interpolate(grid, (new, new), mode="bicubic", align_corners=False, antialias=True)

@@ -16,7 +16,7 @@ from .language import AnswerProcessor
 from .own_model import own_model
 from .own_parts import CollateProcessor
 from .packages import dinov2_file, minilm_folder
-from .pretrained import HEAD, Classifier, Pretrained, find_blocks
+from .pretrained import HEAD, Classifier, Exported, Pretrained, find_blocks
 from .schema import Config
 from .stored import absent
 from .volumes import VolumeProcessor
@@ -46,7 +46,7 @@ def build_model(config: Config, num_outputs: int) -> Pretrained:
         head=(HEAD,),
         blocks=find_blocks(module),
         processor=make_processor(config),
-        parts={"backbone.": ".", f"{HEAD}.": HEAD},
+        parts={"backbone.": Exported("."), f"{HEAD}.": Exported(HEAD)},
         describe=backbone.config.save_pretrained,
     )
 

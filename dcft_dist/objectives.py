@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .objective import Metrics, Objective
+
+Measure = Callable[[Tensor, Tensor], Tensor]  # of chances and labels 1 or 0 [size]
 
 
 class SingleLabel(Objective):
@@ -40,7 +41,9 @@ class SingleLabel(Objective):
             "accuracy": float(tm.multiclass_accuracy(predicted, labels, average="micro", **classes)),
             "macro_f1": float(tm.multiclass_f1_score(predicted, labels, average="macro", **classes)),
             "balanced_accuracy": float(recall[there].mean()),
-            **_ranking(chances[:, first:], functional.one_hot(labels, self.num_outputs)[:, first:]),
+            **_ranking(
+                chances[:, first:], functional.one_hot(labels, self.num_outputs)[:, first:], _SINGLE if first else {}
+            ),
             "ece": float(tm.multiclass_calibration_error(chances, labels, n_bins=15, **classes)),
         }
 
@@ -67,10 +70,12 @@ class MultiLabel(Objective):
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
         known = ~labels.isnan()
         correct = ((records > 0) == (labels > 0.5))[known]
+        there = torch.where(known, labels.nan_to_num(), -1).long()
+        means = _ranking(records.sigmoid(), there, each=_SINGLE | _DECIDED)
         return {
             "loss": float(self.losses(records, labels.double()).mean()),
             "label_accuracy": float(correct.double().mean()),
-            **_ranking(records.sigmoid(), torch.where(known, labels.nan_to_num(), -1).long()),
+            **means,
         }
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
@@ -116,27 +121,50 @@ def _shares(chances: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
     }
 
 
-def _ranking(chances: Tensor, there: Tensor) -> Metrics:
-    """Means over columns that have both kinds: areas under the ROC and precision-recall curves; for a single column also the
-    sensitivity at 95 % specificity. `there`: 1, 0, or -1 for unknown."""
+def _ranking(chances: Tensor, there: Tensor, each: Mapping[str, Measure]) -> Metrics:
+    """Means over columns that have both kinds: areas under the ROC and precision-recall curves, and `each`.
+
+    `there`: 1, 0, or -1 for unknown.
+    """
     from torchmetrics.functional import classification as tm
 
-    columns = range(chances.shape[1])
-    measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "auroc": tm.binary_auroc,
-        "auprc": tm.binary_average_precision,
-    }
-    if len(columns) == 1:
-        at = partial(tm.binary_sensitivity_at_specificity, min_specificity=0.95)
-        measures["sensitivity_at_95_specificity"] = lambda p, y: at(p, y)[0]
+    measures: dict[str, Measure] = {"auroc": tm.binary_auroc, "auprc": tm.binary_average_precision, **each}
     found: dict[str, list[float]] = {}
-    for column in columns:
+    for column in range(chances.shape[1]):
         known = there[:, column] >= 0
         wanted = there[known, column]
         if 0 < int(wanted.sum()) < len(wanted):
             for name, measure in measures.items():
                 found.setdefault(name, []).append(float(measure(chances[known, column], wanted)))
     return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def _sensitivity(chances: Tensor, wanted: Tensor) -> Tensor:
+    from torchmetrics.functional import classification as tm
+
+    found: Tensor = tm.binary_sensitivity_at_specificity(chances, wanted, min_specificity=0.95)[0]
+    return found
+
+
+def _balanced(chances: Tensor, wanted: Tensor) -> Tensor:
+    said = chances > 0.5
+    return (said[wanted == 1].double().mean() + (~said)[wanted == 0].double().mean()) / 2
+
+
+def _f1(chances: Tensor, wanted: Tensor) -> Tensor:
+    from torchmetrics.functional import classification as tm
+
+    return tm.binary_f1_score(chances, wanted)
+
+
+def _calibration(chances: Tensor, wanted: Tensor) -> Tensor:
+    from torchmetrics.functional import classification as tm
+
+    return tm.binary_calibration_error(chances, wanted, n_bins=15)
+
+
+_SINGLE: dict[str, Measure] = {"sensitivity_at_95_specificity": _sensitivity}
+_DECIDED: dict[str, Measure] = {"macro_f1": _f1, "balanced_accuracy": _balanced, "ece": _calibration}
 
 
 def _quadratic_kappa(found: Tensor, wanted: Tensor, low: int, high: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,9 +21,10 @@ from .imports import find_object
 from .language import AnswerProcessor, pad_id
 from .loading import Allowed, Loading, Translate
 from .meta import without_memory
-from .pretrained import HEAD, Classifier, Pretrained, find_blocks
+from .pretrained import HEAD, Classifier, Exported, Pretrained, find_blocks
 from .stored import absent
 
+_OBJECT = "object:"
 _HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvision
 _WIDTHS = ("hidden_size", "num_features", "embed_dim", "hidden_dim")
 
@@ -71,7 +72,8 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, 
         blocks=_blocks(settings, module),
         processor=processor,
         loading=loading,
-        parts={"backbone.": ".", f"{HEAD}.": HEAD} if settings.features else {"": "."},
+        parts={prefix: Exported(".", _stem(built) if settings.part else "")}
+        | ({f"{HEAD}.": Exported(HEAD)} if settings.features else {}),
         describe=_describe(built),
     )
 
@@ -79,7 +81,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, 
 def _build(config: schema.Config, num_outputs: int, processor: Processor) -> nn.Module:
     settings = config.model
     make = find_object(str(settings.build), config.import_roots, "model.build")
-    args = {key: num_outputs if value == "num_outputs" else value for key, value in settings.args.items()}
+    args = {key: _argument(value, num_outputs, config.import_roots) for key, value in settings.args.items()}
     try:
         built = _from_config(make, settings, args) if hasattr(make, "from_config") else make(**args)
     except Exception as error:
@@ -89,6 +91,15 @@ def _build(config: schema.Config, num_outputs: int, processor: Processor) -> nn.
     _fits_text(getattr(built, "config", None), config, processor)
     _says_float32(getattr(built, "config", None))  # or transformers would read the export as the file was
     return built.float()  # masters in float32, whatever the file has
+
+
+def _argument(value: Any, num_outputs: int, roots: Sequence[str]) -> Any:
+    """`num_outputs`, and what an import path leads to (`object:torch.nn.SiLU`); all else is as it is given."""
+    if value == "num_outputs":
+        return num_outputs
+    if isinstance(value, str) and value.startswith(_OBJECT):
+        return find_object(value.removeprefix(_OBJECT), roots, "model.args")
+    return {k: _argument(v, num_outputs, roots) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _fits_text(described: Any, config: schema.Config, processor: Processor) -> None:
@@ -176,6 +187,24 @@ def _translate(built: nn.Module) -> Translate | None:
     if transformers is None or not isinstance(built, transformers.PreTrainedModel):
         return None
     return partial(names_in_transformers, built)
+
+
+def _stem(built: nn.Module) -> str:
+    """What transformers' class for a part's configuration puts before its names, such as `vision_encoder.`.
+
+    "" for others: they are read by `load_state_dict` of the part.
+    """
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(built, transformers.PreTrainedModel):
+        return ""
+    try:
+        with without_memory():
+            known = set(transformers.AutoModel.from_config(built.config).state_dict())
+    except ValueError:  # there is no such class
+        return ""
+    names = list(built.state_dict())
+    stems = [name.removesuffix(names[0]) for name in known if name.endswith(names[0])]
+    return next((stem for stem in stems if all(stem + name in known for name in names)), "")
 
 
 def _describe(built: nn.Module) -> Callable[[Path], None]:

@@ -117,14 +117,18 @@ class Collated:
 class CollateProcessor:
     """Makes inputs of a split by the user's function: a list of inputs -> the model's arguments by name, [size, ...] each.
 
+    For `causal_lm` of pairs (input, answer); it gives `labels` [size, tokens] too, -100 where nothing is learned.
     Whatever generator it uses starts from (seed, epoch, examples of the batch).
     """
 
     def __init__(self, config: Config) -> None:
         self._path, self._seed = str(config.data.collate), config.seed
         self._collate: Collate = _function(self._path, config, "data.collate")
+        self._tokens = config.task.kind == "causal_lm"
 
     def __call__(self, split: Split) -> Collated:
+        if self._tokens:  # labels are tokens, which the user's function makes
+            return Collated(list(zip(split.inputs, split.labels, strict=True)), [0] * len(split), self)
         return Collated(list(split.inputs), split.labels, self)
 
     def batch(self, sources: list[Any], draw: str) -> dict[str, Tensor]:
@@ -142,6 +146,9 @@ class CollateProcessor:
         good = isinstance(found, dict) and all(isinstance(v, Tensor) and len(v) == len(sources) for v in found.values())
         if not good or not found:
             raise ConfigError(f"data.collate: {self._path} gives no dictionary of tensors [{len(sources)}, ...]")
+        if self._tokens != ("labels" in found):
+            what = "has to give labels [size, tokens]" if self._tokens else "may not give labels"
+            raise ConfigError(f"data.collate: {self._path} {what} for this task.kind")
         return dict(found)
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
@@ -150,6 +157,8 @@ class CollateProcessor:
         Raises:
             DataError: some cannot be made, or hold values that are no numbers; the first are named.
         """
+        if self._tokens:
+            splits = [Split(self(split).sources, split.labels, split.groups) for split in splits]
         found = places_of(splits)[rank::ranks]
         wrong = [text for where, source in found if (text := self._problem(where, source))]
         if wrong:

@@ -21,6 +21,14 @@ _NO_INPUTS = ("labels", "index", "real")  # of a batch
 
 
 @dataclass(frozen=True)
+class Exported:
+    """Where in an export weights go: the folder, and what is put before their names there."""
+
+    folder: str
+    stem: str = ""
+
+
+@dataclass(frozen=True)
 class Pretrained:
     """A model with its head.
 
@@ -30,7 +38,7 @@ class Pretrained:
         blocks: the modules to shard one by one, from the input on.
         processor: makes inputs of a split.
         loading: what reads the pre-trained weights, once the model is sharded; None: they are there.
-        parts: prefix of names -> folder of an export that gets the weights with that prefix.
+        parts: prefix of names -> where in an export the weights with that prefix go, without it.
         describe: writes into an export what its library needs to know besides the weights.
     """
 
@@ -39,7 +47,7 @@ class Pretrained:
     blocks: list[nn.Module]
     processor: Processor
     loading: Loading | None = None
-    parts: Mapping[str, str] = field(default_factory=lambda: {"": "."})
+    parts: Mapping[str, Exported] = field(default_factory=lambda: {"": Exported(".")})
     describe: Callable[[Path], None] = lambda folder: None
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:

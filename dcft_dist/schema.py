@@ -153,7 +153,8 @@ class Data(Section):
     collate: str | None = Field(
         None,
         description="modality own: import path of a function of yours, [input of each example] -> the model's arguments by "
-        "name, tensors [size, ...].",
+        "name, tensors [size, ...]. For causal_lm: [(input, answer)] -> those and `labels` [size, tokens], -100 where "
+        "nothing is learned.",
     )
     input: str | list[str] = Field(
         "input",

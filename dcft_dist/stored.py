@@ -6,6 +6,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,12 +53,43 @@ class Stored:
     def __iter__(self) -> Any:
         return iter(self._tensors)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str | Part) -> Any:
         """A slice as safetensors has it: `get_shape()`, and `[begin:end]` over the first dimension."""
-        return self._tensors[name]
+        return _Rows(self._tensors[name.name], name) if isinstance(name, Part) else self._tensors[name]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].get_shape())
+    def shape(self, name: str | Part) -> tuple[int, ...]:
+        return tuple(self[name].get_shape())
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several equal parts of the rows of a stored tensor."""
+
+    name: str
+    index: int
+    number: int
+
+    def __str__(self) -> str:
+        return f"part {self.index + 1} of {self.number} of {self.name}"
+
+
+class _Rows:
+    """Some rows of a slice, as a slice."""
+
+    def __init__(self, whole: Any, part: Part) -> None:
+        rows, *rest = whole.get_shape()
+        if rows % part.number:
+            raise CheckpointError(f"{part.name} has {rows} rows, which are no {part.number} equal parts")
+        self._whole, self._rows, self._rest = whole, rows // part.number, rest
+        self._first = part.index * self._rows
+
+    def get_shape(self) -> list[int]:
+        return [self._rows, *self._rest]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        start, stop, _ = (slice(None) if key is Ellipsis else key).indices(self._rows)
+        found: Tensor = self._whole[self._first + start : self._first + stop]
+        return found
 
 
 class TensorSlice:

@@ -34,6 +34,7 @@ def save_weights(
     folder: str | os.PathLike[str],
     *,
     prefix: str = "",
+    stem: str = "",
     dtype: torch.dtype | None = None,
     max_file_bytes: int = 5_000_000_000,
 ) -> None:
@@ -45,6 +46,7 @@ def save_weights(
     Args:
         folder: created if need be; files of that name are replaced.
         prefix: only the weights whose names begin with it, without it: `"backbone."` writes what `AutoModel` reads.
+        stem: put before the names in the files then.
         dtype: of floating-point weights; None: as they are trained (float32 masters).
 
     Raises:
@@ -52,7 +54,7 @@ def save_weights(
     """
     engine, target = find_engine(model), Path(folder)
     tensors = {
-        name.removeprefix(prefix): (get, shape, _kind(kind, dtype))
+        stem + name.removeprefix(prefix): (get, shape, _kind(kind, dtype))
         for name, get, shape, kind in _whole_tensors(engine)
         if name.startswith(prefix)
     }
@@ -79,11 +81,12 @@ def save_weights(
             _tidy(target, files, sum(prod(s) * k.itemsize for _, s, k in tensors.values()))
 
 
-def load_weights(model: nn.Module, folder: str | os.PathLike[str], *, prefix: str = "") -> None:
+def load_weights(model: nn.Module, folder: str | os.PathLike[str], *, prefix: str = "", stem: str = "") -> None:
     """Reads such a folder, or any in that format, into a model under any engine; each rank reads what it holds. Collective.
 
     Args:
         prefix: put before the file's names to get the model's; other weights of the model stay as they are.
+        stem: taken from the file's names first.
 
     Raises:
         CheckpointError: weights are missing, of another shape, or not of this model; or a file is damaged.
@@ -91,16 +94,16 @@ def load_weights(model: nn.Module, folder: str | os.PathLike[str], *, prefix: st
     engine, source = find_engine(model), Path(folder)
     with collectives.agreed(f"read {source}"), torch.no_grad():
         try:
-            where = _names_in(source, prefix)
+            where = {prefix + name.removeprefix(stem): (file, name) for name, file in _names_in(source).items()}
             buffers = persistent_buffers(engine.module)
             _check(source, where, prefix, engine, buffers)
             shards = {shard.name: shard for shard in engine.shards()}
-            for name, file in where.items():
+            for name, (file, stored) in where.items():
                 with safe_open(source / file, framework="pt") as opened:
                     if name in buffers:
-                        buffers[name].copy_(opened.get_tensor(name.removeprefix(prefix)))
+                        buffers[name].copy_(opened.get_tensor(stored))
                     else:
-                        _read(opened.get_slice(name.removeprefix(prefix)), shards[engine.names.aliases[name]])
+                        _read(opened.get_slice(stored), shards[engine.names.aliases[name]])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{source} is damaged, or no such folder: {error}") from error
     engine.publish()
@@ -169,17 +172,18 @@ def _tidy(folder: Path, files: dict[str, list[str]], total: int) -> None:
             old.unlink()
 
 
-def _names_in(folder: Path, prefix: str) -> dict[str, str]:
-    """The model's name -> file that has it."""
+def _names_in(folder: Path) -> dict[str, str]:
+    """Name -> file that has it."""
     if (folder / INDEX).exists():
-        return {prefix + name: file for name, file in read_json(folder / INDEX)["weight_map"].items()}
+        found: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+        return found
     with safe_open(folder / FILE, framework="pt") as opened:
-        return dict.fromkeys((prefix + name for name in opened.keys()), FILE)  # noqa: SIM118 (it is no dict)
+        return dict.fromkeys(opened.keys(), FILE)
 
 
-def _check(source: Path, where: dict[str, str], prefix: str, engine: Engine, buffers: dict[str, Tensor]) -> None:
+def _check(source: Path, where: dict[str, tuple[str, str]], prefix: str, engine: Engine, buffers: dict[str, Tensor]) -> None:
     """Before anything is copied: the files are whole, and have the model's names and shapes."""
-    for file in sorted(set(where.values()))[collectives.rank() :: collectives.world_size()]:
+    for file in sorted({file for file, _ in where.values()})[collectives.rank() :: collectives.world_size()]:
         if is_altered(source / file):
             raise CheckpointError(f"{source / file} was altered after it was written")
     aliases, full = engine.names.aliases, engine.full_shapes()
@@ -189,11 +193,11 @@ def _check(source: Path, where: dict[str, str], prefix: str, engine: Engine, buf
     unknown = [name for name in where if name not in shapes]
     if missing or unknown:
         raise CheckpointError(f"missing there: {listing(missing) or 'none'}; not in the model: {listing(unknown) or 'none'}")
-    for name, file in where.items():
+    for name, (file, stored) in where.items():
         with safe_open(source / file, framework="pt") as opened:
-            stored = tuple(opened.get_slice(name.removeprefix(prefix)).get_shape())
-        if stored != shapes[name]:
-            raise CheckpointError(f"{name} is {stored} there and {shapes[name]} in the model")
+            shape = tuple(opened.get_slice(stored).get_shape())
+        if shape != shapes[name]:
+            raise CheckpointError(f"{name} is {shape} there and {shapes[name]} in the model")
 
 
 def _read(stored: Any, shard: Shard) -> None:

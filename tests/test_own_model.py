@@ -294,6 +294,33 @@ def test_position_embeddings_are_resized(tmp_path: Path) -> None:
         Loading(Vit(200), tmp_path, allowed=Allowed(head=("head",), resize=["pos_embed"]))
 
 
+def test_position_embeddings_of_other_forms(tmp_path: Path) -> None:
+    """Of CLIP, without a batch dimension; of SAM, by distance: as its own code stretches them."""
+    from transformers.models.sam.modeling_sam import SamVisionAttention
+
+    torch.manual_seed(0)
+    state = {"clip.pos": torch.randn(1 + 4 * 4, 6), "sam.rel_pos_h": torch.randn(27, 6)}
+    save_file({**state, "odd": torch.zeros(7, 6)}, tmp_path / "model.safetensors")
+
+    class Net(nn.Module):
+        def __init__(self, tokens: int, distances: int) -> None:
+            super().__init__()
+            self.clip, self.sam = nn.Module(), nn.Module()
+            self.clip.pos, self.sam.rel_pos_h = (nn.Parameter(torch.zeros(n, 6)) for n in (tokens, distances))
+
+    net, allowed = Net(1 + 8 * 8, 55), Allowed(unused=["odd"], resize=["clip.pos", "*rel_pos*"])
+    Loading(net, tmp_path, allowed=allowed).into_whole(net, CPU)
+    assert torch.equal(net.clip.pos[0], state["clip.pos"][0])
+    image = torch.nn.functional.interpolate(
+        state["clip.pos"][1:].T.reshape(1, 6, 4, 4), (8, 8), mode="bicubic", antialias=True, align_corners=False
+    )
+    torch.testing.assert_close(net.clip.pos[1:], image[0].flatten(1).T)
+    wanted = SamVisionAttention.get_rel_pos(None, 28, 28, state["sam.rel_pos_h"])  # [28, 28, 6] of differences
+    torch.testing.assert_close(net.sam.rel_pos_h[27:], wanted[:, 0])
+    with pytest.raises(CheckpointError, match=r"clip.pos is \[17, 6\] there and \[66, 6\] in the model(?!: model.resize)"):
+        Loading(Net(66, 27), tmp_path, allowed=Allowed(unused=["odd"]))
+
+
 # -- from a configuration ------------------------------------------------------------------------------------------------
 
 
@@ -448,3 +475,29 @@ def test_code_of_the_user(tmp_path: Path) -> None:
     assert all(torch.equal(v, before[n]) for n, v in build_model(config, 4).module.state_dict().items())  # from the seed
     with pytest.raises(ConfigError, match="import_roots: /nowhere is no folder"):
         build_model(load_config("mri.toml", ["--model.build", "x.y", "--import_roots", '["/nowhere"]']), 4)
+
+
+def test_arguments_that_are_no_values(tmp_path: Path) -> None:
+    """Classes and functions by import path, as some models of timm take them (UNI2: mlp_layer, act_layer)."""
+    words = [
+        "--task.name",
+        "own",
+        "--data.path",
+        "x",
+        "--model.build",
+        "torch.nn.TransformerEncoderLayer",
+        "--model.head",
+        "[]",
+    ]
+    words += [
+        "--model.args.d_model",
+        "8",
+        "--model.args.nhead",
+        "2",
+        "--model.args.activation",
+        "object:torch.nn.functional.silu",
+    ]
+    built = build_model(load_config("mri.toml", words), 3).module
+    assert built.activation is torch.nn.functional.silu
+    with pytest.raises(ConfigError, match=r"model.args: torch.nn.functional has no silo .did you mean 'silu'"):
+        build_model(load_config("mri.toml", [*words[:-1], "object:torch.nn.functional.silo"]), 3)

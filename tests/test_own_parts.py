@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dcft_dist.models import build_model, make_processor
 from dcft_dist.objective import intervals
 from dcft_dist.own_data import own_task
 
-from .processes import output_of
+from .processes import dcft, output_of
 
 CODE = """
 import torch
@@ -57,6 +58,24 @@ def brier_as_mae(records, labels):
 
 def second_accuracy(records, labels):
     return {"accuracy": 0.0}
+
+def talk(pairs):  # the words of an answer are numbers, as are those of an instruction
+    rows = [[int(w) for w in f"{given} {answer}".split()] for given, answer in pairs]
+    labels = [[-100] * len(given.split()) + [int(w) for w in answer.split()] for given, answer in pairs]
+    return {"input_ids": torch.tensor(rows), "labels": torch.tensor(labels)}
+
+def talks():
+    return [{"case": f"{i % 7} {i % 5}", "label": f"{(i + 1) % 7} {i % 5 + 1}", "patient": i} for i in range(320)]
+
+class Speaker(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(8, 16)
+        self.mixing = nn.Linear(32, 64)
+        self.last = nn.Linear(64, 8)
+    def forward(self, input_ids):  # of a word and the one before it
+        found = self.words(input_ids)
+        return self.last(torch.relu(self.mixing(torch.cat([found, found.roll(1, 1)], -1))))
 
 class Net(nn.Module):
     def __init__(self, outputs):
@@ -179,3 +198,36 @@ def test_bad_batches_are_named_before_the_run(tmp_path: Path) -> None:
         check("builtins.len")
     with pytest.raises(ConfigError, match="modality = 'own' and collate go together"):
         load_config("mri.toml", words(tmp_path, **{"data.modality": "text"}))
+
+
+def test_a_warm_up_in_place_stops_and_keeps_the_best(tmp_path: Path) -> None:
+    """Steps that are too long: the loss rises, and the head of the best epoch is where the fine-tuning begins."""
+    done = dcft("train", "mri.toml", *words(tmp_path, **{
+        "engine": "single", "head_warmup.max_epochs": "40", "head_warmup.lr": "1.0", "head_warmup.patience": "3",
+    }))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(next(line for line in done.stderr.splitlines() if line.startswith("head: ")).removeprefix("head: "))
+    epochs = {int(n) for n in re.findall(r"warm-up of the head, epoch (\d+)", done.stderr)}
+    assert max(epochs) == said["epochs"] + 3 < 40
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    first = next(row["validation/loss"] for row in rows if "validation/loss" in row)
+    assert first == pytest.approx(said["validation_loss"], abs=1e-6)
+    refused = dcft("train", "mri.toml", *words(tmp_path, engine="deepspeed", name="other"), ranks=2)
+    assert refused.returncode == 2 and "cannot be warmed up under deepspeed" in refused.stderr
+    assert not (tmp_path / "other/progress.json").exists() or "setup" in (tmp_path / "other/progress.json").read_text()
+
+
+def test_own_batches_of_instructions(tmp_path: Path) -> None:
+    """A language model whose inputs and tokens are the user's: it learns the answers."""
+    own = {"task.kind": "causal_lm", "data.collate": "my_parts.talk", "data.build": "my_parts.talks", "train.epochs": "30"}
+    given = words(
+        tmp_path, **own, **{"model.build": "my_parts.Speaker", "model.head": '["last"]', "train.global_batch": "16"}
+    )
+    given = [word for i, word in enumerate(given) if "--model.args.outputs" not in given[max(0, i - 1) : i + 1]]
+    output_of("train", "mri.toml", *given, ranks=2)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test"]["exact"] > 0.9 and summary["num_selected"] > 0
+    done = dcft("predict", tmp_path / "run", "--data.build", "my_parts.talks")
+    assert done.returncode == 2 and "answers to inputs that data.collate makes cannot be predicted" in done.stderr
+    done = dcft("train", "mri.toml", *given, "--data.collate", "my_parts.collate", "--name", "no")
+    assert done.returncode == 2 and "data.collate: my_parts.collate fails on" in done.stderr

@@ -32,7 +32,9 @@ def pathology_vit_giant(folder: Path) -> list[str]:
 
     sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 70, "patch_size": 14}
     torch.manual_seed(0)
-    Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True)).save_pretrained(folder / "vit", save_original_format=False)
+    Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True)).save_pretrained(
+        folder / "vit"
+    )  # with the names it was published with
     return [*images(folder), "--model.weights", str(folder / "vit")]
 
 
@@ -97,12 +99,13 @@ RUNS = [*((recipe, []) for recipe in RECIPES), ("instructions_7b", ZERO3), ("enc
 
 def check_sam(folder: Path) -> None:
     """The exported encoder in transformers' own class gives what `dcft predict` says, in bfloat16 as the run."""
-    from transformers import SamConfig, SamModel
+    from transformers import AutoModel
 
     out = output_of("predict", folder / "toy", "--data.path", folder / "tiles.csv")
     rows = list(csv.DictReader(out.splitlines()))[:6]
-    net = SamModel(SamConfig.from_pretrained(folder / "sam")).vision_encoder.eval()
-    net.load_state_dict(load_file(folder / "toy/model/model.safetensors"))
+    whole, report = AutoModel.from_pretrained(folder / "toy/model", output_loading_info=True)
+    assert not any(report.values()), report  # nothing missing, nothing left over
+    net = whole.vision_encoder.eval()
     names = [key for key in rows[0] if key.startswith("p(")]
     head = torch.nn.Linear(16, len(names))
     head.load_state_dict(load_file(folder / "toy/model/head/model.safetensors"))
@@ -129,3 +132,9 @@ def test_recipes_run_at_toy_size(recipe: str, engine: list[str], tmp_path: Path)
     assert best in summary["validation"] and (tmp_path / "toy/report.html").exists()
     if recipe == "encoder_sam":
         check_sam(tmp_path)
+    if recipe == "pathology_vit_giant":
+        from transformers import AutoModel
+
+        read, report = AutoModel.from_pretrained(tmp_path / "toy/model", output_loading_info=True)
+        written = load_file(tmp_path / "toy/model/model.safetensors")
+        assert not any(report.values()) and all(torch.equal(v, written[n]) for n, v in read.state_dict().items())

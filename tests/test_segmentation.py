@@ -13,6 +13,8 @@ import numpy as np
 import pydicom
 import pytest
 import torch
+from monai.inferers import sliding_window_inference
+from monai.networks.nets import UNet
 from monai.transforms import Compose, RandFlipd
 from PIL import Image
 from safetensors.torch import load_file
@@ -351,6 +353,16 @@ def test_flat_images_are_segmented(tmp_path: Path) -> None:
     assert summary["test"]["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
     rows = list(csv.DictReader((tmp_path / "said.csv").open()))
     assert float(rows[0]["pixels(grey)"]) == np.sum(found == 1)
+    # MONAI and plain torch alone: the exported network by a sliding window gives that mask, and the loss of the run.
+    net = UNet(2, 2, 3, [8, 16], [2], norm="batch").eval()
+    net.load_state_dict(load_file(tmp_path / "run/model/model.safetensors"))
+    pixels = [np.asarray(Image.open(tmp_path / f"{name}5.png"), np.float32) for name in ("image", "square")]
+    image = torch.stack([torch.from_numpy((p - p[p != 0].mean()) / p[p != 0].std() * (p != 0)) for p in pixels])
+    with torch.no_grad():
+        logits = sliding_window_inference(image.unsqueeze(0), (32, 32), 1, net, overlap=0.25, mode="gaussian")
+    assert np.mean(logits[0].argmax(0).numpy() != found) < 1e-3
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(wanted.astype(np.int64)).unsqueeze(0))
+    assert summary["test"]["loss"] == pytest.approx(float(loss), abs=1e-5)
 
 
 def test_a_structure_that_no_training_mask_has(tmp_path: Path) -> None:

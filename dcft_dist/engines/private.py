@@ -588,8 +588,9 @@ def zero_publish(optimizer: Any, flats: list[Flat]) -> None:
                     part.parameter.data.view(-1).copy_(flat.tensor.data.view(-1)[part.offset : part.offset + part.numel])
 
 
-def names_in_transformers(model: Any, stored: Iterable[str]) -> dict[str, str | None]:
-    """Name in a file of transformers -> name in the model; None where several tensors are merged into one, or one is split.
+def names_in_transformers(model: Any, stored: Iterable[str]) -> dict[str, list[str]]:
+    """Name in a file of transformers -> name in the model; several: it is cut into so many equal parts of its rows; none:
+    several tensors are merged into one, or one is cut otherwise.
 
     Files keep the names that a model had when it was published, whatever its modules are called today.
     """
@@ -598,8 +599,18 @@ def names_in_transformers(model: Any, stored: Iterable[str]) -> dict[str, str | 
     found = conversion_mapping.get_model_conversion_mapping(model)
     merging = [change for change in found if isinstance(change, core_model_loading.WeightConverter)]
     renaming = [change for change in found if isinstance(change, core_model_loading.WeightRenaming)]
+    cuts = {c.source_patterns[0]: c.target_patterns for c in merging if _cuts_rows(c)}
     state, names = model.state_dict(), {}
     for name in stored:
-        new, merged = core_model_loading.rename_source_key(name, renaming, merging, model.base_model_prefix, state)
-        names[name] = None if merged else new
+        new, by = core_model_loading.rename_source_key(name, renaming, merging, model.base_model_prefix, state)
+        parts = cuts.get(by, []) if by else [""]
+        names[name] = [new.replace(parts[0], part) if part else new for part in parts]
     return names
+
+
+def _cuts_rows(change: Any) -> bool:
+    """Whether a change of transformers cuts one tensor into equal parts of its rows."""
+    from transformers.core_model_loading import Chunk
+
+    ways, many = change.operations, len(change.target_patterns)
+    return len(ways) == 1 == len(change.source_patterns) and isinstance(ways[0], Chunk) and ways[0].dim == 0 and many > 1

@@ -1,10 +1,12 @@
 """Memory of reading a checkpoint into a sharded model: the peak of each rank over its share of the weights.
 
-    python benchmarks/loading.py --folder /tmp/decoder_7b --ranks 4 --layers 32
+    python benchmarks/loading.py --folder /tmp/decoder_7b --ranks 4 --layers 32 --dtype bfloat16
+    python benchmarks/loading.py --folder /tmp/decoder_3b --ranks 4 --layers 16
 
 Writes a checkpoint of random bfloat16 weights in the shape of Llama 2 7B (13.5 GB with 32 layers), several files with an
-index, and reads it under FSDP2 on CPU ranks, in bfloat16. Counted is anonymous memory, every 2 ms: pages of the files
-themselves can be dropped by the kernel at any time.
+index, and reads it under FSDP2 on CPU ranks as a run of configs/instructions_7b.toml does: into float32, the masters of a
+training, or into the file's own type. Counted is anonymous memory, every 2 ms: pages of the files themselves can be dropped
+by the kernel at any time.
 """
 
 from __future__ import annotations
@@ -15,18 +17,18 @@ import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from side_by_side import on_ranks, parser, show
 
+from dcft_dist.config import load_config
 from dcft_dist.engines.wrap import Plan, prepare
-from dcft_dist.loading import Allowed, Loading
 from dcft_dist.meta import without_memory
+from dcft_dist.own_model import own_model
 from dcft_dist.planned import MODELS
-from dcft_dist.pretrained import find_blocks
 
 CPU = torch.device("cpu")
 
@@ -37,7 +39,7 @@ def build(layers: int) -> Any:
     kind, sizes = MODELS["decoder_7b"]
     config = getattr(transformers, kind)(**{**sizes, "num_hidden_layers": layers})
     with without_memory():
-        return transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def write(folder: Path, layers: int) -> None:
@@ -54,6 +56,7 @@ def write(folder: Path, layers: int) -> None:
         noise = torch.empty(1 << 24, dtype=torch.bfloat16).normal_(generator=draw)
         tensors = {n: noise.repeat(-(-s.numel() // len(noise)))[: s.numel()].view(s).contiguous() for n, s in shapes.items()}
         save_file(tensors, folder / file)
+    build(layers).config.save_pretrained(folder)
     where = {name: file for file, shapes in files.items() for name in shapes}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
 
@@ -82,13 +85,15 @@ def anonymous_peak(call: Callable[[], Any]) -> tuple[Any, int]:
     return result, highest[0] - before
 
 
-def read(folder: str, layers: int) -> tuple[int, float]:
+def read(folder: str, dtype: torch.dtype) -> tuple[int, float]:
+    config, no_processor = load_config("instructions_7b.toml", ["--model.weights", folder]), cast("Any", None)
+
     def load() -> Any:
-        model = build(layers)
-        loading = Loading(model, Path(folder), allowed=Allowed())
-        plan = Plan("fsdp2", CPU, find_blocks(model))
+        found = own_model(config, 0, no_processor)
+        plan = Plan("fsdp2", CPU, found.blocks)
+        model = found.module.to(dtype)  # still without memory
         wrapped = prepare(model, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
-        loading.into(wrapped)
+        found.loading.into(wrapped)
         return wrapped
 
     build(1)  # imports
@@ -103,18 +108,21 @@ def main() -> None:
     options.add_argument("--folder", type=Path, default=Path("/tmp/decoder_7b"))
     options.add_argument("--ranks", type=int, default=4)
     options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     given = options.parse_args()
+    dtype = getattr(torch, given.dtype)
     write(given.folder, given.layers)
     sizes = [p.numel() for p in build(given.layers).parameters()]
-    found = on_ranks(given.ranks, read, str(given.folder), given.layers)
-    wanted = (sum(sizes) / given.ranks + max(sizes)) * 2
+    found = on_ranks(given.ranks, read, str(given.folder), dtype)
+    wanted = (sum(sizes) / given.ranks + max(sizes)) * dtype.itemsize
     peak = max(peak for peak, _ in found)
     show(
         [
             {
                 "weights": sum(sizes),
                 "ranks": given.ranks,
-                "GiB of all weights": sum(sizes) * 2 / 2**30,
+                "into": given.dtype,
+                "GiB of all weights": sum(sizes) * dtype.itemsize / 2**30,
                 "GiB of a share and the largest tensor": wanted / 2**30,
                 "GiB at the peak of a rank": peak / 2**30,
                 "over that": f"{peak / wanted:.2f}",

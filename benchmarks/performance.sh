@@ -12,7 +12,8 @@ name=performance lines=(
     "scoring.py --ranks 2"
     "attach.py --weights 1_000_000_000 --ranks 2"
     "input.py"
-    "loading.py --ranks 4 --layers 32"
+    "loading.py --folder /tmp/decoder_7b --ranks 4 --layers 32 --dtype bfloat16"
+    "loading.py --folder /tmp/decoder_3b --ranks 4 --layers 16"
     "growth.py --picture docs/images/growth.png")
 if [[ ${1:-} == gpu ]]; then
     name=gpu lines=(

@@ -758,7 +758,8 @@ def test_workers_change_no_number_and_classes_are_balanced(tmp_path: Path) -> No
     drawn = [classes[i] for i in order(0, 1, 100, classes)]
     assert len(drawn) == 100 and 35 < sum(drawn) < 65
     card = (tmp_path / "two/model/README.md").read_text()
-    assert "One of 8 classes: cerebellum, deep grey" in card and "| accuracy |" in card and "- train: " in card
+    assert "One of 8 classes: cerebellum, deep grey" in card and "\n| accuracy |" in card and "\n- train: " in card
+    assert "\nfull.\n" in card
 
 
 def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
@@ -787,3 +788,16 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
         csv.writer(lines).writerow(["It helped me a lot.", "positive", "another"])
     done = dcft("train", *words)
     assert done.returncode == 2 and "the data are not those that" in done.stderr
+
+
+def test_one_missing_file_among_ten_thousand(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    names = [f"images/{i}.png" for i in range(10_000)]
+    picture(tmp_path / names[0], size=8)
+    for name in names[1:]:
+        (tmp_path / name).hardlink_to(tmp_path / names[0])
+    file = table(tmp_path, [{"input": name, "label": i % 2} for i, name in enumerate(names)])
+    task_of("--data.path", str(file))
+    (tmp_path / names[8_642]).unlink()
+    with pytest.raises(DataError, match=r"1 of 10000 files are missing: .*images/8642.png \(.*data.csv, line 8644\)"):
+        task_of("--data.path", str(file))

@@ -12,6 +12,7 @@ from .data import ImageProcessor, Processor, TextProcessor
 from .errors import ConfigError, DataError, listing
 from .images import OwnImageProcessor
 from .imports import find_object
+from .labelled_volumes import LabelledVolumeProcessor
 from .language import AnswerProcessor
 from .own_model import own_model
 from .own_parts import CollateProcessor
@@ -61,6 +62,8 @@ def make_processor(config: Config) -> Processor:
         return ImageProcessor(config.model.image_size)
     if config.task.kind == "segmentation":
         return VolumeProcessor(config)
+    if config.task.name == "own" and config.data.modality == "volume":
+        return LabelledVolumeProcessor(config)
     if config.task.name == "own" and config.data.modality == "own":
         return CollateProcessor(config)
     if config.task.name == "own" and config.data.modality == "image":

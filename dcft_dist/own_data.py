@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ def own_task(config: Config) -> TaskData:
         DataError: files are missing, labels are wrong, a class is empty, a group is in two splits: each is named.
     """
     data = config.data
-    parts = _split(read_rows(data, config.import_roots), config)
+    found = read_rows(data, config.import_roots)
+    parts = _split({split: _with_masks(rows, config) for split, rows in found.items()}, config)
     _check_files(parts)
     _check_groups(parts)
     names = _names(config, parts["train"])
@@ -48,6 +50,7 @@ def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:
     """
     data = config.data.model_copy(update={"split": None})  # so it need not be said
     rows = [row for part in read_rows(data, config.import_roots, labelled).values() for row in part]
+    rows = _with_masks(rows, config)
     _check_files({"": rows})
     unknown = float("nan")
     nothing = {
@@ -58,6 +61,13 @@ def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:
         "segmentation": None,
     }
     return _decoded(rows, _decoder(config, names) if labelled else lambda row: nothing[config.task.kind])
+
+
+def _with_masks(rows: Sequence[Row], config: Config) -> list[Row]:
+    """Labels of a segmentation are files."""
+    if config.task.kind != "segmentation":
+        return list(rows)
+    return [replace(row, label=row.folder / row.label) if isinstance(row.label, str) else row for row in rows]
 
 
 def _names(config: Config, rows: Sequence[Row]) -> list[str]:

@@ -160,7 +160,7 @@ def _inputs(config: Config, request: Request) -> dict[str, Tensor]:
     if config.data.modality == "text" or config.task.kind == "causal_lm":
         ids = torch.zeros(size, request.length, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.task.kind == "segmentation":
+    if config.data.modality == "volume":
         channels = 1 if isinstance(config.data.input, str) else len(config.data.input)
         return {"image": torch.zeros(size, channels, *config.data.patch)}
     return {"pixel_values": torch.zeros(size, len(config.data.mean), config.model.image_size, config.model.image_size)}

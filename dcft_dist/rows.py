@@ -30,6 +30,7 @@ class Row:
     label: Any
     group: str
     where: str
+    folder: Path = Path()  # of the table, which paths in it are relative to
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,6 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
             values = [(folder or Path()) / value if isinstance(value, str) else value for value in values]
         value = values[0] if isinstance(data.input, str) else tuple(values)
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
-        if data.modality == "volume" and isinstance(label, str):
-            label = (folder or Path()) / label
         group = str(record[data.group]).strip() if data.group else str(values[0]) if isinstance(values[0], Path) else where
         for name, cell in (
             (data.group, group),
@@ -139,7 +138,7 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
         if data.modality == "text" and not isinstance(value, str):
             raise DataError(f"{where}: the input is a {type(value).__name__}, not a text")
         split = _split_name(str(record[data.split]), where) if data.split else ""
-        found.setdefault(split, []).append(Row(value, label, group, where))
+        found.setdefault(split, []).append(Row(value, label, group, where, folder or Path()))
     return found
 
 

@@ -177,18 +177,17 @@ class Data(Section):
     classes: list[str] = Field([], description="Classes in their order; absent: those of the training data, sorted.")
     patch: list[Count] = Field(
         [96, 96, 96],
-        description="segmentation: size of a training patch, and of a window that is evaluated; 2-D: two numbers.",
+        description="Volumes: size of a training patch, and of a window that is evaluated; 2-D: two numbers. Where a whole "
+        "volume has a label, the size it is cut or filled up to.",
     )
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.25, description="segmentation: overlap of neighbouring windows."
     )
-    spacing: list[Positive] | None = Field(
-        None, description="segmentation: mm of a voxel along each axis; absent: unchanged."
-    )
+    spacing: list[Positive] | None = Field(None, description="Volumes: mm of a voxel along each axis; absent: unchanged.")
     window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="segmentation: intensities that become 0 and 1 (CT); absent: mean 0, deviation 1."
+        None, description="Volumes: intensities that become 0 and 1 (CT); absent: mean 0, deviation 1."
     )
-    cache: bool = Field(True, description="segmentation: whether volumes stay in memory once they have been read.")
+    cache: bool = Field(True, description="Whether volumes stay in memory once they have been read.")
     check: bool = Field(True, description="Whether every image is read once before the run begins.")
     mean: list[float] = Field([0.485, 0.456, 0.406], description="Mean of each channel, where the model's folder says none.")
     std: list[Positive] = Field([0.229, 0.224, 0.225], description="Standard deviation of each channel, likewise.")
@@ -513,8 +512,14 @@ class Config(Section):
         if self.task.name == "own":
             if not self.data.sources():
                 raise ValueError(f"task.name = 'own' needs data: data.{'build' if self.data.format == 'python' else 'path'}")
-            if (self.task.kind == "segmentation") != (self.data.modality == "volume"):
-                raise ValueError("task.kind = 'segmentation' and data.modality = 'volume' go together")
+            if self.task.kind == "segmentation" and self.data.modality != "volume":
+                raise ValueError("task.kind = 'segmentation' needs data.modality = 'volume'")
+            if self.data.modality == "volume" and (
+                self.task.kind == "causal_lm" or self.data.format not in ("table", "python")
+            ):
+                raise ValueError(
+                    "data.modality = 'volume' needs data.format = 'table' or 'python', and a label that is no text"
+                )
             if self.task.kind == "segmentation" and (self.data.format != "table" or len(self.data.classes) < 2):
                 raise ValueError("segmentation needs data.format = 'table' and data.classes, the background first")
             if isinstance(self.data.label, list) != (self.task.kind == "multi_label"):

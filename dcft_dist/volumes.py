@@ -207,7 +207,9 @@ class VolumeProcessor:
             wrong = [text for text in threads.map(self._problem, pairs) if text]
         if wrong:
             raise DataError(f"{len(wrong)} of {len(pairs)} volumes: {listing(wrong, 3)}")
-        if pairs and len(splits) > 1 and self._vary:  # before the run, not when others are predicted
+        if (
+            pairs and pairs[0][1] is not None and len(splits) > 1 and self._vary
+        ):  # before the run, not when others are predicted
             self.patch(pairs[0], "check")
 
     def check_classes(self, train: Split, names: Sequence[str]) -> None:

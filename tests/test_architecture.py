@@ -41,7 +41,7 @@ LAYERS = [
     ["kinds"],
     ["mri", "data", "rows"],
     ["pretrained", "images", "volumes", "own_data"],
-    ["own_model"],
+    ["own_model", "labelled_volumes"],
     ["tasks", "models", "inspection", "feed"],
     ["life"],
     ["run_folder"],

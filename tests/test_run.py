@@ -73,7 +73,9 @@ def test_run_directory(tiny: Path, tmp_path: Path) -> None:
     assert summary["method"] == "dcft" and summary["level"] == "update" and summary["factor"] == 0.1
     assert summary["num_selected"] == round(0.1 * summary["num_eligible"]) == round(0.1 * 2 * 12 * 384 * 384)
     card = (run / "model/README.md").read_text()
-    assert "\ndcft: 353,894 of 3,538,944 eligible weights were held (factor 0.1, update level), selected by fisher.\n" in card
+    assert (
+        "\ndcft: 353,894 of 3,538,944 eligible weights were held (factor 0.1, update level), selected by fisher.\n" in card
+    )
     for split in ("validation", "test"):
         assert 0 < summary[split]["accuracy"] <= 1 and 0 < summary[split]["macro_f1"] <= 1
     assert {"torch", "python"} <= summary["versions"].keys() and len(summary["data_checksum"]) == 64

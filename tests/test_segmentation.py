@@ -23,6 +23,7 @@ from torch import nn
 from dcft_dist.config import load_config
 from dcft_dist.engines.wrap import Plan, prepare
 from dcft_dist.errors import ConfigError, DataError
+from dcft_dist.labelled_volumes import LabelledVolumeProcessor
 from dcft_dist.models import build_model
 from dcft_dist.own_data import own_task
 from dcft_dist.seeded import seed_of
@@ -504,7 +505,43 @@ def test_keys_that_do_not_fit() -> None:
         load_config(
             "mri.toml", [*KEYS, "--data.path", "x", "--task.class_weights", "balanced", "--model.build", "json.loads"]
         )
-    with pytest.raises(ConfigError, match=r"segmentation' and data.modality = 'volume' go together"):
+    with pytest.raises(ConfigError, match=r"segmentation' needs data.modality = 'volume'"):
         load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.modality", "image", "--model.build", "json.loads"])
     with pytest.raises(ConfigError, match=r"segmentation needs data.format = 'table' and data.classes"):
         load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.classes", "[]", "--model.build", "json.loads"])
+
+
+def test_volumes_with_a_diagnosis(tmp_path: Path) -> None:
+    """NIfTI files of several sizes and their classes, a ResNet of MONAI on two ranks; other volumes are predicted."""
+    slabs(tmp_path)
+    rows = ["scan,finding,case,split"]
+    for i in range(18):
+        image = nibabel.load(tmp_path / f"image{i % 6}.nii.gz")
+        values = image.get_fdata().astype(np.float32)
+        if i % 3 == 0:
+            values[12:30, 12:28] = values.max()  # a bright block
+        nibabel.save(nibabel.Nifti1Image(values, image.affine), tmp_path / f"scan{i}.nii.gz")
+        rows.append(f"scan{i}.nii.gz,{['block', 'none'][i % 3 > 0]},{i},{['train', 'val', 'test'][i // 6 if i > 5 else 0]}")
+    (tmp_path / "scans.csv").write_text("\n".join(rows).replace(",val", ",train", 2) + "\n")
+    words = ["--task.name", "own", "--data.path", str(tmp_path / "scans.csv"), "--data.modality", "volume"]
+    words += ["--data.input", "scan", "--data.label", "finding", "--data.group", "case", "--data.split", "split"]
+    words += ["--data.patch", "[40, 40, 8]", "--model.build", "monai.networks.nets.ResNet", "--engine", "fsdp2"]
+    args = {"block": "basic", "layers": "[1, 1, 1, 1]", "block_inplanes": "[8, 8, 8, 8]", "spatial_dims": "3"}
+    args |= {"n_input_channels": "1", "num_classes": "num_outputs"}
+    words += [word for key, value in args.items() for word in (f"--model.args.{key}", value)]
+    words += ["--data.transform", "monai.transforms.RandFlipd", "--data.transform_args", '{keys = ["image"], prob = 0.5}']
+    words += ["--importance.num_samples", "4", "--importance.score_batch", "4", "--train.global_batch", "4"]
+    words += ["--train.epochs", "20", "--optimizer.lr", "1e-2", "--removal.fractions", "[]", "--test_resamples", "0"]
+    output_of("train", "mri.toml", *words, "--runs_dir", tmp_path, "--name", "run", ranks=2)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["test"]["accuracy"] == 1.0 and summary["labels"]["names"] == ["block", "none"]
+    (tmp_path / "asked.csv").write_text("scan,case\nscan0.nii.gz,a\nscan1.nii.gz,b\n")
+    out = output_of("predict", tmp_path / "run", "--data.path", tmp_path / "asked.csv")
+    assert [row["predicted"] for row in csv.DictReader(out.splitlines())] == ["block", "none"]
+    config = load_config("mri.toml", words)
+    task = own_task(config)
+    processor = LabelledVolumeProcessor(config)
+    assert processor(task.train).inputs([0, 1])["image"].shape == (2, 1, 40, 40, 8)
+    (tmp_path / "scan3.nii.gz").write_bytes(b"no volume")
+    with pytest.raises(DataError, match=r"1 of 18 volumes: \S*scan3.nii.gz: cannot be read"):
+        processor.check([task.train, task.validation, task.test], 0, 1)

@@ -1,0 +1,81 @@
+"""Volumes with a label each, such as a diagnosis: read as those of a segmentation, and brought to one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .schema import Config
+from .splits import Split
+from .volumes import VolumeProcessor
+
+
+@dataclass(frozen=True)
+class LabelledVolumes:
+    """A split of volumes with labels."""
+
+    sources: list[Any]
+    labels: list[Any]
+    processor: LabelledVolumeProcessor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def length(self, index: int) -> int:
+        return 0
+
+    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
+        """`image` [size, channels, *patch]."""
+        images = [self.processor.image(self.sources[i], f"{draw}:{i}" if draw else None) for i in indices]
+        return {"image": torch.stack(images)}
+
+
+class LabelledVolumeProcessor(VolumeProcessor):
+    """Cuts volumes, or fills them up, to the size of `data.patch` around their middle."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        from monai.transforms import ResizeWithPadOrCrop
+
+        self._fit: Any = ResizeWithPadOrCrop(config.data.patch)
+        self._fitted: dict[Any, Tensor] = {}
+
+    def __call__(self, split: Split) -> LabelledVolumes:  # type: ignore[override]
+        return LabelledVolumes(list(split.inputs), split.labels, self)
+
+    def image(self, source: Any, draw: str | None = None) -> Tensor:
+        """[channels, *patch]. `draw`: which random variant; None: no variation.
+
+        Raises:
+            DataError: see `VolumeProcessor.whole`.
+            ConfigError: `data.transform` makes something else of it.
+        """
+        if (image := self._fitted.get(source)) is None:
+            image = torch.as_tensor(self._fit(self.whole((source, None))[0]))
+            if self._cache:
+                self._fitted[source] = image
+        if draw is None or not self._vary:
+            return image
+        found = self._vary({"image": image.clone()}, draw)
+        if not isinstance(found, dict) or "image" not in found:
+            raise ConfigError("data.transform: it is to give a dictionary with image, as it gets one")
+        made = torch.from_numpy(np.ascontiguousarray(found["image"]))
+        if made.shape != image.shape:
+            raise ConfigError(f"data.transform: it makes {list(made.shape)} of a volume {list(image.shape)}")
+        return made.to(image.dtype)
+
+    def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
+        """Reads every volume once, each rank its part.
+
+        Raises:
+            DataError: some cannot be read; the first are named.
+        """
+        super().check([Split(split.inputs, [None] * len(split), split.groups) for split in splits], rank, ranks)
+        if self._vary and len(splits) > 1 and len(splits[0]):
+            self.image(splits[0].inputs[0], "check")

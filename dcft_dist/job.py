@@ -145,7 +145,7 @@ def check_classes(found: Materials) -> None:
     Raises:
         DataError: a structure is in no training mask.
     """
-    if isinstance(found.pretrained.processor, VolumeProcessor) and found.objective.best == "dice":
+    if isinstance(found.pretrained.processor, VolumeProcessor):
         found.pretrained.processor.check_classes(found.task.train, found.task.class_names)
 
 

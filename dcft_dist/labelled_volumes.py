@@ -79,3 +79,6 @@ class LabelledVolumeProcessor(VolumeProcessor):
         super().check([Split(split.inputs, [None] * len(split), split.groups) for split in splits], rank, ranks)
         if self._vary and len(splits) > 1 and len(splits[0]):
             self.image(splits[0].inputs[0], "check")
+
+    def check_classes(self, train: Split, names: Sequence[str]) -> None:
+        """There are no masks: a class without examples has been found with the labels."""

@@ -22,7 +22,7 @@ from .preprocessing import TRANSFORMERS, Library, as_picture, preprocessing_of
 from .rows import Cell
 from .schema import Config
 from .splits import Split, name_of, places_of
-from .variation import Variation
+from .variation import Variation, as_tensor
 
 log = logging.getLogger(__name__)
 FLAT = {"resample": 2, "do_center_crop": False}  # bilinear, of the whole image
@@ -171,10 +171,7 @@ class OwnImageProcessor:
         return pixels[0]
 
     def _varied(self, pixels: Tensor, draw: str) -> Tensor:
-        found = torch.from_numpy(np.ascontiguousarray(self._vary(pixels.clone(), draw))).to(pixels.dtype)
-        if found.shape != pixels.shape:
-            raise ConfigError(f"data.transform: it makes {list(found.shape)} of an image {list(pixels.shape)}")
-        return found
+        return as_tensor(self._vary(pixels.clone(), draw), pixels).to(pixels.dtype)
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
         """Reads every image once, each rank its part.

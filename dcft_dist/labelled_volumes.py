@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import ConfigError
+from .errors import ConfigError, DataError
 from .schema import Config
-from .splits import Split
-from .volumes import VolumeProcessor
+from .splits import Split, name_of
+from .variation import as_tensor
+from .volumes import Pair, VolumeProcessor
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class LabelledVolumeProcessor(VolumeProcessor):
 
         self._fit: Any = ResizeWithPadOrCrop(config.data.patch)
         self._fitted: dict[Any, Tensor] = {}
+        self._channels: int | None = None  # of the first volume that was read
 
     def __call__(self, split: Split) -> LabelledVolumes:  # type: ignore[override]
         return LabelledVolumes(list(split.inputs), split.labels, self)
@@ -57,7 +58,7 @@ class LabelledVolumeProcessor(VolumeProcessor):
             ConfigError: `data.transform` makes something else of it.
         """
         if (image := self._fitted.get(source)) is None:
-            image = torch.as_tensor(self._fit(self.whole((source, None))[0]))
+            image = self._read_fitting(source)
             if self._cache:
                 self._fitted[source] = image
         if draw is None or not self._vary:
@@ -65,10 +66,15 @@ class LabelledVolumeProcessor(VolumeProcessor):
         found = self._vary({"image": image.clone()}, draw)
         if not isinstance(found, dict) or "image" not in found:
             raise ConfigError("data.transform: it is to give a dictionary with image, as it gets one")
-        made = torch.from_numpy(np.ascontiguousarray(found["image"]))
-        if made.shape != image.shape:
-            raise ConfigError(f"data.transform: it makes {list(made.shape)} of a volume {list(image.shape)}")
-        return made.to(image.dtype)
+        return as_tensor(found["image"], image).to(image.dtype)
+
+    def _read_fitting(self, source: Any) -> Tensor:
+        whole, _ = self.whole((source, None))
+        axes = list(whole.shape[1:])
+        if len(axes) != len(self._patch):
+            raise DataError(f"{name_of(source, '')} is {axes} once it is turned, and data.patch {self._patch}")
+        fitting: Tensor = self._fit(whole).as_tensor()
+        return fitting
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
         """Reads every volume once, each rank its part.
@@ -76,9 +82,22 @@ class LabelledVolumeProcessor(VolumeProcessor):
         Raises:
             DataError: some cannot be read; the first are named.
         """
+        self._cache = self._cache and len(splits) > 1  # what is predicted is read once
         super().check([Split(split.inputs, [None] * len(split), split.groups) for split in splits], rank, ranks)
         if self._vary and len(splits) > 1 and len(splits[0]):
             self.image(splits[0].inputs[0], "check")
+
+    def _problem(self, pair: Pair) -> str | None:
+        if text := super()._problem(pair):
+            return text
+        try:
+            image = self.image(pair[0])
+        except DataError as error:
+            return str(error)
+        self._channels = self._channels or len(image)
+        if len(image) != self._channels:
+            return f"{name_of(pair[0], '')} has {len(image)} channels, others {self._channels}"
+        return None
 
     def check_classes(self, train: Split, names: Sequence[str]) -> None:
         """There are no masks: a class without examples has been found with the labels."""

@@ -268,10 +268,11 @@ def _grid(name: str, old: Shape, new: Shape) -> tuple[int, int, int]:
     Raises:
         CheckpointError: they are no square grids with equally many extra tokens.
     """
-    if len(old) == len(new) == 2:  # as CLIP has them
-        old, new = (1, *old), (1, *new)
+    most = 9
+    if len(old) == len(new) == 2 and "relative" not in name:  # as CLIP has them, with one token before; texts have none such
+        old, new, most = (1, *old), (1, *new), 2
     if len(old) == len(new) == 3 and old[0] == new[0] == 1 and old[2] == new[2]:
-        for extra in range(9):
+        for extra in range(most):
             sides = math.isqrt(max(old[1] - extra, 0)), math.isqrt(max(new[1] - extra, 0))
             if all(side and side**2 == shape[1] - extra for side, shape in zip(sides, (old, new), strict=True)):
                 return extra, *sides
@@ -299,7 +300,7 @@ def _check_resize(name: str, old: Shape, new: Shape) -> None:
 
 def _is_relative(name: str, old: Shape, new: Shape) -> bool:
     """Whether these are embeddings of distances along an axis, [distances, width]."""
-    return "rel_pos" in name and len(old) == len(new) == 2 and old[1] == new[1]
+    return name.rpartition(".")[2] in ("rel_pos_h", "rel_pos_w") and len(old) == len(new) == 2 and old[1] == new[1]
 
 
 def _resized(name: str, values: Tensor, shape: Shape) -> Tensor:

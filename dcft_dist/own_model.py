@@ -72,7 +72,7 @@ def own_model(config: schema.Config, num_outputs: int, processor: Processor, *, 
         blocks=_blocks(settings, module),
         processor=processor,
         loading=loading,
-        parts={prefix: Exported(".", _stem(built) if settings.part else "")}
+        parts={prefix: Exported(".", _stem(built, settings.part) if settings.part else "")}
         | ({f"{HEAD}.": Exported(HEAD)} if settings.features else {}),
         describe=_describe(built),
     )
@@ -99,6 +99,8 @@ def _argument(value: Any, num_outputs: int, roots: Sequence[str]) -> Any:
         return num_outputs
     if isinstance(value, str) and value.startswith(_OBJECT):
         return find_object(value.removeprefix(_OBJECT), roots, "model.args")
+    if isinstance(value, list):
+        return [_argument(one, num_outputs, roots) for one in value]
     return {k: _argument(v, num_outputs, roots) for k, v in value.items()} if isinstance(value, dict) else value
 
 
@@ -189,10 +191,11 @@ def _translate(built: nn.Module) -> Translate | None:
     return partial(names_in_transformers, built)
 
 
-def _stem(built: nn.Module) -> str:
+def _stem(built: nn.Module, part: str) -> str:
     """What transformers' class for a part's configuration puts before its names, such as `vision_encoder.`.
 
-    "" for others: they are read by `load_state_dict` of the part.
+    Where several would do, as the decoder of an encoder and decoder has all names of the encoder, the one that the part is
+    called by. "" where there is none: such parts are read by `load_state_dict`.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(built, transformers.PreTrainedModel):
@@ -203,8 +206,9 @@ def _stem(built: nn.Module) -> str:
     except ValueError:  # there is no such class
         return ""
     names = list(built.state_dict())
-    stems = [name.removesuffix(names[0]) for name in known if name.endswith(names[0])]
-    return next((stem for stem in stems if all(stem + name in known for name in names)), "")
+    ends = sorted(name.removesuffix(names[0]) for name in known if name.endswith(names[0]))
+    stems = [stem for stem in ends if all(stem + name in known for name in names)]
+    return next((stem for stem in stems if stem and f".{part}.".endswith(f".{stem}")), stems[0] if len(stems) == 1 else "")
 
 
 def _describe(built: nn.Module) -> Callable[[Path], None]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .errors import ConfigError, DataError, line_of, listing
 from .imports import find_object
+from .language import IGNORED
 from .objective import LOWER_IS_BETTER, Metrics, Objective
 from .schema import Config
 from .seeded import seed_of, seeded
@@ -149,6 +150,11 @@ class CollateProcessor:
         if self._tokens != ("labels" in found):
             what = "has to give labels [size, tokens]" if self._tokens else "may not give labels"
             raise ConfigError(f"data.collate: {self._path} {what} for this task.kind")
+        if self._tokens and (found["labels"].ndim != 2 or found["labels"].dtype != torch.int64):
+            kind = f"{list(found['labels'].shape)} of {found['labels'].dtype}"
+            raise ConfigError(f"data.collate: {self._path} gives labels {kind}, not [size, tokens] of torch.int64")
+        if self._tokens and not bool((found["labels"][:, 1:] != IGNORED).any(1).all()):
+            raise DataError(f"data.collate: {self._path} leaves nothing to learn of an example: its answer is cut off")
         return dict(found)
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:

@@ -125,6 +125,9 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
         values: list[Any] = [record[name] for name in inputs]
         if data.modality in ("image", "volume"):
             values = [(folder or Path()) / value if isinstance(value, str) else value for value in values]
+        for column, one in zip(inputs, values, strict=True):
+            if data.modality == "volume" and not isinstance(one, Path):
+                raise DataError(f"{where}: {column!r} is a {type(one).__name__}, not the path of a volume")
         value = values[0] if isinstance(data.input, str) else tuple(values)
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
         group = str(record[data.group]).strip() if data.group else str(values[0]) if isinstance(values[0], Path) else where

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from .errors import ConfigError, line_of
 from .imports import find_object
 from .schema import Config
@@ -39,6 +43,21 @@ class Variation:
                 return self._transform(example)  # type: ignore[misc]
             except Exception as error:
                 raise ConfigError(f"data.transform: {self._path} fails: {type(error).__name__}: {line_of(error)}") from error
+
+
+def as_tensor(found: Any, before: Tensor) -> Tensor:
+    """What a variant is.
+
+    Raises:
+        ConfigError: it is no array of that shape.
+    """
+    try:
+        made = torch.from_numpy(np.ascontiguousarray(found))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"data.transform: it gives a {type(found).__name__}, not an array") from error
+    if made.shape != before.shape:
+        raise ConfigError(f"data.transform: it makes {list(made.shape)} of {list(before.shape)}")
+    return made
 
 
 def _transform(config: Config) -> Callable[[Any], Any] | None:

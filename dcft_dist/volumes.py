@@ -21,7 +21,7 @@ from .errors import ConfigError, DataError, line_of, listing
 from .schema import Config
 from .seeded import seed_of
 from .splits import Split, name_of
-from .variation import Variation
+from .variation import Variation, as_tensor
 
 Pair = tuple[Any, Any]  # where the image (or its channels, a tuple) and the mask are; None: there is no mask
 
@@ -45,7 +45,7 @@ class Volumes:
         if draw is None:
             found = [self.processor.whole(self.pairs[i]) for i in indices]
         else:
-            found = [self.processor.patch(self.pairs[i], f"{draw}:{i}") for i in indices]
+            found = [self.processor.patch(self.pairs[i], f"{draw}:{i}", vary=draw > 0) for i in indices]
         images, masks = zip(*found, strict=True)
         if masks[0] is None:
             return {"image": torch.stack(images)}
@@ -65,9 +65,7 @@ class VolumeProcessor:
             from monai import transforms as mt
             from monai.data import PILReader
         except ImportError as error:
-            raise ConfigError(
-                "task.kind = 'segmentation' needs the package monai: pip install 'dcft_dist[monai]'"
-            ) from error
+            raise ConfigError("data.modality = 'volume' needs the package monai: pip install 'dcft_dist[monai]'") from error
         keys, may = ["image", "mask"], dict[str, Any](allow_missing_keys=True)  # to predict, no mask is needed
         load = mt.LoadImaged(keys, ensure_channel_first=True, image_only=True, **may)
         load.register(PILReader(reverse_indexing=False))  # rows first, as pre-trained models have seen images
@@ -166,7 +164,7 @@ class VolumeProcessor:
         kind = np.uint8 if self._classes <= 256 else np.uint16
         return back[0].numpy().round().astype(kind), np.asarray(back.affine, dtype=np.float64)
 
-    def patch(self, pair: Pair, draw: str) -> tuple[Tensor, Tensor]:
+    def patch(self, pair: Pair, draw: str, vary: bool = True) -> tuple[Tensor, Tensor]:
         """Image [channels, *patch] and mask [1, *patch]: a random place, in half of the draws around a voxel of a structure.
 
         Raises:
@@ -176,17 +174,14 @@ class VolumeProcessor:
         self._crop.set_random_state(seed_of(self._seed, draw))
         found = self._crop({"image": image, "mask": mask})[0]
         image, mask = found["image"].as_tensor(), found["mask"].as_tensor()
-        return self._varied(image, mask, draw) if self._vary else (image, mask)
+        return self._varied(image, mask, draw) if vary and self._vary else (image, mask)
 
     def _varied(self, image: Tensor, mask: Tensor, draw: str) -> tuple[Tensor, Tensor]:
         # Draws of its own: those of the crop would make it a function of where that lies. Copies: volumes stay in memory.
         found = self._vary({"image": image.clone(), "mask": mask.clone()}, f"{draw}:transform")
         if not isinstance(found, dict) or not {"image", "mask"} <= found.keys():
             raise ConfigError("data.transform: it is to give a dictionary with image and mask, as it gets one")
-        made = [torch.from_numpy(np.ascontiguousarray(found[key])) for key in ("image", "mask")]
-        for one, before in zip(made, (image, mask), strict=True):
-            if one.shape != before.shape:
-                raise ConfigError(f"data.transform: it makes {list(one.shape)} of a patch {list(before.shape)}")
+        made = [as_tensor(found[key], before) for key, before in (("image", image), ("mask", mask))]
         if wrong := self._no_classes(made[1]):
             raise ConfigError(f"data.transform: the mask has values {listing(wrong)}: it is to be interpolated by nearest")
         return made[0].to(image.dtype), made[1].to(mask.dtype)

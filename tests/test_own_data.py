@@ -790,6 +790,16 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     assert done.returncode == 2 and "the data are not those that" in done.stderr
 
 
+def test_a_volume_is_a_path(tmp_path: Path) -> None:
+    words = ["--data.modality", "volume", "--data.format", "python", "--data.build", "tests.test_own_data.arrays"]
+    with pytest.raises(DataError, match=r"arrays, row 0: 'input' is a ndarray, not the path of a volume"):
+        task_of(*words, "--import_roots", '["."]')
+
+
+def arrays() -> list[dict[str, Any]]:
+    return [{"input": np.zeros((4, 4, 4)), "label": i % 2} for i in range(9)]
+
+
 def test_one_missing_file_among_ten_thousand(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     names = [f"images/{i}.png" for i in range(10_000)]

@@ -317,6 +317,10 @@ def test_position_embeddings_of_other_forms(tmp_path: Path) -> None:
     torch.testing.assert_close(net.clip.pos[1:], image[0].flatten(1).T)
     wanted = SamVisionAttention.get_rel_pos(None, 28, 28, state["sam.rel_pos_h"])  # [28, 28, 6] of differences
     torch.testing.assert_close(net.sam.rel_pos_h[27:], wanted[:, 0])
+    save_file({"sam.rel_pos_h": torch.zeros(27, 6), "clip.pos": torch.zeros(1026, 6)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"these are no square grids"):  # 1,024 places in a text, not 32 by 32
+        Loading(Net(4098, 27), tmp_path, allowed=Allowed(resize=["clip.pos"]))
+    save_file({**state, "odd": torch.zeros(7, 6)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"clip.pos is \[17, 6\] there and \[66, 6\] in the model(?!: model.resize)"):
         Loading(Net(66, 27), tmp_path, allowed=Allowed(unused=["odd"]))
 
@@ -501,3 +505,24 @@ def test_arguments_that_are_no_values(tmp_path: Path) -> None:
     assert built.activation is torch.nn.functional.silu
     with pytest.raises(ConfigError, match=r"model.args: torch.nn.functional has no silo .did you mean 'silu'"):
         build_model(load_config("mri.toml", [*words[:-1], "object:torch.nn.functional.silo"]), 3)
+
+
+def test_an_export_of_a_part_has_the_names_of_its_class(tmp_path: Path) -> None:
+    """Where two would fit, those of the part that it is: an encoder is not read as a decoder."""
+    from transformers import BartConfig, BartModel
+
+    sizes = {
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
+    BartModel(BartConfig(vocab_size=40, max_position_embeddings=16, **sizes)).save_pretrained(tmp_path)
+    words = ["--task.name", "own", "--data.path", "x", "--model.build", "transformers.AutoModel", "--model.features", "mean"]
+    words += ["--model.weights", str(tmp_path), "--model.part", "encoder", "--model.unused", '["*"]', "--model.new", '["*"]']
+    found = build_model(load_config("mri.toml", words), 3).parts
+    assert {prefix: (part.folder, part.stem) for prefix, part in found.items()} == {
+        "backbone.": (".", "encoder."),
+        "head.": ("head", ""),
+    }

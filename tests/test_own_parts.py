@@ -64,6 +64,10 @@ def talk(pairs):  # the words of an answer are numbers, as are those of an instr
     labels = [[-100] * len(given.split()) + [int(w) for w in answer.split()] for given, answer in pairs]
     return {"input_ids": torch.tensor(rows), "labels": torch.tensor(labels)}
 
+def cut(pairs):
+    found = talk(pairs)
+    return {**found, "labels": torch.full_like(found["labels"], -100)}
+
 def talks():
     return [{"case": f"{i % 7} {i % 5}", "label": f"{(i + 1) % 7} {i % 5 + 1}", "patient": i} for i in range(320)]
 
@@ -231,3 +235,7 @@ def test_own_batches_of_instructions(tmp_path: Path) -> None:
     assert done.returncode == 2 and "answers to inputs that data.collate makes cannot be predicted" in done.stderr
     done = dcft("train", "mri.toml", *given, "--data.collate", "my_parts.collate", "--name", "no")
     assert done.returncode == 2 and "data.collate: my_parts.collate fails on" in done.stderr
+    done = dcft("check", "--data", "mri.toml", *given, "--data.collate", "my_parts.cut", "--name", "cut")
+    assert (
+        done.returncode == 2 and "320 examples: train example 0: data.collate: my_parts.cut leaves nothing to" in done.stderr
+    )

@@ -161,6 +161,10 @@ def flip_both(patch: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def emptied(patch: dict[str, Any]) -> dict[str, Any]:
+    return patch | {"image": None}
+
+
 def halved(patch: dict[str, Any]) -> dict[str, Any]:
     return patch | {"mask": patch["mask"] / 2}
 
@@ -179,12 +183,12 @@ def test_patches_are_varied_with_their_masks(tmp_path: Path) -> None:
     def patches(*more: str) -> list[dict[str, torch.Tensor]]:
         config = load_config("mri.toml", [*words, *more])
         examples = VolumeProcessor(config)(own_task(config).train)
-        return [*(examples.inputs([0, 1, 2, 3], draw) for draw in (1, 1, 2)), examples.inputs([0])]
+        return [*(examples.inputs([0, 1, 2, 3], draw) for draw in (1, 1, 2)), examples.inputs([0]), examples.inputs([0], 0)]
 
     plain, mine = patches(), patches("--data.transform", "tests.test_segmentation.flip_both")
     for before, after in zip(plain[:3], mine[:3], strict=True):
         assert all(torch.equal(before[key].flip(2), after[key]) for key in ("image", "labels"))
-    assert torch.equal(plain[3]["image"], mine[3]["image"])
+    assert all(torch.equal(plain[i]["image"], mine[i]["image"]) for i in (3, 4))  # nor where weights are scored
     flips = ["--data.transform", "monai.transforms.RandFlipd", "--data.transform_args.keys", '["image", "mask"]']
     theirs = patches(*flips, "--data.transform_args.prob", "0.5", "--data.transform_args.spatial_axis", "0")
     assert torch.equal(theirs[0]["image"], theirs[1]["image"])
@@ -194,11 +198,13 @@ def test_patches_are_varied_with_their_masks(tmp_path: Path) -> None:
     for i in range(4):
         wanted = plain[0]["labels"][i].flip(1) if turned[i] else plain[0]["labels"][i]
         assert torch.equal(theirs[0]["labels"][i], wanted)
-    with pytest.raises(ConfigError, match=r"data.transform: it makes \[1, 16, 16, 8\] of a patch \[1, 32, 32, 8\]"):
+    with pytest.raises(ConfigError, match=r"data.transform: it makes \[1, 16, 16, 8\] of \[1, 32, 32, 8\]"):
         patches("--data.transform", "monai.transforms.CenterSpatialCropd", *flips[2:],
                 "--data.transform_args.roi_size", "[16, 16, 8]")  # fmt: skip
     with pytest.raises(ConfigError, match=r"data.transform: the mask has values 0.5: it is to be interpolated by nearest"):
         patches("--data.transform", "tests.test_segmentation.halved")
+    with pytest.raises(ConfigError, match=r"data.transform: it gives a NoneType, not an array"):
+        patches("--data.transform", "tests.test_segmentation.emptied")
     with pytest.raises(ConfigError, match=r"data.transform: it is to give a dictionary with image and mask"):
         patches("--data.transform", "builtins.len")
 
@@ -542,6 +548,11 @@ def test_volumes_with_a_diagnosis(tmp_path: Path) -> None:
     task = own_task(config)
     processor = LabelledVolumeProcessor(config)
     assert processor(task.train).inputs([0, 1])["image"].shape == (2, 1, 40, 40, 8)
+    assert type(processor.image(task.train.inputs[0])) is torch.Tensor
     (tmp_path / "scan3.nii.gz").write_bytes(b"no volume")
-    with pytest.raises(DataError, match=r"1 of 18 volumes: \S*scan3.nii.gz: cannot be read"):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9, 2)), np.eye(4)), tmp_path / "scan7.nii.gz")
+    with pytest.raises(DataError, match=r"2 of 18 volumes: \S*scan3.nii.gz: cannot be read.* 2 channels, others 1"):
         processor.check([task.train, task.validation, task.test], 0, 1)
+    flat = load_config("mri.toml", [*words, "--data.patch", "[40, 40]"])
+    with pytest.raises(DataError, match=r"scan12.nii.gz is \[\d+, \d+, 8\] once it is turned, and data.patch \[40, 40\]"):
+        LabelledVolumeProcessor(flat).check([task.test], 0, 1)

@@ -29,7 +29,7 @@ from dcft_dist.pretrained import find_blocks
 from dcft_dist.schema import Config
 from dcft_dist.splits import Split
 from dcft_dist.stored import Stored
-from dcft_dist.weights import average_buffers, whole_weight
+from dcft_dist.weights import average_buffers, save_weights, whole_weight
 
 from .nets import OddNet, make_net
 from .own import tiny_decoder
@@ -526,3 +526,24 @@ def test_an_export_of_a_part_has_the_names_of_its_class(tmp_path: Path) -> None:
         "backbone.": (".", "encoder."),
         "head.": ("head", ""),
     }
+
+
+def read_cut(folder: str, target: str) -> None:
+    words = ["--task.name", "own", "--data.path", "x", "--model.build", "transformers.AutoModel", "--model.features", "cls"]
+    found = build_model(load_config("mri.toml", [*words, "--model.weights", folder, "--model.image_size", "28"]), 3)
+    prepared = prepare(found.module, Plan("fsdp2", CPU, found.blocks), lambda w: torch.optim.SGD([p for _, p, _ in w]))
+    found.loading.into(prepared.model)  # type: ignore[union-attr]
+    save_weights(prepared.model, target, prefix="backbone.")
+
+
+def test_tensors_that_a_library_cuts(tmp_path: Path) -> None:
+    """DINOv2 giant as it was published: gate and input of an MLP in one tensor, of which each rank reads its own rows."""
+    from transformers import AutoModel, Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+    torch.manual_seed(0)
+    Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True)).save_pretrained(tmp_path / "giant")
+    assert any("weights_in" in name for name in load_file(tmp_path / "giant/model.safetensors"))
+    run_ranks(2, read_cut, str(tmp_path / "giant"), str(tmp_path / "read"))
+    theirs, mine = AutoModel.from_pretrained(tmp_path / "giant").state_dict(), load_file(tmp_path / "read/model.safetensors")
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], value) for name, value in theirs.items())

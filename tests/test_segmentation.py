@@ -548,7 +548,10 @@ def test_volumes_with_a_diagnosis(tmp_path: Path) -> None:
     task = own_task(config)
     processor = LabelledVolumeProcessor(config)
     assert processor(task.train).inputs([0, 1])["image"].shape == (2, 1, 40, 40, 8)
-    assert type(processor.image(task.train.inputs[0])) is torch.Tensor
+    plain = processor.image(task.train.inputs[0])
+    varied = [processor(task.train).inputs([0], draw)["image"][0] for draw in range(9)]
+    same = [torch.equal(image, plain) for image in varied]
+    assert type(plain) is torch.Tensor and same[0] and 1 < sum(same) < 9  # draw 0 is for scoring: no variants
     (tmp_path / "scan3.nii.gz").write_bytes(b"no volume")
     nibabel.save(nibabel.Nifti1Image(np.zeros((9, 9, 9, 2)), np.eye(4)), tmp_path / "scan7.nii.gz")
     with pytest.raises(DataError, match=r"2 of 18 volumes: \S*scan3.nii.gz: cannot be read.* 2 channels, others 1"):

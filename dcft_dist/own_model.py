@@ -26,6 +26,11 @@ from .stored import absent
 
 _OBJECT = "object:"
 _HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvision
+_DECODERS = {  # of MONAI: what the pre-training of the encoder leaves random
+    "SwinUNETR": ("encoder*", "decoder*", "out"),
+    "UNETR": ("encoder*", "decoder*", "out"),
+    "SegResNet": ("up_layers", "up_samples", "conv_final"),
+}
 _WIDTHS = ("hidden_size", "num_features", "embed_dim", "hidden_dim")
 
 
@@ -160,6 +165,8 @@ def _width(module: nn.Module) -> int:
 def _head(settings: schema.Model, module: nn.Module) -> tuple[str, ...]:
     if settings.head is not None:
         return tuple(settings.head)
+    if type(module).__module__.startswith("monai.") and type(module).__name__ in _DECODERS:
+        return _DECODERS[type(module).__name__]
     last: Any = getattr(module, "get_classifier", lambda: None)  # of timm
     modules = {id(part): name for name, part in module.named_modules() if next(part.parameters(), None) is not None}
     if name := modules.get(id(last())):

@@ -547,3 +547,16 @@ def test_tensors_that_a_library_cuts(tmp_path: Path) -> None:
     run_ranks(2, read_cut, str(tmp_path / "giant"), str(tmp_path / "read"))
     theirs, mine = AutoModel.from_pretrained(tmp_path / "giant").state_dict(), load_file(tmp_path / "read/model.safetensors")
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize(("name", "body"), [("SwinUNETR", "swinViT"), ("UNETR", "vit"), ("SegResNet", "down_layers")])
+def test_the_decoders_of_monai_are_heads(name: str, body: str) -> None:
+    """All that the pre-training of an encoder leaves random, and nothing of the encoder."""
+    args = {"SwinUNETR": {"feature_size": 12}, "UNETR": {"img_size": "[32, 32, 32]", "feature_size": 4}}.get(name, {})
+    args |= {"in_channels": 1, "out_channels": "num_outputs"}
+    words = ["--task.name", "own", "--task.kind", "segmentation", "--data.path", "x", "--data.modality", "volume"]
+    words += ["--data.classes", '["none", "a", "b"]', "--model.build", f"monai.networks.nets.{name}"]
+    words += [word for key, value in args.items() for word in (f"--model.args.{key}", str(value))]
+    found = build_model(load_config("mri.toml", words), 3)
+    rest = {n.split(".")[0] for n, _ in found.module.named_parameters()} - {n.split(".")[0] for n in found.head_names}
+    assert rest == {body} | ({"convInit"} if name == "SegResNet" else set())

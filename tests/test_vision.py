@@ -71,7 +71,8 @@ def test_recipes_at_true_size(recipe: str, weights: float, capsys: pytest.Captur
     assert found["weights"] == pytest.approx(weights, rel=0.01) and found["fits"] and found["bits"] > 0
 
 
-def test_a_masked_autoencoder_of_timm_grades(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["single_label", "regression"])
+def test_a_masked_autoencoder_of_timm_grades(kind: str, tmp_path: Path) -> None:
     """As RETFound comes: in a .pth with the decoder of its training, without the norm after the pooling."""
     sizes = {"img_size": SIDE, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4}
     torch.manual_seed(0)
@@ -81,15 +82,23 @@ def test_a_masked_autoencoder_of_timm_grades(tmp_path: Path) -> None:
     photographs(tmp_path, "grade")
     words = [w for key, value in sizes.items() for w in (f"--model.args.{key}", str(value))]
     words += ["--model.image_size", str(SIDE)]
+    words += ["--task.kind", kind, "--train.metric", "quadratic_kappa"] if kind == "regression" else []
     summary, said, images = adapted(
         tmp_path, "retina_vit_large.toml", [*words, "--model.weights", str(tmp_path / "RETFound.pth")]
     )
     assert sorted(summary["loading"]["fresh"]) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
-    assert {"mae", "quadratic_kappa"} <= summary["validation"].keys()
-    exported = timm.create_model("vit_large_patch16_224", num_classes=1, global_pool="avg", **sizes)
+    assert {"mae", "quadratic_kappa"} <= summary["validation"].keys() or kind == "single_label"
+    outputs = 5 if kind == "single_label" else 1
+    exported = timm.create_model("vit_large_patch16_224", num_classes=outputs, global_pool="avg", **sizes)
     exported.load_state_dict(load_file(tmp_path / "toy/model/model.safetensors"))
     with torch.no_grad():
-        outputs = exported.eval()(images).squeeze(1) * summary["labels"]["std"] + summary["labels"]["mean"]
+        found = exported.eval()(images)
+    if kind == "single_label":
+        for grade in range(5):
+            shares = found.softmax(-1)[:, grade].tolist()
+            assert [float(row[f"p({grade})"]) for row in said] == pytest.approx(shares, abs=1e-5)
+        return
+    outputs = found.squeeze(1) * summary["labels"]["std"] + summary["labels"]["mean"]
     assert [float(row["predicted"]) for row in said] == pytest.approx(outputs.tolist(), abs=1e-5)
     assert f"times {summary['labels']['std']}, plus" in (tmp_path / "toy/model/README.md").read_text()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,6 +99,26 @@ class Images:
         sized = functional.interpolate(grey, (self.side, self.side), mode="bilinear", align_corners=False)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         return {"pixel_values": (sized.expand(-1, 3, -1, -1) - mean) / std}
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """A split whose inputs are made one at a time, from files: images, volumes. `make`: of a source, and which variant."""
+
+    sources: list[Any]
+    labels: list[Any]
+    name: str
+    make: Callable[[Any, str | None], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def length(self, index: int) -> int:
+        return 0
+
+    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
+        """`name` [size, ...]."""
+        return {self.name: torch.stack([self.make(self.sources[i], f"{draw}:{i}" if draw else None) for i in indices])}
 
 
 class TextProcessor:

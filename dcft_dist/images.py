@@ -6,7 +6,6 @@ import io
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .data import OneByOne
 from .dicom import is_dicom, picture_in
 from .errors import ConfigError, DataError, listing
 from .files import write_atomic, write_json
@@ -92,32 +92,13 @@ def _scaled(pixels: Any, scale: float) -> Any:
     return pixels.astype(np.float32)
 
 
-@dataclass(frozen=True)
-class ImageFiles:
-    """A split of images."""
-
-    sources: list[Any]
-    labels: list[Any]
-    processor: OwnImageProcessor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def length(self, index: int) -> int:
-        return 0
-
-    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        images = [self.processor.image(self.sources[i], f"{draw}:{i}" if draw else None) for i in indices]
-        return {"pixel_values": torch.stack(images)}
-
-
 class OwnImageProcessor:
     """Resizes to a square or as the model's library does, varies, normalises as is said beside the weights, if there."""
 
     def __init__(self, config: Config) -> None:
         """
         Raises:
-            ConfigError: the library's processor cannot be used (see `Preprocessing.library`); mean and deviation do not fit.
+            ConfigError: its processor cannot be used (see `Preprocessing.processor`); mean and deviation do not fit.
         """
         self.side = config.model.image_size
         said = preprocessing_of(config.model.weights)
@@ -141,10 +122,10 @@ class OwnImageProcessor:
                 f"data.processor: nothing beside model.weights = {config.model.weights} says how: no "
                 "preprocessor_config.json (transformers), config.json of timm, or open_clip_config.json"
             )
-        return self._said.library(self.side)
+        return self._said.processor(self.side)
 
-    def __call__(self, split: Split) -> ImageFiles:
-        return ImageFiles(list(split.inputs), split.labels, self)
+    def __call__(self, split: Split) -> OneByOne:
+        return OneByOne(list(split.inputs), split.labels, "pixel_values", self.image)
 
     def image(self, source: Any, draw: str | None = None) -> Tensor:
         """[channels, side, side]. `draw`: which random variant; None: no variation.

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .data import OneByOne
 from .errors import ConfigError, DataError
 from .schema import Config
 from .splits import Split, name_of
 from .variation import as_tensor
 from .volumes import Pair, VolumeProcessor
-
-
-@dataclass(frozen=True)
-class LabelledVolumes:
-    """A split of volumes with labels."""
-
-    sources: list[Any]
-    labels: list[Any]
-    processor: LabelledVolumeProcessor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def length(self, index: int) -> int:
-        return 0
-
-    def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """`image` [size, channels, *patch]."""
-        images = [self.processor.image(self.sources[i], f"{draw}:{i}" if draw else None) for i in indices]
-        return {"image": torch.stack(images)}
 
 
 class LabelledVolumeProcessor(VolumeProcessor):
@@ -47,8 +26,8 @@ class LabelledVolumeProcessor(VolumeProcessor):
         self._fitted: dict[Any, Tensor] = {}
         self._channels: int | None = None  # of the first volume that was read
 
-    def __call__(self, split: Split) -> LabelledVolumes:  # type: ignore[override]
-        return LabelledVolumes(list(split.inputs), split.labels, self)
+    def __call__(self, split: Split) -> OneByOne:  # type: ignore[override]
+        return OneByOne(list(split.inputs), split.labels, "image", self.image)
 
     def image(self, source: Any, draw: str | None = None) -> Tensor:
         """[channels, *patch]. `draw`: which random variant; None: no variation.

@@ -47,7 +47,7 @@ class Preprocessing:
     sizes: set[int]
     make: Callable[[], Library]
 
-    def library(self, side: int) -> Library:
+    def processor(self, side: int) -> Library:
         """The library's processor, tried on a picture.
 
         Raises:
@@ -86,8 +86,8 @@ def preprocessing_of(weights: str | None) -> Preprocessing | None:
     if facts := _facts(folder / TRANSFORMERS):
         return _of_transformers(folder / TRANSFORMERS, facts)
     for (name, key), read in ((_TIMM, _of_timm), (_OPEN_CLIP, _of_open_clip)):
-        if isinstance(_facts(folder / name).get(key), dict):
-            return read(folder / name, _facts(folder / name))
+        if isinstance((facts := _facts(folder / name)).get(key), dict):
+            return read(folder / name, facts)
     return None
 
 

@@ -536,7 +536,8 @@ def read_cut(folder: str, target: str) -> None:
     save_weights(prepared.model, target, prefix="backbone.")
 
 
-def test_tensors_that_a_library_cuts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_tensors_that_a_library_cuts(ranks: int, tmp_path: Path) -> None:
     """DINOv2 giant as it was published: gate and input of an MLP in one tensor, of which each rank reads its own rows."""
     from transformers import AutoModel, Dinov2Config, Dinov2Model
 
@@ -544,7 +545,7 @@ def test_tensors_that_a_library_cuts(tmp_path: Path) -> None:
     torch.manual_seed(0)
     Dinov2Model(Dinov2Config(**sizes, use_swiglu_ffn=True)).save_pretrained(tmp_path / "giant")
     assert any("weights_in" in name for name in load_file(tmp_path / "giant/model.safetensors"))
-    run_ranks(2, read_cut, str(tmp_path / "giant"), str(tmp_path / "read"))
+    run_ranks(ranks, read_cut, str(tmp_path / "giant"), str(tmp_path / "read"))
     theirs, mine = AutoModel.from_pretrained(tmp_path / "giant").state_dict(), load_file(tmp_path / "read/model.safetensors")
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], value) for name, value in theirs.items())
 

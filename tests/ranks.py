@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -47,14 +48,14 @@ def run_ranks(
             here, there = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(there, rank, world_size, str(Path(folder) / "store"), timeout_s, body, args, breaks),
+                args=(there, rank, world_size, folder, timeout_s, body, args, breaks),
             )
             process.start()
             there.close()
             pipes.append(here)
             processes.append(process)
         try:
-            return _collect(pipes, deadline_s)
+            return _collect(pipes, processes, folder, deadline_s)
         finally:
             for process in processes:
                 process.join(5)
@@ -62,7 +63,7 @@ def run_ranks(
                 process.join()
 
 
-def _collect(pipes: list[Connection], deadline_s: float) -> list[Any]:
+def _collect(pipes: list[Connection], processes: list[Any], folder: str, deadline_s: float) -> list[Any]:
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     end = datetime.datetime.now() + datetime.timedelta(seconds=deadline_s)
@@ -78,7 +79,8 @@ def _collect(pipes: list[Connection], deadline_s: float) -> list[Any]:
             try:
                 ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except (EOFError, ConnectionResetError):
-                ok, value = False, "died without a word"
+                processes[rank].join(5)
+                ok, value = False, f"died with exit code {processes[rank].exitcode}\n{_fault_file(folder, rank).read_text()}"
             (results if ok else failures)[rank] = value
     if len(results) < len(pipes):
         late = [r for r in range(len(pipes)) if r not in results and r not in failures]
@@ -87,16 +89,23 @@ def _collect(pipes: list[Connection], deadline_s: float) -> list[Any]:
     return [results[r] for r in range(len(pipes))]
 
 
+def _fault_file(folder: str, rank: int) -> Path:
+    """Where a rank that dies of a signal leaves its traceback."""
+    return Path(folder) / f"fault_{rank}"
+
+
 def _rank_main(
     pipe: Connection,
     rank: int,
     world_size: int,
-    store: str,
+    folder: str,
     timeout_s: float,
     body: Callable[..., Any],
     args: Any,
     breaks: bool,
 ) -> None:
+    fault_file = open(_fault_file(folder, rank), "w")  # noqa: SIM115 (it must outlive all else)
+    faulthandler.enable(fault_file)
     try:
         torch.set_num_threads(1)
         # As torchrun would: DeepSpeed and Accelerate look at these even where the process group is there already.
@@ -108,7 +117,7 @@ def _rank_main(
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if DEVICE == "cuda" and world_size == 1 else "gloo",
-            store=dist.FileStore(store, world_size),
+            store=dist.FileStore(str(Path(folder) / "store"), world_size),
             rank=rank,
             world_size=world_size,
             timeout=datetime.timedelta(seconds=timeout_s),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import sys
 import time
@@ -36,6 +38,17 @@ def test_a_late_rank_is_named_after_the_timeout() -> None:
     assert time.monotonic() - started < 15
     expected = f"rank 0: sum of losses failed: {LATE}"
     assert message.startswith(expected), message
+
+
+def one_rank_dies() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+
+
+def test_the_tests_say_how_a_rank_died() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1:\ndied with exit code -11.*in one_rank_dies"):
+        run_ranks(2, one_rank_dies)
 
 
 def named() -> str:

@@ -41,8 +41,10 @@ def curve(folder: Path, task: str, criterion: str, seed: int) -> list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/auto"))
-    folder, shown = parser.parse_args().folder, False
-    for task in TASKS:
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only these (default: all)")
+    given = parser.parse_args()
+    folder, shown = given.folder, False
+    for task in (t for t in TASKS if not given.tasks or t.partition(",")[0] in given.tasks):
         for criterion in ("taylor_squared", "fisher"):
             curves = [curve(folder, task, criterion, seed) for seed in range(3)]
             if not shown:

@@ -3,7 +3,7 @@
     python benchmarks/convergence.py docs/results/studies/icd_630
 
 `loss`: mean [standard error over seeds]; `loss minus LAST`: paired by seed, against the last arm that is named (`--arms`).
-Then the loss on test data at the chosen epoch: the first arm's minus each other's, paired by seed.
+The loss on test data is in `dcft table`.
 """
 
 from __future__ import annotations
@@ -50,13 +50,6 @@ def main() -> None:
             differences = [a - b for a, b in zip(over[: len(both)], over[len(both) :], strict=True)]
             difference = with_error(differences, "+") if arm != last else ""
             print(f"| {arm} | {epoch} | {len(loss)} | {with_error(loss)} | {difference} | {np.mean(right):.4f} |")
-    first = given.arms[0]
-    print("\n| contrast | seeds | test loss |\n|---|---|---|")
-    for arm in given.arms[1:]:
-        both = sorted(results[first].keys() & results[arm].keys())
-        loss = {name: [results[name][s]["summary"]["test"]["loss"] for s in both] for name in (first, arm)}
-        differences = [a - b for a, b in zip(loss[first], loss[arm], strict=True)]
-        print(f"| {first} minus {arm} | {len(both)} | {with_error(differences, '+')} |")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from dcft_dist.study import Cell, Values, load_study
 from dcft_dist.study_folder import StudyFolder
 from dcft_dist.study_table import shown
 
-PLAIN = {"factor": "factor", "fraction": "factor", "sgd_factor": "sgd_factor", "sgd_fraction": "sgd_factor"}
+PLAIN = {"factor": "factor", "fraction": "factor", "random_fraction": "factor"}
+PLAIN |= {"sgd_factor": "sgd_factor", "sgd_fraction": "sgd_factor", "sgd_random_fraction": "sgd_factor"}
 Seeds = dict[int, tuple[float, float]]  # seed -> accuracy, loss
 
 

@@ -4,8 +4,8 @@
 
 MiniLM with a warmed-up head on both text tasks (ICD-10-CM chapters, 3,150 training texts; drug reviews, 480). Only training
 and validation data are used. Removal: the selected weights are set to zero and the validation loss is measured, beside
-random sets of the same size, the same tensors, the same tensors and magnitudes, and the lowest scores. What is done stays in
-the folder. About 25 minutes on one core.
+random sets of the same size, the same tensors, the same tensors and magnitudes (for each criterion), and the lowest scores.
+What is done stays in the folder. About 50 minutes on one core; the criterion `obs` takes 10 GiB.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,19 @@ from dcft_dist.files import write_atomic
 from dcft_dist.head import warm_up_or_load
 from dcft_dist.importance import Scores
 from dcft_dist.job import Job, make_job
-from dcft_dist.pictures import SETS, png
+from dcft_dist.pictures import png
 from dcft_dist.removal import removed
 from dcft_dist.run_dir import RunDirectory
 from dcft_dist.world import World, joined_world
 
-CRITERIA = ("taylor_squared", "taylor", "removal", "fisher", "magnitude")
+COLORS = {
+    "fisher": "#c0392b", "taylor_squared": "#e08e0b", "taylor": "#7d6608", "removal": "#6c3483", "obs": "#2471a3",
+    "magnitude": "#111111", "random": "#7f8c8d", "random_tensor": "#aab7b8", "lowest": "#58a55c",
+}  # fmt: skip
+CRITERIA = tuple(COLORS)[:6]
 FRACTIONS = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+SHARES = (0.01, 0.1)
+BATCHES = {"icd": (1, 4, 16, 49), "reviews": (1, 2, 4, 7)}  # up to half of the training texts
 SCORED, BATCH = 448, 32
 TASKS = {
     "icd": ["--task.validation_per_class", "25"],
@@ -55,9 +62,11 @@ class Setting:
     def model(self) -> Any:
         return self.job.model
 
-    def scores(self, criterion: str, num: int = SCORED, seed: int | None = None) -> Scores:
-        drawn = order(self.job.config.seed if seed is None else seed, 0, len(self.job.train))[:num]
-        items = [b for i in range(0, num, BATCH) for b in self.job.micro_batches(drawn[i : i + BATCH], self.job.train)]
+    def scores(self, criterion: str, num: int = SCORED, last: bool = False) -> Scores:
+        """By that many texts, the first or the last of their order; `obs` wants more gradients, of four texts each."""
+        drawn = order(self.job.config.seed, 0, len(self.job.train))
+        drawn, size = drawn[-num:] if last else drawn[:num], 4 if criterion == "obs" else BATCH
+        items = [b for i in range(0, num, size) for b in self.job.micro_batches(drawn[i : i + size], self.job.train)]
         return score_importance(self.model, items, self.job.loss, head=self.job.pretrained.head, criterion=criterion)  # type: ignore[arg-type]
 
     def validate(self) -> dict[str, float]:
@@ -78,32 +87,48 @@ def make(task: str, seed: int, world: World) -> Setting:
 # -- removal -----------------------------------------------------------------------------------------------------------
 
 
-def removal_curve(setting: Setting) -> list[dict[str, Any]]:
-    rows = [{"set": "nothing", "fraction": 0.0, **setting.validate()}]
+def removal_curve(setting: Setting, folder: Path) -> list[dict[str, Any]]:
+    """One file a criterion, so that what was cut off goes on."""
+    rows = []
     for criterion in CRITERIA:
-        scores = setting.scores(criterion)
-        kinds = KINDS if criterion == CRITERIA[0] else ("top",)
-        for fraction, kind in itertools.product(FRACTIONS, kinds):
-            top = select_fundamental(scores, fraction)
-            with removed(setting.model, control_set(setting.model, scores, top, kind, 0)):
-                rows.append({"set": criterion if kind == "top" else kind, "fraction": fraction, **setting.validate()})
-                print(json.dumps(rows[-1]), flush=True)
+        file = folder / f"{criterion}.json"
+        if not file.exists():
+            scores, found = setting.scores(criterion), [{"set": "nothing", "fraction": 0.0, **setting.validate()}]
+            kinds = KINDS if criterion == CRITERIA[0] else ("top", "random_magnitude")
+            for fraction, kind in itertools.product(FRACTIONS, kinds):
+                top = select_fundamental(scores, fraction)
+                name = {"top": criterion, "random_magnitude": f"random like {criterion}"}.get(kind, kind)
+                with removed(setting.model, control_set(setting.model, scores, top, kind, 0)):
+                    found.append({"set": name, "fraction": fraction, **setting.validate()})
+                    print(json.dumps(found[-1]), flush=True)
+            write_atomic(file, json.dumps(found))
+        rows += json.loads(file.read_text())[bool(rows) :]
     return rows
+
+
+def removal_table(rows: list[dict[str, Any]], chance_loss: float) -> list[dict[str, Any]]:
+    """Loss, accuracy by share; the first share at which the loss is that of chance, and whether it stays there."""
+    table = []
+    for name in dict.fromkeys(row["set"] for row in rows if row["fraction"]):
+        mine = {row["fraction"]: row for row in rows if row["set"] == name}
+        beyond = [f for f, row in mine.items() if row["loss"] >= chance_loss]
+        back = beyond and any(row["loss"] < chance_loss for f, row in mine.items() if f > beyond[0])
+        cells = {f"{100 * f:g} %": f"{row['loss']:.3f}, {row['accuracy']:.3f}" for f, row in mine.items()}
+        at = f"{100 * beyond[0]:g} %{', not for good' if back else ''}" if beyond else "never"
+        table.append({"set": name, **cells, "chance": at})
+    return table
 
 
 def curve_picture(rows: dict[str, list[dict[str, Any]]], classes: dict[str, int]) -> Figure:
     figure = Figure(figsize=(10, 3.4 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 2, squeeze=False)
-    colors = dict(zip(CRITERIA[1:], ("#7f1d1d", "#e2725b", "#b08968", "#111111"), strict=True))
     for line, (task, found) in zip(axes, rows.items(), strict=True):
         for place, key, chance in zip(line, ("loss", "accuracy"), (np.log(classes[task]), 1 / classes[task]), strict=True):
             for name in dict.fromkeys(row["set"] for row in found if row["fraction"]):
                 points = [(100 * row["fraction"], row[key]) for row in found if row["set"] == name]
-                label, color = SETS.get("top" if name == CRITERIA[0] else name, (name, colors.get(name, "#777777")))
-                style = "o-" if name == CRITERIA[0] else "--" if name in CRITERIA else "o:"
-                place.plot(
-                    *zip(*points, strict=True), style, color=color, label=name if name in CRITERIA else label, markersize=4
-                )
+                style = "o-" if name in CRITERIA else ":"
+                color = COLORS[name.removeprefix("random like ")]
+                place.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=3, linewidth=1.2)
             place.axhline(found[0][key], color="#999999", linewidth=1)
             place.axhline(chance, color="#999999", linewidth=1, linestyle="--")
             place.set_xscale("log")
@@ -115,32 +140,58 @@ def curve_picture(rows: dict[str, list[dict[str, Any]]], classes: dict[str, int]
 # -- overlap and stability ---------------------------------------------------------------------------------------------
 
 
-def overlap(sets: dict[str, dict[str, FundamentalSet]], first: str, second: str) -> dict[str, Any]:
-    """Jaccard index of two sets, and of the random sets matched to them, which overlap by tensors and magnitudes alone."""
-    a, b = sets[first], sets[second]
-    share = a["top"].num_selected / a["top"].num_eligible
+Pair = dict[str, FundamentalSet]  # "top" and "random_magnitude", which overlaps with others by tensors and magnitudes alone
+
+
+def jaccards(a: Pair, b: Pair, names: list[str]) -> dict[str, str]:
+    """Within these weights: of the selected sets, of the random ones, and of sets as large that know nothing."""
+    total = sum(size(a["top"], name) for name in names)
+    shares = [sum(one["top"].info.counts[name] for name in names) / total for one in (a, b)]
+    both = shares[0] * shares[1]
     return {
-        "sets": f"{first}, {second}",
-        "share": f"{100 * share:.3g} %",
-        "Jaccard": f"{a['top'].jaccard(b['top']):.3f}",
-        "matched random": f"{a['random_magnitude'].jaccard(b['random_magnitude']):.3f}",
-        "chance": f"{share / (2 - share):.3f}",
+        "share": f"{50 * sum(shares):.3g} %",
+        "Jaccard": f"{a['top'].jaccard(b['top'], names):.3f}",
+        "matched random": f"{a['random_magnitude'].jaccard(b['random_magnitude'], names):.3f}",
+        "chance": f"{both / (sum(shares) - both) if both else 0.0:.3f}",
     }
 
 
-def stability(setting: Setting) -> list[dict[str, Any]]:
-    """Of the top 10 % after n score batches with the set after all of them, and with one of as many other texts."""
-    last = select_fundamental(setting.scores("taylor_squared"), 0.1)
+def size(one: FundamentalSet, name: str) -> int:
+    return int(np.prod(one.info.shapes[name]))
+
+
+def overlap(sets: dict[str, Pair]) -> list[dict[str, Any]]:
+    """Every two sets over the whole model."""
+    return [
+        {"sets": f"{first}, {second}", **jaccards(sets[first], sets[second], list(sets[first]["top"].names))}
+        for first, second in itertools.combinations(sets, 2)
+    ]
+
+
+def overlap_by_layer(sets: dict[str, Pair]) -> list[dict[str, Any]]:
+    """Two sets of one task, and two of different tasks, layer by layer."""
     rows = []
-    for batches in (1, 2, 4, 8, 14):
-        mine, other = (select_fundamental(setting.scores("taylor_squared", batches * BATCH, seed), 0.1) for seed in (0, 1))
-        rows.append(
-            {
-                "score batches": batches,
-                "with all 14": f"{mine.jaccard(last):.3f}",
-                "with other texts": f"{mine.jaccard(other):.3f}",
-            }
-        )
+    for first, second in (("icd seed 0", "icd seed 1"), ("icd seed 0", "reviews seed 0")):
+        layers: dict[str, list[str]] = {}
+        for name in sets[first]["top"].names:
+            found = re.search(r"layers?\.(\d+)\.", name)
+            layers.setdefault(found[1] if found else "other", []).append(name)
+        for layer, names in layers.items():
+            rows.append({"sets": f"{first}, {second}", "layer": layer, **jaccards(sets[first], sets[second], names)})
+    return rows
+
+
+def stability(setting: Setting, task: str) -> list[dict[str, Any]]:
+    """Of the top 10 % after n score batches, with that of as many other texts."""
+    rows = []
+    for batches in BATCHES[task]:
+        row: dict[str, Any] = {"score batches": batches, "texts": batches * BATCH}
+        for criterion in CRITERIA[:2]:
+            one, other = (
+                select_fundamental(setting.scores(criterion, batches * BATCH, last), 0.1) for last in (False, True)
+            )
+            row[criterion] = f"{one.jaccard(other):.3f}"
+        rows.append(row)
     return rows
 
 
@@ -151,37 +202,37 @@ def main() -> None:
     given = options.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     curves: dict[str, list[dict[str, Any]]] = {}
-    classes, sets = {}, {share: {} for share in (0.01, 0.1)}
+    classes: dict[str, int] = {}
+    sets: dict[tuple[str, float], dict[str, Pair]] = {place: {} for place in itertools.product(CRITERIA[:2], SHARES)}
     stable: dict[str, list[dict[str, Any]]] = {}
     with joined_world(3600.0) as world:
         for task, seed in itertools.product(TASKS, (0, 1)):
             setting = make(task, seed, world)
             classes[task] = setting.job.objective.num_outputs
-            scores = setting.scores("taylor_squared")
             draw = 2 * list(TASKS).index(task) + seed  # no two matched sets are made of the same random numbers
-            for share, kept in sets.items():
-                top = select_fundamental(scores, share)
-                kept[f"{task} seed {seed}"] = {
-                    k: control_set(setting.model, scores, top, k, draw) for k in ("top", "random_magnitude")
-                }
+            for criterion in CRITERIA[:2]:
+                scores = setting.scores(criterion)
+                for share in SHARES:
+                    top = select_fundamental(scores, share)
+                    matched = control_set(setting.model, scores, top, "random_magnitude", draw)
+                    sets[criterion, share][f"{task} seed {seed}"] = {"top": top, "random_magnitude": matched}
             if seed == 0:
-                file = given.folder / f"removal_{task}.json"
-                if not file.exists():
-                    write_atomic(file, json.dumps(removal_curve(setting)))
-                curves[task] = json.loads(file.read_text())
-                stable[task] = stability(setting)
+                curves[task] = removal_curve(setting, given.folder / task)
+                stable[task] = stability(setting, task)
     for task, rows in curves.items():
         print(f"\n## Removal: {task}\n")
-        names = list(dict.fromkeys(row["set"] for row in rows if row["fraction"]))
-        cells = {(row["set"], row["fraction"]): f"{row['loss']:.3f}, {row['accuracy']:.3f}" for row in rows}
-        chance = f"{np.log(classes[task]):.3f}, {1 / classes[task]:.3f}"
-        print(f"Validation loss and accuracy; nothing removed: {cells['nothing', 0.0]}; chance {chance}.\n")
-        show([{"set": n, **{f"{100 * f:g} %": cells[n, f] for f in FRACTIONS}} for n in names], given.json, 1)
-    print("\n## Overlap\n")
-    pairs = list(itertools.combinations(sets[0.1], 2))
-    show([overlap(kept, a, b) for kept in sets.values() for a, b in pairs], given.json, 1)
+        chance = float(np.log(classes[task]))
+        nothing = f"{rows[0]['loss']:.3f}, {rows[0]['accuracy']:.3f}"
+        print(f"Validation loss, accuracy; nothing removed: {nothing}; chance {chance:.3f}, {1 / classes[task]:.3f}.\n")
+        show(removal_table(rows, chance), given.json, 1)
+    for (criterion, share), found in sets.items():
+        print(f"\n## Overlap: {criterion}, {100 * share:g} %\n")
+        show(overlap(found), given.json, 1)
+    for criterion in CRITERIA[:2]:
+        print(f"\n## Overlap by layer: {criterion}, 10 %\n")
+        show(overlap_by_layer(sets[criterion, 0.1]), given.json, 1)
     for task, rows in stable.items():
-        print(f"\n## Stability: {task}\n")
+        print(f"\n## Stability of the top 10 %: {task}\n")
         show(rows, given.json, 1)
     if given.pictures:
         write_atomic(given.pictures / "removal_curves.png", png(curve_picture(curves, classes)))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import DivergedError, RunError, listing
+from .errors import DivergedError, RunError, UnfinishedError, listing
 from .files import read_json, read_lines, write_atomic
 from .study import Cell, Study, facts_of, final_cells, load_study, make_config, make_preparation, tuning_cells
 from .study_folder import StudyFolder, completed
@@ -33,7 +33,7 @@ from .world import World
 log = logging.getLogger(__name__)
 POLL_S = 5.0
 # Facts of a summary that another run of the same cell may change: all others must come out the same.
-_PASSING = ("seconds", "peak_memory_gib", "date", "machine", "git_commit")
+_PASSING = ("seconds", "prepared_seconds", "peak_memory_gib", "date", "machine", "git_commit")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def compare(file: Path, folder: Path, world: World, share: Share, wait_s: float)
 
     Raises:
         ConfigError: the study, or one of its cells, is wrong, or a file in the folder is of another version of it.
-        RunError: cells of other shares were not there after `wait_s`.
+        UnfinishedError: cells of other shares were not there after `wait_s`.
     """
     study = load_study(file)
     write_atomic(folder / "study.toml", file.read_text())
@@ -140,6 +140,7 @@ class Runner:
             **about,
             "config": facts_of(config),
             "summary": {key: value for key, value in summary.items() if key not in ("name", "removal")},
+            "prepared_seconds": read_json(source / "progress.json")["seconds"],
             "epochs": [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows if "validation/loss" in row],
             "in_force": _mean(
                 [row["penalty/applied_over_proposed"] for row in rows if "penalty/applied_over_proposed" in row]
@@ -168,7 +169,7 @@ class Runner:
             log.info("waiting for %d %s of the other shares", len(missing), what)
         while missing := [f for f in missing if not f.exists()]:
             if time.monotonic() > end:
-                raise RunError(
+                raise UnfinishedError(
                     f"after {self.wait_s:.0f} s these {what} of other shares are missing: {listing(map(str, missing))}"
                 )
             time.sleep(POLL_S)
@@ -181,7 +182,8 @@ def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
     """Runs a random part of the finished cells again, beside the folder; returns what came out otherwise."""
     study = load_study(file)
     kept = StudyFolder(study, folder)
-    done = [cell for cell in (*tuning_cells(study), *final_cells(study, kept.choose_all())) if kept.has(cell)]
+    final = final_cells(study, kept.choose_all()) if study.seeds else ()
+    done = [cell for cell in (*tuning_cells(study), *final) if kept.has(cell)]
     drawn = random.Random(0).sample(done, max(1, round(part * len(done))))
     beside = folder.with_name(f"{folder.name}_again")
     shutil.rmtree(beside, ignore_errors=True)  # nothing of a former time may be taken for this one
@@ -198,7 +200,7 @@ def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
 
 
 def _lasting(result: dict[str, Any]) -> dict[str, Any]:
-    kept = dict(result)
+    kept = {key: value for key, value in result.items() if key not in _PASSING}
     if "summary" in kept:
         kept["summary"] = {key: value for key, value in kept["summary"].items() if key not in _PASSING}
     return kept

@@ -63,6 +63,12 @@ class PassingError(DcftError):
     exit_code = 1
 
 
+class UnfinishedError(PassingError):
+    """Other shares of a study have not done theirs: start this one again when they have."""
+
+    exit_code = 75  # EX_TEMPFAIL, as `dcft status --verdict` where a run should be started again
+
+
 class WorldError(PassingError):
     """Ranks did not meet in a collective; the message names who is missing."""
 

@@ -119,8 +119,11 @@ class FundamentalSet:
         shape = self.info.shapes.get(name, ())
         return unpack(self.packed(name), prod(shape)).view(shape)
 
-    def jaccard(self, other: FundamentalSet) -> float:
+    def jaccard(self, other: FundamentalSet, names: Iterable[str] | None = None) -> float:
         """Size of the intersection over size of the union with `other`; 1.0 for two empty sets.
+
+        Args:
+            names: only within these weights.
 
         Raises:
             FundamentalSetError: the two sets are not over the same weights.
@@ -129,7 +132,7 @@ class FundamentalSet:
             odd = sorted(set(self.info.shapes.items()) ^ set(other.info.shapes.items()))
             raise FundamentalSetError(f"the two sets differ in {listing(dict.fromkeys(name for name, _ in odd))}")
         both = either = 0
-        for name in self.names:
+        for name in self.names if names is None else names:
             a, b = self.packed(name), other.packed(name)
             both, either = both + popcount(a & b), either + popcount(a | b)
         return both / either if either else 1.0

@@ -32,13 +32,19 @@ class ArmResult:
     summaries: dict[int, dict[str, Any]]
     accuracy: Estimate | None
 
+    def loss(self, seed: int) -> float:
+        """Mean loss over the test examples."""
+        return float(self.summaries[seed]["test"]["loss"])
+
 
 @dataclass(frozen=True)
 class Difference:
-    """`verdict`: empty without an estimate; undecided where runs diverged, since those left out are not like the others."""
+    """`value`: of accuracies; `loss`: [seeds], of test losses. `verdict`: empty without an estimate; undecided where runs
+    diverged, since those left out are not like the others."""
 
     contrast: Contrast
     value: Estimate | None
+    loss: NDArray[np.float64]
     verdict: str
 
 
@@ -74,12 +80,12 @@ def _setting(study: Study, folder: StudyFolder, setting: str) -> SettingResult:
     by_name = {a.arm: a for a in arms}
     differences = []
     for contrast in study.contrasts:
-        a, b = by_name[contrast.arm].correct, by_name[contrast.minus].correct
-        seeds = sorted(a.keys() & b.keys())
-        value = estimate(np.stack([a[s] - b[s] for s in seeds]), groups) if len(seeds) > 1 else None
-        diverged = by_name[contrast.arm].diverged or by_name[contrast.minus].diverged
-        word = "" if value is None else "undecided" if diverged else verdict(value)
-        differences.append(Difference(contrast, value, word))
+        a, b = by_name[contrast.arm], by_name[contrast.minus]
+        seeds = sorted(a.correct.keys() & b.correct.keys())
+        value = estimate(np.stack([a.correct[s] - b.correct[s] for s in seeds]), groups) if len(seeds) > 1 else None
+        loss = np.array([a.loss(s) - b.loss(s) for s in seeds])
+        word = "" if value is None else "undecided" if a.diverged or b.diverged else verdict(value)
+        differences.append(Difference(contrast, value, loss, word))
     return SettingResult(setting, len(labels), groups, arms, differences)
 
 
@@ -97,8 +103,17 @@ def _arm(
         raise DataError(f"{folder.path / 'examples' / setting}.json is missing, or of other test data")
     correct = {seed: (np.asarray(cell["predicted"]) == labels).astype(np.float64) for seed, cell in done.items()}
     accuracy = estimate(np.stack(list(correct.values())), groups) if len(correct) > 1 else None
-    summaries = {seed: cell["summary"] | {"body": cell["epochs"][-1]["movement/body"]} for seed, cell in done.items()}
+    summaries = {
+        seed: cell["summary"]
+        | {"body": cell["epochs"][-1]["movement/body"], "minutes": _minutes(cell["summary"]["seconds"])}
+        | {"prepared_minutes": _minutes(cell.get("prepared_seconds", {}))}
+        for seed, cell in done.items()
+    }
     return ArmResult(arm, chosen, _edges(study, arm, chosen), correct, diverged, summaries, accuracy)
+
+
+def _minutes(seconds: dict[str, float]) -> float:
+    return sum(seconds.values()) / 60
 
 
 def _edges(study: Study, arm: str, chosen: Values) -> tuple[str, ...]:
@@ -132,10 +147,12 @@ def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
                 "chosen": chosen if a.chosen is not None else "tuning is not finished",
                 "seeds": f"{len(a.correct)} of {num_seeds}" + (f", {len(a.diverged)} diverged" if a.diverged else ""),
                 "test accuracy": _percent(a.accuracy),
+                "test loss": f"{np.mean([x['test']['loss'] for x in s]):.3f}" if s else "",
                 "macro-F1": f"{100 * np.mean([x['test']['macro_f1'] for x in s]):.1f}" if s else "",
                 "validation accuracy": f"{100 * np.mean([x['validation']['accuracy'] for x in s]):.1f}" if s else "",
                 "best epoch": f"{np.mean([x['best_epoch'] for x in s]):.1f}" if s else "",
                 "way of the body": f"{np.mean([x['body'] for x in s]):.3g}" if s else "",
+                "minutes": _time(s),
             }
         )
     return rows
@@ -148,6 +165,7 @@ def contrast_rows(result: SettingResult) -> list[dict[str, str]]:
             "points": _percent(d.value, sign=True),
             "seeds": str(d.value.num_seeds) if d.value else "fewer than 2",
             "above 0": d.verdict,
+            "test loss [standard error]": f"{d.loss.mean():+.3f} [{_error(d.loss):.3f}]" if len(d.loss) > 1 else "",
         }
         for d in result.differences
     ]
@@ -199,8 +217,20 @@ def development_rows(study: Study, folder: StudyFolder, setting: str) -> list[di
 
 
 def _with_error(differences: NDArray[np.float64]) -> str:
-    error = differences.std(ddof=1) / len(differences) ** 0.5 if len(differences) > 1 else float("nan")
-    return f"{100 * differences.mean():+.2f} ({100 * error:.2f})"
+    return f"{100 * differences.mean():+.2f} ({100 * _error(differences):.2f})"
+
+
+def _error(values: NDArray[np.float64]) -> float:
+    """Standard error of the mean."""
+    return float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def _time(summaries: list[dict[str, Any]]) -> str:
+    """Of a cell, and of its head and scores where that is known; the median, since some wait for other processes."""
+    if not summaries:
+        return ""
+    cell, prepared = (np.median([s[key] for s in summaries]) for key in ("minutes", "prepared_minutes"))
+    return f"{cell:.1f}" + (f" + {prepared:.1f}" if prepared else "")
 
 
 def shown(value: Any) -> str:
@@ -229,7 +259,10 @@ def table(folder: Path, form: Format) -> str:
                 parts.append(write(rows, title))
         if rows := tuning_rows(study, store, result.setting):
             parts.append(write(rows, f"{result.setting}: validation accuracy of the tuning cells"))
-    note = "Mean over seeds in percent [95 % interval over seeds and groups of examples]; way of the body: Euclidean."
+    note = (
+        "Mean over seeds in percent [95 % interval over seeds and groups of examples]; way of the body: Euclidean; minutes: "
+        "median of a cell + its head and scores, which the arms of a seed share, as long as they took beside what else ran."
+    )
     return "\n\n".join([*parts, note] if form == "md" else parts)
 
 

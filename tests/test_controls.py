@@ -16,6 +16,7 @@ from dcft_dist.factor import LearnedFactor
 from dcft_dist.measure import Groups
 from dcft_dist.optim import factor_at
 from dcft_dist.prior import kept, scores_after_training
+from dcft_dist.removal import choose_fraction
 from dcft_dist.schema import Penalty
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
@@ -34,6 +35,28 @@ def some_set(dtype: torch.dtype = torch.float64) -> FundamentalSet:
 
 def body(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {n: p for n, p in state.items() if not n.startswith("head") and not n.startswith("frozen")}
+
+
+def chosen_fraction(engine: str) -> tuple[float, list[dict[str, Any]]]:
+    """A hundredth of the weights matters much, all others alike and little: removing more does more damage at random too."""
+    model = wrap(make_net(torch.float64), engine)
+    scores = score_importance(model, None, None, head=HEAD, criterion="random", seed=1)
+    matters, start = select_fundamental(scores, 0.01), full_state(model)
+
+    def evaluate() -> dict[str, float]:
+        gone = {n: (w == 0) & (start[n] != 0) for n, w in full_state(model).items() if n in matters.names}
+        lost = sum(int((gone[n] & matters.mask(n)).sum()) for n in gone)
+        return {"loss": lost + 0.1 * sum(int(g.sum()) for g in gone.values())}
+
+    return choose_fraction(model, scores, evaluate, 0)
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp2", 2)])
+def test_automatic_fraction_takes_what_matters_and_no_more(engine: str, ranks: int) -> None:
+    (fraction, curve), *others = run_ranks(ranks, chosen_fraction, engine)
+    assert fraction == 0.01 and all(other == (fraction, curve) for other in others)
+    assert [row["fraction"] for row in curve] == [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
+    assert curve[-1]["top"] > curve[2]["top"]  # the damage alone grows on
 
 
 def one_step(engine: str, control: str) -> dict[str, Any]:

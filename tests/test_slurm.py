@@ -383,6 +383,33 @@ def test_a_disturbed_job_ends_with_the_same_bits(beside: Beside) -> None:
     assert "on node1 does not answer" in cut_off or "on node1 has not arrived" in cut_off, cut_off
 
 
+STUDY = """
+name = "shared"
+base = "tiny.toml"
+tune_seeds = []
+seeds = [0, 1]
+[settings.one]
+[arms.full]
+method = "full"
+[arms.dcft]
+[[contrasts]]
+arm = "dcft"
+minus = "full"
+"""
+
+
+@pytest.mark.timeout(300)
+def test_a_study_by_an_array_with_fewer_places_than_tasks(cluster: Cluster, site: Path) -> None:
+    """A task that waits for a share that has no place gives up its own, and comes back."""
+    (site / "shared.toml").write_text(STUDY)
+    options = ("--array=1-2%1", str(SLURM / "study.sbatch"), "shared.toml", "--folder", "runs/shared")
+    job = cluster.sbatch(*options, cwd=site, DCFT_WAIT_S="1", **SPARE)
+    assert cluster.end(job) == "COMPLETED", output(site)
+    assert sum(int(task["Restarts"]) for task in cluster.tasks(job)) >= 2
+    shown = cluster.run(sys.executable, "-m", "dcft_dist.cli", "table", "runs/shared", cwd=site)
+    assert "| full |  | 2 of 2 |" in shown and "| dcft |  | 2 of 2 |" in shown
+
+
 # -- the network -------------------------------------------------------------------------------------------------------
 
 

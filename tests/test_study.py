@@ -163,12 +163,15 @@ def test_runs_that_diverged_are_shown_and_decide_nothing(tmp_path: Path) -> None
     for cell in final_cells(study, {("small", "full"): (), ("small", "dcft"): ()}):
         lost = cell.arm == "full" and cell.seed == 2
         right = [0, 1, 2] if cell.arm == "dcft" else [0, 0, 0]
-        summary = {"validation": metrics, "test": metrics, "best_epoch": 1}
-        put(folder, cell, None if lost else 0.5, predicted=right, summary=summary)
+        loss = {"full": 1.0, "dcft": 0.75 + 0.25 * cell.seed}[cell.arm]
+        summary = {"validation": metrics, "test": metrics | {"loss": loss}, "best_epoch": 1, "seconds": {"train": 90.0}}
+        put(folder, cell, None if lost else 0.5, predicted=right, summary=summary, prepared_seconds={"score": 30.0})
     found = results(tmp_path)[1][0]
     assert found.differences[0].value and found.differences[0].value.mean == pytest.approx(2 / 3)
     assert found.differences[0].value.num_seeds == 2 and found.differences[0].verdict == "undecided"
-    assert "| full |  | 2 of 3, 1 diverged |" in table(tmp_path, "md")
+    shown = table(tmp_path, "md")
+    assert "| full |  | 2 of 3, 1 diverged |" in shown and "| 0.1 | 1.5 + 0.5 |" in shown
+    assert "| dcft minus full | +66.67 [+0.00, +100.00] | 2 | undecided | -0.125 [0.125] |" in shown
 
 
 def test_a_study_of_development_seeds_alone(tmp_path: Path) -> None:
@@ -266,13 +269,32 @@ def check_tables(folder: Path, kept: Path, capsys: pytest.CaptureFixture[str]) -
     assert cli.main(["table", str(kept)]) == 2
 
 
+def test_running_cells_again(tmp_path: Path) -> None:
+    """Of a study of development seeds that is not finished, too; a cell that comes out otherwise is named."""
+    study = write(
+        tmp_path / "s.toml", SMALL.replace("[10, 11]", "[10]").replace("seeds = [0, 1]\n", "").partition("[arms.dcft]")[0]
+    )
+    folder = tmp_path / "small"
+    assert dcft("compare", study, "--folder", folder).returncode == 0
+    kept, lost = sorted((folder / "cells").iterdir())
+    lost.unlink()
+    again = dcft("compare", study, "--folder", folder, "--again", "1")
+    assert again.returncode == 0 and "the same, to the last digit" in again.stdout
+    result = json.loads(kept.read_text())
+    assert sum(result["prepared_seconds"].values()) > 0
+    result["epochs"][-1]["validation/loss"] += 1e-7
+    kept.write_text(json.dumps(result))
+    again = dcft("compare", study, "--folder", folder, "--again", "1")
+    assert again.returncode == 1 and again.stdout.endswith(f"\n{kept.stem}: epochs\n")
+
+
 def test_shares(tmp_path: Path) -> None:
     """A share alone waits for the others, not for ever."""
     study = write(tmp_path / "s.toml")
     wrong = dcft("compare", study, "--folder", tmp_path / "f", "--share", "3/2")
     assert wrong.returncode == 2 and "a share looks like 2/8" in wrong.stderr
     alone = dcft("compare", study, "--folder", tmp_path / "f", "--share", "2/2", "--wait", "1")
-    assert alone.returncode == 2 and "these preparations of other shares are missing" in alone.stderr
+    assert alone.returncode == 75 and "these preparations of other shares are missing" in alone.stderr
 
 
 def test_a_result_of_another_study_is_refused(tmp_path: Path) -> None:

@@ -118,7 +118,8 @@ def test_the_whole_program_runs(program: str, environment: dict[str, str], line:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, str(ROOT / f"docs/examples/{program}.py")],
-        capture_output=True, text=True, cwd=tmp_path, timeout=240, env=os.environ | environment,
+        capture_output=True, text=True, cwd=tmp_path, timeout=240,
+        env=os.environ | environment | {"PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert line in done.stdout and "proposed step: 0.100" in done.stdout

@@ -152,11 +152,15 @@ def tuning_picture(study: Study, store: StudyFolder, setting: str) -> Figure | N
     return figure
 
 
+def _text(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, dict) else str(value)
+
+
 def _facts(found: list[SettingResult]) -> list[tuple[str, str]]:
     summaries: list[dict[str, Any]] = [s for r in found for a in r.arms for s in a.summaries.values()]
 
     def every(key: str) -> str:
-        return ", ".join(sorted({str(s[key]) for s in summaries}))
+        return "; ".join(sorted({_text(s[key]) for s in summaries}))
 
     hours = sum(sum(s["seconds"].values()) for s in summaries) / 3600
     return [

@@ -360,7 +360,8 @@ _COMMANDS = {
 
 def entry() -> None:
     """The process's end, at once: after an error the threads of a process group cannot be joined, and after a success
-    gloo's threads abort the process if they still have tensors to free while the interpreter shuts down (torch 2.13).
+    gloo's threads abort the process if they still have tensors to free while the interpreter shuts down (pytorch issue
+    190489).
     """
     code = main()
     logging.shutdown()

@@ -115,11 +115,11 @@ PROGRAMS = [
 
 @pytest.mark.parametrize(("program", "environment", "line"), PROGRAMS)
 def test_the_whole_program_runs(program: str, environment: dict[str, str], line: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.leave"]
     done = subprocess.run(
         [*command, str(ROOT / f"docs/examples/{program}.py")],
         capture_output=True, text=True, cwd=tmp_path, timeout=240,
-        env=os.environ | environment | {"PYTHONFAULTHANDLER": "1"},
+        env=os.environ | environment | {"PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert line in done.stdout and "proposed step: 0.100" in done.stdout

@@ -1,4 +1,4 @@
-"""Runs a program and leaves by `os._exit`: gloo's threads may abort one whose interpreter shuts down (pytorch issue 190489)."""
+"""Runs a program and leaves by `os._exit`: gloo may abort one whose interpreter shuts down (pytorch issue 190489)."""
 
 import os
 import runpy

@@ -181,7 +181,7 @@ class Cluster:
     def call(self, *command: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         """Runs a command on the login node; its exit code may be any."""
         return subprocess.run(
-            self._inside(*command), capture_output=True, text=True, cwd=cwd, env=self.environment | environment, timeout=120
+            self._inside(*command), capture_output=True, text=True, cwd=cwd, env=self.environment | environment, timeout=300
         )
 
     @contextmanager
@@ -218,7 +218,7 @@ class Cluster:
         lines = self.run("scontrol", "show", "job", "-o", number).splitlines()
         return [dict(re.findall(r"(\w+(?:/\w+)?)=(\S*)", line)) for line in lines]
 
-    def end(self, number: str, timeout_s: float = 240) -> str:
+    def end(self, number: str, timeout_s: float = 400) -> str:
         """The state in which a job (or all tasks of an array) ended."""
 
         def states() -> set[str]:

@@ -229,8 +229,8 @@ def _time(summaries: list[dict[str, Any]]) -> str:
     """Of a cell, and of its head and scores where that is known; the median, since some wait for other processes."""
     if not summaries:
         return ""
-    cell, prepared = (np.median([s[key] for s in summaries]) for key in ("minutes", "prepared_minutes"))
-    return f"{cell:.1f}" + (f" + {prepared:.1f}" if prepared else "")
+    prepared = [s["prepared_minutes"] for s in summaries if s["prepared_minutes"]]
+    return f"{np.median([s['minutes'] for s in summaries]):.1f}" + (f" + {np.median(prepared):.1f}" if prepared else "")
 
 
 def shown(value: Any) -> str:

@@ -36,6 +36,7 @@ def test_from_masks_and_queries() -> None:
     assert torch.equal(chosen.mask("a"), mask) and chosen.mask("b").shape == (9,)
     other = FundamentalSet.from_masks({"a": ~mask, "b": torch.zeros(9, dtype=torch.bool)})
     assert chosen.jaccard(chosen) == 1.0 and chosen.jaccard(other) == 0.0
+    assert chosen.jaccard(other, ["b"]) == 1.0 and chosen.jaccard(other, ["a"]) == 0.0
     with pytest.raises(FundamentalSetError, match="did you mean 'a'"):
         chosen.mask("aa")
     with pytest.raises(FundamentalSetError, match="the two sets differ in a, c"):

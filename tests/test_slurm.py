@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from dcft_dist.checkpoint import load_checkpoint
 from dcft_dist.config import load_config
 from dcft_dist.models import build_model
+from dcft_dist.study import final_cells, load_study, make_config, make_preparation
 
 from .slurm_cluster import Cluster, install, until
 
@@ -398,6 +399,9 @@ minus = "full"
 """
 
 
+NOTHING_TUNED = {("one", "full"): (), ("one", "dcft"): ()}
+
+
 @pytest.mark.timeout(600)
 def test_a_study_by_an_array_with_fewer_places_than_tasks(cluster: Cluster, site: Path) -> None:
     """A task that waits for a share that has no place gives up its own, and comes back."""
@@ -408,6 +412,21 @@ def test_a_study_by_an_array_with_fewer_places_than_tasks(cluster: Cluster, site
     assert sum(int(task["Restarts"]) for task in cluster.tasks(job)) >= 2
     shown = cluster.run(sys.executable, "-m", "dcft_dist.cli", "table", "runs/shared", cwd=site)
     assert "| full |  | 2 of 2 |" in shown and "| dcft |  | 2 of 2 |" in shown
+
+
+@pytest.mark.timeout(600)
+def test_nobody_waits_for_a_share_that_failed(cluster: Cluster, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    (site / "shared.toml").write_text(STUDY)
+    study, folder = load_study(Path("shared.toml")), Path("runs/shared")
+    second = [make_preparation(make_config(study, c, folder), folder).name for c in final_cells(study, NOTHING_TUNED)][2]
+    (site / folder / "prepared").mkdir(parents=True)
+    (site / folder / "prepared" / second).write_text("in the way of the second share")
+    options = ("--array=1-2", str(SLURM / "study.sbatch"), "shared.toml", "--folder", str(folder))
+    job = cluster.sbatch(*options, cwd=site, DCFT_WAIT_S="1", **SPARE)
+    assert cluster.end(job) == "FAILED", output(site)
+    assert [task["JobState"] for task in cluster.tasks(job)] == ["FAILED", "FAILED"]
+    assert "its share is missing: see the output of task 2" in (site / f"dcft-study-{job}_1.out").read_text()
 
 
 # -- the network -------------------------------------------------------------------------------------------------------

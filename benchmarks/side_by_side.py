@@ -48,7 +48,7 @@ def show(rows: list[dict[str, Any]], as_json: bool, repeats: int = REPEATS) -> N
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     for row in rows:
         print(f"| {' | '.join(_text(row.get(key, '')) for key in columns)} |")
-    print(f"\n{machine()}; medians of {repeats}.\n", flush=True)
+    print(f"\n{machine()}{f'; medians of {repeats}' if repeats > 1 else ''}.\n", flush=True)
 
 
 def _text(value: Any) -> str:

@@ -2,8 +2,8 @@
 
     python benchmarks/sweep.py docs/results/studies/sweep_630
 
-In percent and nats, means over seeds; in brackets what lies between the value and `factor` 1 (no penalty) of the same
-optimizer, paired by seed [standard error].
+In percent and nats, means over seeds; for the arms of sweep_630, in brackets what lies between the value and `factor` 1
+(no penalty) of the same optimizer, paired by seed [standard error].
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def found(folder: StudyFolder, setting: str, arm: str, values: Values) -> Seeds:
     }
 
 
-def with_difference(values: Seeds, plain: Seeds, which: int, scale: float, digits: int) -> str:
+def with_difference(values: Seeds, plain: Seeds | None, which: int, scale: float, digits: int) -> str:
     mean = scale * np.mean([v[which] for v in values.values()])
+    if plain is None:
+        return f"{mean:.{digits}f}"
     over = np.array([scale * (values[s][which] - plain[s][which]) for s in sorted(values.keys() & plain.keys())])
     error = over.std(ddof=1) / len(over) ** 0.5 if len(over) > 1 else float("nan")
     return f"{mean:.{digits}f} ({over.mean():+.{digits}f} [{error:.{digits}f}])"
@@ -44,13 +46,12 @@ def main() -> None:
     study = load_study(path / "study.toml")
     folder = StudyFolder(study, path)
     (setting,) = study.settings
-    plain = {arm: found(folder, setting, arm, study.grid(arm)[-1]) for arm in set(PLAIN.values())}
+    plain = {arm: found(folder, setting, PLAIN[arm], study.grid(PLAIN[arm])[-1]) for arm in study.arms if arm in PLAIN}
     print("| arm | value | seeds | validation accuracy | validation loss |\n|---|---|---|---|---|")
-    for arm, against in PLAIN.items():
-        for values in study.grid(arm):
-            seeds = found(folder, setting, arm, values)
+    for arm, values in [(name, values) for name in study.arms for values in study.grid(name)]:
+        if seeds := found(folder, setting, arm, values):
             name = ", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in values)
-            right, loss = (with_difference(seeds, plain[against], *how) for how in ((0, 100, 1), (1, 1, 3)))
+            right, loss = (with_difference(seeds, plain.get(arm), *how) for how in ((0, 100, 1), (1, 1, 3)))
             print(f"| {arm} | {name} | {len(seeds)} | {right} | {loss} |")
 
 

@@ -89,7 +89,7 @@ def make(task: str, seed: int, world: World) -> Setting:
 
 def removal_curve(setting: Setting, folder: Path) -> list[dict[str, Any]]:
     """One file a criterion, so that what was cut off goes on."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for criterion in CRITERIA:
         file = folder / f"{criterion}.json"
         if not file.exists():

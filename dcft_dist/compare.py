@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import os
 import random
 import shutil
@@ -142,6 +143,7 @@ class Runner:
             "summary": {key: value for key, value in summary.items() if key not in ("name", "removal")},
             "prepared_seconds": read_json(source / "progress.json")["seconds"],
             "epochs": [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows if "validation/loss" in row],
+            "train_loss": _train_loss(rows),
             "in_force": _mean(
                 [row["penalty/applied_over_proposed"] for row in rows if "penalty/applied_over_proposed" in row]
             ),
@@ -192,7 +194,8 @@ def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
     differences = []
     for cell in drawn:
         before, after = _lasting(completed(kept.get(cell))), _lasting(runner.run_cell(cell))
-        if "summary" in before and "summary" in after:  # a later version may say more
+        after = {key: value for key, value in after.items() if key in before}  # a later version may say more
+        if "summary" in before and "summary" in after:
             after["summary"] = {key: value for key, value in after["summary"].items() if key in before["summary"]}
         log.info("%s: %s", cell.name, "the same" if before == after else "DIFFERENT")
         differences += [f"{cell.name}: {key}" for key in before if before[key] != after.get(key)]
@@ -212,6 +215,15 @@ def _in_short(result: dict[str, Any]) -> str:
     summary = result["summary"]
     tested = f", test {summary['test']['accuracy']:.4f}" if summary["test"] else ""
     return f"validation {summary['validation']['accuracy']:.4f} at epoch {summary['best_epoch']}{tested}"
+
+
+def _train_loss(rows: list[dict[str, Any]]) -> list[float]:
+    """Of each epoch, the mean over the steps that were logged."""
+    epochs: dict[int, list[float]] = {}
+    for row in rows:
+        if "train/loss" in row:
+            epochs.setdefault(math.ceil(row["train/epoch"]), []).append(row["train/loss"])
+    return [sum(losses) / len(losses) for _, losses in sorted(epochs.items())]
 
 
 def _mean(values: list[float]) -> float | None:

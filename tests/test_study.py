@@ -231,6 +231,8 @@ def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert (result["predicted"] is None) == (result["summary"]["test"] is None) == ("seed-1000" in name)
         if result["predicted"] is not None:  # what is tested has been fine-tuned
             assert (result["summary"]["best_epoch"] == 0) == (result["arm"] == "probe")
+        losses = result["train_loss"]
+        assert len(losses) == len(result["epochs"]) - 1 and all(0 < loss < 10 for loss in losses)
     way = {r["arm"]: r["epochs"][-1]["movement/body"] for r in results.values() if r["seed"] == 0}
     assert way["probe"] == 0.0 < min(w for arm, w in way.items() if arm != "probe")
     assert not list((folder / "runs").iterdir())

@@ -1,8 +1,9 @@
-"""DCFT with the criterion `fisher` against arms of other studies on the same seeds and test texts: all seeds that there are.
+"""Arms of several studies with 630 texts, on the same test texts: the contrasts over all seeds that there are.
 
     python benchmarks/across_studies.py
 
-Looked at after the studies were tested. Intervals as in the studies' tables (`dcft_dist.bootstrap`).
+Looked at after the studies were tested. Points and intervals as in the studies' tables (`dcft_dist.bootstrap`); loss on the
+test texts [standard error over seeds], paired by seed.
 """
 
 from __future__ import annotations
@@ -13,46 +14,51 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from side_by_side import machine
 
 from dcft_dist.bootstrap import estimate, verdict
 
-STUDIES = Path(__file__).parents[1] / "docs/results/studies"
-FISHER = [("confirm_630", "fisher"), ("baselines_630", "dcft")]
-OTHERS = {
-    "full": [("confirm_630", "full"), ("baselines_630", "full")],
-    "dcft by taylor_squared": [("confirm_630", "dcft"), ("icd_630", "dcft")],
-    "steps of the same length (as dcft by taylor_squared)": [("icd_630", "equal_displacement")],
-    "probe": [("icd_630", "probe")],
+PLACE = Path(__file__).parents[1] / "docs/results/studies"
+STUDIES = ("icd_630", "baselines_630", "confirm_630")
+ARMS = {  # name -> the studies that have it, each with the arm's name there
+    "fisher": {"confirm_630": "fisher", "baselines_630": "dcft"},
+    "matched random set": {"confirm_630": "random_matched", "baselines_630": "random_matched"},
+    "full": {"confirm_630": "full", "baselines_630": "full"},
+    "L2-SP": {"confirm_630": "l2_sp", "baselines_630": "l2_sp"},
+    "taylor_squared": {"confirm_630": "dcft", "icd_630": "dcft"},
+    "probe": {"icd_630": "probe"},
 }
+PAIRS = [("fisher", other) for other in ARMS if other != "fisher"] + [("L2-SP", "full"), ("L2-SP", "probe")]
+Seeds = dict[int, tuple[NDArray[np.float64], float]]  # seed -> which test texts are right, loss
+
+
+def found(arm: str, cells: dict[str, list[dict[str, Any]]], labels: NDArray[np.int64]) -> Seeds:
+    return {
+        cell["seed"]: ((np.array(cell["predicted"]) == labels).astype(np.float64), cell["summary"]["test"]["loss"])
+        for study, name in ARMS[arm].items()
+        for cell in cells[study]
+        if cell["arm"] == name and not cell["tuning"]
+    }
 
 
 def main() -> None:
-    examples = {
-        s: json.loads((STUDIES / s / "examples" / f"{s}.json").read_text())
-        for s in ("icd_630", "baselines_630", "confirm_630")
-    }
-    first = examples["icd_630"]
-    if any(found != first for found in examples.values()):
+    examples = [json.loads((PLACE / s / "examples" / f"{s}.json").read_text()) for s in STUDIES]
+    if any(one != examples[0] for one in examples):
         raise SystemExit("the studies have different test examples")
-    labels = np.array(first["label"])
-
-    def right(places: list[tuple[str, str]]) -> dict[int, NDArray[np.float64]]:
-        found = {}
-        for study, arm in places:
-            for line in (STUDIES / study / "cells.jsonl").read_text().splitlines():
-                cell: dict[str, Any] = json.loads(line)
-                if cell["arm"] == arm and not cell["tuning"]:
-                    found[cell["seed"]] = (np.array(cell["predicted"]) == labels).astype(np.float64)
-        return found
-
-    fisher = right(FISHER)
-    print("| contrast | points | seeds | above 0 |\n|---|---|---|---|")
-    for name, places in OTHERS.items():
-        other = right(places)
-        seeds = sorted(fisher.keys() & other.keys())
-        e = estimate(np.stack([fisher[s] - other[s] for s in seeds]), first["group"])
+    labels, groups = np.array(examples[0]["label"]), examples[0]["group"]
+    cells = {s: [json.loads(line) for line in (PLACE / s / "cells.jsonl").read_text().splitlines()] for s in STUDIES}
+    arms = {arm: found(arm, cells, labels) for arm in ARMS}
+    print("| contrast | points | seeds | above 0 | test loss [standard error] |\n|---|---|---|---|---|")
+    for first, second in PAIRS:
+        one, other = arms[first], arms[second]
+        seeds = sorted(one.keys() & other.keys())
+        e = estimate(np.stack([one[s][0] - other[s][0] for s in seeds]), groups)
         mean, low, high = (100 * value for value in (e.mean, e.low, e.high))
-        print(f"| fisher minus {name} | {mean:+.2f} [{low:+.2f}, {high:+.2f}] | {e.num_seeds} | {verdict(e)} |")
+        loss = np.array([one[s][1] - other[s][1] for s in seeds])
+        error = loss.std(ddof=1) / len(loss) ** 0.5
+        points = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+        print(f"| {first} minus {second} | {points} | {e.num_seeds} | {verdict(e)} | {loss.mean():+.3f} [{error:.3f}] |")
+    print(f"\n{machine()}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python benchmarks/sweep.py docs/results/studies/sweep_630
 
 In percent and nats, means over seeds; for the arms of sweep_630, in brackets what lies between the value and `factor` 1
-(no penalty) of the same optimizer, paired by seed [standard error].
+(no penalty) of the same optimizer, and between a fraction and a matched random set of its size, paired by seed [standard
+error].
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dcft_dist.study_table import shown
 
 PLAIN = {"factor": "factor", "fraction": "factor", "random_fraction": "factor"}
 PLAIN |= {"sgd_factor": "sgd_factor", "sgd_fraction": "sgd_factor", "sgd_random_fraction": "sgd_factor"}
+RANDOM = {"fraction": "random_fraction", "sgd_fraction": "sgd_random_fraction"}
 Seeds = dict[int, tuple[float, float]]  # seed -> accuracy, loss
 
 
@@ -32,13 +34,13 @@ def found(folder: StudyFolder, setting: str, arm: str, values: Values) -> Seeds:
     }
 
 
-def with_difference(values: Seeds, plain: Seeds | None, which: int, scale: float, digits: int) -> str:
-    mean = scale * np.mean([v[which] for v in values.values()])
-    if plain is None:
-        return f"{mean:.{digits}f}"
-    over = np.array([scale * (values[s][which] - plain[s][which]) for s in sorted(values.keys() & plain.keys())])
+def difference(values: Seeds, others: Seeds, which: int, scale: float, digits: int) -> str:
+    """Paired by seed; empty where no seed has both."""
+    over = np.array([scale * (values[s][which] - others[s][which]) for s in sorted(values.keys() & others.keys())])
+    if not len(over):
+        return ""
     error = over.std(ddof=1) / len(over) ** 0.5 if len(over) > 1 else float("nan")
-    return f"{mean:.{digits}f} ({over.mean():+.{digits}f} [{error:.{digits}f}])"
+    return f"{over.mean():+.{digits}f} [{error:.{digits}f}]"
 
 
 def main() -> None:
@@ -47,12 +49,19 @@ def main() -> None:
     folder = StudyFolder(study, path)
     (setting,) = study.settings
     plain = {arm: found(folder, setting, PLAIN[arm], study.grid(PLAIN[arm])[-1]) for arm in study.arms if arm in PLAIN}
-    print("| arm | value | seeds | validation accuracy | validation loss |\n|---|---|---|---|---|")
+    print("| arm | value | seeds | validation accuracy | minus random | validation loss | minus random |")
+    print("|---|---|---|---|---|---|---|")
     for arm, values in [(name, values) for name in study.arms for values in study.grid(name)]:
         if seeds := found(folder, setting, arm, values):
             name = ", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in values)
-            right, loss = (with_difference(seeds, plain.get(arm), *how) for how in ((0, 100, 1), (1, 1, 3)))
-            print(f"| {arm} | {name} | {len(seeds)} | {right} | {loss} |")
+            like = found(folder, setting, RANDOM[arm], values) if RANDOM.get(arm) in study.arms else {}
+            cells = [arm, name, str(len(seeds))]
+            for which, scale, digits in ((0, 100, 1), (1, 1, 3)):
+                mean = scale * np.mean([v[which] for v in seeds.values()])
+                over = difference(seeds, plain.get(arm, {}), which, scale, digits)
+                cells.append(f"{mean:.{digits}f}{f' ({over})' if over else ''}")
+                cells.append(difference(seeds, like, which, scale, digits))
+            print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

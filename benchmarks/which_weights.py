@@ -5,7 +5,7 @@
 MiniLM with a warmed-up head on both text tasks (ICD-10-CM chapters, 3,150 training texts; drug reviews, 480). Only training
 and validation data are used. Removal: the selected weights are set to zero and the validation loss is measured, beside
 random sets of the same size, the same tensors, the same tensors and magnitudes (for each criterion), and the lowest scores.
-What is done stays in the folder. About 50 minutes on one core; the criterion `obs` takes 10 GiB.
+What is done stays in the folder. About 36 minutes on one core; the criterion `obs` takes 10 GiB.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from side_by_side import machine
 
 from dcft_dist.bootstrap import estimate, verdict
+from dcft_dist.study import load_study
+from dcft_dist.study_folder import StudyFolder
 
 PLACE = Path(__file__).parents[1] / "docs/results/studies"
 STUDIES = ("icd_630", "baselines_630", "confirm_630")
@@ -32,13 +33,17 @@ PAIRS = [("fisher", other) for other in ARMS if other != "fisher"] + [("L2-SP", 
 Seeds = dict[int, tuple[NDArray[np.float64], float]]  # seed -> which test texts are right, loss
 
 
-def found(arm: str, cells: dict[str, list[dict[str, Any]]], labels: NDArray[np.int64]) -> Seeds:
-    return {
-        cell["seed"]: ((np.array(cell["predicted"]) == labels).astype(np.float64), cell["summary"]["test"]["loss"])
-        for study, name in ARMS[arm].items()
-        for cell in cells[study]
-        if cell["arm"] == name and not cell["tuning"]
-    }
+def found(arm: str, labels: NDArray[np.int64]) -> Seeds:
+    """With the values that each study chose."""
+    results: Seeds = {}
+    for name, there in ARMS[arm].items():
+        study = load_study(PLACE / name / "study.toml")
+        folder = StudyFolder(study, PLACE / name)
+        for seed in study.seeds:
+            if cell := folder.final(name, there, folder.choose(name, there), seed):
+                right = (np.array(cell["predicted"]) == labels).astype(np.float64)
+                results[seed] = right, cell["summary"]["test"]["loss"]
+    return results
 
 
 def main() -> None:
@@ -46,8 +51,7 @@ def main() -> None:
     if any(one != examples[0] for one in examples):
         raise SystemExit("the studies have different test examples")
     labels, groups = np.array(examples[0]["label"]), examples[0]["group"]
-    cells = {s: [json.loads(line) for line in (PLACE / s / "cells.jsonl").read_text().splitlines()] for s in STUDIES}
-    arms = {arm: found(arm, cells, labels) for arm in ARMS}
+    arms = {arm: found(arm, labels) for arm in ARMS}
     print("| contrast | points | seeds | above 0 | test loss [standard error] |\n|---|---|---|---|---|")
     for first, second in PAIRS:
         one, other = arms[first], arms[second]

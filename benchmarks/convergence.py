@@ -51,7 +51,8 @@ def main() -> None:
     options.add_argument("folder", type=Path)
     options.add_argument("--arms", nargs="+", default=["dcft", "random_matched", "equal_displacement", "inverse", "full"])
     given = options.parse_args()
-    results = {arm: by_seed(given.folder, arm) for arm in given.arms}
+    there = load_study(given.folder / "study.toml").arms
+    results = {arm: by_seed(given.folder, arm) for arm in given.arms if arm in there}
     *_, last = results
     print(f"| arm | epoch | seeds | training loss | minus {last} | validation loss | minus {last} | accuracy |")
     print("|---|---|---|---|---|---|---|---|")

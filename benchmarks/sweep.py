@@ -3,8 +3,8 @@
     python benchmarks/sweep.py docs/results/studies/sweep_630
 
 In percent and nats, means over seeds; for the arms of sweep_630, in brackets what lies between the value and `factor` 1
-(no penalty) of the same optimizer, and between a fraction and a matched random set of its size, paired by seed [standard
-error].
+(no penalty) of the same optimizer, and in columns of their own between a fraction and a matched random set of its size,
+paired by seed [standard error].
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def by_seed(folder: Path, arm: str) -> dict[int, dict[str, Any]]:
     results, found = StudyFolder(study, folder), dict[int, dict[str, Any]]()
     for setting in study.settings:
         values = results.choose(setting, arm) if study.seeds else study.grid(arm)[0]
-        for seed in study.seeds or study.tune_seeds:
+        for seed in (study.seeds or study.tune_seeds) if values is not None else ():
             cell = Cell(setting, arm, values, seed, not study.seeds)
             if results.has(cell) and "epochs" in (result := results.get(cell)):
                 found[seed] = result

@@ -194,11 +194,11 @@ def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
     differences = []
     for cell in drawn:
         before, after = _lasting(completed(kept.get(cell))), _lasting(runner.run_cell(cell))
-        after = {key: value for key, value in after.items() if key in before}  # a later version may say more
-        if "summary" in before and "summary" in after:
+        if "summary" in before and "summary" in after:  # a later version may say more
             after["summary"] = {key: value for key, value in after["summary"].items() if key in before["summary"]}
-        log.info("%s: %s", cell.name, "the same" if before == after else "DIFFERENT")
-        differences += [f"{cell.name}: {key}" for key in before if before[key] != after.get(key)]
+        changed = [key for key in before if before[key] != after.get(key)]
+        log.info("%s: %s", cell.name, "DIFFERENT" if changed else "the same")
+        differences += [f"{cell.name}: {key}" for key in changed]
     return differences
 
 

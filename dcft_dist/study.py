@@ -122,9 +122,12 @@ def load_study(path: Path) -> Study:
 
 
 def tuning_cells(study: Study) -> Iterator[Cell]:
-    """Cells that choose values, for arms that have any to choose from; seed by seed, so that arms stay level."""
+    """Cells that choose values, for arms that have any to choose from; seed by seed, so that arms stay level.
+
+    In a study without seeds to be tested these are all there is, and every arm has them.
+    """
     for setting, seed, arm in itertools.product(study.settings, study.tune_seeds, study.arms):
-        if len(study.grid(arm)) > 1:
+        if len(study.grid(arm)) > 1 or not study.seeds:
             yield from (Cell(setting, arm, values, seed, True) for values in study.grid(arm))
 
 

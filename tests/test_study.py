@@ -189,6 +189,8 @@ def test_a_study_of_development_seeds_alone(tmp_path: Path) -> None:
     last = next(cell for cell in tuning_cells(study) if cell.arm == "dcft" and cell.seed == 11)
     folder.file(last).unlink()  # not all have been run: the seeds that all values have count
     assert "| dcft | factor 0 | 1 | 52.0 | +2.00 (nan) |" in table(tmp_path, "md")
+    single = load_study(write(tmp_path / "s.toml", text.replace("[0.0, 0.1]", "0.0")))  # nothing to choose, all to run
+    assert [c.name for c in tuning_cells(single) if c.arm == "dcft"] == ["small.dcft.seed-10", "small.dcft.seed-11"]
     with pytest.raises(ConfigError, match="neither tune_seeds nor seeds"):
         load_study(write(tmp_path / "s.toml", text.replace("[10, 11]", "[]").replace("[1e-4, 2e-4]", "1e-4")))
 

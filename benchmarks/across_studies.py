@@ -3,11 +3,12 @@
     python benchmarks/across_studies.py
 
 Looked at after the studies were tested. Points and intervals as in the studies' tables (`dcft_dist.bootstrap`); loss on the
-test texts [standard error over seeds], paired by seed.
+test texts [standard error over seeds], paired by seed. `--without confirm_630` leaves a study out.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -29,14 +30,15 @@ ARMS = {  # name -> the studies that have it, each with the arm's name there
     "taylor_squared": {"confirm_630": "dcft", "icd_630": "dcft"},
     "probe": {"icd_630": "probe"},
 }
-PAIRS = [("fisher", other) for other in ARMS if other != "fisher"] + [("L2-SP", "full"), ("L2-SP", "probe")]
+PAIRS = [("fisher", other) for other in ARMS if other != "fisher"]
+PAIRS += [("matched random set", "full"), ("L2-SP", "matched random set"), ("L2-SP", "full"), ("L2-SP", "probe")]
 Seeds = dict[int, tuple[NDArray[np.float64], float]]  # seed -> which test texts are right, loss
 
 
-def found(arm: str, labels: NDArray[np.int64]) -> Seeds:
+def found(arm: str, studies: list[str], labels: NDArray[np.int64]) -> Seeds:
     """With the values that each study chose."""
     results: Seeds = {}
-    for name, there in ARMS[arm].items():
+    for name, there in ((name, there) for name, there in ARMS[arm].items() if name in studies):
         study = load_study(PLACE / name / "study.toml")
         folder = StudyFolder(study, PLACE / name)
         for seed in study.seeds:
@@ -47,22 +49,28 @@ def found(arm: str, labels: NDArray[np.int64]) -> Seeds:
 
 
 def main() -> None:
-    examples = [json.loads((PLACE / s / "examples" / f"{s}.json").read_text()) for s in STUDIES]
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--without", nargs="+", default=[], choices=STUDIES)
+    left_out = options.parse_args().without
+    studies = [name for name in STUDIES if name not in left_out]
+    examples = [json.loads((PLACE / s / "examples" / f"{s}.json").read_text()) for s in studies]
     if any(one != examples[0] for one in examples):
         raise SystemExit("the studies have different test examples")
     labels, groups = np.array(examples[0]["label"]), examples[0]["group"]
-    arms = {arm: found(arm, labels) for arm in ARMS}
+    arms = {arm: found(arm, studies, labels) for arm in ARMS}
     print("| contrast | points | seeds | above 0 | test loss [standard error] |\n|---|---|---|---|---|")
     for first, second in PAIRS:
         one, other = arms[first], arms[second]
         seeds = sorted(one.keys() & other.keys())
+        if len(seeds) < 2:
+            continue
         e = estimate(np.stack([one[s][0] - other[s][0] for s in seeds]), groups)
         mean, low, high = (100 * value for value in (e.mean, e.low, e.high))
         loss = np.array([one[s][1] - other[s][1] for s in seeds])
         error = loss.std(ddof=1) / len(loss) ** 0.5
         points = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
         print(f"| {first} minus {second} | {points} | {e.num_seeds} | {verdict(e)} | {loss.mean():+.3f} [{error:.3f}] |")
-    print(f"\n{machine()}")
+    print(f"\nComputed {machine()}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ With g the gradient of the mean loss of one score batch (averaged over ranks) an
     taylor_squared  mean_b((g_b w)^2)                       with batches of one sample, the diagonal empirical-Fisher form of
                                                             the second-order term (Theis et al. 2018)
     removal         -mean_b(g_b) w + 1/2 mean_b(g_b^2) w^2  signed: both Taylor terms, the Hessian by the Fisher
-    fisher          mean_b(g_b^2)                           the default: to hold its set was confirmed to help
+    fisher          mean_b(g_b^2)                           the default: of those tried, the best set to hold
                                                             (docs/results/evidence.md); FISH mask (Sung et al. 2021)
     obs             w^2 / (2 [F^-1]_ii)                     optimal brain surgeon, blockwise Fisher (see `obs`)
     magnitude       |w|                                     control

@@ -38,7 +38,8 @@ class Multipliers:
         self._shared = shared
         self.factor, self.rest, self.unscored = 1.0, rest, unscored
         self.watch = False
-        self.proposed = self.applied = 0.0
+        self.proposed: Tensor | float = 0.0
+        self.applied: Tensor | float = 0.0
         self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def set_factor(self, factor: float) -> None:
@@ -111,8 +112,10 @@ class Multipliers:
 
     def _watched(self, part: Tensor, start: Tensor | None, chosen: Tensor | None, what: str) -> None:
         if chosen is not None:
-            moved = part[chosen].double() if start is None else part[chosen].double() - start[chosen].double()
-            setattr(self, what, getattr(self, what) + float(moved.square().sum()))
+            moved = part.double() if start is None else part.double() - start.double()
+            # To index, and to read a number, would wait for a GPU, for each weight.
+            held = torch.where(chosen, moved, 0.0) if moved.is_cuda else moved[chosen]
+            setattr(self, what, getattr(self, what) + held.square().sum())
 
 
 def _part(packed: Packed) -> Packed:

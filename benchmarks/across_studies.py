@@ -24,7 +24,11 @@ PLACE = Path(__file__).parents[1] / "docs/results/studies"
 STUDIES = ("icd_630", "baselines_630", "confirm_630", "seeds_630")
 ARMS = {  # name -> the studies that have it, each with the arm's name there
     "fisher": {"confirm_630": "fisher", "baselines_630": "dcft", "seeds_630": "dcft"},
-    "matched random set": {"confirm_630": "random_matched", "baselines_630": "random_matched", "seeds_630": "random_matched"},
+    "matched random set": {
+        "confirm_630": "random_matched",
+        "baselines_630": "random_matched",
+        "seeds_630": "random_matched",
+    },
     "full": {"confirm_630": "full", "baselines_630": "full", "seeds_630": "full"},
     "L2-SP": {"confirm_630": "l2_sp", "baselines_630": "l2_sp", "seeds_630": "l2_sp"},
     "taylor_squared": {"confirm_630": "dcft", "icd_630": "dcft"},

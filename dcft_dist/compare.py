@@ -19,7 +19,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,13 +193,22 @@ def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
     runner.prepare(drawn)
     differences = []
     for cell in drawn:
-        before, after = _lasting(completed(kept.get(cell))), _lasting(runner.run_cell(cell))
-        if "summary" in before and "summary" in after:  # a later version may say more
-            after["summary"] = {key: value for key, value in after["summary"].items() if key in before["summary"]}
-        changed = [key for key in before if before[key] != after.get(key)]
+        changed = list(_otherwise(_lasting(completed(kept.get(cell))), _lasting(runner.run_cell(cell))))
         log.info("%s: %s", cell.name, "DIFFERENT" if changed else "the same")
-        differences += [f"{cell.name}: {key}" for key in changed]
+        differences += [f"{cell.name}: {what}" for what in changed]
     return differences
+
+
+def _otherwise(before: Any, after: Any, place: str = "") -> Iterator[str]:
+    """What came out otherwise, with both values; a later version may say more."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key, value in before.items():
+            yield from _otherwise(value, after.get(key), f"{place}, {key}" if place else key)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after) and place == "epochs":
+        for epoch, (one, other) in enumerate(zip(before, after, strict=True)):
+            yield from _otherwise(one, other, f"epoch {epoch}")
+    elif before != after and not (before != before and after != after):  # both may be NaN
+        yield f"{place}: {before} before, {after} now" if not isinstance(before, list) else place
 
 
 def _lasting(result: dict[str, Any]) -> dict[str, Any]:

@@ -296,10 +296,13 @@ def test_running_cells_again(tmp_path: Path) -> None:
     assert again.returncode == 0 and "the same, to the last digit" in again.stdout
     assert "DIFFERENT" not in again.stdout + again.stderr
     assert sum(result["prepared_seconds"].values()) > 0
+    last, was = len(result["epochs"]) - 1, result["epochs"][-1]["validation/loss"]
     result["epochs"][-1]["validation/loss"] += 1e-7
     kept.write_text(json.dumps(result))
     again = dcft("compare", study, "--folder", folder, "--again", "1")
-    assert again.returncode == 1 and again.stdout.endswith(f"\n{kept.stem}: epochs\n")
+    assert again.returncode == 1 and again.stdout.endswith(
+        f"\n{kept.stem}: epoch {last}, validation/loss: {was + 1e-7} before, {was} now\n"
+    )
 
 
 def test_shares(tmp_path: Path) -> None:

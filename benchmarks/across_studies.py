@@ -42,8 +42,8 @@ Seeds = dict[int, tuple[NDArray[np.float64], float]]  # seed -> which test texts
 def found(arm: str, studies: list[str], labels: NDArray[np.int64]) -> Seeds:
     """With the values that each study chose."""
     results: Seeds = {}
-    for name, there in ((name, there) for name, there in ARMS[arm].items() if name in studies):
-        study = load_study(PLACE / name / "study.toml")
+    for name in ARMS[arm].keys() & set(studies):
+        there, study = ARMS[arm][name], load_study(PLACE / name / "study.toml")
         folder = StudyFolder(study, PLACE / name)
         for seed in study.seeds:
             if cell := folder.final(name, there, folder.choose(name, there), seed):

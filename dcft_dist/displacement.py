@@ -48,9 +48,8 @@ class EqualDisplacement:
         names = self._engine.names
         head = set(names.match(fundamental.info.head, what="head")) if fundamental.info.head else set()
         self._body = set(names.trainable) - head
-        boxes = {shard.name: shard.owned_box for shard in self._engine.shards()}
-        bits = {name: cut(fundamental.packed(name), boxes[name]) for name in fundamental.names}
-        self._masks = {name: unpack(b, boxes[name].numel) for name, b in bits.items()}
+        shards = {shard.name: shard for shard in self._engine.shards()}
+        self._masks = {name: _mask(fundamental, shards[name]) for name in fundamental.names}
         self._factors = factor, rest_factor, unscored_factor
         self._old: list[tuple[Shard, Tensor]] = []
         self.share = 1.0
@@ -69,12 +68,13 @@ class EqualDisplacement:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        proposed = applied = 0.0
-        for shard, old in self._old:
+        proposed: Tensor | float = 0.0
+        applied: Tensor | float = 0.0
+        for shard, old in self._old:  # no number is read from a GPU here, which would wait for it at each tensor
             squares = (shard.local.detach() - old).reshape(-1)[slice(*shard.owned)].double().square()
-            proposed += float(squares.sum())
-            applied += float(self._kept(shard.name, squares))
-        applied, proposed = collectives.reduce_numbers([applied, proposed], what="length of a step")
+            proposed = proposed + squares.sum()
+            applied = applied + self._kept(shard.name, squares)
+        applied, proposed = collectives.reduce_numbers([float(applied), float(proposed)], what="length of a step")
         self.share = (applied / proposed) ** 0.5 if proposed else 1.0
         for shard, old in self._old:
             shard.local.copy_(torch.lerp(old, shard.local, self.share))
@@ -84,8 +84,14 @@ class EqualDisplacement:
         factor, rest, unscored = self._factors
         if name not in self._masks:
             return squares.sum() * unscored**2
-        inside = squares[self._masks[name].to(squares.device)].sum()
+        inside = squares[self._masks[name]].sum()
         return inside * factor**2 + (squares.sum() - inside) * rest**2
+
+
+def _mask(fundamental: FundamentalSet, shard: Shard) -> Tensor:
+    """Of the owned weights, where they are: a byte each."""
+    box = shard.owned_box
+    return unpack(cut(fundamental.packed(shard.name), box), box.numel).to(shard.local.device)
 
 
 class PullToStart:

@@ -1,0 +1,66 @@
+"""Tables of a study of which only the log is left: accuracies without the predictions behind them.
+
+    python benchmarks/logged.py docs/results/mri_seeds.log configs/studies/mri_seeds.toml
+
+Intervals are over seeds alone (`dcft_dist.bootstrap` with one group), so narrower than those of a study's own tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+
+from dcft_dist.bootstrap import Estimate, estimate, verdict
+from dcft_dist.study import load_study
+
+LINE = re.compile(
+    r"(?P<phase>tuning|testing) \d+/\d+: (?P<setting>\w+)\.(?P<arm>\w+)\.(?:(?P<values>\S+)\.)?seed-(?P<seed>\d+): "
+    r"validation (?P<validation>[\d.]+) at epoch (?P<epoch>\d+)(?:, test (?P<test>[\d.]+))? \("
+)
+
+
+def over_seeds(values: list[float]) -> Estimate:
+    return estimate(np.array(values)[:, None], ["all"])
+
+
+def interval(e: Estimate, sign: str = "") -> str:
+    return f"{100 * e.mean:{sign}.2f} [{100 * e.low:{sign}.2f}, {100 * e.high:{sign}.2f}]"
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("log", type=Path)
+    options.add_argument("study", type=Path)
+    given = options.parse_args()
+    study, rows = load_study(given.study), [m for m in map(LINE.search, given.log.read_text().splitlines()) if m]
+
+    print("Best validation accuracy, mean over development seeds; `<=`: of some seed that of the probe, before any epoch\n")
+    print("| arm | values | seeds | validation accuracy |\n|---|---|---|---|")
+    tuned = [m for m in rows if m["phase"] == "tuning"]
+    for arm, values in sorted({(m["arm"], m["values"]) for m in tuned}):
+        cells = [m for m in tuned if (m["arm"], m["values"]) == (arm, values)]
+        mark = "<= " if any(m["epoch"] == "0" for m in cells) else ""
+        mean = np.mean([float(m["validation"]) for m in cells])
+        print(f"| {arm} | {values} | {len(cells)} | {mark}{100 * mean:.1f} |")
+
+    print("\n| arm | chosen | seeds | test accuracy | validation accuracy |\n|---|---|---|---|---|")
+    tested = {arm: {int(m["seed"]): m for m in rows if m["phase"] == "testing" and m["arm"] == arm} for arm in study.arms}
+    for arm, cells in tested.items():
+        chosen = " / ".join(sorted({m["values"] or "" for m in cells.values()}))
+        test = interval(over_seeds([float(m["test"]) for m in cells.values()]))
+        validation = np.mean([float(m["validation"]) for m in cells.values()])
+        print(f"| {arm} | {chosen} | {len(cells)} | {test} | {100 * validation:.1f} |")
+
+    print("\n| contrast | points | seeds | above 0 |\n|---|---|---|---|")
+    for contrast in study.contrasts:
+        one, other = tested[contrast.arm], tested[contrast.minus]
+        both = sorted(one.keys() & other.keys())
+        e = over_seeds([float(one[s]["test"]) - float(other[s]["test"]) for s in both])
+        print(f"| {contrast.arm} minus {contrast.minus} | {interval(e, '+')} | {e.num_seeds} | {verdict(e)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -111,6 +111,23 @@ def test_cells_of_a_study(tmp_path: Path) -> None:
     assert full == dcft != head  # one head and one set of scores a seed, whatever the arm
 
 
+def test_a_study_of_several_sizes_chooses_for_each(tmp_path: Path) -> None:
+    large = "[settings.large]\ntask.train_per_class = 12\n[arms.full]"
+    folder = StudyFolder(load_study(write(tmp_path / "s.toml", SMALL.replace("[arms.full]", large))), tmp_path)
+    tuning = list(tuning_cells(folder.study))
+    assert len(tuning) == 8 and {c.setting for c in tuning} == {"small", "large"}
+    for cell in tuning:  # the lower rate is the better one of the small setting, the higher one of the large
+        put(folder, cell, 0.7 if (dict(cell.values)["optimizer.lr"] == 1e-4) == (cell.setting == "small") else 0.6)
+    chosen = folder.choose_all()
+    assert [dict(chosen[s, "full"])["optimizer.lr"] for s in ("small", "large")] == [1e-4, 2e-4]
+    final = list(final_cells(folder.study, chosen))
+    assert len(final) == 8
+    sizes = {c.setting: make_config(folder.study, c, tmp_path).task.train_per_class for c in final}
+    assert sizes == {"small": 8, "large": 12}
+    heads = {make_preparation(make_config(folder.study, c, tmp_path), tmp_path).name for c in final}
+    assert len(heads) == 4  # one for each setting and seed, whatever the arm
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

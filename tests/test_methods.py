@@ -1,0 +1,77 @@
+"""What each way of fine-tuning trains, and at which rate."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from dcft_dist.config import load_config
+from dcft_dist.methods import choose_trained, depths, merge_adapters
+from dcft_dist.optim import make_optimizer
+from dcft_dist.pretrained import Pretrained
+
+
+def _pretrained() -> Pretrained:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU()) for _ in range(3)]
+    parts = OrderedDict(below=nn.Linear(4, 6), blocks=nn.Sequential(*blocks), above=nn.LayerNorm(6), head=nn.Linear(6, 2))
+    nothing: Any = None  # no inputs are made here
+    return Pretrained(nn.Sequential(parts), ("head",), list(blocks), nothing)
+
+
+def _trained(pretrained: Pretrained) -> set[str]:
+    return {name for name, p in pretrained.module.named_parameters() if p.requires_grad}
+
+
+def test_bitfit_trains_biases_and_the_head() -> None:
+    pretrained = _pretrained()
+    choose_trained(pretrained, load_config("smoke.toml", ["--method", "bitfit"]))
+    biases = {"below.bias", "above.bias", *(f"blocks.{i}.{j}.bias" for i in range(3) for j in (0, 1))}
+    assert _trained(pretrained) == biases | {"head.weight", "head.bias"}
+
+
+def test_layer_wise_rates_fall_from_the_top_block_by_block() -> None:
+    pretrained = _pretrained()
+    config = load_config("smoke.toml", ["--method", "full", "--optimizer.lr", "1e-3", "--optimizer.layer_decay", "0.5"])
+    weights = [(n, p, p.ndim > 1) for n, p in pretrained.module.named_parameters()]
+    optimizer = make_optimizer(weights, config, depths(pretrained), pretrained.head_names)
+    rates = {id(p): group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name.rpartition(".")[0]: rates[id(p)] for name, p in pretrained.module.named_parameters()}
+    assert len(rates) == len(weights)
+    assert {name: found[name] for name in ("head", "above", "blocks.2.0", "blocks.1.1", "blocks.0.0", "below")} == {
+        "head": 1e-3,
+        "above": 1e-3,
+        "blocks.2.0": 1e-3,
+        "blocks.1.1": 5e-4,
+        "blocks.0.0": 2.5e-4,
+        "below": 1.25e-4,
+    }
+
+
+def test_adapters_start_at_nothing_and_merge_into_the_weights() -> None:
+    """Hu et al. 2022: W + alpha / rank * B A, with B zero at first."""
+    pretrained = _pretrained()
+    module, before = pretrained.module, copy.deepcopy(pretrained.module)
+    words = ["--method", "lora", "--engine", "single", "--lora.rank", "2", "--lora.alpha", "8"]
+    choose_trained(pretrained, load_config("smoke.toml", words))
+    inputs = torch.randn(5, 4)
+    assert torch.equal(module(inputs), before(inputs))
+    trained = _trained(pretrained)
+    assert {n for n in trained if "lora_" not in n} == {"head.weight", "head.bias"}
+    assert len(trained) == 2 + 2 * 4  # two for each linear layer of the body
+
+    adapters = {name: p for name, p in module.named_parameters() if "lora_" in name}
+    for p in adapters.values():
+        nn.init.normal_(p)
+    changed = module(inputs)
+    merge_adapters(module)
+    after = module.state_dict()
+    assert after.keys() == before.state_dict().keys()
+    for name in ("below", "blocks.0.0", "blocks.1.0", "blocks.2.0"):
+        low, high = (next(p for n, p in adapters.items() if n.startswith(f"{name}.lora_{side}")) for side in "AB")
+        torch.testing.assert_close(after[f"{name}.weight"], before.state_dict()[f"{name}.weight"] + 4 * high @ low)
+    torch.testing.assert_close(module(inputs), changed)

@@ -4,8 +4,8 @@
 
 MiniLM with a warmed-up head on both text tasks (ICD-10-CM chapters, 3,150 training texts; drug reviews, 480). Only training
 and validation data are used. Removal: the selected weights are set to zero and the validation loss is measured, beside
-random sets of the same size, the same tensors, the same tensors and magnitudes (for each criterion), and the lowest scores.
-What is done stays in the folder. About 36 minutes on one core; the criterion `obs` takes 10 GiB.
+random sets of the same size, and for each criterion random sets of the same tensors, of the same tensors and magnitudes, and
+the lowest scores. What is done stays in the folder. About 50 minutes on one core; the criterion `obs` takes 10 GiB.
 """
 
 from __future__ import annotations
@@ -38,9 +38,16 @@ from dcft_dist.world import World, joined_world
 
 COLORS = {
     "fisher": "#c0392b", "taylor_squared": "#e08e0b", "taylor": "#7d6608", "removal": "#6c3483", "obs": "#2471a3",
-    "magnitude": "#111111", "random": "#7f8c8d", "random_tensor": "#aab7b8", "lowest": "#58a55c",
+    "magnitude": "#111111", "random": "#7f8c8d",
 }  # fmt: skip
 CRITERIA = tuple(COLORS)[:6]
+NAMES = {
+    "top": "{}",
+    "random": "random",
+    "random_tensor": "tensors of {}",
+    "random_magnitude": "like {}",
+    "lowest": "lowest {}",
+}
 FRACTIONS = (1e-4, 1e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 SHARES = (0.01, 0.1)
 BATCHES = {"icd": (1, 4, 16, 49), "reviews": (1, 2, 4, 7)}  # up to half of the training texts
@@ -88,22 +95,25 @@ def make(task: str, seed: int, world: World) -> Setting:
 
 
 def removal_curve(setting: Setting, folder: Path) -> list[dict[str, Any]]:
-    """One file a criterion, so that what was cut off goes on."""
-    rows: list[dict[str, Any]] = []
+    """One file for each criterion and kind of set, so that what was cut off goes on."""
+    rows: list[dict[str, Any]] = [{"set": "nothing", "fraction": 0.0, **setting.validate()}]
     for criterion in CRITERIA:
-        file = folder / f"{criterion}.json"
-        if not file.exists():
-            scores, found = setting.scores(criterion), [{"set": "nothing", "fraction": 0.0, **setting.validate()}]
-            kinds = KINDS if criterion == CRITERIA[0] else ("top", "random_magnitude")
-            for fraction, kind in itertools.product(FRACTIONS, kinds):
-                top = select_fundamental(scores, fraction)
-                name = {"top": criterion, "random_magnitude": f"random like {criterion}"}.get(kind, kind)
-                with removed(setting.model, control_set(setting.model, scores, top, kind, 0)):
-                    found.append({"set": name, "fraction": fraction, **setting.validate()})
-                    print(json.dumps(found[-1]), flush=True)
-            write_atomic(file, json.dumps(found))
-        rows += json.loads(file.read_text())[bool(rows) :]
+        files = {kind: folder / f"{NAMES[kind].format(criterion)}.json" for kind in KINDS}
+        scores = None if all(file.exists() for file in files.values()) else setting.scores(criterion)
+        for kind, file in files.items():
+            if scores and not file.exists():
+                write_atomic(file, json.dumps([removal(setting, scores, criterion, kind, f) for f in FRACTIONS]))
+            if kind != "random" or criterion == CRITERIA[0]:
+                rows += json.loads(file.read_text())
     return rows
+
+
+def removal(setting: Setting, scores: Scores, criterion: str, kind: str, fraction: float) -> dict[str, Any]:
+    top = select_fundamental(scores, fraction)
+    with removed(setting.model, control_set(setting.model, scores, top, kind, 0)):
+        found = {"set": NAMES[kind].format(criterion), "fraction": fraction, **setting.validate()}
+    print(json.dumps(found), flush=True)
+    return found
 
 
 def removal_table(rows: list[dict[str, Any]], chance_loss: float) -> list[dict[str, Any]]:
@@ -124,10 +134,10 @@ def curve_picture(rows: dict[str, list[dict[str, Any]]], classes: dict[str, int]
     axes = figure.subplots(len(rows), 2, squeeze=False)
     for line, (task, found) in zip(axes, rows.items(), strict=True):
         for place, key, chance in zip(line, ("loss", "accuracy"), (np.log(classes[task]), 1 / classes[task]), strict=True):
-            for name in dict.fromkeys(row["set"] for row in found if row["fraction"]):
+            for name in (c for c in dict.fromkeys(row["set"] for row in found) if c.removeprefix("like ") in COLORS):
                 points = [(100 * row["fraction"], row[key]) for row in found if row["set"] == name]
                 style = "o-" if name in CRITERIA else ":"
-                color = COLORS[name.removeprefix("random like ")]
+                color = COLORS[name.removeprefix("like ")]
                 place.plot(*zip(*points, strict=True), style, color=color, label=name, markersize=3, linewidth=1.2)
             place.axhline(found[0][key], color="#999999", linewidth=1)
             place.axhline(chance, color="#999999", linewidth=1, linestyle="--")

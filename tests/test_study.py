@@ -242,7 +242,7 @@ def test_other_training_texts_by_seed_from_the_same_categories() -> None:
 def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every method, by two processes; then a lost cell, a changed study, a second version of some cells, the tables."""
     study, folder = ROOT / "configs/studies/smoke.toml", tmp_path / "smoke"
-    done = dcft("compare", study, "--folder", folder, "--workers", "2", timeout_s=600)
+    done = dcft("compare", study, "--folder", folder, "--workers", "2")
     assert done.returncode == 0, done.stderr
     results = {f.stem: json.loads(f.read_text()) for f in (folder / "cells").glob("*.json")}
     loaded = load_study(study)

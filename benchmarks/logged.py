@@ -2,7 +2,8 @@
 
     python benchmarks/logged.py docs/results/mri_seeds.log configs/studies/mri_seeds.toml
 
-`--without 13` leaves seeds out. Intervals are over seeds alone (`dcft_dist.bootstrap` with one group), so narrower than those of a study's own tables.
+Intervals are over seeds alone (`dcft_dist.bootstrap` with one group), so narrower than those of a study's own tables.
+`--without 13` leaves a seed out.
 """
 
 from __future__ import annotations
@@ -48,9 +49,8 @@ def main() -> None:
         mean = np.mean([float(m["validation"]) for m in cells])
         print(f"| {arm} | {values} | {len(cells)} | {mark}{100 * mean:.1f} |")
 
-    print(
-        "\n| arm | chosen | seeds | test accuracy | on the seeds of all arms | validation accuracy |\n|---|---|---|---|---|---|"
-    )
+    print("\n| arm | chosen | seeds | test accuracy | on the seeds of all arms | validation accuracy |")
+    print("|---|---|---|---|---|---|")
     tested = {arm: {int(m["seed"]): m for m in rows if m["phase"] == "testing" and m["arm"] == arm} for arm in study.arms}
     shared = set.intersection(*(set(cells) for cells in tested.values()))
     for arm, cells in tested.items():

@@ -4,13 +4,14 @@
 
 In percent and nats, means over seeds; for the arms of sweep_630, in brackets what lies between the value and `factor` 1
 (no penalty) of the same optimizer, and in columns of their own between a fraction and a matched random set of its size,
-paired by seed [standard error].
+paired by seed [standard error]. Jaccard: of a random set with the selected one of its size.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,14 +25,22 @@ RANDOM = {"fraction": "random_fraction", "sgd_fraction": "sgd_random_fraction"}
 Seeds = dict[int, tuple[float, float]]  # seed -> accuracy, loss
 
 
-def found(folder: StudyFolder, setting: str, arm: str, values: Values) -> Seeds:
+def results(folder: StudyFolder, setting: str, arm: str, values: Values) -> dict[int, dict[str, Any]]:
     cells = [Cell(setting, arm, values, seed, True) for seed in folder.study.tune_seeds]
-    results = {cell.seed: folder.get(cell)["epochs"][1:] for cell in cells if folder.has(cell)}
+    return {cell.seed: folder.get(cell) for cell in cells if folder.has(cell)}
+
+
+def found(folder: StudyFolder, setting: str, arm: str, values: Values) -> Seeds:
     return {
         seed: (max(e["validation/accuracy"] for e in epochs), min(e["validation/loss"] for e in epochs))
-        for seed, epochs in results.items()
-        if epochs
+        for seed, result in results(folder, setting, arm, values).items()
+        if (epochs := result["epochs"][1:])
     }
+
+
+def jaccard(folder: StudyFolder, setting: str, arm: str, values: Values) -> str:
+    indices = [r["summary"]["jaccard_with_top"] for r in results(folder, setting, arm, values).values() if "summary" in r]
+    return "" if None in indices or not indices else f"{np.mean(indices):.2f}"
 
 
 def difference(values: Seeds, others: Seeds, which: int, scale: float, digits: int) -> str:
@@ -49,8 +58,8 @@ def main() -> None:
     folder = StudyFolder(study, path)
     (setting,) = study.settings
     plain = {arm: found(folder, setting, PLAIN[arm], study.grid(PLAIN[arm])[-1]) for arm in study.arms if arm in PLAIN}
-    print("| arm | value | seeds | validation accuracy | minus random | validation loss | minus random |")
-    print("|---|---|---|---|---|---|---|")
+    print("| arm | value | seeds | validation accuracy | minus random | validation loss | minus random | Jaccard |")
+    print("|---|---|---|---|---|---|---|---|")
     for arm, values in [(name, values) for name in study.arms for values in study.grid(name)]:
         if seeds := found(folder, setting, arm, values):
             name = ", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in values)
@@ -61,7 +70,7 @@ def main() -> None:
                 over = difference(seeds, plain.get(arm, {}), which, scale, digits)
                 cells.append(f"{mean:.{digits}f}{f' ({over})' if over else ''}")
                 cells.append(difference(seeds, like, which, scale, digits))
-            print(f"| {' | '.join(cells)} |")
+            print(f"| {' | '.join([*cells, jaccard(folder, setting, arm, values)])} |")
 
 
 if __name__ == "__main__":

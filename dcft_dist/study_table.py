@@ -152,10 +152,16 @@ def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
                 "validation accuracy": f"{100 * np.mean([x['validation']['accuracy'] for x in s]):.1f}" if s else "",
                 "best epoch": f"{np.mean([x['best_epoch'] for x in s]):.1f}" if s else "",
                 "way of the body": f"{np.mean([x['body'] for x in s]):.3g}" if s else "",
+                "Jaccard": f"{np.mean(shared):.2f}" if (shared := _shared(s)) else "",
                 "minutes": _time(s),
             }
         )
     return rows
+
+
+def _shared(summaries: list[dict[str, Any]]) -> list[float]:
+    """Jaccard index of a control's set with the one that its criterion selects: so much of a contrast to it is lost."""
+    return [s["jaccard_with_top"] for s in summaries if s.get("jaccard_with_top") is not None]
 
 
 def contrast_rows(result: SettingResult) -> list[dict[str, str]]:
@@ -260,8 +266,9 @@ def table(folder: Path, form: Format) -> str:
         if rows := tuning_rows(study, store, result.setting):
             parts.append(write(rows, f"{result.setting}: validation accuracy of the tuning cells"))
     note = (
-        "Mean over seeds in percent [95 % interval over seeds and groups of examples]; way of the body: Euclidean; minutes: "
-        "median of a cell + its head and scores, which the arms of a seed share, as long as they took beside what else ran."
+        "Mean over seeds in percent [95 % interval over seeds and groups of examples]; way of the body: Euclidean; "
+        "Jaccard: of a control's set with the selected one; minutes: median of a cell + its head and scores, which the arms "
+        "of a seed share, as long as they took beside what else ran."
     )
     return "\n\n".join([*parts, note] if form == "md" else parts)
 

@@ -183,12 +183,13 @@ def test_runs_that_diverged_are_shown_and_decide_nothing(tmp_path: Path) -> None
         right = [0, 1, 2] if cell.arm == "dcft" else [0, 0, 0]
         loss = {"full": 1.0, "dcft": 0.75 + 0.25 * cell.seed}[cell.arm]
         summary = {"validation": metrics, "test": metrics | {"loss": loss}, "best_epoch": 1, "seconds": {"train": 90.0}}
+        summary["jaccard_with_top"] = 0.25 * cell.seed if cell.arm == "dcft" else None
         put(folder, cell, None if lost else 0.5, predicted=right, summary=summary, prepared_seconds={"score": 30.0})
     found = results(tmp_path)[1][0]
     assert found.differences[0].value and found.differences[0].value.mean == pytest.approx(2 / 3)
     assert found.differences[0].value.num_seeds == 2 and found.differences[0].verdict == "undecided"
     shown = table(tmp_path, "md")
-    assert "| full |  | 2 of 3, 1 diverged |" in shown and "| 0.1 | 1.5 + 0.5 |" in shown
+    assert "| full |  | 2 of 3, 1 diverged |" in shown and "| 0.1 |  | 1.5 + 0.5 |" in shown and "| 0.1 | 0.25 |" in shown
     assert "| dcft minus full | +66.67 [+0.00, +100.00] | 2 | undecided | -0.125 [0.125] |" in shown
 
 

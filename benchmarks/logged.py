@@ -3,7 +3,8 @@
     python benchmarks/logged.py docs/results/mri_seeds.log configs/studies/mri_seeds.toml
 
 Intervals are over seeds alone (`dcft_dist.bootstrap` with one group), so narrower than those of a study's own tables.
-`--without 13` leaves a seed out.
+`--without 13` leaves a seed out; `--beside docs/results/studies/mri_rates` compares the arms of a kept study with those of
+the log, on the seeds of both.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from dcft_dist.bootstrap import Estimate, estimate, verdict
 from dcft_dist.study import load_study
+from dcft_dist.study_table import results
 
 LINE = re.compile(
     r"(?P<phase>tuning|testing) \d+/\d+: (?P<setting>\w+)\.(?P<arm>\w+)\.(?:(?P<values>\S+)\.)?seed-(?P<seed>\d+): "
@@ -36,6 +38,7 @@ def main() -> None:
     options.add_argument("log", type=Path)
     options.add_argument("study", type=Path)
     options.add_argument("--without", type=int, nargs="+", default=[], metavar="SEED")
+    options.add_argument("--beside", type=Path, metavar="STUDY")
     given = options.parse_args()
     study, found = load_study(given.study), map(LINE.search, given.log.read_text().splitlines())
     rows = [m for m in found if m and int(m["seed"]) not in given.without]
@@ -66,6 +69,18 @@ def main() -> None:
         both = sorted(one.keys() & other.keys())
         e = over_seeds([float(one[s]["test"]) - float(other[s]["test"]) for s in both])
         print(f"| {contrast.arm} minus {contrast.minus} | {interval(e, '+')} | {e.num_seeds} | {verdict(e)} |")
+    if given.beside:
+        beside(given.beside, {arm: {s: float(m["test"]) for s, m in cells.items()} for arm, cells in tested.items()})
+
+
+def beside(folder: Path, logged: dict[str, dict[int, float]]) -> None:
+    print(f"\n| {folder.name} minus the log | points | seeds |\n|---|---|---|")
+    for arm in results(folder)[1][0].arms:
+        here = {seed: float(right.mean()) for seed, right in arm.correct.items()}
+        for other, there in logged.items():
+            if both := sorted(here.keys() & there.keys()):
+                e = over_seeds([here[s] - there[s] for s in both])
+                print(f"| {arm.arm} minus {other} | {interval(e, '+')} | {e.num_seeds} |")
 
 
 if __name__ == "__main__":

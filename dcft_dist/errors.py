@@ -50,7 +50,7 @@ class CheckpointError(DcftError):
 
 
 class DivergedError(DcftError):
-    """The training loss is no longer a number."""
+    """The loss is no longer a number."""
 
 
 class RunError(DcftError):

@@ -132,13 +132,13 @@ def _warm_up_in_place(job: Job, names: list[str]) -> None:
     for group in optimizer.param_groups:
         group["peak_lr"] = settings.lr if group["in_head"] else 0.0
     training, total = Training(job), settings.max_epochs * job.steps_per_epoch
-    best, best_epoch, lowest = _state(job, names), 0, job.evaluate(job.validation).metrics["loss"]
+    best, best_epoch, lowest = _state(job, names), 0, job.validate("before any training")["loss"]
     with _statistics_of_the_body_stay(job, names):
         for epoch in range(1, settings.max_epochs + 1):
             steps = range((epoch - 1) * job.steps_per_epoch, epoch * job.steps_per_epoch)
             training.steps(steps, total, f"warm-up of the head, epoch {epoch}")
             average_buffers(job.model)
-            loss = job.evaluate(job.validation).metrics["loss"]
+            loss = job.validate(f"after epoch {epoch} of the head's warm-up")["loss"]
             if loss < lowest:
                 best, best_epoch, lowest = _state(job, names), epoch, loss
             if epoch - best_epoch >= settings.patience:

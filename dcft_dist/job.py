@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from . import collectives
 from .config import check_sizes
 from .data import Batch, Examples, micro_batches
 from .engines.wrap import Plan, Prepared, prepare, shards_weights
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, DivergedError, did_you_mean
 from .evaluate import Evaluation, evaluate
 from .kinds import facts_of, make_objective
 from .methods import choose_trained, depths
 from .models import build_model
-from .objective import Objective
+from .objective import Metrics, Objective
 from .optim import make_optimizer
 from .pretrained import Pretrained
 from .run_dir import RunDirectory
@@ -86,6 +87,17 @@ class Job:
         """Collective."""
         computing, size = self.prepared.computing, self.config.evaluation_batch
         return evaluate(self.model, self.outputs, examples, self.objective, self.world, computing, size, limit)
+
+    def validate(self, when: str) -> Metrics:
+        """Metrics on the validation data. Collective.
+
+        Raises:
+            DivergedError: the loss is no number.
+        """
+        found = self.evaluate(self.validation).metrics
+        if not math.isfinite(found["loss"]):
+            raise DivergedError(f"the validation loss is {found['loss']} {when}: lower the learning rate")
+        return found
 
     def micro_batches(
         self,

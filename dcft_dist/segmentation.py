@@ -100,9 +100,10 @@ class Segmentation(Objective):
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
         n = len(self._names)
         dice, far = records[:, 1 : 1 + n], records[:, 1 + n :]
-        found = {"loss": float(records[:, 0].mean()), "dice": float(dice.nanmean()), "hd95": float(far.nanmean())}
+        found = {"dice": float(dice.nanmean()), "hd95": float(far.nanmean())}
         found |= {f"dice_{name}": float(dice[:, i].nanmean()) for i, name in enumerate(self._names)}
-        return {name: value for name, value in found.items() if value == value}  # a class that is nowhere has none
+        defined = {name: value for name, value in found.items() if value == value}  # a class that is nowhere has none
+        return {"loss": float(records[:, 0].mean()), **defined}
 
     def _diagonal(self, shape: Sequence[int]) -> Tensor:
         return torch.tensor(math.hypot(*((n - 1) * mm for n, mm in zip(shape, self._spacing, strict=True))))

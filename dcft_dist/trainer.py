@@ -164,7 +164,7 @@ class Trainer:
         """Validates; keeps the weights of the best epoch; saves a checkpoint to go on from."""
         self.directory.phase("validate", step)
         average_buffers(self.job.model)
-        found = self.job.evaluate(self.job.validation).metrics
+        found = self.job.validate(f"after epoch {epoch}")
         values = {f"validation/{key}": value for key, value in found.items()}
         values |= {f"movement/{key}": value for key, value in groups.movement().items()}
         self._log(writer, step, values | {"train/epoch": float(epoch)})

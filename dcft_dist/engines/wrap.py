@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ..errors import EngineError
 from ..meta import Materialiser
 from . import find_engine, private
 
+log = logging.getLogger(__name__)
 Weight = tuple[str, nn.Parameter, bool]  # name, parameter, whether it is a matrix (or has more dimensions)
 MakeOptimizer = Callable[[list[Weight]], torch.optim.Optimizer]
 
@@ -112,6 +114,7 @@ def prepare(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prep
         raise EngineError(f"{plan.replicas} replicas do not divide {ranks} ranks")
     if not shards_weights(plan) or not any(p.is_meta for p in model.parameters()):
         Materialiser(plan.device)(model)
+    _avoid_wrong_gradients(model, plan)
     if plan.engine == "deepspeed":
         return _deepspeed(model, plan, make_optimizer)
     wrap = {"single": lambda m, _: m, "ddp": _ddp, "fsdp2": _fsdp2, "fsdp1": _fsdp1}[plan.engine]
@@ -120,6 +123,18 @@ def prepare(model: nn.Module, plan: Plan, make_optimizer: MakeOptimizer) -> Prep
     shapes = engine.full_shapes()
     weights = [(name, p, len(shapes[name]) > 1) for name, p in engine.names.parameters.items()]
     return Prepared(plan, wrapped, make_optimizer(weights))
+
+
+def _avoid_wrong_gradients(model: nn.Module, plan: Plan) -> None:
+    """Turns oneDNN off for this process where its gradients are wrong.
+
+    In bfloat16 on CPUs with AVX-512 that of a 3-d convolution's weight reads memory which nobody wrote, where the image has
+    two voxels along its first axis, as at the bottom of a U-Net (oneDNN 3.12, torch 2.13). torch's own kernel is right.
+    """
+    convolves = any(isinstance(m, nn.Conv3d | nn.ConvTranspose3d) for m in model.modules())
+    if plan.bf16 and plan.device.type == "cpu" and convolves and torch.backends.mkldnn.is_available():
+        torch.backends.mkldnn.set_flags(False)
+        log.warning("bf16 on the CPU: without oneDNN, whose gradients of 3-d convolutions may be wrong; this is slow")
 
 
 def shards_weights(plan: Plan) -> bool:

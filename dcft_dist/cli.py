@@ -284,11 +284,15 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         from .compare import in_parallel
 
         return in_parallel(lambda share: subprocess.Popen([*begin, share]), options.workers)
+    import torch
+
     from .compare import Share, again, compare, quiet
     from .world import joined_world
 
     share = Share.parse(options.share or "1/1")
     quiet()
+    if "OMP_NUM_THREADS" not in os.environ:  # else torch has read it
+        torch.set_num_threads(1)  # the last digits depend on it, and are not to depend on --workers
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with joined_world(3600.0) as world:

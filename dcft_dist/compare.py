@@ -26,6 +26,7 @@ from typing import Any
 
 from .errors import DivergedError, RunError, UnfinishedError, listing
 from .files import read_json, read_lines, write_atomic
+from .provenance import machine
 from .study import Cell, Study, facts_of, final_cells, load_study, make_config, make_preparation, tuning_cells
 from .study_folder import StudyFolder, completed
 from .trainer import run
@@ -192,7 +193,11 @@ def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
     runner = Runner(study, beside, world, Share(), 0.0)
     runner.prepare(drawn)
     differences = []
+    here = machine()
     for cell in drawn:
+        there = kept.get(cell).get("summary", {}).get("machine", here)
+        if there != here:
+            log.warning("%s was run on %s, this is %s: last digits may differ", cell.name, there, here)
         changed = list(_otherwise(_lasting(completed(kept.get(cell))), _lasting(runner.run_cell(cell))))
         log.info("%s: %s", cell.name, "DIFFERENT" if changed else "the same")
         differences += [f"{cell.name}: {what}" for what in changed]

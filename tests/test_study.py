@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from dcft_dist.study_folder import StudyFolder
 from dcft_dist.study_table import results, table
 from dcft_dist.tasks import load_task
 
-from .processes import dcft
+from .processes import COMMAND, dcft
 
 ROOT = Path(__file__).parent.parent
 SMALL = """
@@ -304,15 +306,19 @@ def test_running_cells_again(tmp_path: Path) -> None:
         tmp_path / "s.toml", SMALL.replace("[10, 11]", "[10]").replace("seeds = [0, 1]\n", "").partition("[arms.dcft]")[0]
     )
     folder = tmp_path / "small"
-    assert dcft("compare", study, "--folder", folder).returncode == 0
+    plain = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run([*COMMAND, "compare", study, "--folder", folder], env=plain, check=True, timeout=200)
     kept, lost = sorted((folder / "cells").iterdir())
     lost.unlink()
     result = json.loads(kept.read_text())
+    assert result["summary"]["machine"]["threads"] == 1  # unless the environment says another number
+    result["summary"]["machine"]["threads"] = 3
     del result["train_loss"]  # as in a result of a version that did not keep it
     kept.write_text(json.dumps(result))
     again = dcft("compare", study, "--folder", folder, "--again", "1")
     assert again.returncode == 0 and "the same, to the last digit" in again.stdout
     assert "DIFFERENT" not in again.stdout + again.stderr
+    assert f"{kept.stem} was run on" in again.stderr and "'threads': 3}, this is" in again.stderr
     assert sum(result["prepared_seconds"].values()) > 0
     last, was = len(result["epochs"]) - 1, result["epochs"][-1]["validation/loss"]
     result["epochs"][-1]["validation/loss"] += 1e-7

@@ -21,7 +21,7 @@ from dcft_dist.study import load_study
 from dcft_dist.study_folder import StudyFolder
 
 PLACE = Path(__file__).parents[1] / "docs/results/studies"
-STUDIES = ("icd_630", "baselines_630", "confirm_630", "seeds_630")
+STUDIES = ("icd_630", "baselines_630", "confirm_630", "seeds_630", "sets_630")
 ARMS = {  # name -> the studies that have it, each with the arm's name there
     "fisher": {"confirm_630": "fisher", "baselines_630": "dcft", "seeds_630": "dcft"},
     "matched random set": {
@@ -33,9 +33,18 @@ ARMS = {  # name -> the studies that have it, each with the arm's name there
     "L2-SP": {"confirm_630": "l2_sp", "baselines_630": "l2_sp", "seeds_630": "l2_sp"},
     "taylor_squared": {"confirm_630": "dcft", "icd_630": "dcft"},
     "probe": {"icd_630": "probe"},
+    "uniform random set": {"sets_630": "random"},
+    "random set per tensor": {"sets_630": "random_tensor"},
+    "fisher tensor by tensor": {"sets_630": "per_tensor"},
+    "random set matched to that": {"sets_630": "per_tensor_random"},
+    "gradual": {"sets_630": "gradual"},  # taylor_squared during gradual pruning
+    "random set matched to gradual": {"sets_630": "gradual_random"},
 }
 PAIRS = [("fisher", other) for other in ARMS if other != "fisher"]
-PAIRS += [("matched random set", "full"), ("L2-SP", "matched random set"), ("L2-SP", "full"), ("L2-SP", "probe")]
+PAIRS += [("matched random set", other) for other in ("full", "uniform random set", "random set per tensor")]
+PAIRS += [("uniform random set", "full"), ("fisher tensor by tensor", "random set matched to that")]
+PAIRS += [("gradual", "random set matched to gradual"), ("gradual", "taylor_squared"), ("gradual", "full")]
+PAIRS += [("L2-SP", "matched random set"), ("L2-SP", "full"), ("L2-SP", "probe")]
 Seeds = dict[int, tuple[NDArray[np.float64], float]]  # seed -> which test texts are right, loss
 
 

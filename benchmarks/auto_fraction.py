@@ -1,4 +1,4 @@
-"""Which share `selection.fraction = "auto"` takes: three tasks, two models, two criteria, three seeds. An hour on one core.
+"""Which share `selection.fraction = "auto"` takes: three tasks, three models, two criteria, three seeds. Two hours on one core.
 
     python benchmarks/auto_fraction.py --folder runs/auto
 
@@ -18,18 +18,23 @@ from dcft_dist import FundamentalSet
 
 SMALL = ["--task.train_per_class", "30", "--task.validation_per_class", "25"]
 ALL = [word for split in ("train", "validation", "test") for word in (f"--task.{split}_per_class", "999")]
+PATCHES = ["--task.train_per_class", "50"]
+CONVOLUTIONAL = ["--import_roots", '["benchmarks"]', "--model.build", "convolutional.efficientnet_lite0", "--model.head", '["_fc"]']
+CONVOLUTIONAL += ["--model.args.num_classes", "num_outputs"]
 TASKS = {
     "icd10cm_chapter, MiniLM": ["icd.toml", *SMALL],
     "drug_review, MiniLM": ["icd.toml", "--task.name", "drug_review", "--task.max_tokens", "128", *ALL],
-    "mri_region, DINOv2": ["mri.toml", "--task.train_per_class", "50"],
+    "mri_region, DINOv2": ["mri.toml", *PATCHES],
+    "mri_region, EfficientNet-Lite0": ["mri.toml", *PATCHES, *CONVOLUTIONAL],
 }
 HOW = ["--engine", "single", "--selection.fraction", "auto", "--until", "select", "--importance.num_samples", "384"]
 
 
 def curve(folder: Path, task: str, criterion: str, seed: int) -> list[dict[str, float]]:
     """Validation losses of one run by share; its head is that of the first criterion."""
-    name, words = f"{task.partition(',')[0]}.{criterion}.{seed}", [*TASKS[task], *HOW]
-    file, first = folder / name / "fundamental.safetensors", folder / f"{task.partition(',')[0]}.taylor_squared.{seed}"
+    begin, words = task.replace(", ", "."), [*TASKS[task], *HOW]
+    name, first = f"{begin}.{criterion}.{seed}", folder / f"{begin}.taylor_squared.{seed}"
+    file = folder / name / "fundamental.safetensors"
     if not file.exists():
         words += ["--runs_dir", str(folder), "--name", name, "--seed", str(seed), "--importance.criterion", criterion]
         words += ["--start_from", str(first)] if first.exists() and first.name != name else []
@@ -41,10 +46,10 @@ def curve(folder: Path, task: str, criterion: str, seed: int) -> list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/auto"))
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only these (default: all)")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only those with this in their names (default: all)")
     given = parser.parse_args()
     folder, shown = given.folder, False
-    for task in (t for t in TASKS if not given.tasks or t.partition(",")[0] in given.tasks):
+    for task in (t for t in TASKS if not given.tasks or any(word in t for word in given.tasks)):
         for criterion in ("taylor_squared", "fisher"):
             curves = [curve(folder, task, criterion, seed) for seed in range(3)]
             if not shown:

@@ -96,7 +96,7 @@ class Job:
         """
         found = self.evaluate(self.validation).metrics
         if not math.isfinite(found["loss"]):
-            raise DivergedError(f"the validation loss is {found['loss']} {when}: lower the learning rate")
+            raise DivergedError(f"the validation loss is {found['loss']} {when}: the learning rate is too high, or there is a NaN in weights or data")
         return found
 
     def micro_batches(

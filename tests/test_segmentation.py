@@ -121,7 +121,7 @@ def small_convolution() -> None:
 
 
 def test_gradients_of_3d_convolutions_in_bfloat16() -> None:
-    """oneDNN's are not what they should be: a NaN in one run of a hundred, and other numbers in each."""
+    """oneDNN's are not what they should be: other numbers in each run, and now and then a NaN."""
     run_ranks(1, small_convolution)
 
 

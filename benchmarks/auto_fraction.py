@@ -1,4 +1,4 @@
-"""Which share `selection.fraction = "auto"` takes: three tasks, three models, two criteria, three seeds. Two hours on one core.
+"""Which share `selection.fraction = "auto"` takes: three tasks and models, two criteria, three seeds. Two hours on one core.
 
     python benchmarks/auto_fraction.py --folder runs/auto
 
@@ -19,8 +19,8 @@ from dcft_dist import FundamentalSet
 SMALL = ["--task.train_per_class", "30", "--task.validation_per_class", "25"]
 ALL = [word for split in ("train", "validation", "test") for word in (f"--task.{split}_per_class", "999")]
 PATCHES = ["--task.train_per_class", "50"]
-CONVOLUTIONAL = ["--import_roots", '["benchmarks"]', "--model.build", "convolutional.efficientnet_lite0", "--model.head", '["_fc"]']
-CONVOLUTIONAL += ["--model.args.num_classes", "num_outputs"]
+CONVOLUTIONAL = ["--import_roots", '["benchmarks"]', "--model.build", "convolutional.efficientnet_lite0"]
+CONVOLUTIONAL += ["--model.head", '["_fc"]', "--model.args.num_classes", "num_outputs"]
 TASKS = {
     "icd10cm_chapter, MiniLM": ["icd.toml", *SMALL],
     "drug_review, MiniLM": ["icd.toml", "--task.name", "drug_review", "--task.max_tokens", "128", *ALL],

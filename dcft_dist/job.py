@@ -96,7 +96,8 @@ class Job:
         """
         found = self.evaluate(self.validation).metrics
         if not math.isfinite(found["loss"]):
-            raise DivergedError(f"the validation loss is {found['loss']} {when}: the learning rate is too high, or there is a NaN in weights or data")
+            why = "the learning rate is too high, or there is a NaN in the weights or the data"
+            raise DivergedError(f"the validation loss is {found['loss']} {when}: {why}")
         return found
 
     def micro_batches(

@@ -69,7 +69,7 @@ def _select(job: Job, scores: Scores) -> FundamentalSet:
         log.info("selection.fraction: %g of the eligible weights", fraction)
     top = select_fundamental(scores, fraction, scope=s.scope, floor=s.floor, cap=s.cap)
     chosen = control_set(job.model, scores, top, s.kind, seed)
-    if s.kind != "top":
+    if s.kind != "top" and scores.criterion != "random":  # a random set is found without scores: nothing was selected
         about["jaccard_with_top"] = top.jaccard(chosen)
     return chosen.with_extra(score_loss=None if math.isnan(scores.loss) else scores.loss, seed=seed, **about)
 

@@ -258,6 +258,8 @@ def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert len(losses) == len(result["epochs"]) - 1 and all(0 < loss < 10 for loss in losses)
     way = {r["arm"]: r["epochs"][-1]["movement/body"] for r in results.values() if r["seed"] == 0}
     assert way["probe"] == 0.0 < min(w for arm, w in way.items() if arm != "probe")
+    shared = {r["arm"]: r["summary"].get("jaccard_with_top") for r in results.values()}
+    assert shared["random"] is shared["dcft"] is None and 0 < shared["random_matched"] < 1
     assert not list((folder / "runs").iterdir())
     lost = folder / "cells/tiny.inverse.seed-1.json"
     before, old = lost.read_text(), {f: f.stat().st_mtime_ns for f in (folder / "cells").glob("*.json") if f != lost}

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from side_by_side import machine
 
-from dcft_dist.bootstrap import estimate, verdict
-from dcft_dist.study import load_study
-from dcft_dist.study_folder import StudyFolder
+from dcft_dist.studies.bootstrap import contrast_verdict, estimate
+from dcft_dist.studies.results import StudyFolder
+from dcft_dist.studies.study import load_study
 
 PLACE = Path(__file__).parents[1] / "docs/results/studies"
 STUDIES = ("icd_630", "baselines_630", "confirm_630", "seeds_630", "sets_630")
@@ -81,8 +81,9 @@ def main() -> None:
         mean, low, high = (100 * value for value in (e.mean, e.low, e.high))
         loss = np.array([one[s][1] - other[s][1] for s in seeds])
         error = loss.std(ddof=1) / len(loss) ** 0.5
+        word = contrast_verdict(e)
         points = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
-        print(f"| {first} minus {second} | {points} | {e.num_seeds} | {verdict(e)} | {loss.mean():+.3f} [{error:.3f}] |")
+        print(f"| {first} minus {second} | {points} | {e.num_seeds} | {word} | {loss.mean():+.3f} [{error:.3f}] |")
     print(f"\nComputed {machine()}")
 
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from dcft_dist.study import Cell, load_study
-from dcft_dist.study_folder import StudyFolder
+from dcft_dist.studies.results import StudyFolder
+from dcft_dist.studies.study import Cell, load_study
 
 
 def by_seed(folder: Path, arm: str) -> dict[int, dict[str, Any]]:

@@ -12,8 +12,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_union
 
-from dcft_dist.config import load_config
-from dcft_dist.tasks import load_task
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.tasks import load_task
 
 
 def accuracies(split_seed: int) -> tuple[float, float]:

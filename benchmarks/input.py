@@ -16,10 +16,10 @@ import torch
 from side_by_side import REPEATS, parser, show
 from torch.nn import functional
 
-from dcft_dist.config import load_config
-from dcft_dist.data import micro_batches, order
-from dcft_dist.models import build_model
-from dcft_dist.tasks import load_task
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.batches import micro_batches, order
+from dcft_dist.data.tasks import load_task
+from dcft_dist.models.build import build_model
 
 
 def main() -> None:

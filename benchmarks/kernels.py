@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from side_by_side import gpu_peak_bytes, parser, seconds, show
 
-from dcft_dist import multiplier
-from dcft_dist.multiplier import Multipliers
+from dcft_dist.method import multipliers
+from dcft_dist.method.multipliers import Multipliers
 
 
 def main() -> None:
@@ -33,11 +33,11 @@ def main() -> None:
 
     def unfused(call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> None:
-            fused, multiplier._fused = multiplier._fused, lambda *_: False  # type: ignore[assignment]
+            fused, multipliers._fused = multipliers._fused, lambda *_: False  # type: ignore[assignment]
             try:
                 call()
             finally:
-                multiplier._fused = fused
+                multipliers._fused = fused
 
         return run
 

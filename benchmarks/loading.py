@@ -24,11 +24,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from side_by_side import on_ranks, parser, show
 
-from dcft_dist.config import load_config
-from dcft_dist.engines.wrap import Plan, prepare
-from dcft_dist.meta import without_memory
-from dcft_dist.own_model import own_model
-from dcft_dist.planned import MODELS
+from dcft_dist.config.toml import load_config
+from dcft_dist.engines.meta import on_meta
+from dcft_dist.engines.prepared import WrapOptions
+from dcft_dist.engines.wrap import prepare
+from dcft_dist.models.custom import custom_model
+from dcft_dist.planning.planned_models import MODELS
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,7 @@ def build(layers: int) -> Any:
 
     kind, sizes = MODELS["decoder_7b"]
     config = getattr(transformers, kind)(**{**sizes, "num_hidden_layers": layers})
-    with without_memory():
+    with on_meta():
         return transformers.AutoModelForCausalLM.from_config(config)
 
 
@@ -89,8 +90,8 @@ def read(folder: str, dtype: torch.dtype) -> tuple[int, float]:
     config, no_processor = load_config("instructions_7b.toml", ["--model.weights", folder]), cast("Any", None)
 
     def load() -> Any:
-        found = own_model(config, 0, no_processor)
-        plan = Plan("fsdp2", CPU, found.blocks)
+        found = custom_model(config, 0, no_processor)
+        plan = WrapOptions("fsdp2", CPU, found.blocks)
         model = found.module.to(dtype)  # still without memory
         wrapped = prepare(model, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
         found.loading.into(wrapped)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dcft_dist.bootstrap import Estimate, estimate, verdict
-from dcft_dist.study import load_study
-from dcft_dist.study_table import results
+from dcft_dist.studies.bootstrap import Estimate, contrast_verdict, estimate
+from dcft_dist.studies.study import load_study
+from dcft_dist.studies.table import results
 
 LINE = re.compile(
     r"(?P<phase>tuning|testing) \d+/\d+: (?P<setting>\w+)\.(?P<arm>\w+)\.(?:(?P<values>\S+)\.)?seed-(?P<seed>\d+): "
@@ -68,7 +68,7 @@ def main() -> None:
         one, other = tested[contrast.arm], tested[contrast.minus]
         both = sorted(one.keys() & other.keys())
         e = over_seeds([float(one[s]["test"]) - float(other[s]["test"]) for s in both])
-        print(f"| {contrast.arm} minus {contrast.minus} | {interval(e, '+')} | {e.num_seeds} | {verdict(e)} |")
+        print(f"| {contrast.arm} minus {contrast.minus} | {interval(e, '+')} | {e.num_seeds} | {contrast_verdict(e)} |")
     if given.beside:
         beside(given.beside, {arm: {s: float(m["test"]) for s, m in cells.items()} for arm, cells in tested.items()})
 

@@ -18,9 +18,12 @@ import torch
 import torch.distributed as dist
 from side_by_side import gpu_peak_bytes, on_ranks, parser, peak_bytes, seconds, show
 
-from dcft_dist import Scores, collectives, select_fundamental, selection, threshold
-from dcft_dist.bits import Box
-from dcft_dist.importance import ScoreShard
+from dcft_dist import Scores, select_fundamental
+from dcft_dist.distributed import collectives
+from dcft_dist.engines.box import Box
+from dcft_dist.method import kth_highest, ranking
+from dcft_dist.method.ranking import Ranking
+from dcft_dist.method.scores import ScoreShard
 
 FRACTION, TENSORS = 0.1, 64
 KINDS = ("normal", "skewed", "tied", "zero-heavy", "denormal")
@@ -69,26 +72,26 @@ def ours(kind: str, number: int, device: str) -> dict[str, float]:
 
 def _read(select: Any) -> int:
     """How many scores the call reads, repeated readings counted as often."""
-    total, parts, chunks = 0, threshold.pieces, selection.Ranking.chunks
+    total, parts, chunks = 0, kth_highest.pieces, Ranking.chunks
 
     def counted_parts(values: torch.Tensor) -> Any:
         nonlocal total
         total += values.numel()
         return parts(values)
 
-    def counted_chunks(ranking: selection.Ranking) -> Any:
+    def counted_chunks(ranking: Ranking) -> Any:
         nonlocal total
         for chunk in chunks(ranking):
             total += chunk.end - chunk.begin
             yield chunk
 
-    threshold.pieces = selection.pieces = counted_parts  # type: ignore[attr-defined]
-    selection.Ranking.chunks = counted_chunks  # type: ignore[method-assign]
+    kth_highest.pieces = ranking.pieces = counted_parts  # type: ignore[attr-defined]
+    Ranking.chunks = counted_chunks  # type: ignore[method-assign]
     try:
         select()
     finally:
-        threshold.pieces = selection.pieces = parts  # type: ignore[attr-defined]
-        selection.Ranking.chunks = chunks  # type: ignore[method-assign]
+        kth_highest.pieces = ranking.pieces = parts  # type: ignore[attr-defined]
+        Ranking.chunks = chunks  # type: ignore[method-assign]
     return total
 
 

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
-from dcft_dist.data import Batch, micro_batches, order
-from dcft_dist.engines.wrap import Plan, prepare
-from dcft_dist.models import build_model
-from dcft_dist.schema import Config
-from dcft_dist.tasks import load_task
+from dcft_dist.config.schema import Config
+from dcft_dist.data.batches import Batch, micro_batches, order
+from dcft_dist.data.tasks import load_task
+from dcft_dist.engines.prepared import WrapOptions
+from dcft_dist.engines.wrap import prepare
+from dcft_dist.models.build import build_model
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def score(rank: int, ranks: int, folder: str, head: str, bf16: bool) -> None:
     pretrained = build_model(config, len(data.class_names))
     pretrained.module.load_state_dict(load_file(head), strict=False)
     tokens = pretrained.processor(data.train)
-    plan = Plan("fsdp2", CPU, pretrained.blocks, bf16=bf16)
+    plan = WrapOptions("fsdp2", CPU, pretrained.blocks, bf16=bf16)
     wrapped = prepare(pretrained.module, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
     wanted = order(0, 0, len(tokens))[:256]
     items = [b for i in range(0, 256, 32) for b in micro_batches(wanted[i : i + 32], rank, ranks, 32, tokens, CPU)]

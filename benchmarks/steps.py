@@ -25,9 +25,10 @@ import torch.distributed as dist
 from side_by_side import gpu_peak_bytes, once, parser, show
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
-from dcft_dist.engines import wrap
-from dcft_dist.meta import Materialiser
-from dcft_dist.planned import MODELS, Planned, Request, planned
+from dcft_dist.engines.meta import Materialiser
+from dcft_dist.engines.prepared import Prepared, WrapOptions
+from dcft_dist.engines.wrap import prepare
+from dcft_dist.planning.planned_models import MODELS, Planned, Request, planned
 
 BATCHES = 4  # of a scoring
 ARMS: dict[str, dict[str, Any] | None] = {
@@ -46,15 +47,15 @@ def foretell(request: Request) -> dict[str, subprocess.Popen[str]]:
     return {name: subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for name, words in start.items()}
 
 
-def build(what: Planned) -> wrap.Prepared:
+def build(what: Planned) -> Prepared:
     gpu = torch.device("cuda")
     Materialiser(gpu)(what.model)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in what.model.parameters():
             p.normal_(0, 0.02) if p.ndim > 1 else p.fill_(0.5)
-    how = wrap.Plan("fsdp2", gpu, what.blocks, bf16=True)
-    return wrap.prepare(what.model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-6))
+    how = WrapOptions("fsdp2", gpu, what.blocks, bf16=True)
+    return prepare(what.model, how, lambda weights: torch.optim.AdamW([p for _, p, _ in weights], lr=1e-6))
 
 
 def scoring(

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from dcft_dist.study import Cell, Values, load_study
-from dcft_dist.study_folder import StudyFolder
-from dcft_dist.study_table import shown
+from dcft_dist.studies.results import StudyFolder
+from dcft_dist.studies.study import Cell, Values, load_study
+from dcft_dist.studies.table import shown
 
 PLAIN = {"factor": "factor", "fraction": "factor", "random_fraction": "factor"}
 PLAIN |= {"sgd_factor": "sgd_factor", "sgd_fraction": "sgd_factor", "sgd_random_fraction": "sgd_factor"}

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from side_by_side import machine
 
-from dcft_dist.config import load_config
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.tasks import load_task
 from dcft_dist.packages import nilearn_file
-from dcft_dist.tasks import load_task
 
 Row = tuple[str, str, str, float, float]  # task, method, metric, validation, test
 

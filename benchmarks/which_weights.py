@@ -24,17 +24,17 @@ from matplotlib.figure import Figure
 from side_by_side import parser, show
 
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
-from dcft_dist.config import load_config
-from dcft_dist.controls import KINDS, control_set
-from dcft_dist.data import order
+from dcft_dist.config.toml import load_config
+from dcft_dist.controls.control_sets import KINDS, control_set
+from dcft_dist.controls.removal import removed
+from dcft_dist.data.batches import order
+from dcft_dist.distributed.world import World, joined_world
 from dcft_dist.files import write_atomic
-from dcft_dist.head import warm_up_or_load
-from dcft_dist.importance import Scores
-from dcft_dist.job import Job, make_job
-from dcft_dist.pictures import png
-from dcft_dist.removal import removed
-from dcft_dist.run_dir import RunDirectory
-from dcft_dist.world import World, joined_world
+from dcft_dist.method.scores import Scores
+from dcft_dist.reports.render import png
+from dcft_dist.runs.writer import RunWriter
+from dcft_dist.train.context import RunContext, make_context
+from dcft_dist.train.warm_up import warm_up_or_load
 
 COLORS = {
     "fisher": "#c0392b", "taylor_squared": "#e08e0b", "taylor": "#7d6608", "removal": "#6c3483", "obs": "#2471a3",
@@ -63,7 +63,7 @@ TASKS = {
 class Setting:
     """A task with its model, the head warmed up."""
 
-    job: Job
+    job: RunContext
 
     @property
     def model(self) -> Any:
@@ -86,7 +86,7 @@ def make(task: str, seed: int, world: World) -> Setting:
         "icd.toml", [*TASKS[task], "--seed", str(seed), "--engine", "single", "--train.micro_batch", str(BATCH)]
     )
     with tempfile.TemporaryDirectory() as folder:
-        job = make_job(config, world, RunDirectory(Path(folder)))
+        job = make_context(config, world, RunWriter(Path(folder)))
         warm_up_or_load(job)
     return Setting(job)
 

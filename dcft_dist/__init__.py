@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import DcftError
-    from .fundamental import FundamentalSet
-    from .importance import Scores, score_importance
-    from .penalty import Penalty, attach_penalty
-    from .score_file import load_scores, save_scores
-    from .selection import select_fundamental
-    from .warmup import WarmUp, warm_up_head
-    from .weights import load_weights, save_weights
+    from .method.fundamental_set import FundamentalSet
+    from .method.head_warmup import WarmUp, warm_up_head
+    from .method.importance import score_importance
+    from .method.penalty import Penalty, attach_penalty
+    from .method.scores import Scores, load_scores, save_scores
+    from .method.selection import select_fundamental
+    from .weights.export import load_weights, save_weights
 
 __version__ = "0.1.0"
 _HOME = {
     "DcftError": "errors",
-    "FundamentalSet": "fundamental",
-    "Penalty": "penalty",
-    "Scores": "importance",
-    "WarmUp": "warmup",
-    "attach_penalty": "penalty",
-    "load_scores": "score_file",
-    "load_weights": "weights",
-    "save_scores": "score_file",
-    "save_weights": "weights",
-    "score_importance": "importance",
-    "select_fundamental": "selection",
-    "warm_up_head": "warmup",
+    "FundamentalSet": "method.fundamental_set",
+    "Penalty": "method.penalty",
+    "Scores": "method.scores",
+    "WarmUp": "method.head_warmup",
+    "attach_penalty": "method.penalty",
+    "load_scores": "method.scores",
+    "load_weights": "weights.export",
+    "save_scores": "method.scores",
+    "save_weights": "weights.export",
+    "score_importance": "method.importance",
+    "select_fundamental": "method.selection",
+    "warm_up_head": "method.head_warmup",
 }
 __all__ = [
     "DcftError",

@@ -8,15 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from . import __version__, life
-from .config import check_ranks, check_sizes, find_config, load_config
-from .errors import ConfigError, DcftError, RunError, WorldError
+from . import __version__
+from .config.checks import check_ranks, check_sizes
+from .config.toml import find_config, load_config
+from .errors import DcftError, RunError, WorldError
+from .runs.status import AGAIN, run_verdict, status
 
-if TYPE_CHECKING:  # the commands import what they need
-    from .adapted import Adapted
-    from .splits import Split
+Commands = Any  # what argparse's `add_subparsers` returns; its class is private
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dcft", description="Divide-and-conquer fine-tuning of pre-trained models.")
     parser.add_argument("--version", action="version", version=f"dcft_dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_run, _add_use, _add_compare, _add_cluster, _add_plan, _add_generated):
+        add(commands)
+    return parser
+
+
+def _add_run(commands: Commands) -> None:
     train = commands.add_parser(
         "train", help="run a configuration, or go on with it", epilog="any key: --optimizer.lr 1e-4 --name my_run"
     )
@@ -56,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--data", action="store_true", help="build the model too, and read every input once")
     inspect = commands.add_parser("inspect", help="show what a configuration does to each weight of its model")
     inspect.add_argument("config")
+
+
+def _add_use(commands: Commands) -> None:
     for name, text in (
         ("evaluate", "metrics of a finished run's model on other data, with intervals"),
         ("predict", "what a finished run's model says of other data, as CSV"),
@@ -72,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     delta.add_argument("run", type=Path, help="directory of a finished run (to apply: its config.toml and summary.json do)")
     delta.add_argument("file", type=Path)
     delta.add_argument("--apply", type=Path, metavar="FOLDER", help="write the adapted model there, from the file")
+
+
+def _add_compare(commands: Commands) -> None:
     report = commands.add_parser("report", help="make report.html of a run again, or of a study")
     report.add_argument("run", type=Path)
     report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG there")
@@ -89,12 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--share", metavar="I/N", help="only the I-th of N shares: an array task")
     compare.add_argument("--wait", type=float, default=86400.0, metavar="S", help="seconds to wait for the other shares")
     compare.add_argument("--again", type=float, metavar="PART", help="run that part of the finished cells again and compare")
+
+
+def _add_cluster(commands: Commands) -> None:
     status = commands.add_parser("status", help="where a run stands: step, time left, starts, last checkpoint, last failure")
     status.add_argument("run", help="a run's directory, or its configuration (any key after it, as for train)")
     status.add_argument(
         "--verdict",
         action="store_true",
-        help=f"for batch scripts: exit code 0 finished, {life.AGAIN} start it again, 1 failed",
+        help=f"for batch scripts: exit code 0 finished, {AGAIN} start it again, 1 failed",
     )
     submit = commands.add_parser(
         "submit",
@@ -111,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--with", dest="way", choices=("slurm", "submitit", "torchrun"), default="slurm")
     submit.add_argument("--smoke", action="store_true", help="20 steps, then seconds a step, hours and end of the whole run")
     submit.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+
+
+def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser(
         "plan", help="what a model would need on each of N GPUs: memory by kind, bytes sent", allow_abbrev=False
     )
@@ -127,20 +145,22 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--fp32", dest="bf16", action="store_false", default=None, help="compute in float32, not bfloat16")
     plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of one GPU")
     plan.add_argument("--json", action="store_true")
+
+
+def _add_generated(commands: Commands) -> None:
     commands.add_parser("config-reference", help="print docs/configuration.md")
     files = commands.add_parser("slurm-files", help="write the files of slurm/ again")
     files.add_argument("folder", type=Path)
-    return parser
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
-    from .start import train
+    from .train.run import train
 
     train(load_config(options.config, rest))
 
 
 def _status(options: argparse.Namespace, rest: list[str]) -> int:
-    from .run_folder import RunFolder
+    from .runs.folder import RunFolder
 
     file = options.run if options.run.endswith(".toml") else str(Path(options.run) / "config.toml")
     if not Path(file).exists() and not options.run.endswith(".toml"):
@@ -148,26 +168,26 @@ def _status(options: argparse.Namespace, rest: list[str]) -> int:
     config = load_config(file, rest)
     folder = RunFolder.of(config) if options.run.endswith(".toml") else RunFolder(Path(options.run))
     if not options.verdict:
-        print(life.status(folder.path))
+        print(status(folder.path))
         return 0
-    found, why = life.verdict(folder.path, folder.reached(), config.max_attempts, config.until)
+    found, why = run_verdict(folder.path, folder.reached(), config.max_attempts, config.until)
     print(f"{folder.path}: {found}: {why}", flush=True)
-    return {"finished": 0, "again": life.AGAIN, "failed": 1}[found]
+    return {"finished": 0, "again": AGAIN, "failed": 1}[found]
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
-    from .models import check_model
-    from .run_folder import RunFolder
-    from .tasks import load_task
+    from .data.tasks import load_task
+    from .models.build import check_model
+    from .runs.folder import RunFolder
 
     check_ranks(config, options.ranks)
     RunFolder.of(config).check(config)
     check_model(config)
     if options.data:
-        from .job import check_classes, gather
+        from .train.context import check_classes, read_materials
 
-        check_classes(gather(config))
+        check_classes(read_materials(config))
         print(f"{config.name}: the configuration is valid, its weights fit the model, and its data can be read")
         return
     check_sizes(config, len(load_task(config).train))
@@ -176,14 +196,14 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
-    from .inspection import inspection
-    from .kinds import facts_of, make_objective
-    from .methods import choose_trained
-    from .models import build_model
-    from .tasks import load_task
+    from .data.tasks import load_task
+    from .models.build import build_model
+    from .objectives.make import label_facts, make_objective
+    from .planning.inspection import inspection
+    from .train.methods import choose_trained
 
     task = load_task(config)
-    objective = make_objective(config, facts_of(config, task.class_names, task.train.labels))
+    objective = make_objective(config, label_facts(config, task.class_names, task.train.labels))
     pretrained = build_model(config, objective.num_outputs)
     choose_trained(pretrained, config)
     print(inspection(pretrained, config))
@@ -192,44 +212,27 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
 def _use(options: argparse.Namespace, rest: list[str]) -> None:
     import json
 
-    from .adapted import given_split, load_adapted, report_of
+    from .distributed.world import joined_world
     from .files import table_of, write_atomic
-    from .world import joined_world
+    from .inference.load import load_adapted
+    from .inference.predict import evaluate_split, given_split, predictions, report_of
 
     with joined_world(600.0) as world:
         adapted = load_adapted(options.run, rest, world)
         split = given_split(adapted, labelled=options.command == "evaluate")
         if options.command == "evaluate":
-            text = json.dumps(report_of(adapted, split, *adapted.evaluate(split)), indent=2) + "\n"
+            text = json.dumps(report_of(adapted, split, *evaluate_split(adapted, split)), indent=2) + "\n"
         else:
-            text = table_of(_predictions(adapted, split, options.masks, options.tokens))
+            text = table_of(predictions(adapted, split, options.masks, options.tokens))
         if not world.is_first:
             return
         write_atomic(options.out, text) if options.out else sys.stdout.write(text)
 
 
-def _predictions(adapted: Adapted, split: Split, masks: Path | None, tokens: int | None) -> dict[str, list[Any]]:
-    kind = adapted.config.task.kind
-    for given, of in ((masks, "segmentation"), (tokens, "causal_lm")):
-        if given is not None and kind != of:
-            raise ConfigError(f"--{'masks' if of == 'segmentation' else 'tokens'} is for task.kind = '{of}', not '{kind}'")
-    if kind == "segmentation":
-        from .masks import write_masks
-
-        return write_masks(adapted, split, masks)
-    if kind == "causal_lm":
-        from .answers import answers_of
-
-        return answers_of(adapted, split, 128 if tokens is None else tokens)
-    from .adapted import predictions_of
-
-    return predictions_of(adapted, split, adapted.evaluate(split)[0])
-
-
 def _delta(options: argparse.Namespace, rest: list[str]) -> None:
-    from .delta import apply_delta, write_delta
-    from .run_folder import RunFolder
-    from .world import joined_world
+    from .distributed.world import joined_world
+    from .inference.delta import apply_delta, write_delta
+    from .runs.folder import RunFolder
 
     folder = RunFolder(options.run)
     config, facts = folder.finished()
@@ -245,27 +248,27 @@ def _delta(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
     if (options.run / "study.toml").exists():
-        from .study_report import write_study_report
+        from .studies.report import write_study_report
 
         print(write_study_report(options.run, options.pictures))
         return
-    from .report import write_report
+    from .reports.run_report import write_report
 
     print(write_report(options.run, options.pictures))
 
 
 def _table(options: argparse.Namespace, rest: list[str]) -> None:
     if (options.runs[0] / "study.toml").exists():
-        from .study import load_study
-        from .study_folder import StudyFolder
-        from .study_table import table
+        from .studies.results import StudyFolder
+        from .studies.study import load_study
+        from .studies.table import table
 
         folder = options.runs[0]
         if options.pack:
             StudyFolder(load_study(folder / "study.toml"), folder).pack(options.pack)
         print(table(folder, options.format))
         return
-    from .report import comparison, removal_table
+    from .reports.comparison import comparison, removal_table
 
     print("\n\n".join(map(removal_table, options.runs)) if options.removal else comparison(options.runs))
 
@@ -276,20 +279,20 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     options.study = find_config(options.study)
     folder = options.folder or Path("runs") / options.study.stem
     if options.workers > 1 and not options.share and options.again is None:
-        from .study import load_study
+        from .studies.study import load_study
 
         load_study(options.study)  # one message for what is wrong, not one a process
         words = ["compare", str(options.study), "--folder", str(folder), "--wait", str(options.wait), "--share"]
         begin = [sys.executable, "-m", "dcft_dist.cli", *words]
-        from .compare import in_parallel
+        from .studies.runner import in_parallel
 
         return in_parallel(lambda share: subprocess.Popen([*begin, share]), options.workers)
     import torch
 
-    from .compare import Share, again, compare, quiet
-    from .world import joined_world
+    from .distributed.world import joined_world
+    from .studies.runner import CellShare, again, compare, quiet
 
-    share = Share.parse(options.share or "1/1")
+    share = CellShare.parse(options.share or "1/1")
     quiet()
     if "OMP_NUM_THREADS" not in os.environ:  # else torch has read it
         torch.set_num_threads(1)  # the last digits depend on it, and are not to depend on --workers
@@ -305,41 +308,46 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _submit(options: argparse.Namespace, rest: list[str]) -> None:
-    from . import cluster
+    from .cluster.job import load_site, make_job
+    from .cluster.render import render_sbatch, render_torchrun
+    from .cluster.submit import check_cluster, submit_sbatch
+    from .cluster.submitit_job import submit_submitit
 
-    site = cluster.load_site()
+    site = load_site()
     sizes = {key: getattr(options, key) for key in ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time")}
-    job, config = cluster.plan_job(options.config, rest, smoke=options.smoke, site=site, **sizes)
+    job, config = make_job(options.config, rest, smoke=options.smoke, site=site, **sizes)
     folder = Path(config.runs_dir) / config.name
     if options.way == "torchrun" or options.dry_run:
-        render = cluster.render_torchrun if options.way == "torchrun" else cluster.render_sbatch
+        render = render_torchrun if options.way == "torchrun" else render_sbatch
         sys.stdout.write(render(job, site))
         return
-    cluster.check_cluster(job, site)
-    found = cluster.submit_submitit(job, site, folder).job_id if options.way == "submitit" else None
-    print(f"job {found or cluster.submit_sbatch(job, site, folder)}; where it stands: dcft status {folder}")
+    check_cluster(job, site)
+    found = submit_submitit(job, site, folder).job_id if options.way == "submitit" else None
+    print(f"job {found or submit_sbatch(job, site, folder)}; where it stands: dcft status {folder}")
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     import json
 
-    from . import plan
-    from .planned import request_of
+    from .planning.memory import forecast, table
+    from .planning.planned_models import request_of
 
     given = {key: value for key, value in vars(options).items() if key not in ("command", "json")}
-    found = plan.plan(request_of(given.pop("model"), rest, **given))
-    print(json.dumps(found.to_json()) if options.json else plan.table(found))
+    found = forecast(request_of(given.pop("model"), rest, **given))
+    print(json.dumps(found.to_json()) if options.json else table(found))
 
 
 def _slurm_files(options: argparse.Namespace, rest: list[str]) -> None:
-    from .cluster import FILES, Site, render_sbatch
+    from .cluster.job import Site
+    from .cluster.render import render_sbatch
+    from .cluster.shipped_files import FILES
 
     for name, job in FILES.items():
         (options.folder / name).write_text(render_sbatch(job, Site()))
 
 
 def _config_reference(options: argparse.Namespace, rest: list[str]) -> None:
-    from .reference import reference
+    from .config.reference import reference
 
     sys.stdout.write(reference())
 

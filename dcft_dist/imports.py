@@ -45,3 +45,15 @@ def find_object(path: str, roots: Sequence[str], what: str) -> Any:
             found, name = getattr(found, part), f"{name}.{part}"
         return found
     raise ConfigError(f"{what}: there is no module {parts[0]}: install it, or name its folder in import_roots")
+
+
+def find_function(path: str, roots: Sequence[str], what: str) -> Any:
+    """As `find_object`, for something that can be called.
+
+    Raises:
+        ConfigError: see `find_object`; or the object cannot be called.
+    """
+    function = find_object(path, roots, what)
+    if not callable(function):
+        raise ConfigError(f"{what}: {path} is no function")
+    return function

@@ -14,7 +14,10 @@ from pathlib import Path
 
 from submitit.core.utils import FailedJobError, UncompletedJobError
 
-from dcft_dist import DcftError, cluster
+from dcft_dist import DcftError
+from dcft_dist.cluster.job import load_site, make_job
+from dcft_dist.cluster.submit import check_cluster
+from dcft_dist.cluster.submitit_job import submit_submitit
 
 
 def main() -> None:
@@ -24,11 +27,11 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=kind, default={"nodes": 1, "gpus-per-node": 0}.get(option))
     options, overrides = parser.parse_known_args()
     sizes = {key: value for key, value in vars(options).items() if key != "config"}
-    site = cluster.load_site()
-    job, config = cluster.plan_job(options.config, overrides, smoke=False, site=site, **sizes)
-    cluster.check_cluster(job, site)
+    site = load_site()
+    job, config = make_job(options.config, overrides, smoke=False, site=site, **sizes)
+    check_cluster(job, site)
     folder = Path(config.runs_dir) / config.name
-    sent = cluster.submit_submitit(job, site, folder)
+    sent = submit_submitit(job, site, folder)
     print(f"job {sent.job_id}; logs in {folder / 'submitit'}", flush=True)
     while not sent.done():
         time.sleep(5)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dcft_dist.config import load_config
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.tasks import load_task
 from dcft_dist.packages import minilm_folder, nilearn_file
-from dcft_dist.tasks import load_task
 
 from .debian import apt_install
 

@@ -25,7 +25,8 @@ from torch.distributed.fsdp._fully_shard import _fsdp_common
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dcft_dist.engines import private
+from dcft_dist.compat.deepspeed import import_deepspeed
+from dcft_dist.compat.pytorch import fsdp2_groups
 
 from .nets import DEVICE, Block, OddNet, full
 
@@ -173,7 +174,7 @@ def _fsdp2(net: OddNet, variant: str, bf16: bool) -> nn.Module:
     if variant == "shard1" and ranks in (2, 4):
         assert net.blocks[1].down.weight.placements == (Shard(1),)
     if variant == "groups":
-        assert len(private.fsdp2_groups(net.blocks[0])) == 2
+        assert len(fsdp2_groups(net.blocks[0])) == 2
     return net
 
 
@@ -208,7 +209,7 @@ def _zero(
     clip_norm: float | None,
     options: dict[str, Any],
 ) -> Prepared:
-    deepspeed = private.import_deepspeed()
+    deepspeed = import_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     kind, _, variant = engine.partition("-")
     zero: dict[str, Any] = {"stage": int(kind[-1]), "reduce_bucket_size": 200, "allgather_bucket_size": 200}

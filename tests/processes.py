@@ -69,9 +69,9 @@ def _dcft(words: list[str], env: dict[str, str], folder: str, files: list[Path])
     multiprocessing.set_start_method(None, force=True)  # the run's own processes start as in a Python of its own
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS", "1")))
     sys.argv[1:] = words
-    from dcft_dist import cli
+    from dcft_dist.cli import entry
 
-    cli.entry()
+    entry()
 
 
 def start(*words: str, ranks: int = 1) -> list[Process]:

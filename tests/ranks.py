@@ -20,7 +20,14 @@ import torch.distributed as dist
 DEVICE = os.environ.get("DCFT_TEST_DEVICE", "cpu")
 os.environ.setdefault("DS_ACCELERATOR", DEVICE)  # before the fork server starts: it imports DeepSpeed once for all
 context: Any = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")  # CUDA does not outlive a fork
-PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "deepspeed", "dcft_dist.start", "tests.prepared"]
+PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "deepspeed",
+    "dcft_dist.train.run",
+    "tests.prepared",
+]
 PRELOAD += ["transformers", "transformers.models.bert.modeling_bert", "torch.utils.tensorboard", "matplotlib.pyplot"]
 PRELOAD += ["torchmetrics.functional"]
 if DEVICE == "cpu":

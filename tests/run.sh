@@ -9,7 +9,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
-"${PYTHON%/*}/shellcheck" -e SC1091 launch/*.sh slurm/*.sbatch tests/golden/*.sbatch tests/run.sh benchmarks/*.sh
+"${PYTHON%/*}/shellcheck" -e SC1091 launch/*.sh dcft_dist/cluster/*.sh slurm/*.sbatch tests/golden/*.sbatch tests/run.sh benchmarks/*.sh
 if [ $# -gt 0 ]; then exec "$PYTHON" -m pytest "$@"; fi
 # Many tests wait more than they compute. Those on a real Slurm watch the clock: they have the machine to themselves.
 "$PYTHON" -m pytest -n 2 --dist loadfile --ignore tests/test_slurm.py

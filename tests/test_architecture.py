@@ -1,4 +1,4 @@
-"""Imports form a DAG of layers; the package raises and never asserts; no pickle is loaded; nothing is left behind."""
+"""Rooms import downwards only; the package raises and never asserts; no pickle is loaded; nothing is too long."""
 
 from __future__ import annotations
 
@@ -7,65 +7,39 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+import dcft_dist
+from dcft_dist.config.reference import reference
 
-from dcft_dist import config, reference
-
-PACKAGE = Path(config.__file__).parent
+PACKAGE = Path(dcft_dist.__file__).parent
 ROOT = PACKAGE.parent
 
-# Lowest first; a module may import from lower layers only, and from its own layer where no cycle arises.
-LAYERS = [
-    ["errors", "meet"],
-    ["schema", "bits", "files", "names", "packages", "meta"],
-    ["config", "reference"],
-    ["engines.private"],
-    ["collectives", "kernels"],
-    ["world"],
-    ["engines.base"],
-    ["engines.replicated", "engines.fsdp2", "engines.fsdp1", "engines.zero"],
-    ["engines"],
-    ["engines.wrap"],
-    ["fundamental", "multiplier", "obs", "weights"],
-    ["importance"],
-    ["threshold"],
-    ["selection", "penalty_checks", "warmup", "score_file"],
-    ["in_force"],
-    ["penalty"],
-    ["factor"],
-    ["__init__"],
-    ["recipe"],
-    ["hf", "lightning"],
-    ["splits", "imports", "stored", "objective", "dicom", "seeded", "preprocessing"],
-    ["variation", "loading", "language", "objectives", "segmentation"],
-    ["own_parts"],
-    ["kinds"],
-    ["mri", "data", "rows"],
-    ["pretrained", "images", "volumes", "own_data"],
-    ["own_model", "labelled_volumes"],
-    ["tasks", "models", "inspection", "feed"],
-    ["life"],
-    ["run_folder"],
-    ["checkpoint", "evaluate", "measure", "controls", "displacement", "run_dir", "optim"],
-    ["planned"],
-    ["plan"],
-    ["removal", "methods", "prior"],
-    ["provenance", "job"],
-    ["find_set", "training", "finish", "adapted", "delta"],
-    ["answers", "masks"],
-    ["head"],
-    ["trainer"],
-    ["pictures"],
-    ["report"],
-    ["card"],
-    ["bootstrap", "study"],
-    ["study_folder"],
-    ["study_table", "compare"],
-    ["study_report"],
-    ["start"],
-    ["cluster"],
-    ["cli"],
-]
+# Room -> rooms it may import, late imports included. Modules beside the rooms that have no imports of their own among
+# them (errors, files, imports, packages, seeds) may be imported by all.
+COMMON = {"errors", "files", "imports", "packages", "seeds"}
+MAY_IMPORT: dict[str, str] = {
+    "compat": "",
+    "config": "",
+    "distributed": "compat",
+    "engines": "compat distributed",
+    "method": "distributed engines",
+    "controls": "distributed engines method",
+    "integrations": "compat distributed engines method",
+    "data": "config",
+    "objectives": "config data distributed",
+    "weights": "compat distributed engines",
+    "models": "compat config data engines weights",
+    "runs": "config distributed",
+    "reports": "config method objectives",
+    "train": "compat config controls data distributed engines method models objectives reports runs weights",
+    "inference": "compat config data distributed engines method models objectives runs train",
+    "planning": "compat config engines method models objectives train",
+    "studies": "config distributed reports runs train",
+    "cluster": "config runs train",
+}
+# Modules beside the rooms that look into them: the public names, the command line, and former names.
+ABOVE = {"__init__", "cli", "hf", "lightning", "meet"}
+
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 
 
 def module_name(file: Path) -> str:
@@ -73,36 +47,85 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
+FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
+
+
+def room_of(module: str) -> str:
+    """The room of a module, or the module itself if it stands beside the rooms."""
+    return module.split(".")[0]
+
+
 def imports(file: Path) -> set[str]:
     """Modules of the package that a file imports, late imports included."""
-    found = set()
+    imported = set()
     package = file.relative_to(PACKAGE).parent.parts
-    modules = {module_name(f) for f in PACKAGE.rglob("*.py")}
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
             for alias in node.names:
                 whole = ".".join([*base, alias.name])
-                found.add(whole if whole in modules else ".".join(base) or "__init__")
-    return found - {module_name(file)}
+                imported.add(whole if whole in FILES else ".".join(base) or "__init__")
+    return imported - {module_name(file)}
 
 
-def test_imports_form_layers() -> None:
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    files = {module_name(f): f for f in PACKAGE.rglob("*.py")}
-    assert set(files) == set(level), "every module has its layer"
-    wrong = [f"{name} imports {used}" for name, file in files.items() for used in imports(file) if level[used] > level[name]]
+def without_circle(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The floors of a graph of imports, lowest first.
+
+    Raises:
+        AssertionError: some nodes import each other in a circle.
+    """
+    floors, left = [], dict(graph)
+    while left:
+        floor = sorted(name for name, used in left.items() if not used & left.keys())
+        assert floor, f"a circle among {sorted(left)}"
+        floors.append(floor)
+        left = {name: used for name, used in left.items() if name not in floor}
+    return floors
+
+
+def test_rooms_import_only_what_the_table_allows() -> None:
+    assert {room_of(name) for name in FILES} == MAY_IMPORT.keys() | COMMON | ABOVE, "every room has a row"
+    wrong, used = [], set()
+    for name, file in FILES.items():
+        room = room_of(name)
+        allowed = {room} | COMMON | set(MAY_IMPORT.get(room, "").split())
+        for target in {room_of(module) for module in imports(file)}:
+            if room in COMMON and target not in COMMON:
+                wrong.append(f"{name} imports {target}: what all rooms may import looks into none")
+            elif room in MAY_IMPORT and target not in allowed:
+                wrong.append(f"{name} imports {target}")
+            used.add((room, target))
     assert wrong == []
-    graph = {name: imports(file) for name, file in files.items()}
-    while graph:  # take away what imports nothing that is left, until nothing is left
-        free = [name for name, used in graph.items() if not used & graph.keys()]
-        assert free, f"a cycle among {sorted(graph)}"
-        for name in free:
-            del graph[name]
+    idle = [f"{room} -> {other}" for room, row in MAY_IMPORT.items() for other in row.split() if (room, other) not in used]
+    assert idle == [], "the table allows what no module needs"
+
+
+def test_there_is_no_circle() -> None:
+    without_circle({room: set(row.split()) for room, row in MAY_IMPORT.items()})
+    without_circle({name: imports(file) for name, file in FILES.items()})
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    """And shows a call; it imports nothing, so that light modules stay light."""
+    for room in MAY_IMPORT:
+        tree = ast.parse(FILES[room].read_text())
+        text = ast.get_docstring(tree) or ""
+        assert 60 < len(text) < 500 and "`" in text, room
+        assert not imports(FILES[room]), room
+
+
+def test_files_and_functions_are_short() -> None:
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        text = file.read_text()
+        assert len(text.splitlines()) <= MOST_LINES, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= MOST_LINES_OF_A_FUNCTION, f"{file}: {node.name} has {length} lines"
 
 
 def test_the_package_raises_and_never_asserts() -> None:
-    for file in PACKAGE.rglob("*.py"):
+    for file in FILES.values():
         tree = ast.parse(file.read_text())
         asserts = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
         assert asserts == [], file
@@ -114,10 +137,10 @@ def test_the_package_raises_and_never_asserts() -> None:
                 assert call != "torch.load" or safe, (file, node.lineno)
 
 
-def test_private_parts_of_other_libraries_are_in_one_place() -> None:
-    """Attributes with a leading underscore are the package's own, except in `engines.private`."""
-    trees = {module_name(f): ast.parse(f.read_text()) for f in PACKAGE.rglob("*.py")}
-    others = [node for name, tree in trees.items() if name != "engines.private" for node in ast.walk(tree)]
+def test_private_parts_of_other_libraries_are_in_one_room() -> None:
+    """Attributes with a leading underscore are the package's own, except in `compat`."""
+    trees = {name: ast.parse(file.read_text()) for name, file in FILES.items()}
+    others = [node for name, tree in trees.items() if room_of(name) != "compat" for node in ast.walk(tree)]
     attributes = [n for n in others if isinstance(n, ast.Attribute) and n.attr.startswith("_") and not n.attr.endswith("__")]
     own = {n.attr for n in attributes if isinstance(n.ctx, ast.Store) and ast.unparse(n.value) in ("self", "cls")}
     own |= {n.name for n in others if isinstance(n, ast.FunctionDef)}
@@ -125,15 +148,14 @@ def test_private_parts_of_other_libraries_are_in_one_place() -> None:
     assert {ast.unparse(n) for n in attributes if n.attr not in own} == set()
 
 
-@pytest.mark.parametrize("page", ["configuration"])
-def test_generated_pages_are_current(page: str) -> None:
-    assert (ROOT / "docs" / f"{page}.md").read_text() == reference.reference(), (
-        "run: dcft config-reference > docs/configuration.md"
-    )
+def test_generated_pages_are_current() -> None:
+    page = ROOT / "docs" / "configuration.md"
+    assert page.read_text() == reference(), "run: dcft config-reference > docs/configuration.md"
 
 
 def test_light_modules_import_without_torch() -> None:
     """A configuration is checked in a moment."""
-    modules = "dcft_dist.config, dcft_dist.cluster, dcft_dist.meet, dcft_dist.run_folder, dcft_dist.tasks, dcft_dist.life"
+    light = "config.toml, cluster.submit, meet, runs.folder, runs.status, data.tasks"
+    modules = ", ".join(f"dcft_dist.{name.strip()}" for name in light.split(","))
     code = f"import sys, dcft_dist, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcft_dist import FundamentalSet, attach_penalty, load_weights, save_weights
-from dcft_dist.checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
-from dcft_dist.engines import torch_optimizer
+from dcft_dist.engines.find import torch_optimizer
 from dcft_dist.errors import CheckpointError
+from dcft_dist.weights.checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part
 from .prepared import ZERO, prepare

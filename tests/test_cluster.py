@@ -9,19 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from dcft_dist.cluster import (
-    FILES,
-    Job,
-    Site,
-    _num_gpus,
-    load_site,
-    plan_job,
-    render_sbatch,
-    render_torchrun,
-    submitit_executor,
-)
+from dcft_dist.cluster.job import Job, Site, load_site, make_job
+from dcft_dist.cluster.node_check import meet
+from dcft_dist.cluster.render import render_sbatch, render_torchrun
+from dcft_dist.cluster.shipped_files import FILES
+from dcft_dist.cluster.submit import _num_gpus
+from dcft_dist.cluster.submitit_job import submitit_executor
 from dcft_dist.errors import ConfigError
-from dcft_dist.meet import meet
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -47,12 +41,12 @@ def test_the_files_of_slurm_are_what_is_rendered(name: str) -> None:
 def golden_job(name: str) -> tuple[Job, Site]:
     sizes = {"gpus_per_node": 8, "ranks_per_node": None, "cpus_per_task": None}
     if name == "site":
-        job, _ = plan_job("icd.toml", ["--seed", "3"], smoke=False, site=SITE, nodes=4, time="1:00:00", **sizes)
+        job, _ = make_job("icd.toml", ["--seed", "3"], smoke=False, site=SITE, nodes=4, time="1:00:00", **sizes)
         return job, SITE
     if name == "pyxis":
-        job, _ = plan_job("icd.toml", ["--engine", "deepspeed"], smoke=False, site=PYXIS, nodes=2, time="8:00:00", **sizes)
+        job, _ = make_job("icd.toml", ["--engine", "deepspeed"], smoke=False, site=PYXIS, nodes=2, time="8:00:00", **sizes)
         return job, PYXIS
-    job, _ = plan_job("icd.toml", ["--name", "it"], smoke=True, site=Site(), nodes=1, time=None, **sizes)
+    job, _ = make_job("icd.toml", ["--name", "it"], smoke=True, site=Site(), nodes=1, time=None, **sizes)
     return job, Site()
 
 

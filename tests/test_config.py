@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from dcft_dist import config as schema
-from dcft_dist.config import check_ranks, check_sizes, find_config, load_config, to_toml
+from dcft_dist.config.checks import check_ranks, check_sizes
+from dcft_dist.config.toml import differences, find_config, load_config, to_toml
 from dcft_dist.errors import ConfigError
-from dcft_dist.run_folder import differences
 
-CONFIGS = sorted((Path(schema.__file__).parent.parent / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
-from dcft_dist.controls import KINDS, control_set
-from dcft_dist.displacement import EqualDisplacement, PullToStart
+from dcft_dist.config.method import Penalty
+from dcft_dist.controls.control_sets import KINDS, control_set
+from dcft_dist.controls.removal import choose_fraction
+from dcft_dist.controls.step_controls import EqualDisplacement, PullToStart
 from dcft_dist.errors import PenaltyError
-from dcft_dist.factor import LearnedFactor
-from dcft_dist.measure import Groups
-from dcft_dist.optim import factor_at
-from dcft_dist.prior import kept, scores_after_training
-from dcft_dist.removal import choose_fraction
-from dcft_dist.schema import Penalty
+from dcft_dist.method.gradual_pruning import kept, scores_after_training
+from dcft_dist.method.learned_factor import LearnedFactor
+from dcft_dist.train.group_norms import GroupNorms
+from dcft_dist.train.optimizer import factor_at
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
 from .ranks import run_ranks
@@ -68,7 +68,7 @@ def one_step(engine: str, control: str) -> dict[str, Any]:
         share = EqualDisplacement(model, some_set(), FACTOR, optimizer=optimizer, **factors)
     elif control == "dcft":
         attach_penalty(model, some_set(), FACTOR, optimizer=optimizer, level="update", **factors)
-    groups = Groups(model, some_set(), HEAD)
+    groups = GroupNorms(model, some_set(), HEAD)
     groups.remember_start()
     before = full_state(model)
     loss_fn(model, my_part(make_batches(1, 8, torch.float64)[0])).backward()

@@ -144,14 +144,14 @@ def test_the_wheel_has_everything(tmp_path: Path) -> None:
     subprocess.run(install, check=True, capture_output=True)
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
-import dcft_dist, dcft_dist.report, pathlib
-from dcft_dist.config import find_config, load_config
-from dcft_dist.study import load_study
+import dcft_dist, dcft_dist.reports.render, pathlib
+from dcft_dist.config.toml import find_config, load_config
+from dcft_dist.studies.study import load_study
 here = pathlib.Path(dcft_dist.__file__).parent
 assert str(here).startswith(sys.argv[1]), here
 names = [load_config(f.name).name for f in (here / "configs").glob("*.toml")]
 for page in ("report.html", "study.html"):
-    dcft_dist.report.template(page)
+    dcft_dist.reports.render.template(page)
 assert load_study(find_config("studies/icd_630.toml")).arms
 print(sorted(names))
 """

@@ -22,18 +22,23 @@ from dcft_dist import (
     DcftError,
     FundamentalSet,
     attach_penalty,
-    collectives,
     load_weights,
     save_weights,
     score_importance,
     select_fundamental,
     warm_up_head,
 )
-from dcft_dist.checkpoint import load_checkpoint, model_state, save_checkpoint
-from dcft_dist.engines import Leaf, Segment, find_engine, private, wrap
+from dcft_dist.compat.pytorch import fsdp2_groups
+from dcft_dist.compat.versions import TESTED, USES, check_version
+from dcft_dist.controls.removal import removed
+from dcft_dist.distributed import collectives
+from dcft_dist.engines.base import Leaf, Segment
+from dcft_dist.engines.find import find_engine
+from dcft_dist.engines.prepared import WrapOptions
+from dcft_dist.engines.wrap import prepare as wrap_for_training
 from dcft_dist.errors import PenaltyError
-from dcft_dist.importance import Scores
-from dcft_dist.removal import removed
+from dcft_dist.method.scores import Scores
+from dcft_dist.weights.checkpoint import load_checkpoint, model_state, save_checkpoint
 
 from .nets import HEAD, full, loss_fn, make_batches, make_net, make_optimizer, my_part
 from .prepared import ENGINES, ZERO, Prepared, prepare
@@ -358,8 +363,8 @@ def test_weights_and_checkpoints_under_tensor_parallelism(kind: str, ranks: int,
 
 def clipping_of_the_trainer() -> float:
     net = make_net()
-    plan = wrap.Plan("deepspeed", torch.device("cpu"), list(net.blocks))
-    found = wrap.prepare(net, plan, lambda weights: make_optimizer("sgd", [p for _, p, _ in weights]))
+    plan = WrapOptions("deepspeed", torch.device("cpu"), list(net.blocks))
+    found = wrap_for_training(net, plan, lambda weights: make_optimizer("sgd", [p for _, p, _ in weights]))
     return float(found.model.gradient_clipping())
 
 
@@ -618,8 +623,8 @@ def private_objects() -> dict[str, list[str]]:
         "Module": make_net(),
         "FSDPModule": fsdp2,
         "FSDPState": state,
-        "FSDPParamGroup": private.fsdp2_groups(fsdp2)[0],
-        "FSDPParam": private.fsdp2_groups(fsdp2)[0].fsdp_params[0],
+        "FSDPParamGroup": fsdp2_groups(fsdp2)[0],
+        "FSDPParam": fsdp2_groups(fsdp2)[0].fsdp_params[0],
         "FullyShardedDataParallel": fsdp1,
         "FlatParamHandle": fsdp1._handle,
         "FlatParameter": fsdp1._handle.flat_param,
@@ -636,14 +641,14 @@ def private_objects() -> dict[str, list[str]]:
         "FP16_UnfusedOptimizer": half.model.optimizer,
         "BF16_Optimizer": bf16.model.optimizer,
     }
-    for where in private.USES:
+    for where in USES:
         if where == "transformers.Trainer":
             objects[where] = importlib.import_module("transformers").Trainer
         elif where.startswith(("torch.", "deepspeed.", "transformers.")):
             objects[where] = importlib.import_module(where)
     named = {where: type(thing).__name__ for where, thing in objects.items() if where.endswith("Optimizer")}
     assert all(where == name for where, name in named.items()), named
-    return {w: [a for a in names if not hasattr(objects[w], a)] for w, names in private.USES.items()}
+    return {w: [a for a in names if not hasattr(objects[w], a)] for w, names in USES.items()}
 
 
 def test_no_private_attribute_is_gone() -> None:
@@ -652,21 +657,21 @@ def test_no_private_attribute_is_gone() -> None:
 
 
 def test_an_untested_version_warns(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    private.check_version.cache_clear()
-    private.check_version("torch")
+    check_version.cache_clear()
+    check_version("torch")
     assert caplog.text == ""
-    private.check_version.cache_clear()
-    monkeypatch.setitem(private.TESTED, "torch", ("2.9", "2.10"))
-    private.check_version("torch")
+    check_version.cache_clear()
+    monkeypatch.setitem(TESTED, "torch", ("2.9", "2.10"))
+    check_version("torch")
     assert "is none of the versions" in caplog.text and "(2.9, 2.10)" in caplog.text
-    private.check_version.cache_clear()
+    check_version.cache_clear()
 
 
 # -- DeepSpeed on a machine without GPU -----------------------------------------------------------------------------------
 
 ONE_RANK = """
 import os, torch
-from dcft_dist.engines.private import import_deepspeed
+from dcft_dist.compat.deepspeed import import_deepspeed
 deepspeed = import_deepspeed()
 deepspeed.init_distributed("gloo")
 net = torch.nn.Linear(4, 2)

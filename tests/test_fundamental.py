@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from dcft_dist import FundamentalSet, score_importance, select_fundamental
-from dcft_dist.bits import Box, cut, num_bytes, pack, paste, unpack
+from dcft_dist.engines.box import Box
 from dcft_dist.errors import DcftError, FundamentalSetError
+from dcft_dist.method.bits import cut, num_bytes, pack, paste, unpack
 
 from .nets import HEAD, make_net, wrap
 from .ranks import run_ranks

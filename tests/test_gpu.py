@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcft_dist import FundamentalSet, attach_penalty, multiplier, score_importance, select_fundamental
-from dcft_dist.multiplier import Multipliers
+from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
+from dcft_dist.method import multipliers as multipliers_module
+from dcft_dist.method.multipliers import Multipliers
 
 from .nets import HEAD, OddNet, loss_fn, make_batches, make_net, make_optimizer
 
@@ -32,7 +33,7 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 def both_paths(monkeypatch: pytest.MonkeyPatch, call: Any) -> tuple[Tensor, Tensor]:
     """What Triton's kernels and torch make of it."""
     fused = call()
-    monkeypatch.setattr(multiplier, "_fused", lambda *_: False)
+    monkeypatch.setattr(multipliers_module, "_fused", lambda *_: False)
     plain = call()
     monkeypatch.undo()
     return fused, plain
@@ -48,7 +49,7 @@ def test_kernels_do_what_torch_does(numel: int, dtype: torch.dtype, monkeypatch:
         multipliers.set_factor(factor)
         room, old, new = (torch.randn(numel + 1, device=GPU).to(dtype) for _ in range(3))
         gradient = room[1:]  # where a weight in a flat buffer may begin: not at a multiple of 16 bytes
-        assert multiplier._fused(gradient, multipliers.bits["w"])
+        assert multipliers_module._fused(gradient, multipliers.bits["w"])
 
         def scaled(gradient: Tensor = gradient, multipliers: Multipliers = multipliers) -> Tensor:
             out = torch.full_like(gradient, torch.nan)

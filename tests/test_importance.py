@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dcft_dist import load_scores, save_scores, score_importance, select_fundamental
+from dcft_dist.engines.names import as_patterns
 from dcft_dist.errors import EngineError, PatternError, ScoreError
-from dcft_dist.importance import Scores
-from dcft_dist.names import as_patterns
+from dcft_dist.method.scores import Scores
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
 from .ranks import run_ranks

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
-from dcft_dist.engines.private import import_deepspeed
+from dcft_dist.compat.deepspeed import import_deepspeed
 
 from .nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
 from .prepared import Prepared
@@ -88,7 +88,7 @@ def make_trainer(kind: str, folder: str, steps: int, factor: float = 0.1, **opti
     import_deepspeed()
     from transformers import Trainer, TrainingArguments
 
-    from dcft_dist.hf import DCFTCallback
+    from dcft_dist.integrations.transformers import DCFTCallback
 
     zero = (
         {**ZERO, "zero_optimization": {"stage": int(kind[-1]), "stage3_gather_16bit_weights_on_model_save": True}}
@@ -264,7 +264,8 @@ def test_accelerate_configurations_are_valid(name: str, monkeypatch: pytest.Monk
 def clipping_by_default() -> str:
     import logging
 
-    from dcft_dist.engines import find_engine, zero
+    from dcft_dist.engines import zero
+    from dcft_dist.engines.find import find_engine
 
     lines: list[str] = []
     handler = logging.Handler()
@@ -291,7 +292,7 @@ def lightning_run(strategy: str, folder: str, steps: int, resume: str | None) ->
     from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
     from torch.distributed.fsdp import fully_shard
 
-    from dcft_dist.lightning import DCFTCallback
+    from dcft_dist.integrations.lightning import DCFTCallback
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:

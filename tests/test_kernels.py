@@ -53,7 +53,7 @@ def test_kernels_compile_for_gpus(kernel: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dcft_dist import kernels
+    from dcft_dist.method import kernels
 
     signature = {"source": "*fp32", "octets": "*u8", "target": "*fp32", "numel": "i32", "factor": "fp32", "rest": "fp32"}
     source = ASTSource(getattr(kernels, kernel), signature | {"BLOCK": "constexpr"}, {"BLOCK": kernels.BLOCK})

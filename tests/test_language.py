@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from dcft_dist.config import load_config
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.splits import Split
+from dcft_dist.data.text import IGNORED, AnswerProcessor
 from dcft_dist.errors import DataError
-from dcft_dist.language import IGNORED, AnswerProcessor, CausalLanguage
-from dcft_dist.splits import Split
+from dcft_dist.objectives.language import CausalLanguage
 
 from .own import instructions, tiny_decoder
 from .processes import dcft, output_of
@@ -115,7 +116,7 @@ def check_export(folder: Path, run: Path) -> None:
     """transformers alone reads it, and its own loss on a test example is the run's."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from dcft_dist.tasks import load_task
+    from dcft_dist.data.tasks import load_task
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert all(torch.equal(v, model.state_dict()[n]) for n, v in load_file(folder / "model.safetensors").items())

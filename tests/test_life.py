@@ -13,9 +13,12 @@ from typing import Any
 
 import pytest
 
-from dcft_dist import cli, life
+from dcft_dist.cli import main
 from dcft_dist.errors import DcftError, RunError, WorldError
 from dcft_dist.files import read_lines
+from dcft_dist.runs.attempts import attempts, error_files, note_error, refuse_repetition
+from dcft_dist.runs.lock import _lock, lock_holder, locked
+from dcft_dist.runs.status import run_verdict, status
 
 from .test_run import TINY, finish, start, tiny, train, wait_for_phase
 
@@ -60,12 +63,12 @@ def test_a_request_to_one_rank_stops_all_at_one_step(
     progress = json.loads((run / "progress.json").read_text())
     assert progress["phase"] == "stopped" and 2 < progress["step"] < 10
     assert (run / f"checkpoints/step_{progress['step']:08d}").is_dir()
-    assert life.verdict(run, "step 3", 3)[0] == "again"
-    said = life.status(run)
+    assert run_verdict(run, "step 3", 3)[0] == "again"
+    said = status(run)
     assert f"tiny: stopped, step {progress['step']} of 10" in said and f"last checkpoint: step {progress['step']}" in said
     (tmp_path / "stop").unlink(missing_ok=True)
     train(tiny, tmp_path, "--removal.fractions", "[]", "--checkpoint.every", "100")
-    assert life.verdict(run, "step 10", 3) == ("finished", "it is done")
+    assert run_verdict(run, "step 10", 3) == ("finished", "it is done")
 
 
 def test_a_second_job_is_kept_out(tiny: Path, tmp_path: Path) -> None:
@@ -76,25 +79,25 @@ def test_a_second_job_is_kept_out(tiny: Path, tmp_path: Path) -> None:
         assert code == 2 and "Traceback" not in errors
     assert "tiny is being written by process" in results[0][1]
     assert [code for code, _ in finish(first)] == [0, 0]
-    assert life.errors(tmp_path / "tiny") == []  # the intruder left no mark
-    assert len(life.attempts(tmp_path / "tiny")) == 1
+    assert errors(tmp_path / "tiny") == []  # the intruder left no mark
+    assert len(attempts(tmp_path / "tiny")) == 1
 
 
 def test_a_former_start_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that was cut off holds the lock until its own collectives give up; any other job is not waited for as long."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    with life.owned(tmp_path, 600):
+    with locked(tmp_path, 600):
         began = time.monotonic()
-        assert life.verdict(tmp_path, "step 5", 3)[0] == "again"
-        assert life._lock(tmp_path, began, 0.1) is None  # to be tried again
+        assert run_verdict(tmp_path, "step 5", 3)[0] == "again"
+        assert _lock(tmp_path, began, 0.1) is None  # to be tried again
         with pytest.raises(RunError, match=r"is being written by process .* Slurm job 7, since"):
-            life._lock(tmp_path, began - 700, 600)
+            _lock(tmp_path, began - 700, 600)
         monkeypatch.setenv("SLURM_JOB_ID", "77")
         with pytest.raises(RunError, match="is being written by process"):
-            life._lock(tmp_path, began - 40, 600)
-        assert life.verdict(tmp_path, "step 5", 3)[0] == "failed"
-    with life.owned(tmp_path, 1):
-        assert "Slurm job 77," in life._holder(tmp_path)
+            _lock(tmp_path, began - 40, 600)
+        assert run_verdict(tmp_path, "step 5", 3)[0] == "failed"
+    with locked(tmp_path, 1):
+        assert "Slurm job 77," in lock_holder(tmp_path)
 
 
 def test_a_crash_loop_ends(tiny: Path, tmp_path: Path) -> None:
@@ -102,14 +105,14 @@ def test_a_crash_loop_ends(tiny: Path, tmp_path: Path) -> None:
     run = tmp_path / "tiny"
     for at in ("the beginning", "the beginning", "step 3", "the beginning", "the beginning", "the beginning"):
         attempt(run, at)
-        if len(life.attempts(run)) != 5:
-            life.note_error(run, WorldError("rank 1: gone"))
+        if len(attempts(run)) != 5:
+            note_error(run, WorldError("rank 1: gone"))
     with (run / "attempts.jsonl").open("a") as file:
         file.write('{"time": "torn')
-    assert life.verdict(run, "the beginning", 3)[0] == "again"
+    assert run_verdict(run, "the beginning", 3)[0] == "again"
     (run / "attempts.jsonl").write_text((run / "attempts.jsonl").read_text().removesuffix('{"time": "torn'))
     attempt(run, "the beginning")
-    found, why = life.verdict(run, "the beginning", 3)
+    found, why = run_verdict(run, "the beginning", 3)
     assert found == "failed" and "3 starts at the beginning got no further; rank 0 on" in why
     results = finish(start(tiny, tmp_path))
     assert {code for code, _ in results} == {2}
@@ -120,30 +123,30 @@ def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     for _ in range(2):  # nothing was written: such starts count as well
-        assert life.verdict(run, "the beginning", 3)[0] == "again"
-        monkeypatch.setenv("SLURM_RESTART_COUNT", str(len(life.attempts(run))))
-    assert life.verdict(run, "the beginning", 3)[0] == "failed"
+        assert run_verdict(run, "the beginning", 3)[0] == "again"
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(len(attempts(run))))
+    assert run_verdict(run, "the beginning", 3)[0] == "failed"
     attempt(run, "step 3", job="7", restart=2)
-    found, why = life.verdict(run, "step 5", 3)
+    found, why = run_verdict(run, "step 5", 3)
     assert found == "again" and "it was ended from outside, or ran out of memory: see the log; it goes on from step 5" in why
     monkeypatch.setenv("DCFT_STOP_FILE", str(tmp_path))
-    assert life.verdict(run, "step 5", 3) == ("again", "it was asked to stop, and goes on from step 5")
-    assert not life._error_files(run, 4), "what ranks say while they are being ended is no failure"
+    assert run_verdict(run, "step 5", 3) == ("again", "it was asked to stop, and goes on from step 5")
+    assert not error_files(run, 4), "what ranks say while they are being ended is no failure"
     monkeypatch.delenv("DCFT_STOP_FILE")
-    life.note_error(run, WorldError("rank 0: sum failed"))
-    assert life.verdict(run, "step 5", 3)[0] == "again"
+    note_error(run, WorldError("rank 0: sum failed"))
+    assert run_verdict(run, "step 5", 3)[0] == "again"
     monkeypatch.setenv("RANK", "1")
-    life.note_error(run, DcftError("no such column"))
-    found, why = life.verdict(run, "step 5", 3)
+    note_error(run, DcftError("no such column"))
+    found, why = run_verdict(run, "step 5", 3)
     assert found == "failed" and why.startswith("rank 1 on") and why.endswith("no such column (and 1 more ranks)")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(DcftError, match=r"not started again: rank 1 .* no such column"):
-        life.refuse_repetition(run)
+        refuse_repetition(run)
     (run / "progress.json").write_text('{"phase": "reached score"}')
-    assert life.verdict(run, "step 5", 3, "select")[0] == "failed"
-    assert life.verdict(run, "step 5", 3, "score")[0] == "finished"
+    assert run_verdict(run, "step 5", 3, "select")[0] == "failed"
+    assert run_verdict(run, "step 5", 3, "score")[0] == "finished"
     (run / "summary.json").write_text("{}")
-    assert life.verdict(run, "step 5", 3)[0] == "finished"
+    assert run_verdict(run, "step 5", 3)[0] == "finished"
 
 
 STOPS_AT = """
@@ -164,7 +167,7 @@ def test_asked_to_stop_where_there_is_more_to_do(step: int, tiny: Path, tmp_path
     done = subprocess.run(code, capture_output=True, text=True)
     assert done.returncode == 0 and f"stopped {f'at step {step}' if step else 'between two phases'}" in done.stdout, done
     run = tmp_path / "tiny"
-    assert life.verdict(run, "", 3)[0] == "again" and not (run / f"checkpoints/best_{step:08d}").exists()
+    assert run_verdict(run, "", 3)[0] == "again" and not (run / f"checkpoints/best_{step:08d}").exists()
     found = train(tiny, tmp_path, *one, ranks=1)
     for key in ("weights_checksum", "validation", "test", "best_epoch"):
         assert found[key] == expected[key]
@@ -186,7 +189,7 @@ def test_torchrun_starts_again_on_one_node(tmp_path: Path) -> None:
         assert process.wait(120) == 0
     finally:
         process.kill()
-    starts = life.attempts(run)
+    starts = attempts(run)
     assert len(starts) == 2 and int(starts[1]["at"].removeprefix("step ")) >= 2
     assert (run / "summary.json").exists()
 
@@ -222,6 +225,6 @@ def test_start_from_another_run(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "b/head.safetensors").read_bytes() == (tmp_path / "tiny/head.safetensors").read_bytes()
     code, errors = finish(start(tiny, tmp_path, *one, *source, "--name", "c", "--seed", "1", ranks=1))[0]
     assert code == 2 and "is no run of the same task, model and seed (seed was 0 and is 1)" in errors
-    assert cli.main(["status", str(tmp_path / "b")]) == 0
+    assert main(["status", str(tmp_path / "b")]) == 0
     assert "b: reached" in capsys.readouterr().out
-    assert cli.main(["status", str(tmp_path / "nowhere")]) == 2
+    assert main(["status", str(tmp_path / "nowhere")]) == 2

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dcft_dist import FundamentalSet, Scores, attach_penalty, collectives, select_fundamental
-from dcft_dist.bits import Box
-from dcft_dist.engines import find_engine
-from dcft_dist.engines.wrap import Plan, prepare
-from dcft_dist.importance import ScoreShard
-from dcft_dist.loading import Allowed, Loading
-from dcft_dist.meta import without_memory
+from dcft_dist import FundamentalSet, Scores, attach_penalty, select_fundamental
+from dcft_dist.distributed import collectives
+from dcft_dist.engines.box import Box
+from dcft_dist.engines.find import find_engine
+from dcft_dist.engines.meta import on_meta
+from dcft_dist.engines.prepared import WrapOptions
+from dcft_dist.engines.wrap import prepare
+from dcft_dist.method.scores import ScoreShard
+from dcft_dist.weights.loading import Allowed, Loading
 
 from .ranks import run_ranks
 
@@ -88,10 +90,10 @@ def loading_memory(file: str, engine: str) -> float:
     """Rise of anonymous memory (not of pages of the file) over this rank's share of the weights, in MiB."""
 
     def load(file: str, width: int) -> Any:
-        with without_memory():
+        with on_meta():
             model = Stack(width)
         loading = Loading(model, Path(file), allowed=Allowed())
-        plan = Plan(engine, torch.device("cpu"), list(model.layers), zero_stage=3)
+        plan = WrapOptions(engine, torch.device("cpu"), list(model.layers), zero_stage=3)
         prepared = prepare(model, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
         loading.into(prepared)
         return prepared

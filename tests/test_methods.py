@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dcft_dist.config import load_config
-from dcft_dist.methods import choose_trained, depths, merge_adapters
-from dcft_dist.optim import make_optimizer
-from dcft_dist.pretrained import Pretrained
+from dcft_dist.config.toml import load_config
+from dcft_dist.models.pretrained import Pretrained
+from dcft_dist.train.methods import choose_trained, depths, merge_adapters
+from dcft_dist.train.optimizer import make_optimizer
 
 
 def _pretrained() -> Pretrained:

@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dcft_dist.config import load_config
+from dcft_dist.config.schema import Config
+from dcft_dist.config.toml import load_config
 from dcft_dist.errors import ConfigError
-from dcft_dist.kinds import facts_of, make_objective
-from dcft_dist.language import CausalLanguage
-from dcft_dist.objective import intervals, oriented
-from dcft_dist.objectives import MultiLabel, Regression, SingleLabel
-from dcft_dist.schema import Config
-from dcft_dist.segmentation import Segmentation
+from dcft_dist.objectives.base import intervals, oriented
+from dcft_dist.objectives.classification import MultiLabel, SingleLabel
+from dcft_dist.objectives.language import CausalLanguage
+from dcft_dist.objectives.make import label_facts, make_objective
+from dcft_dist.objectives.regression import Regression
+from dcft_dist.objectives.segmentation import Segmentation
 
 from .ranks import run_ranks
 
@@ -147,7 +148,7 @@ def changed(**task: str) -> Config:
 def test_regression_in_the_labels_own_units() -> None:
     task = changed(kind="regression")
     train = [0.0, 1.0, 2.0, 3.0, 4.0] * 4
-    objective = make_objective(task, facts_of(task, ["grade"], train))
+    objective = make_objective(task, label_facts(task, ["grade"], train))
     labels = torch.tensor([1.0, 1.0, 2.0, 2.0, 3.0, 3.0])
     outputs = ((torch.tensor([0.0, 0.0, 2.0, 2.0, 4.0, 4.0]) - 2) / torch.tensor(train).double().std()).unsqueeze(1)
     found = objective.metrics(objective.records(outputs, labels), labels)
@@ -155,13 +156,13 @@ def test_regression_in_the_labels_own_units() -> None:
     assert found["quadratic_kappa"] == pytest.approx(0.8)  # grades are those of the training data, 0 to 4
     assert float(objective.losses(outputs, labels).mean()) == pytest.approx(found["loss"], rel=1e-6)
     assert "quadratic_kappa" not in Regression(0, 1).metrics(outputs.double(), labels)
-    assert facts_of(task, ["dose"], [0.0, 300000.0])["grades"] is None
+    assert label_facts(task, ["dose"], [0.0, 300000.0])["grades"] is None
 
 
 def test_class_weights_are_one_on_the_average() -> None:
     task = changed(class_weights="balanced")
     labels = [0] * 30 + [1] * 6 + [2] * 4
-    objective = make_objective(task, facts_of(task, ["a", "b", "c"], labels))
+    objective = make_objective(task, label_facts(task, ["a", "b", "c"], labels))
     outputs, wanted = torch.zeros(40, 3), torch.tensor(labels)
     losses = objective.losses(outputs, wanted)
     sums = [float(losses[wanted == c].sum()) for c in range(3)]

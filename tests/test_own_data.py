@@ -17,19 +17,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dcft_dist.config import load_config
-from dcft_dist.data import order
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.batches import order
+from dcft_dist.data.images import UserImageProcessor, read_image
+from dcft_dist.data.splits import Split, TaskData
+from dcft_dist.data.user_task import user_task
 from dcft_dist.errors import ConfigError, DataError
-from dcft_dist.images import OwnImageProcessor, read_image
-from dcft_dist.own_data import own_task
-from dcft_dist.splits import Split, TaskData
 
 from .own import drug_table, minilm_copy, mri_folder
 from .processes import dcft, output_of, start
 
 
 def task_of(*words: str) -> TaskData:
-    return own_task(load_config("icd.toml", ["--task.name", "own", *words]))
+    return user_task(load_config("icd.toml", ["--task.name", "own", *words]))
 
 
 def table(folder: Path, rows: list[dict[str, Any]], name: str = "data.csv") -> Path:
@@ -192,7 +192,7 @@ def test_variants_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> Non
     how = ["--data.path", str(table(tmp_path, rows)), "--task.name", "own", "--model.image_size", "8"]
     vary = ["--data.transform", "tests.test_own_data.random_flip", "--import_roots", '["."]']
     config = load_config("mri.toml", [*how, *vary])
-    examples = OwnImageProcessor(config)(own_task(config).train)
+    examples = UserImageProcessor(config)(user_task(config).train)
     plain, first, later = (examples.inputs(range(8), d)["pixel_values"] for d in (None, 1, 2))
     for reset in (random.seed, np.random.seed, torch.manual_seed):  # whatever state the generators are in
         reset(99)
@@ -203,16 +203,16 @@ def test_variants_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> Non
     assert all(f or torch.equal(a, b) for f, a, b in zip(flipped, plain, first, strict=True)) and 0 < sum(flipped) < 8
     vary = ["--data.transform", "monai.transforms.RandFlip", "--data.transform_args.prob", "0.5"]
     config = load_config("mri.toml", [*how, *vary, "--data.transform_args.spatial_axis", "1"])
-    examples = OwnImageProcessor(config)(own_task(config).train)
+    examples = UserImageProcessor(config)(user_task(config).train)
     a, b = (examples.inputs(range(8), d)["pixel_values"] for d in (1, 1))
     assert torch.equal(a, b)
     # As it comes from numpy, with steps that go backwards; and one that fails.
     config = load_config("mri.toml", [*how, "--data.transform", "numpy.fliplr"])
-    OwnImageProcessor(config)(own_task(config).train).inputs([0], 1)
+    UserImageProcessor(config)(user_task(config).train).inputs([0], 1)
     config = load_config("mri.toml", [*how, "--data.transform", "json.loads"])
-    task = own_task(config)
+    task = user_task(config)
     with pytest.raises(ConfigError, match=r"data.transform: json.loads fails: TypeError: the JSON object must be"):
-        OwnImageProcessor(config).check([task.train, task.validation, task.test], 0, 1)
+        UserImageProcessor(config).check([task.train, task.validation, task.test], 0, 1)
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ def test_bad_images_are_found_before_the_run(tmp_path: Path) -> None:
 def test_arrays_are_named_by_their_place() -> None:
     pixels = np.ones((4, 4), np.float32)
     pixels[0, 0] = np.nan
-    processor = OwnImageProcessor(load_config("mri.toml", ["--task.name", "own", "--data.path", "x"]))
+    processor = UserImageProcessor(load_config("mri.toml", ["--task.name", "own", "--data.path", "x"]))
     splits = [Split([pixels * 0, good], [0, 0], ["a", "b"]) for good in (pixels * 0 + 1, pixels, pixels)]
     with pytest.raises(DataError, match="validation example 1: array: 1 of its pixels are no numbers"):
         processor.check([Split([np.nan_to_num(x) for x in splits[0].inputs], [0, 0], ["a", "b"]), *splits[1:]], 0, 1)
@@ -439,7 +439,7 @@ def test_what_the_processor_beside_the_weights_says(tmp_path: Path, caplog: pyte
             facts_there = json.loads((tmp_path / "1/preprocessor_config.json").read_text())
             (tmp_path / "1/preprocessor_config.json").write_text(json.dumps({**facts_there, "size": 32}))
         words = ["--task.name", "own", "--data.path", "x", "--model.image_size", "32", "--model.build", "json.loads"]
-        mine = OwnImageProcessor(load_config("mri.toml", [*words, "--model.weights", str(tmp_path / str(i))]))
+        mine = UserImageProcessor(load_config("mri.toml", [*words, "--model.weights", str(tmp_path / str(i))]))
         wanted = theirs(images=source, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(mine.image(source), wanted)
         floats = mine.image(source.astype(np.float32))  # which nobody scales
@@ -453,7 +453,7 @@ def test_what_the_processor_beside_the_weights_says(tmp_path: Path, caplog: pyte
             wanted,
         )
     words = [*words[:5], "64", *words[6:], "--model.weights", str(tmp_path / "0")]
-    OwnImageProcessor(load_config("mri.toml", words))
+    UserImageProcessor(load_config("mri.toml", words))
     assert "model.image_size = 64, but" in caplog.text
 
 
@@ -472,13 +472,13 @@ def test_a_processor_of_transformers_resizes_and_crops(kind: str, tmp_path: Path
     theirs.save_pretrained(tmp_path / "model")
     words = ["--task.name", "own", "--data.path", "x", "--model.image_size", "32", "--model.build", "json.loads"]
     words += ["--model.weights", str(tmp_path / "model"), "--data.processor", "true"]
-    mine = OwnImageProcessor(load_config("mri.toml", words))
+    mine = UserImageProcessor(load_config("mri.toml", words))
     colours = np.random.default_rng(0).integers(0, 256, (53, 75, 3)).astype(np.uint8)
     for source in (colours, colours[:, :, 0]):
         picture = Image.fromarray(source).convert("RGB")
         wanted = theirs(picture, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(mine.image(source), wanted, atol=1e-5, rtol=0)
-    whole = OwnImageProcessor(load_config("mri.toml", words[:-2])).image(colours)
+    whole = UserImageProcessor(load_config("mri.toml", words[:-2])).image(colours)
     assert kind[:3] == "ViT" or (whole - mine.image(colours)).abs().mean() > 0.05  # it makes a difference
     mine.save(tmp_path)
     assert (tmp_path / "preprocessor_config.json").read_text() == (tmp_path / "model/preprocessor_config.json").read_text()
@@ -493,25 +493,25 @@ def test_a_processor_that_is_not_there_or_does_not_fit(tmp_path: Path) -> None:
     words = ["--task.name", "own", "--data.path", "x", "--model.image_size", "48", "--model.build", "json.loads"]
     words += ["--model.weights", str(tmp_path), "--data.processor", "true"]
     with pytest.raises(ConfigError, match=r"data.processor: nothing beside model.weights = .* says how"):
-        OwnImageProcessor(load_config("mri.toml", words))
+        UserImageProcessor(load_config("mri.toml", words))
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"preprocessor_config.json makes images of \[3, 32, 32\]: model.image_size = 32"):
-        OwnImageProcessor(load_config("mri.toml", words))
+        UserImageProcessor(load_config("mri.toml", words))
     transformers.CLIPImageProcessor(size={"shortest_edge": 48}, do_center_crop=False).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"makes images of \[3, 48, 72\], no squares: use data.collate"):
-        OwnImageProcessor(load_config("mri.toml", words))
+        UserImageProcessor(load_config("mri.toml", words))
     transformers.SamImageProcessor(size={"longest_edge": 48}, pad_size={"height": 48, "width": 48}).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"is more than to resize, crop and normalise: use data.collate"):
-        OwnImageProcessor(load_config("mri.toml", words))  # it pads what is normalised
+        UserImageProcessor(load_config("mri.toml", words))  # it pads what is normalised
     (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "NoSuchProcessor"}')
     with pytest.raises(ConfigError, match=r"data.processor: .*preprocessor_config.json: ValueError: "):
-        OwnImageProcessor(load_config("mri.toml", words))
+        UserImageProcessor(load_config("mri.toml", words))
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "config.json").write_text("[1, 2")
     with pytest.raises(ConfigError, match=r"config.json cannot be read"):
-        OwnImageProcessor(load_config("mri.toml", words))
+        UserImageProcessor(load_config("mri.toml", words))
     (tmp_path / "config.json").write_text("[1, 2]")
-    OwnImageProcessor(load_config("mri.toml", words[:-2]))  # nothing is said there
+    UserImageProcessor(load_config("mri.toml", words[:-2]))  # nothing is said there
     with pytest.raises(ConfigError, match=r"data.processor is for task.name = 'own' with data.modality"):
         load_config("mri.toml", [*words, "--data.modality", "text"])
 
@@ -624,7 +624,7 @@ def check_text_export(folder: Path, file: Path, said: list[dict[str, str]]) -> N
 def test_images_in_folders_under_a_sharding_engine(tmp_path: Path) -> None:
     """MRI patches as PNG files and DINOv2 as a folder of transformers, on two ranks: regions, then a number."""
     images, weights = mri_folder(tmp_path / "patches", 6), tmp_path / "dino"
-    from dcft_dist.models import build_model
+    from dcft_dist.models.build import build_model
 
     packaged = build_model(load_config("mri.toml", ["--model.num_layers", "2"]), 8)
     packaged.module.backbone.save_pretrained(weights)  # type: ignore[union-attr, operator]

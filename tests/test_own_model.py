@@ -14,22 +14,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dcft_dist import collectives
-from dcft_dist.config import load_config, to_toml
-from dcft_dist.engines import find_engine
-from dcft_dist.engines.private import persistent_buffers
-from dcft_dist.engines.wrap import Plan, prepare, shards_weights
+from dcft_dist.compat.pytorch import persistent_buffers
+from dcft_dist.config.schema import Config
+from dcft_dist.config.toml import load_config, to_toml
+from dcft_dist.data.splits import Split
+from dcft_dist.distributed import collectives
+from dcft_dist.engines.find import find_engine
+from dcft_dist.engines.meta import on_meta
+from dcft_dist.engines.prepared import WrapOptions
+from dcft_dist.engines.whole_tensors import average_buffers, fill_weights, whole_weight
+from dcft_dist.engines.wrap import prepare, shards_weights
 from dcft_dist.errors import CheckpointError, ConfigError
-from dcft_dist.inspection import groups_of, lines_of
-from dcft_dist.loading import Allowed, Loading, fill_weights
-from dcft_dist.meta import without_memory
-from dcft_dist.models import build_model
+from dcft_dist.models.build import build_model
+from dcft_dist.models.pretrained import find_blocks
 from dcft_dist.packages import minilm_folder
-from dcft_dist.pretrained import find_blocks
-from dcft_dist.schema import Config
-from dcft_dist.splits import Split
-from dcft_dist.stored import Stored
-from dcft_dist.weights import average_buffers, save_weights, whole_weight
+from dcft_dist.planning.inspection import groups_of, lines_of
+from dcft_dist.weights.export import save_weights
+from dcft_dist.weights.loading import Allowed, Loading
+from dcft_dist.weights.weight_files import WeightFiles
 
 from .nets import OddNet, make_net
 from .own import tiny_decoder
@@ -39,8 +41,8 @@ CPU = torch.device("cpu")
 ODD_HEAD = Allowed(head=("head",))
 
 
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    with without_memory():
+def built_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    with on_meta():
         return make()
 
 
@@ -58,10 +60,10 @@ def saved(folder: Path, net: nn.Module, **more: torch.Tensor) -> Path:
 def load_here(kind: str, file: str, replicas: int = 1) -> tuple[dict[str, torch.Tensor], list[bool]]:
     """Whole weights after loading, and whether each weight was without memory when the model was wrapped."""
     name, _, stage = kind.partition("-")
-    net = on_meta(OddNet)
+    net = built_on_meta(OddNet)
     meta = [p.is_meta for p in net.parameters()]
     loading = Loading(net, Path(file), allowed=ODD_HEAD, seed=3)
-    plan = Plan(name, CPU, find_blocks(net), zero_stage=int(stage or 0), replicas=replicas)
+    plan = WrapOptions(name, CPU, find_blocks(net), zero_stage=int(stage or 0), replicas=replicas)
     if not shards_weights(plan):
         loading.into_whole(net, CPU)
     model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
@@ -93,8 +95,8 @@ def test_weights_are_read_under_every_engine(kind: str, ranks: int, replicas: in
 
 def precision_here() -> tuple[set[str], str]:
     """Data types of the weights that DeepSpeed gathers, and of the output for an input in float32."""
-    net = on_meta(lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
-    plan = Plan("deepspeed", CPU, list(net.children()), bf16=True, zero_stage=3)
+    net = built_on_meta(lambda: nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)))
+    plan = WrapOptions("deepspeed", CPU, list(net.children()), bf16=True, zero_stage=3)
     model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
     return {str(p.ds_tensor.dtype) for p in model.module.parameters()}, str(model(torch.randn(2, 6)).dtype)
 
@@ -104,7 +106,7 @@ def test_a_model_without_memory_is_in_bfloat16_under_zero_3() -> None:
 
 
 def buffers_here(file: str) -> float:
-    net = on_meta(OddNet)
+    net = built_on_meta(OddNet)
     Loading(net, Path(file), allowed=ODD_HEAD).into_whole(net, CPU)
     return float(net.steps)
 
@@ -113,14 +115,14 @@ def test_buffers_are_read_and_a_tied_weight_is_one(tmp_path: Path) -> None:
     net = make_net()
     net.steps += 5
     assert run_ranks(1, buffers_here, str(saved(tmp_path, net))) == [5.0]
-    tied = on_meta(OddNet)
+    tied = built_on_meta(OddNet)
     Loading(tied, tmp_path / "model.safetensors", allowed=ODD_HEAD)  # has no decode.weight
     assert tied.decode.weight is tied.encode.weight
 
 
 def fill_here() -> list[float]:
     net = make_net()
-    plan = Plan("fsdp2", CPU, find_blocks(net))
+    plan = WrapOptions("fsdp2", CPU, find_blocks(net))
     model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
     fill_weights(model, {"mix.weight": torch.arange(91.0).view(7, 13)})
     shard = {s.name: s for s in find_engine(model).shards()}["mix.weight"]
@@ -133,7 +135,9 @@ def test_whole_weights_go_into_shards() -> None:
 
 def buffers_over_ranks(kind: str) -> float:
     net = make_net()
-    model = prepare(net, Plan(kind, CPU, find_blocks(net)), lambda w: torch.optim.SGD([p for _, p, _ in w], lr=0.1)).model
+    model = prepare(
+        net, WrapOptions(kind, CPU, find_blocks(net)), lambda w: torch.optim.SGD([p for _, p, _ in w], lr=0.1)
+    ).model
     buffers = persistent_buffers(find_engine(model).module)
     buffers["steps"].fill_(3.0 + collectives.rank())
     average_buffers(model)
@@ -151,7 +155,7 @@ def test_statistics_of_each_rank_become_those_of_all(kind: str) -> None:
 
 def loaded(place: Path, **options: Any) -> tuple[nn.Module, Any]:
     """In this process, without ranks."""
-    net = on_meta(OddNet)
+    net = built_on_meta(OddNet)
     loading = Loading(net, place, allowed=options.pop("allowed", ODD_HEAD), **options)
     return net, loading.report
 
@@ -176,7 +180,7 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     where = {n: "a.safetensors" if n in first else "b.safetensors" for n in state}
     (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     for place in (tmp_path / "plain.pth", tmp_path / "inside.pt", tmp_path / "old.pth", hub):
-        with Stored(place) as stored:
+        with WeightFiles(place) as stored:
             assert set(stored) == set(state)
             assert torch.equal(stored["mix.weight"][2:5], net.mix.weight[2:5]) and stored.shape("conv.weight") == (7, 3, 3)
     (hub / "b.safetensors").unlink()
@@ -223,17 +227,17 @@ def test_a_part_of_what_a_file_holds(tmp_path: Path) -> None:
     both = {**{f"visual.{n}": v for n, v in net.state_dict().items()}, **other.state_dict()}
     both.pop("visual.decode.weight"), both.pop("decode.weight")
     torch.save(both, tmp_path / "clip.pth")  # in this order: the others come last
-    loading = Loading(on_meta(OddNet), tmp_path / "clip.pth", allowed=ODD_HEAD, part="visual")
+    loading = Loading(built_on_meta(OddNet), tmp_path / "clip.pth", allowed=ODD_HEAD, part="visual")
     assert loading.report.unused == ["visual.head.weight", "visual.head.bias"]
     assert run_ranks(1, part_here, str(tmp_path / "clip.pth")) == [float(net.mix.weight.detach().double().sum())]
     with pytest.raises(CheckpointError, match="would go where another tensor of the file goes"):
-        Loading(on_meta(OddNet), tmp_path / "clip.pth", allowed=ODD_HEAD, rename={"visual.": ""})
+        Loading(built_on_meta(OddNet), tmp_path / "clip.pth", allowed=ODD_HEAD, rename={"visual.": ""})
     alone = saved(tmp_path / "alone", net)  # as an export of the part has it
-    assert "mix.weight" in Loading(on_meta(OddNet), alone, allowed=ODD_HEAD, part="visual").report.matched
+    assert "mix.weight" in Loading(built_on_meta(OddNet), alone, allowed=ODD_HEAD, part="visual").report.matched
 
 
 def part_here(file: str) -> float:
-    net = on_meta(OddNet)
+    net = built_on_meta(OddNet)
     Loading(net, Path(file), allowed=ODD_HEAD, part="visual").into_whole(net, CPU)
     return float(net.mix.weight.detach().double().sum())
 
@@ -370,7 +374,7 @@ def test_values_are_those_that_transformers_reads(minilm: Path, tmp_path: Path) 
 
 def test_a_tied_head_is_no_head(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"decode.weight would start afresh, but is tied to pre-trained weights"):
-        Loading(on_meta(OddNet), saved(tmp_path, make_net()), allowed=Allowed(head=("head", "decode")))
+        Loading(built_on_meta(OddNet), saved(tmp_path, make_net()), allowed=Allowed(head=("head", "decode")))
 
 
 def test_arguments_beside_the_weights_are_read_over(tmp_path: Path) -> None:
@@ -531,7 +535,9 @@ def test_an_export_of_a_part_has_the_names_of_its_class(tmp_path: Path) -> None:
 def read_cut(folder: str, target: str) -> None:
     words = ["--task.name", "own", "--data.path", "x", "--model.build", "transformers.AutoModel", "--model.features", "cls"]
     found = build_model(load_config("mri.toml", [*words, "--model.weights", folder, "--model.image_size", "28"]), 3)
-    prepared = prepare(found.module, Plan("fsdp2", CPU, found.blocks), lambda w: torch.optim.SGD([p for _, p, _ in w]))
+    prepared = prepare(
+        found.module, WrapOptions("fsdp2", CPU, found.blocks), lambda w: torch.optim.SGD([p for _, p, _ in w])
+    )
     found.loading.into(prepared.model)  # type: ignore[union-attr]
     save_weights(prepared.model, target, prefix="backbone.")
 

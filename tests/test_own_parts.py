@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcft_dist.config import load_config
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.processors import make_processor
+from dcft_dist.data.user_task import user_task
 from dcft_dist.errors import ConfigError, DataError
-from dcft_dist.kinds import make_objective
-from dcft_dist.models import build_model, make_processor
-from dcft_dist.objective import intervals
-from dcft_dist.own_data import own_task
+from dcft_dist.models.build import build_model
+from dcft_dist.objectives.base import intervals
+from dcft_dist.objectives.make import make_objective
 
 from .processes import dcft, output_of
 
@@ -146,7 +147,7 @@ def test_statistics_of_the_body_stay_while_the_head_is_warmed_up(tmp_path: Path)
 
 def test_random_batches_are_functions_of_seed_epoch_and_examples(tmp_path: Path) -> None:
     config = load_config("mri.toml", words(tmp_path, **{"data.collate": "my_parts.random_collate"}))
-    examples = make_processor(config)(own_task(config).train)
+    examples = make_processor(config)(user_task(config).train)
     first, again, later, other = (
         examples.inputs(rows, draw)["ages"] for rows, draw in (([0, 1], 1), ([0, 1], 1), ([0, 1], 2), ([1, 2], 1))
     )
@@ -188,7 +189,7 @@ def test_own_loss_and_metrics(tmp_path: Path) -> None:
 def test_bad_batches_are_named_before_the_run(tmp_path: Path) -> None:
     def check(path: str) -> None:
         config = load_config("mri.toml", words(tmp_path, **{"data.collate": path}))
-        task = own_task(config)
+        task = user_task(config)
         make_processor(config).check([task.train, task.validation, task.test], 0, 1)
 
     check("my_parts.collate")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import optimizer as optimizer_module
 
-from dcft_dist import DcftError, FundamentalSet, attach_penalty, collectives, score_importance
+from dcft_dist import DcftError, FundamentalSet, attach_penalty, score_importance
+from dcft_dist.distributed import collectives
 from dcft_dist.errors import EngineError, FundamentalSetError, PenaltyError
 
 from .nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap

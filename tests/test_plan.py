@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, ResNetConfig, T5Config, ViTConfig
 
-from dcft_dist import cli, plan
-from dcft_dist.bits import num_bytes
-from dcft_dist.engines import private
+from dcft_dist.cli import main
+from dcft_dist.compat.deepspeed import zero3_alone, zero3_weights
+from dcft_dist.compat.pytorch import fake_ranks, fake_tensors, memory_tracker
 from dcft_dist.errors import ConfigError, EngineError
-from dcft_dist.plan import Found
-from dcft_dist.planned import Request, planned, request_of
+from dcft_dist.method.bits import num_bytes
+from dcft_dist.planning.memory import Forecast, _prepared, forecast, measure
+from dcft_dist.planning.planned_models import Request, planned, request_of
 
 from .ranks import run_ranks
 
@@ -40,11 +41,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 PEAKS = ("plain_peak", "dcft_peak", "score_peak")
 
 
-def really(request: Request) -> Found:
-    return plan.carry_out(request, nullcontext)
+def really(request: Request) -> Forecast:
+    return measure(request, nullcontext)
 
 
-def least_peaks(request: Request, foretold: Found) -> tuple[Found, dict[str, int]]:
+def least_peaks(request: Request, foretold: Forecast) -> tuple[Forecast, dict[str, int]]:
     """What real ranks need, at best of three: gloo holds on to a buffer for a moment longer, as it happens."""
     found = [run_ranks(request.ranks, really, request)[0]]
     while len(found) < 3 and any(getattr(found[-1], key) > 1.05 * getattr(foretold, key) for key in PEAKS):
@@ -60,7 +61,7 @@ def test_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, model:
     request = Request(folders[model], ranks, micro_batch=2, length=32, bf16=model == "vit")
     if how != "update":
         request = replace(request, level="gradient", where=how)  # type: ignore[arg-type]
-    foretold = plan.plan(request)
+    foretold = forecast(request)
     real, peaks = least_peaks(request, foretold)
     for key in ("weights", "eligible", "scores", "bits"):
         assert getattr(foretold, key) == getattr(real, key), key
@@ -84,7 +85,7 @@ def test_zero3_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, 
     request = Request(folders[model], ranks, "zero3", micro_batch=2, length=32, bf16=model == "vit")
     if how != "update":
         request = replace(request, level="gradient", where=how)  # type: ignore[arg-type]
-    foretold = plan.plan(request)
+    foretold = forecast(request)
     real, peaks = least_peaks(request, foretold)
     for key in ("weights", "eligible", "scores", "bits"):
         assert getattr(foretold, key) == getattr(real, key), key
@@ -101,19 +102,19 @@ def test_zero3_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, 
 
 def test_what_zero3_holds_before_a_step_counts(folders: dict[str, str]) -> None:
     """Partitions, masters and the bucket, though no operation touches some of them within the block."""
-    request, mode = Request(folders["decoder"], 2, "zero3", bf16=True, length=32), private.without_memory(numbers=True)
-    with private.fake_ranks(2), private.zero3_alone():
-        prepared = plan._prepared(planned(request), request, mode)
-        tracker = private.memory_tracker(prepared.model, prepared.optimizer)
+    request, mode = Request(folders["decoder"], 2, "zero3", bf16=True, length=32), fake_tensors(numbers=True)
+    with fake_ranks(2), zero3_alone():
+        prepared = _prepared(planned(request), request, mode)
+        tracker = memory_tracker(prepared.model, prepared.optimizer)
         with mode, tracker:
             pass
         (seen,) = tracker.get_tracker_snapshot("peak").values()
-        weights = sum(t.numel() * t.element_size() for t in private.zero3_weights(prepared.model))
+        weights = sum(t.numel() * t.element_size() for t in zero3_weights(prepared.model))
     assert seen["Total"] > 4 * 500_000_000 + weights > 2e9 + 6e5
 
 
 def test_a_large_model_on_many_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "--model", "vit_large", "--ranks", "1024", "--replicas", "8", "--memory-gib", "0.1"]) == 0
+    assert main(["plan", "--model", "vit_large", "--ranks", "1024", "--replicas", "8", "--memory-gib", "0.1"]) == 0
     text = capsys.readouterr().out
     assert "303,303,682 weights" in text and "on 1024 ranks (128 nodes), 8 replicas" in text
     assert "does not fit into 0.1 GiB" in text
@@ -122,7 +123,7 @@ def test_a_large_model_on_many_ranks(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_model_of_convolutions(folders: dict[str, str]) -> None:
-    found = plan.plan(Request(folders["resnet"], 4, micro_batch=2))
+    found = forecast(Request(folders["resnet"], 4, micro_batch=2))
     assert found.weights > found.eligible > 0 and found.dcft_peak > 0
 
 
@@ -158,7 +159,7 @@ RECIPES = {
 def test_recipes_at_true_size(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From nothing but the configurations: sizes of a micro-batch, precision and level are theirs."""
     words = [*true_size(recipe, tmp_path), "--train.micro_batch", "2", "--ranks", "64", "--json"]
-    assert cli.main(["plan", "--model", f"configs/{recipe}.toml", *words]) == 0
+    assert main(["plan", "--model", f"configs/{recipe}.toml", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["weights"] == pytest.approx(RECIPES[recipe] * 1e9, rel=0.1)
     assert found["request"]["micro_batch"] == 2 and found["request"]["level"] == "update"
@@ -168,7 +169,7 @@ def test_recipes_at_true_size(recipe: str, tmp_path: Path, capsys: pytest.Captur
 
 def test_a_decoder_under_zero3_at_true_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*true_size("instructions_7b", tmp_path), "--engine", "zero3", "--ranks", "2", "--json"]
-    assert cli.main(["plan", "--model", "configs/instructions_7b.toml", *words]) == 0
+    assert main(["plan", "--model", "configs/instructions_7b.toml", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["weights"] == pytest.approx(6.74e9, rel=0.01) and found["request"]["engine"] == "zero3"
     assert found["plain_step"]["parameters"] == pytest.approx(6 * found["weights"] / 2, rel=0.01)
@@ -180,7 +181,7 @@ def test_a_plan_follows_its_configuration(capsys: pytest.CaptureFixture[str]) ->
 
     def found(*words: str) -> dict[str, Any]:
         assert (
-            cli.main(
+            main(
                 [
                     "plan",
                     "--model",
@@ -195,8 +196,8 @@ def test_a_plan_follows_its_configuration(capsys: pytest.CaptureFixture[str]) ->
             )
             == 0
         )
-        plan: dict[str, Any] = json.loads(capsys.readouterr().out)
-        return plan
+        told: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return told
 
     adam, sgd = found(), found("--optimizer.name", "sgd")
     assert adam["request"]["level"] == "update" and sgd["request"]["level"] == "gradient"
@@ -204,21 +205,21 @@ def test_a_plan_follows_its_configuration(capsys: pytest.CaptureFixture[str]) ->
     shared = found("--optimizer.name", "sgd", "--penalty.mask_placement", "sharded")
     assert shared["bits"] == pytest.approx(sgd["bits"] / 4, rel=0.01)
     with pytest.raises(ConfigError, match=r"sharding\.offload cannot be planned"):
-        plan.plan(request_of("configs/swin_unetr.toml", ["--sharding.offload", "true"], ranks=2))
+        forecast(request_of("configs/swin_unetr.toml", ["--sharding.offload", "true"], ranks=2))
 
 
 def test_refusals(folders: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"unknown model 'vit_larg' .did you mean 'vit_large'"):
-        plan.plan(Request("vit_larg", 2))
+        forecast(Request("vit_larg", 2))
     with pytest.raises(ConfigError, match="neither a causal language model nor an image classifier"):
-        plan.plan(Request(folders["t5"], 2))
+        forecast(Request(folders["t5"], 2))
     with pytest.raises(ConfigError, match=r"only a model that is built \(model.build\) can be planned, not minilm"):
-        plan.plan(request_of("icd.toml", [], ranks=2))
+        forecast(request_of("icd.toml", [], ranks=2))
     with pytest.raises(ConfigError, match=r"unknown words --model\.weights x"):
         request_of("vit_large", ["--model.weights", "x"], ranks=2)
     with pytest.raises(ConfigError, match="ranks must be at least 1, not 0"):
-        plan.plan(Request(folders["vit"], 0))
+        forecast(Request(folders["vit"], 0))
     with pytest.raises(ConfigError, match=r"replicas are for FSDP2, not for ZeRO-3"):
-        plan.plan(Request(folders["vit"], 4, "zero3", replicas=2))
+        forecast(Request(folders["vit"], 4, "zero3", replicas=2))
     with pytest.raises(EngineError, match="3 replicas do not divide 4 ranks"):
-        plan.plan(Request(folders["vit"], 4, replicas=3))
+        forecast(Request(folders["vit"], 4, replicas=3))

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcft_dist import FundamentalSet, cli
+from dcft_dist import FundamentalSet
+from dcft_dist.cli import main
 from dcft_dist.files import read_lines
 
 from . import processes
@@ -94,9 +95,9 @@ def test_run_directory(tiny: Path, tmp_path: Path) -> None:
     last = [row for row in rows if "movement/rest" in row][-1]
     assert 0 < last["movement/fundamental"] < 0.3 * last["movement/rest"]
     assert list((run / "tensorboard").glob("events.*"))
-    assert cli.main(["report", str(run), "--pictures", str(tmp_path / "pictures")]) == 0
+    assert main(["report", str(run), "--pictures", str(tmp_path / "pictures")]) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
-    assert cli.main(["table", "--removal", str(run)]) == 0
+    assert main(["table", "--removal", str(run)]) == 0
     report = (run / "report.html").read_text()
     assert report.count("data:image/png;base64,") == 5 and "http" not in report.replace("http-equiv", "")
     assert [f.name for f in (run / "checkpoints").iterdir() if f.name.startswith(".")] == []
@@ -106,8 +107,8 @@ def check_export(folder: Path, loss: float) -> None:
     """The exported model, read by transformers and plain torch alone, gives the run's test loss."""
     from transformers import AutoModel, AutoTokenizer
 
-    from dcft_dist.config import load_config
-    from dcft_dist.tasks import load_task
+    from dcft_dist.config.toml import load_config
+    from dcft_dist.data.tasks import load_task
 
     assert FundamentalSet.load(folder / "fundamental.safetensors").num_selected > 0
     config = load_config(str(folder.parent / "config.toml"))
@@ -265,7 +266,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny: Path, tmp_path: Path) -> No
     ],
 )
 def test_bad_commands(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     captured = capsys.readouterr().err
     assert part in captured and captured.count("\n") == 1
 
@@ -284,7 +285,7 @@ def test_missing_packages(
 
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
-    assert cli.main(["check", str(tiny)]) == 2
+    assert main(["check", str(tiny)]) == 2
     assert install in capsys.readouterr().err
 
 

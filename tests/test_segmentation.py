@@ -20,15 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from dcft_dist.config import load_config
-from dcft_dist.engines.wrap import Plan, prepare
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.user_task import user_task
+from dcft_dist.data.volumes import LabelledVolumeProcessor, VolumeProcessor
+from dcft_dist.engines.prepared import WrapOptions
+from dcft_dist.engines.wrap import prepare
 from dcft_dist.errors import ConfigError, DataError
-from dcft_dist.labelled_volumes import LabelledVolumeProcessor
-from dcft_dist.models import build_model
-from dcft_dist.own_data import own_task
-from dcft_dist.seeded import seed_of
-from dcft_dist.segmentation import Segmentation
-from dcft_dist.volumes import VolumeProcessor
+from dcft_dist.models.build import build_model
+from dcft_dist.objectives.segmentation import Segmentation
+from dcft_dist.seeds import seed_of
 
 from .own import dicom_series, slabs
 from .processes import dcft, output_of
@@ -88,7 +88,7 @@ def windows_here() -> Any:
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.Conv3d(2, 2, 1))
-    plan = Plan("fsdp2" if ranks > 1 else "single", torch.device("cpu"), [net[0]])
+    plan = WrapOptions("fsdp2" if ranks > 1 else "single", torch.device("cpu"), [net[0]])
     model = prepare(net, plan, lambda weights: torch.optim.SGD([p for _, p, _ in weights], lr=0.1)).model
     objective, found = Segmentation(["none", "a"], [8, 8, 8], 0.25), []
     for i in range(rank, 2, ranks):
@@ -110,7 +110,7 @@ def small_convolution() -> None:
     image, slope = (torch.randn(1, 96, 2, 2, 2).bfloat16() for _ in range(2))
     exact = net.weight.detach().bfloat16().double().requires_grad_()
     nn.functional.conv3d(image.double(), exact, padding=1).backward(slope.double())
-    prepared = prepare(net, Plan("single", torch.device("cpu"), [], bf16=True), lambda w: torch.optim.SGD([w[0][1]]))
+    prepared = prepare(net, WrapOptions("single", torch.device("cpu"), [], bf16=True), lambda w: torch.optim.SGD([w[0][1]]))
     for value in (torch.nan, 1e30, 3.0):
         rubbish = [torch.full((n,), value) for n in (10**3, 10**5, 10**6)]
         del rubbish
@@ -138,7 +138,7 @@ def test_windows_make_up_the_whole() -> None:
 
 def test_patches_are_functions_of_seed_epoch_and_example(tmp_path: Path) -> None:
     config = load_config("mri.toml", [*KEYS, "--data.path", str(slabs(tmp_path)), "--model.build", "json.loads"])
-    examples = VolumeProcessor(config)(own_task(config).train)
+    examples = VolumeProcessor(config)(user_task(config).train)
     first, again, later = (examples.inputs([0, 1], draw) for draw in (1, 1, 2))
     assert torch.equal(first["image"], again["image"]) and not torch.equal(first["image"], later["image"])
     assert first["image"].shape == first["labels"].shape == (2, 1, 32, 32, 8) and first["labels"].dtype == torch.int64
@@ -157,14 +157,14 @@ def test_several_files_are_channels_of_one_image(tmp_path: Path) -> None:
     (tmp_path / "two.csv").write_text("\n".join(rows) + "\n")
     words = [*KEYS, "--data.path", str(tmp_path / "two.csv"), "--model.build", "json.loads", "--data.spacing", "[1, 2, 1]"]
     both = load_config("mri.toml", [*words, "--data.input", '["image", "second"]'])
-    task, processor = own_task(both), VolumeProcessor(both)
+    task, processor = user_task(both), VolumeProcessor(both)
     processor.check([task.train, task.validation, task.test], 0, 1)
     found = processor(task.train).inputs([0, 1], 3)
     for i, name in enumerate(("image", "second")):
         single = load_config("mri.toml", [*words, "--data.input", name])
-        alone = VolumeProcessor(single)(own_task(single).train).inputs([0, 1], 3)
+        alone = VolumeProcessor(single)(user_task(single).train).inputs([0, 1], 3)
         assert torch.equal(found["image"][:, i : i + 1], alone["image"]) and torch.equal(found["labels"], alone["labels"])
-        assert own_task(single).checksum != task.checksum
+        assert user_task(single).checksum != task.checksum
     nibabel.save(nibabel.Nifti1Image(one.get_fdata(), np.diag([1.0, 1.0, 2.0, 1.0])), tmp_path / "second5.nii.gz")
     with pytest.raises(DataError, match=r"image5.nii.gz and .*second5.nii.gz lie differently in space"):
         VolumeProcessor(both).check([task.test], 0, 1)
@@ -173,7 +173,7 @@ def test_several_files_are_channels_of_one_image(tmp_path: Path) -> None:
         VolumeProcessor(both).check([task.test], 0, 1)
     (tmp_path / "second5.nii.gz").unlink()
     with pytest.raises(DataError, match=r"1 of 18 files are missing: .*second5\.nii\.gz \(.*two\.csv, line 7\)"):
-        own_task(both)
+        user_task(both)
 
 
 def flip_both(patch: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def test_patches_are_varied_with_their_masks(tmp_path: Path) -> None:
 
     def patches(*more: str) -> list[dict[str, torch.Tensor]]:
         config = load_config("mri.toml", [*words, *more])
-        examples = VolumeProcessor(config)(own_task(config).train)
+        examples = VolumeProcessor(config)(user_task(config).train)
         return [*(examples.inputs([0, 1, 2, 3], draw) for draw in (1, 1, 2)), examples.inputs([0]), examples.inputs([0], 0)]
 
     plain, mine = patches(), patches("--data.transform", "tests.test_segmentation.flip_both")
@@ -235,7 +235,7 @@ def test_a_variant_does_not_depend_on_the_place_of_the_patch(tmp_path: Path) -> 
     words = [*KEYS, "--data.path", str(slabs(tmp_path)), "--model.build", "json.loads", "--import_roots", '["."]']
     config = load_config("mri.toml", words)
     vary = load_config("mri.toml", [*words, "--data.transform", "tests.test_segmentation.Flips"])
-    (plain, varied), task = [VolumeProcessor(one) for one in (config, vary)], own_task(config)
+    (plain, varied), task = [VolumeProcessor(one) for one in (config, vary)], user_task(config)
     pair, alike = (task.train.inputs[0], task.train.labels[0]), []
     for draw in range(20):
         patches = [one.patch(pair, f"{draw}:0")[0] for one in (plain, varied)]
@@ -462,7 +462,7 @@ def broken(folder: Path, kind: str) -> list[str]:
 def test_mistakes_are_named(kind: str, message: str, tmp_path: Path) -> None:
     config = load_config("mri.toml", [*KEYS, *broken(tmp_path, kind), "--model.build", "json.loads"])
     with pytest.raises(DataError, match=message):
-        VolumeProcessor(config).check([own_task(config).train], 0, 1)
+        VolumeProcessor(config).check([user_task(config).train], 0, 1)
 
 
 def series_and_mask(folder: Path) -> tuple[Path, list[str]]:
@@ -476,7 +476,7 @@ def series_and_mask(folder: Path) -> tuple[Path, list[str]]:
 def test_a_series_of_dicom_files_is_the_volume_it_came_from(tmp_path: Path) -> None:
     series, words = series_and_mask(tmp_path)
     processor = VolumeProcessor(load_config("mri.toml", words))
-    processor.check([own_task(load_config("mri.toml", words)).train], 0, 1)
+    processor.check([user_task(load_config("mri.toml", words)).train], 0, 1)
     mask = tmp_path / "mask2.nii.gz"
     (image, one), (whole, other) = processor.whole((series, mask)), processor.whole((tmp_path / "image2.nii.gz", mask))
     assert torch.equal(one, other) and image.shape == whole.shape
@@ -527,7 +527,7 @@ def test_series_with_mistakes_are_named(kind: str, message: str, tmp_path: Path)
         (series / "slice007.dcm").unlink()
     config = load_config("mri.toml", words)
     with pytest.raises(DataError, match=message):
-        VolumeProcessor(config).check([own_task(config).train], 0, 1)
+        VolumeProcessor(config).check([user_task(config).train], 0, 1)
 
 
 def test_keys_that_do_not_fit() -> None:
@@ -574,7 +574,7 @@ def test_volumes_with_a_diagnosis(tmp_path: Path) -> None:
     out = output_of("predict", tmp_path / "run", "--data.path", tmp_path / "asked.csv")
     assert [row["predicted"] for row in csv.DictReader(out.splitlines())] == ["block", "none"]
     config = load_config("mri.toml", words)
-    task = own_task(config)
+    task = user_task(config)
     processor = LabelledVolumeProcessor(config)
     assert processor(task.train).inputs([0, 1])["image"].shape == (2, 1, 40, 40, 8)
     plain = processor.image(task.train.inputs[0])

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcft_dist import DcftError, FundamentalSet, Scores, collectives, select_fundamental
-from dcft_dist.bits import Box
+from dcft_dist import DcftError, FundamentalSet, Scores, select_fundamental
+from dcft_dist.distributed import collectives
+from dcft_dist.engines.box import Box
 from dcft_dist.errors import ScoreError, SelectionError
-from dcft_dist.importance import ScoreShard
-from dcft_dist.threshold import SAMPLE
+from dcft_dist.method.kth_highest import SAMPLE
+from dcft_dist.method.scores import ScoreShard
 
 from .nets import DEVICE
 from .ranks import run_ranks

@@ -19,10 +19,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcft_dist.checkpoint import load_checkpoint
-from dcft_dist.config import load_config
-from dcft_dist.models import build_model
-from dcft_dist.study import final_cells, load_study, make_config, make_preparation
+from dcft_dist.config.toml import load_config
+from dcft_dist.models.build import build_model
+from dcft_dist.studies.study import final_cells, load_study, make_config, make_preparation
+from dcft_dist.weights.checkpoint import load_checkpoint
 
 from .slurm_cluster import Cluster, install, until
 

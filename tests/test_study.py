@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dcft_dist import cli
-from dcft_dist.bootstrap import Estimate, estimate, verdict
-from dcft_dist.compare import _train_loss
-from dcft_dist.config import load_config
+from dcft_dist.cli import main
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.tasks import load_task
 from dcft_dist.errors import ConfigError, DataError, RunError
-from dcft_dist.study import Cell, facts_of, final_cells, load_study, make_config, make_preparation, tuning_cells
-from dcft_dist.study_folder import StudyFolder
-from dcft_dist.study_table import results, table
-from dcft_dist.tasks import load_task
+from dcft_dist.studies.bootstrap import Estimate, contrast_verdict, estimate
+from dcft_dist.studies.results import StudyFolder
+from dcft_dist.studies.runner import _train_loss
+from dcft_dist.studies.study import Cell, final_cells, load_study, make_config, make_preparation, settings_of, tuning_cells
+from dcft_dist.studies.table import results, table
 
 from .processes import COMMAND, dcft
 
@@ -90,7 +90,7 @@ def test_groups_of_unequal_size_weigh_by_their_examples() -> None:
     ],
 )
 def test_verdict(low: float, high: float, expected: str) -> None:
-    assert verdict(Estimate((low + high) / 2, low, high, 8)) == expected
+    assert contrast_verdict(Estimate((low + high) / 2, low, high, 8)) == expected
 
 
 # -- what a study asks for ---------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ def test_every_shipped_study_is_valid() -> None:
 
 def put(folder: StudyFolder, cell: Cell, accuracy: float | None, **more: Any) -> None:
     """A result as a cell leaves it; None: it diverged."""
-    result: dict[str, Any] = {"cell": cell.name, "config": facts_of(make_config(folder.study, cell, folder.path))}
+    result: dict[str, Any] = {"cell": cell.name, "config": settings_of(make_config(folder.study, cell, folder.path))}
     rows = [{"validation/accuracy": a, "movement/body": 0.1} for a in (0.95, accuracy)]  # epoch 0 does not count
     folder.put(cell, result | ({"diverged": "x"} if accuracy is None else {"epochs": rows} | more))
 
@@ -269,14 +269,14 @@ def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert again["predicted"] == once["predicted"] and again["epochs"] == once["epochs"]
     assert all(f.stat().st_mtime_ns == t for f, t in old.items())
     assert "the same, to the last digit" in dcft("compare", study, "--folder", folder, "--again", "0.05").stdout
-    assert cli.main(["report", str(folder), "--pictures", str(tmp_path / "pictures")]) == 0
+    assert main(["report", str(folder), "--pictures", str(tmp_path / "pictures")]) == 0
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
     report = (folder / "report.html").read_text()
     assert "dcft minus random_matched is " in report and report.count("data:image/png;base64,") == 2 and "http" not in report
     assert {f.name for f in (tmp_path / "pictures").iterdir()} == {"tiny_contrasts.png", "tiny_tuning.png"}
     check_tables(folder, tmp_path / "kept", capsys)
     lost.unlink()
-    assert cli.main(["table", str(folder)]) == 0
+    assert main(["table", str(folder)]) == 0
     assert "| inverse |  | 1 of 2 |" in capsys.readouterr().out
     changed = write(tmp_path / "changed.toml", study.read_text().replace("train.epochs = 1", "train.epochs = 2"))
     done = dcft("compare", changed, "--folder", folder)
@@ -286,14 +286,14 @@ def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixtu
 def check_tables(folder: Path, kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     texts = {}
     for form in ("md", "csv", "tex"):
-        assert cli.main(["table", str(folder), "--format", form, "--pack", str(kept)]) == 0
+        assert main(["table", str(folder), "--format", form, "--pack", str(kept)]) == 0
         texts[form] = capsys.readouterr().out
-        assert cli.main(["table", str(kept), "--format", form]) == 0
+        assert main(["table", str(kept), "--format", form]) == 0
         assert capsys.readouterr().out == texts[form]  # what is kept says the same
     assert "| dcft minus random_matched (deciding) |" in texts["md"] and "2 of 2" in texts["md"]
     assert texts["tex"].count(r"\begin{tabular}") == 3 and r"random\_matched" in texts["tex"]
     shutil.rmtree(kept / "examples")
-    assert cli.main(["table", str(kept)]) == 2
+    assert main(["table", str(kept)]) == 2
 
 
 def test_the_training_loss_of_an_epoch_is_the_mean_over_its_logged_steps() -> None:

@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcft_dist import cli
-from dcft_dist.config import load_config
-from dcft_dist.data import make_batch
+from dcft_dist.cli import main
+from dcft_dist.config.schema import Config
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.batches import make_batch
+from dcft_dist.data.mri_region import NAMES
+from dcft_dist.data.splits import TaskData
+from dcft_dist.data.tasks import load_task
 from dcft_dist.errors import ConfigError, DataError
 from dcft_dist.files import read_json
-from dcft_dist.models import build_model
-from dcft_dist.mri import NAMES
+from dcft_dist.models.build import build_model
 from dcft_dist.packages import dinov2_file
-from dcft_dist.schema import Config
-from dcft_dist.splits import TaskData
-from dcft_dist.tasks import load_task
 
 from .own import install_atlas
 
@@ -116,10 +116,10 @@ def test_a_run_on_images(tmp_path: Path) -> None:
 def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match=r"model.name = 'minilm' cannot read the inputs of task.name = 'mri_region'"):
         load_config("icd.toml", ["--task.name", "mri_region"])
-    monkeypatch.setattr("dcft_dist.mri.mricron_file", lambda name: tmp_path / name)
+    monkeypatch.setattr("dcft_dist.data.mri_region.mricron_file", lambda name: tmp_path / name)
     for name in ("aal.nii.gz", "ch2bet.nii.gz"):
         (tmp_path / name).write_bytes(b"no image")
-    assert cli.main(["check", "mri.toml"]) == 2
+    assert main(["check", "mri.toml"]) == 2
     assert "aal.nii.gz cannot be read" in capsys.readouterr().err
 
 

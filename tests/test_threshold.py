@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcft_dist import bits, collectives, threshold
-from dcft_dist.bits import Box
-from dcft_dist.threshold import Threshold, kth_highest
+from dcft_dist.distributed import collectives
+from dcft_dist.engines.box import Box
+from dcft_dist.method import kth_highest as kth_highest_module
+from dcft_dist.method.bits import STEP
+from dcft_dist.method.kth_highest import SAMPLE, Threshold, _Search, kth_highest
 
 from .ranks import run_ranks
 
@@ -59,9 +61,9 @@ def test_with_hardly_any_sample_and_room(numbers: list[float], data: st.DataObje
     k = data.draw(st.integers(1, len(numbers)))
     room = data.draw(st.integers(0, 8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(threshold, "SAMPLE", 3)
-        patch.setattr(threshold, "ROOM", room)
-        patch.setitem(bits.STEP, "cpu", 4)
+        patch.setattr(kth_highest_module, "SAMPLE", 3)
+        patch.setattr(kth_highest_module, "ROOM", room)
+        patch.setitem(STEP, "cpu", 4)
         assert kth_highest([values[: len(values) // 3], values[len(values) // 3 :]], k) == brute_force(values, k)
 
 
@@ -82,7 +84,7 @@ def of_ranks(kind: str, shares: list[int]) -> list[Threshold]:
     with collectives.counted() as count:
         for k in PLACES:
             found.append(kth_highest([mine], k))
-    assert count.calls <= 10 * len(PLACES) and count.num_bytes <= len(PLACES) * 5 * 4 * threshold.SAMPLE
+    assert count.calls <= 10 * len(PLACES) and count.num_bytes <= len(PLACES) * 5 * 4 * SAMPLE
     return found
 
 
@@ -97,13 +99,13 @@ def test_same_for_every_number_of_ranks(shares: list[int]) -> None:
 def test_passes_over_all_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass for a sample that leads to the mark, and its kept values are few."""
     sizes: list[int] = []
-    count = threshold._Search._count
+    count = _Search._count
 
-    def watched(self: threshold._Search, *arguments: object) -> object:
+    def watched(self: _Search, *arguments: object) -> object:
         sizes.append(sum(a.numel() for a in self.held))
         return count(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(threshold._Search, "_count", watched)
+    monkeypatch.setattr(_Search, "_count", watched)
     kth_highest([values_of("normal").repeat(10) + torch.rand(10 * N)], N)
     assert sizes[0] == 10 * N and sum(sizes[1:]) < N / 2
 

@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dcft_dist import cli
-from dcft_dist.config import load_config
-from dcft_dist.images import OwnImageProcessor
-from dcft_dist.models import build_model
+from dcft_dist.cli import main
+from dcft_dist.config.toml import load_config
+from dcft_dist.data.images import UserImageProcessor
+from dcft_dist.models.build import build_model
 
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
@@ -66,7 +66,7 @@ def adapted(folder: Path, recipe: str, words: list[str]) -> tuple[dict[str, Any]
 @pytest.mark.parametrize(("recipe", "weights"), [("retina_vit_large", 303e6), ("biomed_clip", 86e6)])
 def test_recipes_at_true_size(recipe: str, weights: float, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--train.micro_batch", "4", "--ranks", "8", "--json"]
-    assert cli.main(["plan", "--model", f"configs/{recipe}.toml", *words]) == 0
+    assert main(["plan", "--model", f"configs/{recipe}.toml", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["weights"] == pytest.approx(weights, rel=0.01) and found["fits"] and found["bits"] > 0
 
@@ -169,8 +169,8 @@ def test_the_preprocessing_of_their_hubs(make: Any, tmp_path: Path) -> None:
     theirs, colours = make(tmp_path), np.random.default_rng(0).integers(0, 256, (53, 75, 3)).astype(np.uint8)
     words = ["--task.name", "own", "--data.path", "x", "--model.image_size", str(SIDE), "--model.build", "json.loads"]
     words += ["--model.weights", str(tmp_path / "weights.bin")]
-    squared = OwnImageProcessor(load_config("mri.toml", words))
-    mine = OwnImageProcessor(load_config("mri.toml", [*words, "--data.processor", "true"]))
+    squared = UserImageProcessor(load_config("mri.toml", words))
+    mine = UserImageProcessor(load_config("mri.toml", [*words, "--data.processor", "true"]))
     torch.testing.assert_close(mine.image(colours), theirs(Image.fromarray(colours)))
     small = colours[:SIDE, :SIDE]
     wanted = (torch.from_numpy(small).permute(2, 0, 1) / 255 - torch.tensor(mine.mean).view(3, 1, 1)) / mine.std[0]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dcft_dist import collectives
+from dcft_dist.distributed import collectives
 from dcft_dist.errors import DcftError, WorldError
 
 from .ranks import run_ranks

@@ -11,14 +11,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..bits import Box
 from ..errors import EngineError
-from ..names import ParameterNames
+from .box import Box
+from .names import ParameterNames
+from .prepared import MakeOptimizer, Prepared, WrapOptions
 
 _PENALTY = "_dcft_dist_penalty"
 
@@ -71,8 +72,25 @@ class Shard:
         return values if self.span is None else values.view(-1)[slice(*self.span)]
 
 
+ENGINES: dict[str, type[Engine]] = {}  # name in a configuration -> engine; filled as engines are defined
+
+
 class Engine(ABC):
-    """How one kind of (sharded) model keeps its weights and gradients. `module` is the unwrapped model."""
+    """How one kind of (sharded) model keeps its weights and gradients.
+
+    A new engine is a subclass in one file. Scores, selection and penalty need `recognises`, `leaves` and `shards`; the
+    trainer needs `wrap_module` too, and a `Prepared` where training is not that of a plain module.
+
+    Attributes:
+        kinds: names that the engine has in a configuration.
+        name: the kind of this instance.
+        model, module: the wrapped and the unwrapped model.
+        takes_plain_modules: whether `recognises` is true of modules that nothing has wrapped.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    takes_plain_modules: ClassVar[bool] = False
+    prepared: ClassVar[type[Prepared]] = Prepared
 
     name: str
     own_optimizer: torch.optim.Optimizer | None = None  # the engine steps with this one alone
@@ -82,6 +100,15 @@ class Engine(ABC):
         self.model = model
         self.module = module
         self.names = names
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        ENGINES.update(dict.fromkeys(cls.kinds, cls))
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        """Whether `model` is wrapped in the way of this engine."""
 
     @abstractmethod
     def leaves(self) -> list[Leaf]:
@@ -94,6 +121,27 @@ class Engine(ABC):
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Unsharded shape of every weight by canonical name."""
         return {name: tuple(p.shape) for name, p in self.names.parameters.items()}
+
+    # -- wrapping, for the trainer ------------------------------------------------------------------------------------
+
+    @classmethod
+    def shards_weights(cls, options: WrapOptions) -> bool:
+        """Whether a model without memory is sharded first and gets its memory then."""
+        return False
+
+    @classmethod
+    def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
+        """The wrapped model, before there is an optimizer."""
+        return model
+
+    @classmethod
+    def wrap(cls, model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimizer) -> Prepared:
+        """The wrapped model with the optimizer that `make_optimizer` makes of its weights."""
+        wrapped = cls.wrap_module(model, options)
+        engine = cls(wrapped)  # type: ignore[call-arg]
+        shapes = engine.full_shapes()
+        weights = [(name, p, len(shapes[name]) > 1) for name, p in engine.names.parameters.items()]
+        return cls.prepared(options, wrapped, make_optimizer(weights))
 
     # -- scoring ----------------------------------------------------------------------------------------------------
 

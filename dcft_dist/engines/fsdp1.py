@@ -8,30 +8,58 @@ padding between and behind them.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 
-from .. import collectives
-from ..bits import Box
+from ..compat.pytorch import (
+    clean,
+    fsdp1_handle,
+    fsdp1_members,
+    fsdp1_original_parameters,
+    fsdp1_replicas,
+    fsdp1_reshard,
+    fsdp1_shard,
+    fsdp1_shared,
+)
+from ..distributed import collectives
 from ..errors import EngineError, listing
-from ..names import ParameterNames, clean
-from . import private
 from .base import Engine, Leaf, Segment, Shard, check_materialised, flat_shard
+from .box import Box
+from .fsdp2 import mesh_of
+from .meta import Materialiser
+from .names import ParameterNames
+from .prepared import Prepared, WrapOptions
+
+
+class PreparedFSDP1(Prepared):
+    """Reduces with the last micro-batch only; clips by FSDP's own method, which knows the shards."""
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        with nullcontext() if last else self.model.no_sync():
+            yield
+
+    def clip(self) -> None:
+        if self.options.clip_grad_norm is not None:
+            self.model.clip_grad_norm_(self.options.clip_grad_norm)
 
 
 class FSDP1Engine(Engine):
     """Weights flattened and sharded by `FullyShardedDataParallel`, in any of its sharding strategies."""
 
+    kinds = ("fsdp1",)
     name = "fsdp1"
+    prepared = PreparedFSDP1
 
     def __init__(self, model: nn.Module) -> None:
         self._units = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel)]
-        self._handles = [h for h in map(private.fsdp1_handle, self._units) if h is not None]
+        self._handles = [h for h in map(fsdp1_handle, self._units) if h is not None]
         self._where: dict[str, tuple[Any, int]] = {}  # name -> flat parameter, place in it
         super().__init__(model, model, ParameterNames(self._named(model)))
         outside = [n for n, p in self.names.parameters.items() if n not in self._where and p.requires_grad]
@@ -40,7 +68,7 @@ class FSDP1Engine(Engine):
                 "wrap the root module in FullyShardedDataParallel too: nothing reduces the gradients of "
                 f"{listing(outside) or 'a model whose root is not wrapped'}"
             )
-        self._shares = {id(h.flat_param): _share(u, h) for u in self._units if (h := private.fsdp1_handle(u)) is not None}
+        self._shares = {id(h.flat_param): _share(u, h) for u in self._units if (h := fsdp1_handle(u)) is not None}
         check_materialised(self.names)
         self.settle()
 
@@ -49,13 +77,13 @@ class FSDP1Engine(Engine):
         slots: dict[int, list[tuple[str, Hashable, Any, Any]]] = {}
         for handle in self._handles:
             flat = handle.flat_param
-            originals = private.fsdp1_original_parameters(flat)
+            originals = fsdp1_original_parameters(flat)
             places: dict[tuple[int, str], int] = {}
-            for i, (module, slot, *_) in enumerate(private.fsdp1_members(flat)):
+            for i, (module, slot, *_) in enumerate(fsdp1_members(flat)):
                 places[id(module), slot] = i
                 holder = flat if originals is None else originals[i]
                 slots.setdefault(id(module), []).append((slot, (id(flat), i), holder, (flat, i)))
-            for module, slot, first_module, first_slot in private.fsdp1_shared(flat):
+            for module, slot, first_module, first_slot in fsdp1_shared(flat):
                 i = places[id(first_module), first_slot]
                 holder = flat if originals is None else originals[i]
                 slots.setdefault(id(module), []).append((slot, (id(flat), i), holder, (flat, i)))
@@ -70,13 +98,40 @@ class FSDP1Engine(Engine):
                 if id(parameter) not in flats and slot not in {k[0] for k in known}:
                     yield f"{prefix}.{slot}" if prefix else slot, id(parameter), parameter
 
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        return any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
+
+    @classmethod
+    def shards_weights(cls, options: WrapOptions) -> bool:
+        return True
+
+    @classmethod
+    def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
+        bf16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        how: dict[str, Any] = {
+            "device_mesh": mesh_of(options),
+            "sharding_strategy": ShardingStrategy.HYBRID_SHARD if options.replicas > 1 else ShardingStrategy.FULL_SHARD,
+            "mixed_precision": bf16 if options.bf16 else None,
+            "cpu_offload": CPUOffload(options.offload),
+            "device_id": options.device,
+            "param_init_fn": Materialiser(options.device).one,  # of modules on the meta device
+            "use_orig_params": True,  # so that parameter groups may differ within a unit
+        }
+        blocks = set(map(id, options.blocks))
+        for parent in list(model.modules()):
+            for slot, child in list(parent.named_children()):
+                if id(child) in blocks:
+                    setattr(parent, slot, FullyShardedDataParallel(child, **how))
+        return FullyShardedDataParallel(model, **how)
+
     def leaves(self) -> list[Leaf]:
         names = {self._where[n][0:2]: n for n in self.names.parameters if n in self._where}
         leaves = []
         for handle in self._handles:
             flat = handle.flat_param
             segments = []
-            for i, (_, _, shape, offset, *_) in enumerate(private.fsdp1_members(flat)):
+            for i, (_, _, shape, offset, *_) in enumerate(fsdp1_members(flat)):
                 name = names[flat, i]
                 if self.names.parameters[name].requires_grad:
                     segments.append(Segment(name, offset, Box.flat(prod(shape), 0, prod(shape))))
@@ -85,7 +140,7 @@ class FSDP1Engine(Engine):
         return leaves
 
     def shards(self) -> list[Shard]:
-        members = {id(h.flat_param): private.fsdp1_members(h.flat_param) for h in self._handles}
+        members = {id(h.flat_param): fsdp1_members(h.flat_param) for h in self._handles}
         shards = []
         for name, holder in self.names.parameters.items():
             if name not in self._where:  # frozen, and outside every unit
@@ -94,7 +149,7 @@ class FSDP1Engine(Engine):
                 continue
             flat, i = self._where[name]
             _, _, shape, _, at, start, size = members[id(flat)][i]
-            values = private.fsdp1_shard(flat).detach().view(-1)[at : at + size]
+            values = fsdp1_shard(flat).detach().view(-1)[at : at + size]
             span = (at, at + size) if holder is flat else None
             shards.append(flat_shard(name, holder, values, prod(shape), start, self._shares[id(flat)], span=span))
         return shards
@@ -103,7 +158,7 @@ class FSDP1Engine(Engine):
         shapes = super().full_shapes()
         for name in self.names.parameters.keys() & self._where.keys():
             flat, i = self._where[name]
-            shapes[name] = private.fsdp1_members(flat)[i][2]
+            shapes[name] = fsdp1_members(flat)[i][2]
         return shapes
 
     @contextmanager
@@ -116,16 +171,12 @@ class FSDP1Engine(Engine):
 
     def settle(self) -> None:
         for handle in self._handles:
-            private.fsdp1_reshard(handle)
+            fsdp1_reshard(handle)
 
     def _gradient_holders(self) -> list[Tensor]:
         # With use_orig_params the flat parameter keeps a gradient of its own, of which the original ones are views.
         flats: list[Tensor] = [h.flat_param for h in self._handles]
         return [*flats, *(p for p in self.names.parameters.values() if not any(p is f for f in flats))]
-
-
-def is_fsdp1(model: nn.Module) -> bool:
-    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules())
 
 
 def _share(unit: Any, handle: Any) -> tuple[int, int]:
@@ -135,7 +186,7 @@ def _share(unit: Any, handle: Any) -> tuple[int, int]:
         count, index = handle.process_group.size(), handle.process_group.rank()
         covered = count
     else:
-        replicas = private.fsdp1_replicas(unit)
+        replicas = fsdp1_replicas(unit)
         index, count = (dist.get_rank(replicas), replicas.size()) if replicas is not None else (0, 1)
         covered = handle.process_group.size() * count
     if covered != ranks:
@@ -145,4 +196,4 @@ def _share(unit: Any, handle: Any) -> tuple[int, int]:
 
 def _holds_unsharded_gradient(handle: Any) -> bool:
     gradient = handle.flat_param.grad
-    return gradient is not None and gradient.shape != private.fsdp1_shard(handle.flat_param).shape
+    return gradient is not None and gradient.shape != fsdp1_shard(handle.flat_param).shape

@@ -13,24 +13,45 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from .. import collectives
-from ..bits import Box
+from ..compat.pytorch import (
+    fsdp2_accumulates,
+    fsdp2_groups,
+    fsdp2_materialise,
+    fsdp2_mean_with_every_backward,
+    fsdp2_sharded,
+    local_shape_and_offset,
+)
+from ..distributed import collectives
 from ..errors import EngineError, listing
-from ..names import ParameterNames
-from . import private
 from .base import Engine, Leaf, Segment, Shard, check_materialised, flat_shard, local_tensor
+from .box import Box
+from .meta import Materialiser
+from .names import ParameterNames
+from .prepared import Prepared, WrapOptions
+
+
+class PreparedFSDP2(Prepared):
+    """Reduces with the last micro-batch only."""
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        self.model.set_requires_gradient_sync(last)
+        yield
 
 
 class FSDP2Engine(Engine):
     """Weights sharded by `fully_shard` over a mesh of all ranks: data-parallel, hybrid (HSDP), with tensor parallelism."""
 
+    kinds = ("fsdp2",)
     name = "fsdp2"
+    prepared = PreparedFSDP2
 
     def __init__(self, model: nn.Module) -> None:
         _settle(model)
@@ -49,6 +70,31 @@ class FSDP2Engine(Engine):
                 "are supported"
             )
         check_materialised(self.names)
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        return bool(_units(model))
+
+    @classmethod
+    def shards_weights(cls, options: WrapOptions) -> bool:
+        return True
+
+    @classmethod
+    def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
+        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        pinned = CPUOffloadPolicy(pin_memory=options.device.type == "cuda")
+        how: dict[str, Any] = {
+            "mesh": mesh_of(options),
+            "mp_policy": bf16 if options.bf16 else MixedPrecisionPolicy(),
+            "offload_policy": pinned if options.offload else OffloadPolicy(),
+        }
+        for block in options.blocks:
+            fully_shard(block, **how)
+        fully_shard(model, **how)
+        if any(p.is_meta for p in model.parameters()):
+            fsdp2_materialise(model, torch.device("cpu") if options.offload else options.device)
+            Materialiser(options.device).move_buffers(model)
+        return model
 
     def leaves(self) -> list[Leaf]:
         by_slot: dict[tuple[int, str], str] = {}
@@ -80,16 +126,16 @@ class FSDP2Engine(Engine):
         return shards
 
     def stepped(self) -> dict[int, list[str]]:
-        now = {id(p) for unit in _units(self.module) for p in private.fsdp2_sharded(unit)}
+        now = {id(p) for unit in _units(self.module) for p in fsdp2_sharded(unit)}
         known = {id(p): [name] for name, p in self.names.parameters.items() if not isinstance(p, DTensor) or id(p) in now}
         return {**{key: [] for key in now}, **known}
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:
-        groups = [group for unit in _units(self.module) for group in private.fsdp2_groups(unit)]
-        if any(private.fsdp2_accumulates(group) for group in groups):
+        groups = [group for unit in _units(self.module) for group in fsdp2_groups(unit)]
+        if any(fsdp2_accumulates(group) for group in groups):
             raise EngineError("gradients are being accumulated without synchronisation: score at a step boundary")
-        with private.fsdp2_mean_with_every_backward(groups), super().gradients_aside():
+        with fsdp2_mean_with_every_backward(groups), super().gradients_aside():
             yield
 
     def settle(self) -> None:
@@ -111,12 +157,12 @@ def _settle(model: nn.Module) -> None:
         unit.reshard()
 
 
-def is_fsdp2(model: nn.Module) -> bool:
-    return bool(_units(model))
-
-
-def has_dtensors(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())
+def mesh_of(options: WrapOptions) -> DeviceMesh:
+    """All ranks in a row, or, with replicas, a row of ranks for each replica."""
+    ranks, device = dist.get_world_size(), options.device.type
+    if options.replicas == 1:
+        return init_device_mesh(device, (ranks,))
+    return init_device_mesh(device, (options.replicas, ranks // options.replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def _box(tensor: Any) -> Box:
@@ -138,7 +184,7 @@ def _layout(
 
     `rank`: meshes of the same ranks are equal, whichever of them this process is.
     """
-    size, start = private.local_shape_and_offset(shape, mesh, placements)
+    size, start = local_shape_and_offset(shape, mesh, placements)
     box, index, count = Box(shape, start, size), 0, 1
     for dim, placement in enumerate(placements):
         if placement.is_replicate():

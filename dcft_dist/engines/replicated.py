@@ -5,21 +5,49 @@ A plain module under an initialised process group counts as replicated too: its 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from .. import collectives
-from ..bits import Box
+from ..compat.pytorch import clean
+from ..distributed import collectives
 from ..errors import EngineError
-from ..names import ParameterNames, clean
 from .base import Engine, Leaf, Segment, Shard, flat_shard
+from .box import Box
+from .names import ParameterNames
+from .prepared import Prepared, WrapOptions
+
+
+class PreparedReplica(Prepared):
+    """Casts by autocast; DDP reduces with the last micro-batch only."""
+
+    def computing(self) -> Any:
+        return torch.autocast(self.options.device.type, torch.bfloat16, enabled=self.options.bf16)
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        waits = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if waits else nullcontext():
+            yield
 
 
 class ReplicatedEngine(Engine):
     """Whole weights on every rank; the leaf is the parameter, and rank r owns the r-th flat slice of each weight."""
 
-    def __init__(self, model: nn.Module, module: nn.Module, name: str) -> None:
+    kinds = ("single", "ddp")
+    takes_plain_modules = True
+    prepared = PreparedReplica
+
+    def __init__(self, model: nn.Module) -> None:
+        name = "ddp" if isinstance(model, DistributedDataParallel) else "single"
+        module = model.module if isinstance(model, DistributedDataParallel) else model
+        _refuse_other_wrappers(model)
         super().__init__(model, module, ParameterNames.of(module))
         self.name = name
         self._shapes = {id(p): p.shape for p in self.names.parameters.values()}
@@ -29,6 +57,18 @@ class ReplicatedEngine(Engine):
                 f"DDP's process group has {dist.get_world_size(group)} of {collectives.world_size()} ranks: only groups of "
                 "all ranks are supported"
             )
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        return True
+
+    @classmethod
+    def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
+        if options.engine == "single":
+            return model
+        # Without find_unused_parameters DDP re-builds its buckets after the first step, and a resumed run would sum in
+        # another order.
+        return DistributedDataParallel(model, find_unused_parameters=True)
 
     def leaves(self) -> list[Leaf]:
         return [
@@ -68,3 +108,19 @@ class ReplicatedEngine(Engine):
             if p.requires_grad:
                 gradient = p.grad if p.grad is not None else p.detach().new_zeros(p.shape)
                 p.grad = collectives.all_reduce(gradient, what=f"score gradient of {name}").div_(ranks)
+
+
+def _refuse_other_wrappers(model: nn.Module) -> None:
+    """
+    Raises:
+        EngineError: the model is no plain module, or has no parameters.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise EngineError("DataParallel is not supported: use DistributedDataParallel, fully_shard or DeepSpeed")
+    parameters = list(model.parameters())
+    if not parameters:
+        raise EngineError(f"{type(model).__name__} has no parameters")
+    if any(isinstance(p, DTensor) for p in parameters):
+        raise EngineError("the model has DTensor weights but no fully_shard: call fully_shard on it too")
+    if any(hasattr(p, "ds_id") for p in parameters):
+        raise EngineError("the model's weights are partitioned by ZeRO-3: pass the DeepSpeedEngine, not the bare module")

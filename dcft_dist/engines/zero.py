@@ -8,20 +8,38 @@ is a DeepSpeed step whose inner optimizer reads instead of writing: DeepSpeed it
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from math import prod
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from .. import collectives
-from ..bits import Box
+from ..compat.deepspeed import (
+    import_deepspeed,
+    zero3_group_size,
+    zero3_materialise,
+    zero3_partition,
+    zero_gradients_wait,
+    zero_inner_optimizer,
+    zero_partitions,
+    zero_publish,
+    zero_shape,
+    zero_step_that_reads,
+    zero_steps,
+    zero_undisturbed,
+)
+from ..compat.versions import check_version
+from ..distributed import collectives
 from ..errors import EngineError, ScoreError, listing
-from ..names import ParameterNames
-from . import private
 from .base import Engine, Leaf, Segment, Shard, flat_shard
+from .box import Box
+from .meta import Materialiser
+from .names import ParameterNames
+from .prepared import MakeOptimizer, Prepared, WrapOptions
 
 log = logging.getLogger(__name__)
 
@@ -34,32 +52,78 @@ def _warn_of_clipping() -> None:
     )
 
 
+class PreparedZero(Prepared):
+    """DeepSpeed does it all by itself: it counts micro-batches, reduces, clips, steps and clears the gradients."""
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        yield
+        if not last:
+            self.model.step()  # counts the micro-batch
+
+    def backward(self, loss: Tensor) -> None:
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def clip(self) -> None:
+        return None
+
+    def step(self) -> None:
+        self.model.step()
+
+    def zero_grad(self) -> None:
+        return None
+
+
 class ZeroEngine(Engine):
     """A DeepSpeedEngine with an optimizer. Each rank owns its partition; in stage 0 a slice of every weight."""
 
+    kinds = ("deepspeed",)
     name = "deepspeed"
+    prepared = PreparedZero
     model: Any
 
     def __init__(self, model: Any) -> None:
+        check_version("deepspeed")
         super().__init__(model, model.module, ParameterNames.of(model.module))
         self.stage = int(model.zero_optimization_stage())
-        self.own_optimizer = private.zero_inner_optimizer(model)
+        self.own_optimizer = zero_inner_optimizer(model)
         if self.own_optimizer is None:
             raise EngineError("the DeepSpeedEngine has no optimizer: pass one to deepspeed.initialize")
         self.clips_inside = model.gradient_clipping() > 0
         if model.gradient_clipping() == 1.0:
             _warn_of_clipping()
         self._names = {id(p): name for name, p in self.names.parameters.items()}
-        self._flats = private.zero_partitions(model.optimizer, self.stage)
+        self._flats = zero_partitions(model.optimizer, self.stage)
         self._held: list[tuple[Any, Tensor | None]] = []
         known = {id(part.parameter) for flat in self._flats for part in flat.parts}
         missed = [n for n in self.names.trainable if id(self.names.parameters[n]) not in known]
         if missed:
             raise EngineError(f"DeepSpeed's optimizer does not step {listing(missed)}: freeze them, or pass them to it")
         ranks = collectives.world_size()
-        sizes = [n for p in self.names.parameters.values() if (n := private.zero3_group_size(p)) not in (None, ranks)]
+        sizes = [n for p in self.names.parameters.values() if (n := zero3_group_size(p)) not in (None, ranks)]
         if sizes:
             raise EngineError(f"ZeRO partitions over {sizes[0]} of {ranks} ranks: MiCS is not supported")
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        deepspeed = sys.modules.get("deepspeed")  # a model is no DeepSpeedEngine where nobody has imported it
+        return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
+
+    @classmethod
+    def shards_weights(cls, options: WrapOptions) -> bool:
+        return options.zero_stage == 3
+
+    @classmethod
+    def wrap(cls, model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimizer) -> Prepared:
+        config = _config(options)
+        if any(p.is_meta for p in model.parameters()):
+            dtype = torch.bfloat16 if options.bf16 else torch.float32
+            zero3_materialise(model, Materialiser(options.device).one, config, dtype)
+        if options.bf16:
+            model.register_forward_pre_hook(_in_bf16, with_kwargs=True)
+        optimizer = make_optimizer([(name, p, len(zero_shape(p)) > 1) for name, p in model.named_parameters()])
+        engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
+        return cls.prepared(options, engine, optimizer)
 
     def leaves(self) -> list[Leaf]:
         shapes = self.full_shapes()
@@ -81,20 +145,20 @@ class ZeroEngine(Engine):
                 found[name] = flat_shard(name, flat.tensor, values, prod(shapes[name]), part.first, share, span=span)
         for name, p in self.names.parameters.items():
             if name not in found:  # frozen
-                values, first = private.zero3_partition(p) or (p.detach().view(-1), 0)
-                share = (0, 1) if private.zero3_group_size(p) else ranks
+                values, first = zero3_partition(p) or (p.detach().view(-1), 0)
+                share = (0, 1) if zero3_group_size(p) else ranks
                 found[name] = flat_shard(name, p, values, prod(shapes[name]), first, share)
         return [found[name] for name in self.names.parameters]
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: private.zero_shape(p) for name, p in self.names.parameters.items()}
+        return {name: zero_shape(p) for name, p in self.names.parameters.items()}
 
     def stepped(self) -> dict[int, list[str]]:
         # All of a group's names, whether or not this rank's partition has any of their cells: the same on every rank.
         return {id(flat.tensor): [self._names[id(part.parameter)] for part in flat.parts] for flat in self._flats}
 
     def holds(self) -> bool:
-        return private.zero_steps(self.model.optimizer, self._flats)
+        return zero_steps(self.model.optimizer, self._flats)
 
     # -- scoring ----------------------------------------------------------------------------------------------------
 
@@ -108,7 +172,7 @@ class ZeroEngine(Engine):
         if self.model.optimizer is self.own_optimizer:
             return  # stage 0 in float32: the reduced gradients are those of the parameters
         read: list[tuple[Any, Tensor]] = []
-        private.zero_step_that_reads(self.model.optimizer, self.own_optimizer, read)
+        zero_step_that_reads(self.model.optimizer, self.own_optimizer, read)
         if not read:
             raise ScoreError("the gradients of a score batch overflowed: lower the loss scale (fp16.initial_scale_power)")
         self._held = [(flat, flat.grad) for flat, _ in read]
@@ -125,11 +189,39 @@ class ZeroEngine(Engine):
     def gradients_aside(self) -> Iterator[None]:
         if not self.model.managed_gradient_accumulation():
             raise EngineError("scoring needs managed_gradient_accumulation = true in DeepSpeed's configuration")
-        waiting = private.zero_gradients_wait(self.model.optimizer)
+        waiting = zero_gradients_wait(self.model.optimizer)
         if waiting or self.model.micro_steps % self.model.gradient_accumulation_steps():
             raise EngineError("gradients are being accumulated: score at a step boundary")
-        with super().gradients_aside(), private.zero_undisturbed(self.model):
+        with super().gradients_aside(), zero_undisturbed(self.model):
             yield
 
     def publish(self) -> None:
-        private.zero_publish(self.model.optimizer, self._flats)
+        zero_publish(self.model.optimizer, self._flats)
+
+
+def _config(options: WrapOptions) -> dict[str, Any]:
+    """DeepSpeed's configuration."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": options.micro_batch,
+        "gradient_accumulation_steps": options.accumulation,
+        "gradient_clipping": options.clip_grad_norm or 0.0,  # its default would be 1.0
+        "zero_optimization": {"stage": options.zero_stage},
+        "bf16": {"enabled": options.bf16},
+        "zero_allow_untested_optimizer": True,  # any of torch's: the default list has few
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if options.bf16 and options.zero_stage:  # as the other engines do; stage 0 cannot
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    if options.offload:
+        pinned = options.device.type == "cuda"
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    return config
+
+
+def _in_bf16(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Casts a model's inputs, as FSDP does by itself; DeepSpeed does so for float16 alone."""
+
+    def cast(value: Any) -> Any:
+        return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {key: cast(value) for key, value in kwargs.items()}

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dcft_dist import attach_penalty, score_importance, select_fundamental, warm_up_head
 
 if not torch.cuda.is_available():
-    from dcft_dist.engines.private import import_deepspeed
+    from dcft_dist.compat.deepspeed import import_deepspeed
 
     import_deepspeed()  # before Accelerate does: without a GPU it would compile an extension
 

@@ -1,0 +1,117 @@
+"""The tested versions of torch, DeepSpeed and transformers, and every private attribute of theirs that is used.
+
+`USES` is the list: a test builds each object and fails if an attribute is gone. A version outside `TESTED` warns once.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+
+log = logging.getLogger(__name__)
+
+# Package -> version series on which the attributes below were seen to work.
+TESTED = {"torch": ("2.11", "2.13", "2.14"), "deepspeed": ("0.19",), "transformers": ("5.23",)}
+
+
+# Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
+USES: dict[str, tuple[str, ...]] = {
+    "Module": ("_non_persistent_buffers_set", "_apply"),
+    "torch.distributed.distributed_c10d": ("_get_default_store",),
+    "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
+    "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily"),
+    "torch.testing._internal.distributed.fake_pg": (),
+    "torch.distributed._tools.fsdp2_mem_tracker": ("FSDPMemTracker",),
+    "torch.distributed._tools.mem_tracker": ("MemTracker",),
+    "FSDPModule": ("_get_fsdp_state",),
+    "FSDPState": ("_fsdp_param_group",),  # and, since torch 2.13, `_fsdp_param_groups`
+    "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
+    "FSDPParam": ("unsharded_accumulated_grad", "_unsharded_param", "sharded_param"),
+    "FullyShardedDataParallel": ("_handle", "_inter_node_pg"),
+    "FlatParamHandle": ("flat_param", "process_group", "uses_sharded_strategy", "reshard"),
+    "FlatParameter": (
+        "_param_infos",
+        "_shared_param_infos",
+        "_shapes",
+        "_numels_with_padding",
+        "_is_padding_mask",
+        "_shard_param_infos",
+        "_local_shard",
+        "_params",
+    ),
+    "DeepSpeedEngine": ("_is_gradient_accumulation_boundary", "micro_steps"),
+    "DeepSpeedZeroOptimizer": (
+        "optimizer",
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+        "update_lp_params",
+        "clip_grad",
+        "loss_scaler",
+        "overflow",
+        "micro_step_id",
+        "_global_grad_norm",
+        "_hp_optimizer_states_linked",
+    ),
+    "DeepSpeedZeroOptimizer.parameter": ("_hp_mapping",),
+    "DeepSpeedZeroOptimizer.parameter._hp_mapping": ("lp_fragment_address", "hp_fragment_address", "hp_fragment"),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        "optimizer",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "grad_position",
+        "get_param_id",
+        "persistent_parameters",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "clip_grad",
+        "loss_scaler",
+        "overflow",
+        "micro_step_id",
+        "_epilogue_ran_this_backward",
+        "_global_grad_norm",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3.parameter": (
+        "_z3_optimizer",
+        "ds_id",
+        "ds_shape",
+        "ds_numel",
+        "ds_tensor",
+        "partition_numel",
+        "ds_process_group",
+    ),
+    "BF16_Optimizer": (
+        "optimizer",
+        "bf16_groups",
+        "fp32_groups_flat_partition",
+        "update_lp_params",
+        "clip_grad",
+        "fp32_groups_has_gradients",
+        "_hp_optimizer_states_linked",
+    ),
+    "FP16_UnfusedOptimizer": ("optimizer", "fp16_groups", "fp32_groups", "clip_grad"),
+    "CheckpointWrapper": ("_checkpoint_wrapped_module",),
+    "OptimizedModule": ("_orig_mod",),
+    "deepspeed.ops": ("__compatible_ops__",),
+    "deepspeed.runtime.zero.partitioned_param_coordinator": ("assert_ints_same_as_other_ranks",),
+    "transformers.Trainer": ("_prepare_inputs",),
+    "transformers.conversion_mapping": ("get_model_conversion_mapping",),
+    "transformers.core_model_loading": ("rename_source_key", "WeightConverter", "WeightRenaming"),
+}
+
+
+@cache
+def check_version(package: str) -> None:
+    """Warns, once, if the installed version is none of the tested ones."""
+    try:
+        installed = version(package)
+    except PackageNotFoundError:
+        return
+    if ".".join(installed.split("+")[0].split(".")[:2]) not in TESTED[package]:
+        log.warning(
+            "%s %s is none of the versions that this package's use of its private parts was tested on (%s): "
+            "check a short run against one process, or install a tested version",
+            package,
+            installed,
+            ", ".join(TESTED[package]),
+        )

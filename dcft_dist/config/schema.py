@@ -1,0 +1,209 @@
+"""The configuration of a run: a typed, frozen schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, model_validator
+from pydantic.fields import FieldInfo
+
+from .method import HeadWarmup, Importance, Lora, Penalty, Removal, Selection
+from .model import Model
+from .section import Count, Positive, Section, Seed
+from .task import Data, Task
+from .training import Checkpoint, Optimizer, Sharding, Train
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = Field(description="Name of the run's directory.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    method: Literal["dcft", "equal_displacement", "full", "linear_probe", "bitfit", "lora"] = Field(
+        "dcft",
+        description="`dcft`: two multipliers over the set of `[selection]`; hence also a frozen set (factor 0) and sparse "
+        "fine-tuning (factor 1, rest_factor 0). `equal_displacement`: a control, every body step shrunk as a whole to the "
+        "length that dcft would leave of it. `full`: no penalty. `linear_probe`: the warmed-up head. `bitfit`: the body's "
+        "biases alone. `lora`: adapters of `[lora]` alone, merged at the end.",
+    )
+    engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] = Field(
+        "fsdp2", description="How the model is spread over the ranks (docs/engines.md)."
+    )
+    seed: Seed = Field(0, description="Seed of head, data order, dropout and random sets.")
+    import_roots: list[str] = Field([], description="Folders to import `model.build` and the like from.")
+    runs_dir: str = Field("runs", description="Directory of all runs.")
+    timeout_s: Positive = Field(600.0, description="Seconds after which a collective gives up on a missing rank.")
+    until: Literal["score", "select", "train"] = Field(
+        "train", description="End after that phase; with a later one the run goes on. `score` leaves the scores in a file."
+    )
+    test: bool = Field(True, description="Whether the test data are used, once, at the end.")
+    test_resamples: Annotated[int, Field(ge=0)] = Field(
+        1000, description="Resamples of the test groups for the intervals of its metrics; 0: no intervals."
+    )
+    start_from: str | None = Field(
+        None,
+        description="Directory of a run of the same task, model and seed: its head is used, and its scores and set if what "
+        "makes them is the same.",
+    )
+    max_attempts: Count = Field(
+        3, description="Failed starts in a row that reach no new checkpoint, after which the run counts as failed."
+    )
+    log_every: Count = Field(10, description="Steps between log lines.")
+    model: Model = Model()
+    task: Task = Task()
+    data: Data = Data()
+    head_warmup: HeadWarmup = HeadWarmup()
+    importance: Importance = Importance()
+    selection: Selection = Selection()
+    penalty: Penalty = Penalty()
+    lora: Lora = Lora()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    sharding: Sharding = Sharding()
+    removal: Removal = Removal()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def level(self) -> str:
+        """The penalty level, `auto` resolved."""
+        if self.penalty.level != "auto":
+            return self.penalty.level
+        return "gradient" if self.optimizer.name == "sgd" and self.optimizer.weight_decay == 0 else "update"
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Examples in a forward of one rank when it evaluates; whole volumes come one by one."""
+        return 1 if self.task.kind == "segmentation" else self.train.evaluation_batch
+
+    @property
+    def uses_set(self) -> bool:
+        """Whether the method has a set of weights that it treats differently."""
+        return self.method in ("dcft", "equal_displacement")
+
+    @model_validator(mode="after")
+    def _clipping_is_explicit(self) -> Config:
+        order, gradient = self.train.clip_order, self.level == "gradient"
+        if (self.train.clip_grad_norm is None) != (order is None):
+            raise ValueError("train.clip_grad_norm and train.clip_order go together: give both or neither")
+        if order == "before_penalty" and gradient and self.penalty.where == "before":
+            raise ValueError(
+                "train.clip_order = 'before_penalty' needs penalty.where = 'after': a hook before the reduction has "
+                "multiplied the gradients before anything can be clipped"
+            )
+        if order == "after_penalty" and not gradient:
+            raise ValueError(
+                "train.clip_order = 'after_penalty' has no meaning at the update level, which follows the step: "
+                "use 'before_penalty'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> Config:
+        sharding, engine = self.sharding, self.engine
+        if sharding.replicas > 1 and engine not in ("fsdp2", "fsdp1"):
+            raise ValueError(f"sharding.replicas is for the engines fsdp2 and fsdp1, not for {engine}")
+        if sharding.offload and (engine in ("single", "ddp") or (engine == "deepspeed" and sharding.zero_stage == 0)):
+            raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
+        if self.method == "lora" and engine not in ("single", "ddp"):
+            raise ValueError(f"method 'lora' is a baseline for the engines single and ddp, not for {engine}")
+        if engine == "deepspeed" and (self.method == "equal_displacement" or self.optimizer.pull_to_start):
+            raise ValueError("method 'equal_displacement' and optimizer.pull_to_start are not there for deepspeed")
+        after = self.penalty.where == "after" and self.level == "gradient"
+        if engine == "deepspeed" and after and self.train.clip_order == "after_penalty":
+            raise ValueError(
+                "DeepSpeed clips inside its step, before penalty.where = 'after' can act: use penalty.where = 'before', or "
+                "train.clip_order = 'before_penalty'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _model_fits_task(self) -> Config:
+        if self.task.kind != "single_label" and self.train.sampling == "balanced":
+            raise ValueError("train.sampling = 'balanced' is for task.kind = 'single_label'")
+        if self.task.kind != "single_label" and self.task.class_weights == "balanced":
+            raise ValueError("task.class_weights = 'balanced' is for task.kind = 'single_label'")
+        if self.task.loss and self.task.class_weights == "balanced":
+            raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
+        if self.data.transform and self.data.modality not in ("image", "volume"):
+            raise ValueError("data.transform varies images: it is for data.modality = 'image' or 'volume'")
+        columns = self.data.input
+        if isinstance(columns, list) and not 0 < len(columns) == len(set(columns)):
+            raise ValueError(f"data.input: columns that differ, at least one, not {columns}")
+        if isinstance(columns, list) and self.data.modality != "volume":
+            raise ValueError("several columns of data.input are channels of a volume: data.modality = 'volume'")
+        if self.data.processor and (self.data.modality != "image" or self.task.name != "own"):
+            raise ValueError("data.processor is for task.name = 'own' with data.modality = 'image'")
+        if self.task.name == "own":
+            if not self.data.sources():
+                raise ValueError(f"task.name = 'own' needs data: data.{'build' if self.data.format == 'python' else 'path'}")
+            if self.task.kind == "segmentation" and self.data.modality != "volume":
+                raise ValueError("task.kind = 'segmentation' needs data.modality = 'volume'")
+            if self.data.modality == "volume" and (
+                self.task.kind == "causal_lm" or self.data.format not in ("table", "python")
+            ):
+                raise ValueError(
+                    "data.modality = 'volume' needs data.format = 'table' or 'python', and a label that is no text"
+                )
+            if self.task.kind == "segmentation" and (self.data.format != "table" or len(self.data.classes) < 2):
+                raise ValueError("segmentation needs data.format = 'table' and data.classes, the background first")
+            if isinstance(self.data.label, list) != (self.task.kind == "multi_label"):
+                raise ValueError("data.label is a list of columns for task.kind = 'multi_label', and one column otherwise")
+            return self
+        if self.task.kind != "single_label":
+            raise ValueError(f"task.name = '{self.task.name}' is of the kind 'single_label'")
+        if self.model.name == "own":
+            return self
+        if (self.model.name == "dinov2_small") != (self.task.name == "mri_region"):
+            raise ValueError(f"model.name = '{self.model.name}' cannot read the inputs of task.name = '{self.task.name}'")
+        return self
+
+    @model_validator(mode="after")
+    def _factor_can_change(self) -> Config:
+        if self.penalty.schedule == "learned" and self.level != "update":
+            raise ValueError("penalty.schedule = 'learned' is for the update level, where the gradient is left alone")
+        if self.optimizer.pull_to_start and self.uses_set:
+            raise ValueError("optimizer.pull_to_start is for methods without a set: which acts first would be open")
+        if self.penalty.schedule != "constant" and self.method != "dcft":
+            raise ValueError(f"penalty.schedule has no meaning for method = '{self.method}'")
+        return self
+
+    @model_validator(mode="after")
+    def _can_prune(self) -> Config:
+        epochs, rounds = self.importance.after_epochs, self.importance.rounds
+        if epochs % rounds:
+            raise ValueError(f"importance.rounds = {rounds} does not divide importance.after_epochs = {epochs}")
+        if epochs and self.engine == "deepspeed":
+            raise ValueError("importance.after_epochs is not there for deepspeed")
+        if rounds > 1 and (self.selection.fraction == "auto" or not epochs):
+            raise ValueError("importance.rounds need importance.after_epochs, and a selection.fraction that is a number")
+        if rounds > 1 and self.importance.criterion in ("fisher", "removal", "random"):
+            raise ValueError(
+                f"importance.rounds prune, and by the criterion '{self.importance.criterion}' weights that are zero do not "
+                "come last: use 'obs', 'taylor_squared', 'taylor' or 'magnitude'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_phases(self) -> Config:
+        if self.until != "train" and not self.uses_set:
+            raise ValueError(f"until = '{self.until}' has no meaning for method = '{self.method}', which selects no weights")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Config:
+        if self.importance.num_samples % self.importance.score_batch:
+            raise ValueError("importance.num_samples must be a multiple of importance.score_batch")
+        return self
+
+
+def sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """(key, class) of each part of the schema; the whole has the key ''."""
+    yield "", Config
+    for key, field in Config.model_fields.items():
+        if is_section(field):
+            yield key, field.annotation  # type: ignore[misc]
+
+
+def is_section(field: FieldInfo) -> bool:
+    """Whether a field of the schema is a part with keys of its own."""
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)

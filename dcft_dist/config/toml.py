@@ -1,0 +1,168 @@
+"""Configurations as TOML files, with dotted overrides from the command line.
+
+A file may name another one with `extends = "base.toml"` (beside it, or shipped); its own keys win, overrides over both.
+All problems are reported at once, each with its dotted path.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..errors import ConfigError, did_you_mean
+from .schema import Config, sections
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> Config:
+    """Reads a TOML file, applies overrides such as `["--optimizer.lr", "1e-4"]` or `["--optimizer.lr=1e-4"]`.
+
+    Args:
+        path: a file, or the name of one shipped with the package (`icd.toml`).
+        overrides: dotted keys and values; a value is read as TOML, else as a string.
+        without: dotted keys of the file that are left out.
+
+    Raises:
+        ConfigError: no such file, TOML that cannot be read, or any number of wrong keys and values, all listed.
+    """
+    raw = _read(find_config(path))
+    for section, _, last in (key.rpartition(".") for key in without):
+        raw.get(section, {}).pop(last, None)
+    problems = []
+    for key, value in _pairs(overrides):
+        target: Any = raw
+        *parents, last = key.split(".")
+        for part in parents:
+            target = target.setdefault(part, {}) if isinstance(target, dict) else None
+        if isinstance(target, dict):
+            target[last] = _value(value)
+        else:
+            problems.append(f"--{key}: {parents[-1]} is no section")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        problems += [_explain(detail) for detail in error.errors()]
+    if problems:
+        raise ConfigError(f"{path}: " + "; ".join(problems))
+    return config
+
+
+def find_config(path: str | Path) -> Path:
+    """The file itself, or the configuration of that name that is shipped with the package."""
+    package = Path(__file__).parent.parent
+    for candidate in (Path(path), package / "configs" / path, package.parent / "configs" / path):
+        if candidate.is_file():
+            return candidate
+    shipped = sorted(f.name for d in (package / "configs", package.parent / "configs") for f in d.glob("*.toml"))
+    raise ConfigError(f"no configuration file {path}{did_you_mean(str(path), shipped)}; shipped are {', '.join(shipped)}")
+
+
+def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    beside = path.parent / str(base)
+    parent = beside if beside.is_file() else find_config(str(base))
+    if parent.resolve() in (*extending, path.resolve()):
+        raise ConfigError(f"{path}: extends itself, by way of {base}")
+    return _merged(_read(parent, (*extending, path.resolve())), raw)
+
+
+def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in top.items()}
+    return base | both
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    words = iter(overrides)
+    for word in words:
+        if not word.startswith("--") or len(word) < 3:
+            raise ConfigError(f"an override looks like --optimizer.lr 1e-4, not {word!r}")
+        key, equals, value = word[2:].partition("=")
+        if not equals and (value := next(words, "--")).startswith("--"):
+            raise ConfigError(f"--{key} has no value")
+        yield key, value
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(detail: Any) -> str:
+    # Pydantic adds which kind of value it tried, where there are several.
+    kinds = ("constrained-float", "float", "literal[")
+    path = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(kinds))
+    if detail["type"] == "extra_forbidden":
+        section: type[BaseModel] = Config
+        for part in detail["loc"][:-1]:
+            section = section.model_fields[part].annotation  # type: ignore[assignment]
+        word = str(detail["loc"][-1])
+        nested = [repr(f"{prefix}.{word}") for prefix, part in sections() if prefix and word in part.model_fields]
+        if section is Config and nested:
+            return f"{path}: unknown key (did you mean {' or '.join(nested)}?)"
+        return f"{path}: unknown key{did_you_mean(word, section.model_fields)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "literal_error":
+        expected = [word.strip(" '") for word in detail["ctx"]["expected"].replace(" or ", ",").split(",")]
+        message += did_you_mean(str(detail["input"]), expected)
+    return (
+        f"{path}: {message} (got {detail['input']!r})"
+        if path and detail["type"] != "missing"
+        else (f"{path}: {message}" if path else message)
+    )
+
+
+def to_toml(config: Config) -> str:
+    """The whole configuration as TOML; keys that are absent (None) are left out."""
+    data = config.model_dump(exclude_none=True)
+    lines = [f"{key} = {_as_toml(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    for section, values in data.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]", *(f"{key} = {_as_toml(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _as_toml(value: Any) -> str:
+    """Numbers, texts and lists are written as in JSON, and a table in a line of its own."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_as_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_as_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
+
+
+def differences(before: str, after: str) -> dict[str, str]:
+    """Dotted key -> how it differs between two resolved configurations.
+
+    Keys that came after one was written had what is now their default.
+    """
+    defaults = to_toml(Config(name="defaults"))
+    old, new = (_resolved(defaults) | _resolved(text) for text in (before, after))
+    return {k: f"{k} was {old.get(k)} and is {new.get(k)}" for k in old | new if old.get(k) != new.get(k)}
+
+
+def flat_keys(nested: dict[str, Any], depth: int | None = None, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value of nested tables, at most `depth` levels below the first (None: all)."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict) and depth != 0:
+            flat |= flat_keys(value, None if depth is None else depth - 1, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _resolved(text: str) -> dict[str, Any]:
+    """Dotted key -> value of a resolved configuration; a table that is a value, such as `model.args`, stays whole."""
+    return flat_keys(tomllib.loads(text), depth=1)

@@ -1,0 +1,89 @@
+"""Sets of weights that a fundamental set is compared with: as many, chosen otherwise.
+
+`lowest` scores; `random`; `random_tensor`: random, with as many in each tensor; `random_magnitude`: random, with as many in
+each tensor and magnitude bin. A magnitude bin is a quarter of an octave of |w|: the float's exponent and the first two bits
+of its mantissa.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import collectives
+from ..engines.find import find_engine
+from ..method.fundamental_set import FundamentalSet
+from ..method.importance import score_importance
+from ..method.ranking import Chunk, Ranking, by_tensor
+from ..method.scores import Scores, ScoreShard
+from ..method.selection import select_fundamental
+
+KINDS = ("top", "random", "random_tensor", "random_magnitude", "lowest")
+
+
+_BINS = 1024  # float32 >> 21, without the sign
+
+
+def control_set(model: nn.Module, scores: Scores, top: FundamentalSet, kind: str, seed: int) -> FundamentalSet:
+    """The set of that kind (`KINDS`) with as many members as `top`. Collective.
+
+    Args:
+        scores: those that `top` was selected by.
+        seed: of the random sets.
+    """
+    if kind == "top":
+        return top
+    fraction = top.num_selected / top.num_eligible
+    if kind == "lowest":
+        upside_down = {n: ScoreShard(s.box, -s.values) for n, s in scores.shards.items()}
+        return select_fundamental(replace(scores, shards=upside_down), fraction)
+    noise = score_importance(
+        model, None, None, head=scores.head, criterion="random", eligible=list(scores.shapes), seed=seed
+    )
+    if kind == "random":
+        return select_fundamental(noise, fraction)
+    if kind == "random_tensor":
+        return matched_per_tensor(noise, top)
+    return matched_per_magnitude(model, noise, top)
+
+
+def matched_per_tensor(noise: Scores, like: FundamentalSet) -> FundamentalSet:
+    """A random set with as many weights in each tensor as `like`. `noise`: random scores. Collective."""
+    cut_ = Ranking(noise).cut([like.info.counts[name] for name in noise.shapes], by_tensor)
+    return _as_set(noise, like, lambda chunk: cut_.selects(chunk, by_tensor(chunk)))
+
+
+def matched_per_magnitude(model: nn.Module, noise: Scores, like: FundamentalSet) -> FundamentalSet:
+    """A random set with as many weights as `like` in each tensor and magnitude bin. Collective, tensor by tensor."""
+    shards = {s.name: s for s in find_engine(model).shards()}
+    pieces, counts = {}, {}
+    for name, shape in noise.shapes.items():
+        one = replace(noise, shapes={name: shape}, shards={name: noise.shards[name]})
+        weights = shards[name].local.detach().reshape(-1)[slice(*shards[name].owned)]
+        bins = weights.float().abs().view(torch.int32).to(torch.int64) >> 21
+        mask = like.mask_in(name, shards[name].owned_box).to(bins.device)
+        ranking = Ranking(one)
+        present = collectives.all_reduce(torch.bincount(bins, minlength=_BINS), what="magnitude bins")
+        dense = torch.cumsum(present > 0, 0) - 1  # only bins that occur get a group
+        groups = dense[bins]
+
+        def group(chunk: Chunk, groups: Tensor = groups) -> Tensor:
+            return groups[chunk.begin : chunk.end]
+
+        def chosen(chunk: Chunk, mask: Tensor = mask) -> Tensor:
+            return mask[chunk.begin : chunk.end]
+
+        wanted = ranking.count(chosen, group, int(dense[-1]) + 1)
+        limit = ranking.cut(wanted, group)
+        piece, count = ranking.collect(lambda chunk, limit=limit, group=group: limit.selects(chunk, group(chunk)))  # type: ignore[misc]
+        pieces.update(piece)
+        counts.update(count)
+    return FundamentalSet.from_pieces(replace(like.info, criterion="random", counts=counts, threshold=None), pieces)
+
+
+def _as_set(noise: Scores, like: FundamentalSet, selects: Callable[[Chunk], Tensor]) -> FundamentalSet:
+    pieces, counts = Ranking(noise).collect(selects)
+    return FundamentalSet.from_pieces(replace(like.info, criterion="random", counts=counts, threshold=None), pieces)

@@ -1,0 +1,40 @@
+"""Chooses what turns the examples of a configuration into tensors."""
+
+from __future__ import annotations
+
+from ..config.schema import Config
+from ..errors import ConfigError
+from ..packages import minilm_folder
+from .batches import Processor
+from .collate import CollateProcessor
+from .images import ImageProcessor, UserImageProcessor
+from .text import AnswerProcessor, TextProcessor
+from .volumes import LabelledVolumeProcessor, VolumeProcessor
+
+
+def make_processor(config: Config) -> Processor:
+    """What makes inputs of a split.
+
+    Raises:
+        ConfigError: the model has no tokenizer; keys of `[data]` do not fit each other.
+    """
+    if config.task.name == "mri_region":
+        return ImageProcessor(config.model.image_size)
+    if config.task.kind == "segmentation":
+        return VolumeProcessor(config)
+    if config.task.name == "own" and config.data.modality == "volume":
+        return LabelledVolumeProcessor(config)
+    if config.task.name == "own" and config.data.modality == "own":
+        return CollateProcessor(config)
+    if config.task.name == "own" and config.data.modality == "image":
+        return UserImageProcessor(config)
+    from transformers import AutoTokenizer
+
+    folder = minilm_folder() if config.model.name == "minilm" else config.model.weights
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.weights: no tokenizer in {folder}: {error}") from error
+    if config.task.kind == "causal_lm":
+        return AnswerProcessor(tokenizer, config.task.max_tokens, config.data.template)
+    return TextProcessor(tokenizer, config.task.max_tokens)

@@ -1,0 +1,62 @@
+"""The ranks of a run: started by torchrun, or a single process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..errors import WorldError
+from .collectives import explained
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks; `device` is where its weights live."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def joined_world(timeout_s: float) -> Iterator[World]:
+    """Joins the process group that torchrun's environment describes (without it: a group of one) for the block.
+
+    GPUs use NCCL, one per rank; otherwise gloo. `timeout_s` is the time after which any collective gives up.
+
+    Raises:
+        WorldError: the ranks did not meet, or there are more ranks than GPUs on this node.
+    """
+    alone = "RANK" not in os.environ
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and local_rank >= gpus:
+        raise WorldError(f"local rank {local_rank} has no GPU: this node has {gpus}; start at most {gpus} ranks on it")
+    device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    backend, timeout = "cpu:gloo,cuda:nccl" if gpus else "gloo", timedelta(seconds=timeout_s)
+    try:
+        if alone:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        else:
+            # torchrun keeps its store when it starts ranks again (torch 2.13), and gloo would look for peers at their old
+            # addresses for minutes: each start has its own keys.
+            store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
+            store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise WorldError(f"rank {os.environ.get('RANK', 0)} could not join the other ranks: {error}") from error
+    with explained("training"):
+        yield World(dist.get_rank(), dist.get_world_size(), device)
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone

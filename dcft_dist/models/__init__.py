@@ -1,0 +1,4 @@
+"""Pre-trained models with a head for the task: packaged ones, and the one that the user's configuration builds.
+
+`build_model(config, num_outputs)` (in `models.build`) returns a `Pretrained`.
+"""

@@ -1,0 +1,60 @@
+"""The pre-trained models of a run: those that install as a package, and the user's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ..config.schema import Config
+from ..data.processors import make_processor
+from ..errors import ConfigError
+from ..imports import find_object
+from ..packages import dinov2_file, minilm_folder
+from ..weights.weight_files import missing_weights_advice
+from .custom import custom_model
+from .packaged import dinov2_small, minilm
+from .pretrained import HEAD, Classifier, ExportPart, Pretrained, find_blocks
+
+
+def build_model(config: Config, num_outputs: int) -> Pretrained:
+    """The model with a head drawn from the seed.
+
+    Raises:
+        DataError: the package with the weights is not installed.
+        ConfigError: more layers are asked for than there are; see `custom_model` too.
+    """
+    if config.model.name == "own":
+        return custom_model(config, num_outputs, make_processor(config))
+    backbone, features = {"minilm": minilm, "dinov2_small": dinov2_small}[config.model.name](config)
+    layers = config.model.num_layers
+    if layers is not None:
+        if layers > len(backbone.encoder.layer):
+            raise ConfigError(f"model.num_layers: the model has {len(backbone.encoder.layer)} layers, not {layers}")
+        backbone.encoder.layer = backbone.encoder.layer[:layers]
+        backbone.config.num_hidden_layers = layers
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        module = Classifier(backbone.float(), features, backbone.config.hidden_size, num_outputs)
+    return Pretrained(
+        module=module,
+        head=(HEAD,),
+        blocks=find_blocks(module),
+        processor=make_processor(config),
+        parts={"backbone.": ExportPart("."), f"{HEAD}.": ExportPart(HEAD)},
+        describe=backbone.config.save_pretrained,
+    )
+
+
+def check_model(config: Config) -> None:
+    """
+    Raises:
+        DataError: the package with the weights is not installed.
+        ConfigError: there is nothing at `model.build` or `model.weights`.
+    """
+    if config.model.name == "own":
+        find_object(str(config.model.build), config.import_roots, "model.build")
+        if config.model.weights and not Path(config.model.weights).exists():
+            raise ConfigError(f"model.weights: {missing_weights_advice(config.model.weights)}")
+    else:
+        {"minilm": minilm_folder, "dinov2_small": dinov2_file}[config.model.name]()

@@ -1,0 +1,230 @@
+"""What `dcft plan` can plan: a model with a batch and a loss, made where tensors need no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..compat.transformers import without_initialising
+from ..config.schema import Config
+from ..config.toml import load_config
+from ..engines.meta import on_meta
+from ..engines.prepared import Weight
+from ..errors import ConfigError, did_you_mean
+from ..models.custom import custom_model
+from ..objectives.make import make_objective
+from ..train.optimizer import make_optimizer
+
+
+def _vit(width: int, layers: int, heads: int, patch: int) -> tuple[str, dict[str, int]]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
+    return "ViTConfig", {**sizes, "patch_size": patch}
+
+
+def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, words: int) -> tuple[str, dict[str, int]]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": inner}
+    return "LlamaConfig", {**sizes, "num_key_value_heads": kv_heads, "vocab_size": words}
+
+
+# Name -> class of transformers' configuration, and sizes: ViT-L/16, ViT-H/14, ViT-g/14 (DINOv2), Llama 3.2 1B (its head
+# not tied), Llama 2 7B, Llama 3 70B.
+MODELS = {
+    "vit_large": _vit(1024, 24, 16, 16),
+    "vit_huge": _vit(1280, 32, 16, 14),
+    "vit_giant": _vit(1536, 40, 24, 14),
+    "decoder_1b": _llama(2048, 8192, 16, 32, 8, 128256),
+    "decoder_7b": _llama(4096, 11008, 32, 32, 32, 32000),
+    "decoder_70b": _llama(8192, 28672, 80, 64, 8, 128256),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is planned. `model`: see `planned`. `length`: tokens of a sample of text; `memory_gib`: of one GPU; `replicas`:
+    of hybrid sharding; `words`: further words of a configuration, as on the command line."""
+
+    model: str
+    ranks: int
+    engine: Literal["fsdp2", "zero3"] = "fsdp2"
+    gpus_per_node: int = 8
+    micro_batch: int = 1
+    length: int = 512
+    level: Literal["update", "gradient"] = "update"
+    where: Literal["before", "after"] = "before"
+    mask_placement: Literal["replicated", "sharded"] = "replicated"
+    bf16: bool = True
+    replicas: int = 1
+    memory_gib: float = 80.0
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model on the meta device, its head, what is sharded one by one, and how to make a micro-batch and its loss."""
+
+    model: nn.Module
+    head: str | tuple[str, ...]
+    blocks: Sequence[nn.Module]
+    make_batch: Callable[[], dict[str, Tensor]]
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor]
+    make_optimizer: Callable[[list[Weight]], torch.optim.Optimizer] = lambda weights: torch.optim.AdamW(
+        [p for _, p, _ in weights], lr=1e-4
+    )
+    eligible: Sequence[str] | None = None
+
+
+def is_configuration(model: str) -> bool:
+    return model.endswith(".toml")
+
+
+def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
+    """A request with what is not None of `given`; a configuration says the rest that it can."""
+    known: dict[str, Any] = {}
+    if is_configuration(model):
+        config = load_config(model, list(words))
+        zero3 = config.engine == "deepspeed" and config.sharding.zero_stage == 3
+        known = {
+            "engine": "zero3" if zero3 else "fsdp2",
+            "micro_batch": config.train.micro_batch,
+            "length": config.task.max_tokens,
+            "level": config.level,
+        }
+        known |= {"where": config.penalty.where, "bf16": config.train.precision == "bf16"}
+        known |= {
+            "mask_placement": config.penalty.mask_placement,
+            "replicas": config.sharding.replicas,
+            "words": tuple(words),
+        }
+    elif words:
+        raise ConfigError(f"unknown words {' '.join(words)}: only a configuration file takes others")
+    return Request(**{"model": model, **known, **{key: value for key, value in given.items() if value is not None}})
+
+
+def planned(request: Request) -> Planned:
+    """A model of `MODELS`, of the folder of a transformers configuration, or of a configuration file, with values that do
+    not matter.
+
+    Raises:
+        ConfigError: it is not known, or of a kind whose loss is not.
+    """
+    return _configured(request) if is_configuration(request.model) else _of_transformers(request)
+
+
+# -- the model of a configuration ----------------------------------------------------------------------------------------
+
+
+def _configured(request: Request) -> Planned:
+    config = load_config(request.model, list(request.words))
+    if config.model.name != "own":
+        raise ConfigError(
+            f"{request.model}: only a model that is built (model.build) can be planned, not {config.model.name}"
+        )
+    if config.method not in ("dcft", "equal_displacement", "full") or config.sharding.offload:
+        what = "sharding.offload" if config.sharding.offload else f"method {config.method!r}"
+        raise ConfigError(f"{request.model}: {what} cannot be planned")
+    if config.data.modality == "own":
+        raise ConfigError(f"{request.model}: batches of data.collate cannot be planned: their sizes are not known")
+    labels = config.data.label if isinstance(config.data.label, list) else [config.data.label]
+    names = labels if config.task.kind == "multi_label" else config.data.classes or ["no", "yes"]
+    objective = make_objective(config, {"names": names, "mean": 0.0, "std": 1.0, "grades": None})
+    nothing_to_process: Any = None
+    with without_initialising():
+        pretrained = custom_model(config, objective.num_outputs, nothing_to_process, read=False)
+
+    def batch() -> dict[str, Tensor]:
+        inputs = _inputs(config, request)
+        return {**inputs, "labels": _labels(config, request, objective.num_outputs, inputs)}
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        outputs = pretrained.outputs(model, batch)
+        if config.task.kind == "segmentation":  # MONAI's Dice loss reads numbers from tensors, which have none here
+            return functional.cross_entropy(outputs.float(), batch["labels"][:, 0])
+        return objective.loss(outputs, batch["labels"])
+
+    optimizer = partial(make_optimizer, config=config, depths={}, head=())
+    eligible = config.importance.eligible
+    return Planned(pretrained.module, pretrained.head, pretrained.blocks, batch, loss, optimizer, eligible)
+
+
+def _inputs(config: Config, request: Request) -> dict[str, Tensor]:
+    size = request.micro_batch
+    if config.data.modality == "text" or config.task.kind == "causal_lm":
+        ids = torch.zeros(size, request.length, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if config.data.modality == "volume":
+        channels = 1 if isinstance(config.data.input, str) else len(config.data.input)
+        return {"image": torch.zeros(size, channels, *config.data.patch)}
+    return {"pixel_values": torch.zeros(size, len(config.data.mean), config.model.image_size, config.model.image_size)}
+
+
+def _labels(config: Config, request: Request, outputs: int, batch: dict[str, Tensor]) -> Tensor:
+    if config.task.kind == "causal_lm":
+        return batch["input_ids"]
+    if config.task.kind == "segmentation":
+        return torch.zeros(batch["image"][:, :1].shape, dtype=torch.int64)
+    if config.task.kind == "multi_label":
+        return torch.zeros(request.micro_batch, outputs)
+    return torch.zeros(request.micro_batch, dtype=torch.float32 if config.task.kind == "regression" else torch.int64)
+
+
+# -- a model of transformers ---------------------------------------------------------------------------------------------
+
+
+def _of_transformers(request: Request) -> Planned:
+    model = _model(request.model)
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise ConfigError(f"{request.model}: no list of blocks to shard one by one")
+    blocks, batch = max(lists, key=len), partial(_batch, model, request)
+    return Planned(model, _head(model), blocks, batch, lambda model, batch: model(**batch).loss)
+
+
+def _model(name: str) -> nn.Module:
+    """A model of `MODELS`, or of the folder of a transformers configuration, with values that do not matter."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    if name in MODELS:
+        kind, sizes = MODELS[name]
+        config = getattr(transformers, kind)(**sizes)
+    elif (Path(name) / "config.json").is_file():
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    else:
+        raise ConfigError(f"unknown model {name!r}{did_you_mean(name, MODELS)}: there are {', '.join(MODELS)}, or a folder "
+                          "with a transformers config.json")  # fmt: skip
+    if config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        auto: Any = transformers.AutoModelForCausalLM
+    elif config.model_type in modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        auto = transformers.AutoModelForImageClassification
+    else:
+        raise ConfigError(f"{name}: neither a causal language model nor an image classifier ({config.model_type})")
+    with on_meta(), without_initialising():
+        model: nn.Module = auto.from_config(config)
+    model.tie_weights()  # type: ignore[operator]
+    return model
+
+
+def _head(model: Any) -> str:
+    """The name of the classifier, or of the layer that gives the words' scores."""
+    last = getattr(model, "classifier", None) or model.get_output_embeddings()
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    if last not in names:
+        raise ConfigError(f"{type(model).__name__}: neither a classifier nor an output embedding, so the head is not known")
+    return names[last]
+
+
+def _batch(model: nn.Module, request: Request) -> dict[str, Tensor]:
+    config: Any = model.config
+    if model.main_input_name == "pixel_values":
+        side = getattr(config, "image_size", 224)
+        pixels = torch.zeros(request.micro_batch, config.num_channels, side, side)
+        return {"pixel_values": pixels, "labels": torch.zeros(request.micro_batch, dtype=torch.int64)}
+    tokens = torch.zeros(request.micro_batch, request.length, dtype=torch.int64)
+    return {"input_ids": tokens, "labels": tokens}

@@ -1,0 +1,31 @@
+"""The model card of an export: data, method, set and metrics, from the summary of its run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import Config
+from ..files import write_atomic
+from .render import results_of, template
+
+_KINDS = {
+    "single_label": "One of {n} classes",
+    "multi_label": "{n} findings, each there or not",
+    "regression": "A number",
+    "causal_lm": "Answers to instructions",
+    "segmentation": "One of {n} classes for each voxel",
+}
+
+
+def write_card(folder: Path, config: Config, summary: dict[str, Any]) -> None:
+    """Writes `README.md` into the folder of an export."""
+    names = summary["labels"]["names"]
+    base = config.model.weights or config.model.build or config.model.name
+    facts = {
+        "base": base,
+        "task": _KINDS[config.task.kind].format(n=len(names)),
+        "names": ", ".join(names) if config.task.kind != "causal_lm" else "",
+        "splits": {name: f"{n:,} examples in {groups:,} groups" for name, (n, groups) in summary["splits"].items()},
+    }
+    write_atomic(folder / "README.md", template("card.md").render(s=summary, results=results_of(summary), **facts))

@@ -1,0 +1,140 @@
+"""The pictures of a report, drawn from a run's rows and summary."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ..method.fundamental_set import FundamentalSet
+
+matplotlib.use("Agg")
+
+
+Rows = list[dict[str, Any]]
+
+
+_FUNDAMENTAL, _REST, _CHANCE = "#c0392b", "#2c6fbb", "#777777"
+
+
+SETS = {
+    "top": ("highest scores", _FUNDAMENTAL),
+    "random_magnitude": ("random, same tensors and magnitudes", "#e08e2b"),
+    "random_tensor": ("random, same tensors", "#8e6bb0"),
+    "random": ("random", _REST),
+    "lowest": ("lowest scores", "#3a9d5d"),
+}
+
+
+def shown_metrics(metrics: Mapping[str, float]) -> tuple[str, str]:
+    """The two that say most: the one that chooses the epoch if the configuration says none, and another one."""
+    best = [name for name in ("accuracy", "macro_f1", "dice", "auroc", "mae", "token_accuracy") if name in metrics]
+    rest = [name for name in metrics if name not in best]
+    first, second, *_ = [*best, *rest, "loss"]
+    return first, second
+
+
+def share_picture(chosen: FundamentalSet) -> Figure:
+    """Fundamental share of each eligible weight: one row a kind of weight, one column a layer."""
+    shares: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for name, shape in chosen.info.shapes.items():
+        number = re.search(r"\.(\d+)\.", name)
+        layer = number.group(1) if number else "-"
+        kind = name[number.end() :] if number else name
+        cell = shares[kind.removesuffix(".weight"), layer]
+        cell[0] += chosen.info.counts[name]
+        cell[1] += prod(shape)
+    kinds = list(dict.fromkeys(kind for kind, _ in shares))
+    layers = sorted({layer for _, layer in shares}, key=lambda text: (text == "-", int(text) if text != "-" else 0))
+    grid = [[100 * shares[k, n][0] / shares[k, n][1] if (k, n) in shares else float("nan") for n in layers] for k in kinds]
+    figure = Figure(figsize=(2.4 + 0.75 * len(layers), 1.2 + 0.42 * len(kinds)), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(grid, cmap="YlOrRd", vmin=0, aspect="auto")
+    top = max(max(v for v in row if v == v) for row in grid)
+    for y, row in enumerate(grid):
+        for x, value in enumerate(row):
+            if value == value:
+                axes.text(
+                    x,
+                    y,
+                    f"{value:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if value > 0.7 * top else "black",
+                )
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
+    axes.set_xlabel("layer")
+    figure.colorbar(image, label="fundamental, %")
+    return figure
+
+
+def loss_curves(rows: Rows) -> Figure:
+    def draw(axes: Axes) -> None:
+        _line(axes, rows, "train/loss", "training", _REST, marker=".")
+        _line(axes, rows, "validation/loss", "validation", _FUNDAMENTAL)
+        axes.set_ylabel("cross-entropy, nats")
+        axes.set_ylim(bottom=0)
+
+    return _curves(draw)
+
+
+def metric_curves(rows: Rows, summary: dict[str, Any]) -> Figure:
+    def draw(axes: Axes) -> None:
+        for name, color in zip(shown_metrics(summary["validation"]), (_REST, "#3a9d5d"), strict=True):
+            _line(axes, rows, f"validation/{name}", name, color)
+        axes.axvline(summary["best_epoch"], color=_CHANCE, linestyle=":", label="tested epoch")
+        axes.set_ylabel("validation")
+
+    return _curves(draw)
+
+
+def movement_curves(rows: Rows) -> Figure:
+    def draw(axes: Axes) -> None:
+        _line(axes, rows, "movement/fundamental", "fundamental", _FUNDAMENTAL)
+        _line(axes, rows, "movement/rest", "rest", _REST)
+        axes.set_ylabel("RMS change of a weight")
+
+    return _curves(draw)
+
+
+def _line(axes: Axes, rows: Rows, key: str, label: str, color: str, marker: str = "o") -> None:
+    points = [(row["train/epoch"], row[key]) for row in rows if key in row and "train/epoch" in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=4)
+
+
+def _curves(draw: Callable[[Axes], None]) -> Figure:
+    figure = Figure(figsize=(6.2, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.set_xlabel("epoch")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def removal_bars(check: dict[str, Any]) -> Figure:
+    fractions = sorted({row["fraction"] for row in check["removed"]})
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for place, key in enumerate(("loss", shown_metrics(check["base"])[0]), 1):
+        axes = figure.add_subplot(1, 2, place)
+        for i, (kind, (label, color)) in enumerate(SETS.items()):
+            values = {row["fraction"]: row[key] for row in check["removed"] if row["set"] == kind}
+            places = [n + (i - 2) * 0.16 for n, f in enumerate(fractions) if f in values]
+            axes.bar(places, [values[f] for f in fractions if f in values], 0.15, label=label, color=color)
+        if key in check["chance"]:
+            axes.axhline(check["chance"][key], color=_CHANCE, linestyle="--")
+        axes.axhline(check["base"][key], color=_CHANCE)
+        axes.set_xticks(range(len(fractions)), [f"{100 * f:g} %" for f in fractions])
+        axes.set_xlabel("eligible weights removed")
+        axes.set_ylabel(f"validation {key}")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure

@@ -1,0 +1,81 @@
+"""`report.html` of a run, self-contained, and tables over several runs; made from the files in the run directories."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from ..files import read_lines, write_atomic
+from ..method.fundamental_set import FundamentalSet
+from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture
+from .render import png, results_of, summary_of, template
+
+
+def write_report(run: Path, pictures: Path | None = None) -> Path:
+    """Makes `report.html` of a finished run and returns its path; with `pictures`, also a PNG of each picture there.
+
+    Raises:
+        DataError: the directory holds no finished run.
+    """
+    summary, drawn = summary_of(run), []
+    for slug, title, caption, figure in _pictures(run, summary):
+        data = png(figure)
+        drawn.append((title, caption, base64.b64encode(data).decode()))
+        if pictures:
+            write_atomic(pictures / f"{slug}.png", data)
+    path = run / "report.html"
+    write_atomic(
+        path,
+        template("report.html").render(summary=summary, results=results_of(summary), facts=_facts(summary), pictures=drawn),
+    )
+    return path
+
+
+def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:
+    """(file name, title, caption, figure) of each picture that the run has the data for."""
+    rows = read_lines(run / "metrics.jsonl")
+    yield "loss", "Loss", "Training loss of each logged step, validation loss of each epoch.", loss_curves(rows)
+    caption = "Epoch 0 is the warmed-up head on the frozen body. The marked epoch was tested."
+    yield "metrics", "Validation metrics", caption, metric_curves(rows, summary)
+    if (run / "fundamental.safetensors").exists():
+        chosen = FundamentalSet.load(run / "fundamental.safetensors")
+        caption = "Share of each weight matrix that is fundamental, by layer and kind."
+        yield "share", "Where the fundamental weights are", caption, share_picture(chosen)
+        caption = "Root mean square change of an eligible weight."
+        yield "movement", "Movement from the pre-trained weights", caption, movement_curves(rows)
+    if summary["removal"]:
+        caption = "Validation with sets of weights set to zero; dashed: chance, solid grey: nothing removed."
+        yield "removal", "Removal check", caption, removal_bars(summary["removal"])
+
+
+def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
+    facts = [
+        ("method", s["method"]),
+        ("engine", f"{s['engine']}, {s['ranks']} ranks ({s['device']})"),
+        ("weights", f"{s['num_weights']:,}"),
+    ]
+    if s["num_selected"] is not None:
+        facts += [
+            (
+                "fundamental",
+                f"{s['num_selected']:,} of {s['num_eligible']:,} eligible weights: "
+                f"{s['num_selected'] / s['num_eligible']:.1%} "
+                f"of these, {s['num_selected'] / s['num_weights']:.1%} of all (criterion {s['criterion']})",
+            ),
+        ]
+    if s["factor"] is not None:
+        facts.append(("penalty", f"factor {s['factor']:g}, {s['level']} level, {s['optimizer']}"))
+    facts += [
+        ("seed", str(s["seed"])),
+        ("time", ", ".join(f"{k} {v:.0f} s" for k, v in s["seconds"].items())),
+        ("peak memory of a rank", f"{s['peak_memory_gib']:.2f} GiB"),
+        ("versions", ", ".join(f"{k} {v}" for k, v in s["versions"].items())),
+        ("git commit", str(s["git_commit"])),
+        ("data SHA-256", s["data_checksum"]),
+        ("weights SHA-256", s["weights_checksum"]),
+    ]
+    return facts

@@ -1,0 +1,215 @@
+"""What all phases of a run share: its data, its model, and one way to compute losses and metrics."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..config.checks import check_sizes
+from ..config.schema import Config
+from ..data.batches import Batch, Examples, micro_batches
+from ..data.splits import TaskData
+from ..data.tasks import load_task
+from ..distributed import collectives
+from ..distributed.world import World
+from ..engines.prepared import Prepared, WrapOptions
+from ..engines.wrap import prepare, shards_weights
+from ..errors import ConfigError, DataError, DivergedError, did_you_mean, listing
+from ..models.pretrained import Pretrained
+from ..objectives.base import Metrics, Objective
+from ..objectives.make import label_facts
+from ..runs.writer import RunWriter
+from .methods import choose_trained, depths
+from .optimizer import make_optimizer
+from .task_model import TaskModel, build_for_task
+
+
+@dataclass(frozen=True)
+class RunContext(TaskModel):
+    """What all phases of a run share: its folder, its data, and its model under the engine.
+
+    Attributes:
+        writer: the run's folder.
+        head: a plain copy of the head, if it is one module.
+        num_weights: number of weights of the whole model.
+        train, validation, test: the examples as the model takes them.
+    """
+
+    writer: RunWriter
+    task: TaskData
+    head: nn.Module | None
+    num_weights: int
+    train: Examples
+    validation: Examples
+    test: Examples
+
+    @property
+    def metric(self) -> str:
+        """The metric that chooses the epoch."""
+        return self.config.train.metric or self.objective.best
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train) // self.config.train.global_batch
+
+    def validate(self, when: str) -> Metrics:
+        """Metrics on the validation data. Collective.
+
+        Raises:
+            DivergedError: the loss is no number.
+        """
+        found = self.evaluate(self.validation).metrics
+        if not math.isfinite(found["loss"]):
+            why = "the learning rate is too high, or there is a NaN in the weights or the data"
+            raise DivergedError(f"the validation loss is {found['loss']} {when}: {why}")
+        return found
+
+    def micro_batches(
+        self,
+        indices: Sequence[int],
+        examples: Examples,
+        draw: int | None = None,
+        device: torch.device | None = None,
+    ) -> list[Batch]:
+        """This rank's part of a global batch. `draw`: which random variant of the examples."""
+        world, size = self.world, micro_batch(self.config, len(indices), self.world.world_size)
+        return micro_batches(indices, world.rank, world.world_size, size, examples, device or world.device, draw)
+
+    def progress_bar(self, items: Any, what: str, **options: Any) -> Any:
+        off = not self.world.is_first or bool(os.environ.get("TQDM_DISABLE"))
+        return tqdm(items, desc=f"{self.config.name}: {what}", disable=off, mininterval=2.0, **options)
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What a run is made of, before any engine. `facts`: of the labels, see `kinds.facts_of`."""
+
+    task: TaskData
+    facts: dict[str, Any]
+    objective: Objective
+    pretrained: Pretrained
+    examples: dict[str, Examples]
+
+
+def read_materials(config: Config, rank: int = 0, ranks: int = 1, read: bool = True) -> Materials:
+    """Reads the data, and builds the model without its weights.
+
+    Args:
+        read: whether this rank's part of the inputs is looked at.
+
+    Raises:
+        DcftError: see `load_task`, `build_model` and `Processor.check`.
+    """
+    task = load_task(config)
+    facts = label_facts(config, task.class_names, task.train.labels)
+    objective, pretrained = build_for_task(config, facts)
+    several = pretrained.head and pretrained.head_module() is None
+    if several and config.engine == "deepspeed" and config.head_warmup.max_epochs:
+        raise ConfigError("a head of several modules cannot be warmed up under deepspeed: head_warmup.max_epochs = 0")
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    examples = {name: pretrained.processor(split) for name, split in splits.items()}
+    check_sizes(config, len(examples["train"]))
+    _check_metric(config, objective, examples["validation"])
+    if read:
+        pretrained.processor.check(list(splits.values()), rank, ranks)
+    return Materials(task, facts, objective, pretrained, examples)
+
+
+def check_classes(materials: Materials) -> None:
+    """Checks that each class but the background is in a training mask. Collective, after every rank has read its part.
+
+    Raises:
+        DataError: a class is in no training mask.
+    """
+    seen = materials.pretrained.processor.classes_seen(materials.task.train)
+    if seen is None:  # labels are no masks
+        return
+    names = materials.task.class_names
+    counts = collectives.reduce_numbers([int(i in seen) for i in range(len(names))], what="classes of the masks")
+    if absent := [name for name, count in zip(names[1:], counts[1:], strict=True) if not count]:
+        raise DataError(f"no training mask has {listing(absent)}: leave it out of data.classes, or split otherwise")
+
+
+def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
+    """Reads the data, and puts the model with its pre-trained weights and an optimizer under the engine. Collective.
+
+    Raises:
+        DcftError: see `read_materials` and `prepare`.
+    """
+    with collectives.agreed("set-up"):
+        materials = read_materials(config, world.rank, world.world_size, config.data.check)
+    if config.data.check:
+        check_classes(materials)
+    pretrained = materials.pretrained
+    num_weights = sum(p.numel() for p in pretrained.module.parameters())
+    head = pretrained.head_module()
+    head_copy = copy.deepcopy(head[1]) if head else None
+    return RunContext(
+        config=config,
+        world=world,
+        facts=materials.facts,
+        objective=materials.objective,
+        pretrained=pretrained,
+        prepared=_prepare(config, world, pretrained),
+        writer=writer,
+        task=materials.task,
+        head=head_copy,
+        num_weights=num_weights,
+        **materials.examples,
+    )
+
+
+def _check_metric(config: Config, objective: Objective, validation: Examples) -> None:
+    """
+    Raises:
+        ConfigError: the metric that is to choose the epoch is not defined on the validation data.
+    """
+    name, known = config.train.metric or objective.best, objective.names(torch.tensor(validation.labels))
+    if name not in known:
+        raise ConfigError(f"train.metric: no {name!r} on the validation data{did_you_mean(name, known)}: {', '.join(known)}")
+
+
+def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
+    """Puts the model under the engine, with its pre-trained weights and an optimizer."""
+    module, loading = pretrained.module, pretrained.loading
+    options = _wrap_options(config, world, pretrained.blocks)
+    if loading and not shards_weights(options):
+        loading.into_whole(module, world.device)
+    choose_trained(pretrained, config)
+    head, block_depths = pretrained.head_names, depths(pretrained)
+    prepared = prepare(module, options, lambda weights: make_optimizer(weights, config, block_depths, head))
+    if loading and shards_weights(options):
+        loading.into(prepared.model)
+    return prepared
+
+
+def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module]) -> WrapOptions:
+    train, sharding = config.train, config.sharding
+    size = micro_batch(config, train.global_batch, world.world_size)
+    return WrapOptions(
+        engine=config.engine,
+        device=world.device,
+        blocks=blocks,
+        bf16=train.precision == "bf16",
+        replicas=sharding.replicas,
+        offload=sharding.offload,
+        zero_stage=sharding.zero_stage,
+        micro_batch=size,
+        accumulation=train.global_batch // world.world_size // size,
+        clip_grad_norm=train.clip_grad_norm,
+        import_roots=config.import_roots,
+    )
+
+
+def micro_batch(config: Config, global_batch: int, ranks: int) -> int:
+    """The largest micro-batch within the limit that divides a rank's share of a batch."""
+    share = global_batch // ranks
+    return max(n for n in range(1, config.train.micro_batch + 1) if share % n == 0)

@@ -1,0 +1,112 @@
+"""A model under an engine together with its objective: outputs, losses and metrics, in a run and after it.
+
+Padding samples never count, and metrics do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import Config
+from ..data.batches import Batch, Examples, evaluation_batches
+from ..distributed import collectives
+from ..distributed.world import World
+from ..engines.base import Prepared
+from ..engines.find import find_engine
+from ..models.build import build_model
+from ..models.pretrained import Pretrained
+from ..objectives.base import Metrics, Objective
+from ..objectives.make import make_objective
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, and the `records` [size, width] of the examples `indices` [size] (ascending) that they are made from."""
+
+    metrics: Metrics
+    records: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """A prepared model with the objective of its task.
+
+    Attributes:
+        facts: what the objective needs to know of the training labels (`label_facts`).
+        pretrained: the unwrapped model; `prepared`: the model under the engine.
+    """
+
+    config: Config
+    world: World
+    facts: dict[str, Any]
+    objective: Objective
+    pretrained: Pretrained
+    prepared: Prepared
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model."""
+        model: nn.Module = self.prepared.model
+        return model
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's outputs for a batch.
+
+        Raises:
+            ConfigError: their shape is not what the objective takes.
+        """
+        outputs = self.pretrained.outputs(model, batch)
+        self.objective.check(outputs)
+        return outputs
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss of a batch."""
+        with self.prepared.computing():
+            outputs = self.outputs(model, batch)
+        return self.objective.loss(outputs, batch["labels"])
+
+    @torch.no_grad()
+    def evaluate(self, examples: Examples, limit: int | None = None) -> Evaluation:
+        """Evaluates a split, or `limit` of its examples, in eval mode; then restores the mode. Collective."""
+        model, world, size = self.model, self.world, self.config.evaluation_batch
+        local: list[Tensor] = []
+        training = model.training
+        model.eval()
+        try:
+            for batch in evaluation_batches(examples, world.rank, world.world_size, size, world.device, limit):
+                with self.prepared.computing():
+                    outputs = self.objective.whole(partial(self.outputs, model), batch)
+                real = batch["real"]
+                records = self.objective.records(outputs[real].float(), batch["labels"][real])
+                local.append(torch.cat([batch["index"][real].double().unsqueeze(1), records], 1).cpu())
+        finally:
+            model.train(training)
+            find_engine(model).settle()
+        rows = gather_rows(torch.cat(local))
+        rows = rows[rows[:, 0].argsort()]
+        indices, records = rows[:, 0].long(), rows[:, 1:]
+        labels = torch.tensor([examples.labels[i] for i in indices.tolist()])
+        return Evaluation(self.objective.metrics(records, labels), records, indices)
+
+
+def build_for_task(config: Config, facts: Mapping[str, Any]) -> tuple[Objective, Pretrained]:
+    """The objective of a configuration, and its model with a head of the right size, before any engine.
+
+    Args:
+        facts: see `label_facts`.
+    """
+    objective = make_objective(config, facts)
+    return objective, build_model(config, objective.num_outputs)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Rows [size, width] of all ranks, in rank order; a rank may have none. Collective."""
+    sizes = [n for (n,) in collectives.all_gather_ints([rows.numel()], what="count of evaluated examples")]
+    return collectives.all_gather_uneven(rows.flatten(), sizes, what="evaluated examples").view(-1, rows.shape[1])

@@ -1,0 +1,186 @@
+"""Plain weights in and out: one safetensors folder with whole, named tensors, as transformers and plain torch have them.
+
+Unlike a checkpoint it holds no optimizer state, and anything that reads safetensors can read it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ..compat.pytorch import persistent_buffers
+from ..distributed import collectives
+from ..engines.base import Engine, Shard
+from ..engines.find import find_engine
+from ..engines.whole_tensors import cells, whole_weight
+from ..errors import CheckpointError, listing
+from ..files import TensorFile, is_altered, read_json, write_json
+
+FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+def save_weights(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    prefix: str = "",
+    stem: str = "",
+    dtype: torch.dtype | None = None,
+    max_file_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes the whole weights and persistent buffers of a model under any engine. Collective.
+
+    `model.safetensors`, or numbered files and an index where they exceed `max_file_bytes`, under the names of the unwrapped
+    model's `state_dict()`. Rank 0 writes, weight by weight: no rank holds more than one whole weight.
+
+    Args:
+        folder: created if need be; files of that name are replaced.
+        prefix: only the weights whose names begin with it, without it: `"backbone."` writes what `AutoModel` reads.
+        stem: put before the names in the files then.
+        dtype: of floating-point weights; None: as they are trained (float32 masters).
+
+    Raises:
+        CheckpointError: no weight has that prefix, or it has a data type that safetensors has not.
+    """
+    engine, target = find_engine(model), Path(folder)
+    tensors = {
+        stem + name.removeprefix(prefix): (get, shape, _kind(kind, dtype))
+        for name, get, shape, kind in _whole_tensors(engine)
+        if name.startswith(prefix)
+    }
+    odd = [name for name, (_, _, kind) in tensors.items() if kind not in _DTYPES]
+    if odd or not tensors:
+        raise CheckpointError(f"cannot write {listing(odd)}" if odd else f"no weight's name begins with {prefix!r}")
+    files = _split({name: prod(shape) * kind.itemsize for name, (_, shape, kind) in tensors.items()}, max_file_bytes)
+    for file, names in files.items():
+        writer: TensorFile | None = None
+        with collectives.agreed(f"write {target / file}"):
+            if collectives.rank() == 0:
+                entries = {n: (_DTYPES[k], s, prod(s) * k.itemsize) for n, (_, s, k) in tensors.items() if n in names}
+                writer = TensorFile(target / file, entries, {"format": "pt"})
+        for name in names:
+            get, _, kind = tensors[name]
+            values = get().detach().to(kind).contiguous().reshape(-1).cpu()
+            if writer is not None:
+                writer.write(values.view(torch.uint8).numpy().tobytes())
+        with collectives.agreed(f"write {target / file}"):
+            if writer is not None:
+                writer.close()
+    with collectives.agreed(f"write {target}"):
+        if collectives.rank() == 0:
+            _tidy(target, files, sum(prod(s) * k.itemsize for _, s, k in tensors.values()))
+
+
+def load_weights(model: nn.Module, folder: str | os.PathLike[str], *, prefix: str = "", stem: str = "") -> None:
+    """Reads such a folder, or any in that format, into a model under any engine; each rank reads what it holds. Collective.
+
+    Args:
+        prefix: put before the file's names to get the model's; other weights of the model stay as they are.
+        stem: taken from the file's names first.
+
+    Raises:
+        CheckpointError: weights are missing, of another shape, or not of this model; or a file is damaged.
+    """
+    engine, source = find_engine(model), Path(folder)
+    with collectives.agreed(f"read {source}"), torch.no_grad():
+        try:
+            where = {prefix + name.removeprefix(stem): (file, name) for name, file in _names_in(source).items()}
+            buffers = persistent_buffers(engine.module)
+            _check(source, where, prefix, engine, buffers)
+            shards = {shard.name: shard for shard in engine.shards()}
+            for name, (file, stored) in where.items():
+                with safe_open(source / file, framework="pt") as opened:
+                    if name in buffers:
+                        buffers[name].copy_(opened.get_tensor(stored))
+                    else:
+                        _read(opened.get_slice(stored), shards[engine.names.aliases[name]])
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{source} is damaged, or no such folder: {error}") from error
+    engine.publish()
+
+
+def _whole_tensors(engine: Engine) -> Iterator[tuple[str, Callable[[], Tensor], tuple[int, ...], torch.dtype]]:
+    """(name, how to get it, shape, dtype); tied weights under each of their names."""
+    shapes, shards = engine.full_shapes(), {s.name: s for s in engine.shards()}
+    for name, canonical in engine.names.aliases.items():
+        shard = shards[canonical]
+        yield name, lambda shard=shard: whole_weight(shard, shard.local), shapes[canonical], shard.local.dtype  # type: ignore[misc]
+    for name, buffer in persistent_buffers(engine.module).items():
+        yield name, lambda buffer=buffer: buffer, tuple(buffer.shape), buffer.dtype  # type: ignore[misc]
+
+
+def _kind(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    return wanted if wanted is not None and own.is_floating_point else own
+
+
+def _split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> names of the tensors in it, in order."""
+    groups: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if groups[-1] and used + size > limit:
+            groups.append([])
+            used = 0
+        groups[-1].append(name)
+        used += size
+    if len(groups) == 1:
+        return {FILE: groups[0]}
+    return {f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups)}
+
+
+def _tidy(folder: Path, files: dict[str, list[str]], total: int) -> None:
+    """Writes the index, last, and takes away files of an earlier export that would be read in its place."""
+    if len(files) > 1:
+        found = {name: file for file, names in files.items() for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": found})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for old in folder.glob("model*.safetensors"):
+        if old.name not in files:
+            old.unlink()
+
+
+def _names_in(folder: Path) -> dict[str, str]:
+    """Name -> file that has it."""
+    if (folder / INDEX).exists():
+        found: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+        return found
+    with safe_open(folder / FILE, framework="pt") as opened:
+        return dict.fromkeys(opened.keys(), FILE)
+
+
+def _check(source: Path, where: dict[str, tuple[str, str]], prefix: str, engine: Engine, buffers: dict[str, Tensor]) -> None:
+    """Before anything is copied: the files are whole, and have the model's names and shapes."""
+    for file in sorted({file for file, _ in where.values()})[collectives.rank() :: collectives.world_size()]:
+        if is_altered(source / file):
+            raise CheckpointError(f"{source / file} was altered after it was written")
+    aliases, full = engine.names.aliases, engine.full_shapes()
+    shapes = {n: full[c] for n, c in aliases.items()} | {n: tuple(b.shape) for n, b in buffers.items()}
+    there = {aliases.get(name, name) for name in where}
+    missing = [name for name in shapes if name.startswith(prefix) and aliases.get(name, name) not in there]
+    unknown = [name for name in where if name not in shapes]
+    if missing or unknown:
+        raise CheckpointError(f"missing there: {listing(missing) or 'none'}; not in the model: {listing(unknown) or 'none'}")
+    for name, (file, stored) in where.items():
+        with safe_open(source / file, framework="pt") as opened:
+            shape = tuple(opened.get_slice(stored).get_shape())
+        if shape != shapes[name]:
+            raise CheckpointError(f"{name} is {shape} there and {shapes[name]} in the model")
+
+
+def _read(stored: Any, shard: Shard) -> None:
+    target = shard.local.detach()
+    target.copy_(cells(stored, shard.box).reshape(target.shape))

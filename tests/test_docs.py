@@ -63,7 +63,7 @@ def test_examples_run(page: str, tmp_path: Path) -> None:
 def run_integrations(folder: str) -> list[str]:
     import pytorch_lightning as pl
 
-    from .test_integrations import make_bert, samples
+    from .integrations.test_integrations import make_bert, samples
 
     class Module(pl.LightningModule):
         def __init__(self) -> None:

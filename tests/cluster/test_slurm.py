@@ -1,0 +1,450 @@
+"""The files of slurm/ and launch/ on a real Slurm: they run as they are, and survive what clusters do to jobs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcft_dist.config.toml import load_config
+from dcft_dist.models.build import build_model
+from dcft_dist.studies.study import final_cells, load_study, make_config, make_preparation
+from dcft_dist.weights.checkpoint import load_checkpoint
+
+from ..slurm_cluster import Cluster, install, until
+
+ROOT = Path(__file__).parents[2]
+SLURM = ROOT / "slurm"
+
+# One layer of MiniLM, SGD: what one process gives, others give up to rounding.
+CONFIG = """
+extends = "smoke.toml"
+name = "tiny"
+log_every = 1
+timeout_s = 60
+[model]
+num_layers = 1
+[task]
+train_per_class = 5
+validation_per_class = 2
+test_per_class = 2
+[head_warmup]
+max_epochs = 20
+[importance]
+num_samples = 32
+score_batch = 16
+[optimizer]
+name = "sgd"
+lr = 0.05
+[train]
+epochs = 1
+global_batch = 16
+micro_batch = 4
+[removal]
+fractions = []
+"""
+
+
+@pytest.fixture(scope="module")
+def daemons() -> Iterator[Cluster]:
+    missing = install()
+    if missing:
+        pytest.skip(missing)
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: paths of sockets have at most 107 characters
+    found = Cluster(folder)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def beside(daemons: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
+    """What takes long on nodes 0 and 1 goes on beside the tests on nodes 2 and 3: most of the time it waits for Slurm."""
+    with ThreadPoolExecutor(1) as pool:
+        yield Beside(*(pool.submit(job, daemons, tmp_path_factory.mktemp("beside")) for job in (calm_job, disturbed_job)))
+        pool.shutdown(wait=False, cancel_futures=True)
+        daemons.run("scancel", "--user=root")
+
+
+@pytest.fixture
+def cluster(daemons: Cluster) -> Iterator[Cluster]:
+    def idle() -> bool:
+        return daemons.states()[2:] == ["idle"] * 2
+
+    until("idle nodes", idle, 60, lambda: str(daemons.states()))
+    yield daemons
+    daemons.run("scancel", "--user=root", "--partition=spare")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder to submit from."""
+    (tmp_path / "tiny.toml").write_text(CONFIG)
+    return tmp_path
+
+
+@dataclass
+class Beside:
+    """`calm`: the folder of its runs; `disturbed`: the folder it was submitted from."""
+
+    calm: Future[Path]
+    disturbed: Future[Path]
+
+
+def output(folder: Path) -> str:
+    return "\n".join(f"--- {f.name}\n{f.read_text()}" for f in sorted(folder.glob("*.out")))
+
+
+def summary(folder: Path, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
+    return found
+
+
+def last(folder: Path, name: str) -> Path:
+    return max((folder / name / "checkpoints").glob("step_*"))
+
+
+def bits(folder: Path, name: str) -> dict[str, list[bytes]]:
+    """Every tensor of the last checkpoint, in pieces, to the bit: weights and optimizer state."""
+    found: dict[str, list[bytes]] = {}
+    for file in last(folder, name).glob("*.safetensors"):
+        for key, value in load_file(file).items():
+            found.setdefault(key, []).append(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return {key: sorted(pieces) for key, pieces in found.items()}
+
+
+def differing(one: dict[str, list[bytes]], other: dict[str, list[bytes]]) -> list[str]:
+    return sorted(key for key in one | other if one.get(key) != other.get(key))
+
+
+def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The weights after the last step, read into one process."""
+    config = load_config(str(folder / name / "config.toml"))
+    with torch.random.fork_rng():
+        model = build_model(config, 21).module
+    load_checkpoint(last(folder, name), model)
+    return model.state_dict()
+
+
+def step_of(folder: Path, name: str) -> int:
+    try:
+        progress = json.loads((folder / "runs" / name / "progress.json").read_text())
+    except (OSError, ValueError):
+        return 0
+    return int(progress["step"]) if progress["phase"] == "train" else 0
+
+
+def phase_of(run: Path) -> str:
+    file = run / "progress.json"
+    return str(json.loads(file.read_text())["phase"]) if file.exists() else ""
+
+
+# -- as they are -------------------------------------------------------------------------------------------------------
+
+
+SPARE = {"SBATCH_PARTITION": "spare"}  # nodes 2 and 3
+ONE = {"DCFT_RANKS_PER_NODE": "1"}  # imports take longer than steps here
+STEPS = ("--train.epochs", "2", "--checkpoint.every", "1")  # 12 steps
+
+
+def calm_job(cluster: Cluster, folder: Path) -> Path:
+    """The runs of a job on two nodes, one rank each, that nothing disturbs."""
+    (folder / "tiny.toml").write_text(CONFIG)
+    file = str(SLURM / "multi_node_fsdp2.sbatch")
+    job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", "--name", "calm", *STEPS, cwd=folder, **ONE)
+    assert cluster.end(job) == "COMPLETED", output(folder)
+    for node in ("node0", "node1"):
+        assert len(list((folder / "logs").glob(f"{job}.0/{node}/*/attempt_0/*/stdout.log"))) == 1  # one for each rank
+    return folder / "runs"
+
+
+@pytest.mark.timeout(900)
+def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: Cluster, site: Path, beside: Beside) -> None:
+    """2 nodes x 2 ranks by torchrun under ZeRO-3, and by submitit, with a requeue in the middle, under FSDP2; 2 nodes with
+    a rank each under FSDP2, by sbatch and by torchrun alone; 2 ranks on one node, one for each GPU."""
+    launcher = [sys.executable, str(ROOT / "launch/with_submitit.py"), "tiny.toml", "--nodes", "2", "--ranks-per-node", "2"]
+    single, zero3 = str(SLURM / "single_node.sbatch"), str(SLURM / "multi_node_zero3.sbatch")
+    with cluster.started(*launcher, "--name", "by_submitit", *STEPS, cwd=site, **SPARE) as submitit:
+        jobs = [
+            cluster.sbatch(
+                single, "tiny.toml", "--name", "single_node", *STEPS, cwd=site, SBATCH_GPUS_PER_NODE="2", **SPARE
+            ),
+            cluster.sbatch(zero3, "tiny.toml", "--name", "zero3", *STEPS, cwd=site, **SPARE),
+        ]
+        until("step 2", lambda: step_of(site, "by_submitit") >= 2, 300, lambda: output(site), 0.05)
+        cluster.run("scancel", "--signal=USR2", "--name=by_submitit")  # as Slurm does ahead of the time limit
+        environment = {**ONE, "DCFT_PYTHON": sys.executable, "HEAD": "10.77.0.12", "NODES": "2", "RANKS": "1"}
+        script = [str(ROOT / "launch/torchrun_multi_node.sh"), str(site / "tiny.toml"), "--runs_dir", str(site / "runs")]
+        command = [*script, "--name", "no_slurm", *STEPS]
+        nodes = [subprocess.Popen(cluster.in_node(i, *command), env=os.environ | environment) for i in (2, 3)]
+        cli = [sys.executable, "-m", "dcft_dist.cli", "train", "tiny.toml"]
+        cluster.run(*cli, "--name", "one", "--engine", "single", *STEPS, cwd=site)
+        assert [process.wait(300) for process in nodes] == [0, 0]
+        for job in jobs:
+            assert cluster.end(job) == "COMPLETED", output(site)
+        said = submitit.communicate(timeout=300)[0]
+    assert "it is done" in said, said
+    expected = weights(site / "runs", "one")
+    runs = {"single_node": 2, "zero3": 4, "by_submitit": 4, "calm": 2, "no_slurm": 2}
+    for name, ranks in runs.items():
+        folder = beside.calm.result() if name == "calm" else site / "runs"
+        assert summary(folder, name)["ranks"] == ranks
+        for key, value in weights(folder, name).items():
+            torch.testing.assert_close(
+                value, expected[key], atol=5e-6, rtol=1e-5, msg=lambda m, n=name, k=key: f"{n} {k}: {m}"
+            )
+    assert summary(site / "runs", "zero3")["engine"] == "deepspeed"
+    starts = (site / "runs/by_submitit/attempts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["restart"] for line in starts] == [0, 1]
+
+
+@pytest.mark.timeout(900)
+def test_sweep_that_scores_once(cluster: Cluster, site: Path) -> None:
+    """Three arrays, each after the one before, give what a task that does it all gives, to the bit.
+
+    Without arguments the configuration is configs/smoke.toml. One task of an array is asked to stop, and is requeued
+    alone; the one that does it all is asked to while it scores, where nothing listens, and is ended after DCFT_GRACE_S."""
+    (site / "configs").mkdir()
+    smoke = CONFIG.replace('extends = "smoke.toml"\n', 'extends = "icd.toml"\n').replace('"tiny"', '"smoke"')
+    (site / "configs/smoke.toml").write_text(smoke.replace("epochs = 1", "epochs = 2"))
+    options = {"DCFT_SWEEP_FILE": str(SLURM / "sweep.sbatch"), "DCFT_FACTORS": "0.0 0.5", **ONE, **SPARE}
+    more = {"DCFT_RUNS_DIR": "other", "DCFT_GRACE_S": "0"}
+    name = "smoke_seed0_top0.1_x0.5"
+    whole = cluster.sbatch("--array=1", options["DCFT_SWEEP_FILE"], cwd=site, **options, **more)
+    until("scores", lambda: phase_of(site / "other" / name) == "score", 60, lambda: output(site), 0.02)
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{whole}_1")
+    chain = cluster.sbatch(str(SLURM / "score_select_train.sbatch"), cwd=site, **options)
+    assert cluster.end(chain) == "COMPLETED", output(site)
+    train = (site / f"dcft-chain-{chain}.out").read_text().strip().splitlines()[-1].rpartition(" ")[2]
+
+    def started() -> list[dict[str, str]]:
+        tasks = cluster.tasks(train)
+        return tasks if len(tasks) == 2 and all(step_of(site, f"{name[:-3]}{x}") for x in ("0.0", "0.5")) else []
+
+    until("both tasks at work", started, 240, lambda: output(site), 0.05)
+    (eldest,) = (task for task in started() if task["JobId"] == train)  # it has the array's own id
+    cluster.run("scancel", "--batch", "--signal=USR1", f"{train}_{eldest['ArrayTaskId']}")
+    assert cluster.end(train) == "COMPLETED", output(site)
+    assert cluster.end(whole) == "COMPLETED", output(site)
+    assert {t["ArrayTaskId"]: t["Restarts"] for t in cluster.tasks(train)} == {
+        i: str(int(i == eldest["ArrayTaskId"])) for i in ("0", "1")
+    }
+    assert [task["Restarts"] for task in cluster.tasks(whole)] == ["1"]
+    names = {folder.name for folder in (site / "runs").iterdir()}
+    assert names == {"smoke_seed0", "smoke_seed0_top0.1", "smoke_seed0_top0.1_x0.0", "smoke_seed0_top0.1_x0.5"}
+    assert (site / "runs/smoke_seed0/scores.safetensors").exists()
+    found, expected = summary(site / "runs", name), summary(site / "other", name)
+    assert found["factor"] == 0.5 and "score" not in found["seconds"] and "score" in expected["seconds"]
+    trained = bits(site / "runs", name)
+    assert differing(trained, bits(site / "other", name)) == []
+    assert differing(trained, bits(site / "runs", "smoke_seed0_top0.1_x0.0"))
+
+
+@pytest.mark.timeout(600)
+def test_dcft_submit(cluster: Cluster, site: Path) -> None:
+    """A site file, a smoke test, and what is found before anything is submitted."""
+    (site / "site.toml").write_text('partition = "spare"\n[environment]\nHF_HUB_OFFLINE = "1"\n')
+    submit = [sys.executable, "-m", "dcft_dist.cli", "submit", "tiny.toml"]
+    said = cluster.run(*submit, "--smoke", "--gpus-per-node", "2", "--ranks-per-node", "1", cwd=site, DCFT_SITE="site.toml")
+    for arguments, expected in {
+        ("--gpus-per-node", "4", "--ranks-per-node", "2"): "4 GPUs a node are asked for, but the nodes have 2",
+        ("--nodes", "8", "--ranks-per-node", "1"): "8 nodes are asked for, but there are 4",
+        ("--nodes", "3"): "train.global_batch 16 is no multiple of 6 ranks",
+        ("--runs_dir", "/dev/null/runs"): "runs_dir: /dev/null/runs cannot be written",
+        ("--penalty.factr", "1"): "did you mean 'factor'?",
+    }.items():
+        done = cluster.call(*submit, *arguments, cwd=site)
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done
+    (site / "bad.toml").write_text('partition = "norml"\n')
+    done = cluster.call(*submit, cwd=site, DCFT_SITE="bad.toml")
+    assert done.stderr == "dcft: error: no partition norml (did you mean 'normal'?); there are normal, spare, urgent\n"
+    done = cluster.call("env", "PATH=/nowhere", *submit, cwd=site)
+    assert "there is no sbatch on this machine" in done.stderr
+    assert cluster.end(said.split()[1].rstrip(";")) == "COMPLETED", output(site)
+    assert "s a step; all 6 steps" in output(site) and "GPU-hours" not in output(site)
+    assert not (site / "runs/tiny_smoke_1x1/summary.json").exists()
+    said = cluster.run(sys.executable, "-m", "dcft_dist.cli", "status", "runs/tiny_smoke_1x1", cwd=site)
+    assert "s a step; all 6 steps" in said
+
+
+# -- what clusters do to jobs ------------------------------------------------------------------------------------------
+
+
+def disturbed_job(cluster: Cluster, folder: Path) -> Path:
+    """A warning of its end, a requeue, a preemption, the failure of a node and one cut off, one after the other."""
+    (folder / "tiny.toml").write_text(CONFIG)
+    file, options = str(SLURM / "multi_node_fsdp2.sbatch"), ("--name", "disturbed", *STEPS, "--timeout_s", "10")
+    job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", *options, cwd=folder, **ONE)
+
+    def reached(step: int) -> None:
+        """In the start that is at work now: a former one may have been further than its last checkpoint."""
+        here = restarts + 1
+        until(f"step {step}", lambda: starts() == here and step_of(folder, "disturbed") >= step, 300, output_now, 0.05)
+
+    def starts() -> int:
+        return len(attempts.read_text().splitlines()) if attempts.exists() else 0
+
+    def output_now() -> str:
+        return f"{cluster.job(job)}\n{output(folder)}"
+
+    def restarted() -> None:
+        nonlocal restarts
+        restarts += 1
+        until(f"restart {restarts}", lambda: cluster.job(job)["Restarts"] == str(restarts), 240, output_now)
+
+    restarts, attempts = 0, folder / "runs/disturbed/attempts.jsonl"
+    reached(1)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    restarted()
+    reached(3)
+    cluster.run("scontrol", "requeue", job)
+    restarted()
+    reached(5)
+    urgent = cluster.sbatch("--partition=urgent", "--nodelist=node1", "--exclusive", "--wrap=sleep 1", cwd=folder)
+    restarted()
+    assert cluster.end(urgent) == "COMPLETED"
+    reached(7)
+    cluster.kill_node(0)  # where the batch script and rank 0 are
+    restarted()
+    cluster.repair_node(0)
+    reached(9)
+    cluster.cut(1)
+    try:
+        restarted()
+    finally:
+        cluster.cut(1, "up")  # Slurm has missed it long enough, and takes it back when it hears of it
+    assert cluster.end(job) == "COMPLETED", output(folder)
+    return folder
+
+
+@pytest.mark.timeout(600)
+def test_on_fewer_nodes_with_the_same_global_batch(cluster: Cluster, site: Path) -> None:
+    file = str(SLURM / "multi_node_fsdp2.sbatch")
+    job = cluster.sbatch(file, "tiny.toml", "--name", "fewer", *STEPS, cwd=site, **ONE, **SPARE)
+    until("step 2", lambda: step_of(site, "fewer") >= 2, 90, lambda: output(site))
+    cluster.run("scontrol", "requeuehold", job)
+    until("the job to be held", lambda: cluster.job(job)["JobState"] == "PENDING", 60)
+    cluster.run("scontrol", "update", f"jobid={job}", "numnodes=1", "numtasks=1")
+    cluster.run("scontrol", "release", job)
+    assert cluster.end(job) == "COMPLETED", output(site)
+    assert summary(site / "runs", "fewer")["ranks"] == 1
+    log = (site / f"dcft-{job}.out").read_text()
+    assert "going on with 1 ranks instead of 2: the global batch stays 16, by accumulation" in log
+
+
+@pytest.mark.timeout(600)
+def test_bad_input_is_not_tried_again(cluster: Cluster, site: Path) -> None:
+    """Neither what is found before the ranks start, nor what they find."""
+    file = str(SLURM / "single_node.sbatch")
+    config = cluster.sbatch(file, "tiny.toml", "--penalty.factr", "1", cwd=site, **SPARE)
+    diverges = cluster.sbatch(file, "tiny.toml", "--name", "diverges", "--optimizer.lr", "1e30", cwd=site, **ONE, **SPARE)
+    assert cluster.end(config) == cluster.end(diverges) == "FAILED", output(site)
+    assert cluster.job(diverges)["Restarts"] == "0"
+    assert (site / f"dcft-{config}.out").read_text().count("did you mean 'factor'?") == 1
+    log = (site / f"dcft-{diverges}.out").read_text()
+    assert re.search(r"diverges: failed: rank \d on node\d at .* lower optimizer.lr", log), log
+    ranks = list((site / "logs").glob(f"{diverges}.*/*/*/*/*/stderr.log"))
+    assert ranks and not any("Traceback" in file.read_text() for file in ranks)
+    said = cluster.run(sys.executable, "-m", "dcft_dist.cli", "status", "runs/diverges", cwd=site)
+    assert "last failure: rank " in said and f"Slurm job {diverges}" in said
+
+
+@pytest.mark.timeout(900)
+def test_a_disturbed_job_ends_with_the_same_bits(beside: Beside) -> None:
+    site, calm = beside.disturbed.result(), beside.calm.result()
+    (log,) = (file.read_text() for file in site.glob("dcft-*.out"))
+
+    assert differing(bits(site / "runs", "disturbed"), bits(calm, "calm")) == []
+    found, expected = summary(site / "runs", "disturbed"), summary(calm, "calm")
+    for key in ("weights_checksum", "test", "validation", "ranks"):
+        assert found[key] == expected[key], key
+    begun = [json.loads(line) for line in (site / "runs/disturbed/attempts.jsonl").read_text().splitlines()]
+    assert [s["restart"] for s in begun] == [0, 1, 2, 3, 4, 5]
+    steps = [int(s["at"].removeprefix("step ")) for s in begun[1:]]
+    # Asked to stop: no step is done twice. Ended without warning: at most the one that had no checkpoint yet.
+    assert all(at >= step - 1 for at, step in zip(steps, (1, 3, 5, 7, 9), strict=True)), steps
+    assert "stopped at step" in log and "disturbed: again: it was asked to stop" in log
+    cut_off = log.split("going on from step")[-2]
+    assert "on node1 does not answer" in cut_off or "on node1 has not arrived" in cut_off, cut_off
+
+
+STUDY = """
+name = "shared"
+base = "tiny.toml"
+tune_seeds = []
+seeds = [0, 1]
+[settings.one]
+[arms.full]
+method = "full"
+[arms.dcft]
+[[contrasts]]
+arm = "dcft"
+minus = "full"
+"""
+
+
+NOTHING_TUNED = {("one", "full"): (), ("one", "dcft"): ()}
+
+
+@pytest.mark.timeout(600)
+def test_a_study_by_an_array_with_fewer_places_than_tasks(cluster: Cluster, site: Path) -> None:
+    """A task that waits for a share that has no place gives up its own, and comes back."""
+    (site / "shared.toml").write_text(STUDY)
+    options = ("--array=1-2%1", str(SLURM / "study.sbatch"), "shared.toml", "--folder", "runs/shared")
+    job = cluster.sbatch(*options, cwd=site, DCFT_WAIT_S="1", **SPARE)
+    assert cluster.end(job) == "COMPLETED", output(site)
+    assert sum(int(task["Restarts"]) for task in cluster.tasks(job)) >= 2
+    shown = cluster.run(sys.executable, "-m", "dcft_dist.cli", "table", "runs/shared", cwd=site)
+    assert "| full |  | 2 of 2 |" in shown and "| dcft |  | 2 of 2 |" in shown
+
+
+@pytest.mark.timeout(600)
+def test_nobody_waits_for_a_share_that_failed(cluster: Cluster, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site)
+    (site / "shared.toml").write_text(STUDY)
+    study, folder = load_study(Path("shared.toml")), Path("runs/shared")
+    second = [make_preparation(make_config(study, c, folder), folder).name for c in final_cells(study, NOTHING_TUNED)][2]
+    (site / folder / "prepared").mkdir(parents=True)
+    (site / folder / "prepared" / second).write_text("in the way of the second share")
+    options = ("--array=1-2", str(SLURM / "study.sbatch"), "shared.toml", "--folder", str(folder))
+    job = cluster.sbatch(*options, cwd=site, DCFT_WAIT_S="1", **SPARE)
+    assert cluster.end(job) == "FAILED", output(site)
+    assert [task["JobState"] for task in cluster.tasks(job)] == ["FAILED", "FAILED"]
+    assert "its share is missing: see the output of task 2" in (site / f"dcft-study-{job}_1.out").read_text()
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)
+def test_nodes_that_cannot_meet_are_named(cluster: Cluster, site: Path) -> None:
+    until("node1 idle again", lambda: cluster.states()[1] == "idle", 60)
+    file, short = str(SLURM / "multi_node_fsdp2.sbatch"), {"DCFT_MEET_S": "4"}
+    wrong = cluster.sbatch("-w", "node[0-1]", file, "tiny.toml", cwd=site, DCFT_HEAD_ADDRESS="10.77.0.99", **short)
+    # What node2 sends from that port is lost, as behind a firewall.
+    firewall = ["ip", "rule", "add", "ipproto", "tcp", "sport", "23456", "blackhole"]
+    subprocess.run(cluster.in_node(2, *firewall), check=True)
+    blocked = cluster.sbatch("-w", "node[2-3]", file, "tiny.toml", cwd=site, DCFT_PORT="23456", **short)
+    assert cluster.end(wrong) == cluster.end(blocked) == "FAILED", output(site)
+    log = (site / f"dcft-{wrong}.out").read_text()
+    assert "node1: cannot reach the head node node0 at 10.77.0.99" in log, log
+    assert "node0: not heard of node0, node1 on 10.77.0.99" in log, log
+    log = (site / f"dcft-{blocked}.out").read_text()
+    assert "node3: cannot reach the head node node2 at 10.77.0.12 port 23456" in log, log
+    assert "Traceback" not in log

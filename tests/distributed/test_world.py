@@ -1,0 +1,91 @@
+"""Collectives that fail say which rank is missing, in time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dcft_dist.distributed import collectives
+from dcft_dist.errors import DcftError, WorldError
+
+from ..ranks import run_ranks
+
+LATE = f"rank 1 on {socket.gethostname()} has not arrived (its last report: reading a slow disk)"
+
+
+def one_rank_is_late() -> str:
+    collectives.all_reduce(torch.zeros(1), what="warm-up of the test")
+    if dist.get_rank() == 1:
+        collectives.arrive("reading a slow disk")
+        time.sleep(6)
+        return ""
+    with pytest.raises(WorldError) as error:
+        collectives.arrive("step 1")
+        collectives.all_reduce(torch.zeros(1), what="sum of losses")
+    return str(error.value)
+
+
+def test_a_late_rank_is_named_after_the_timeout() -> None:
+    started = time.monotonic()
+    message = run_ranks(2, one_rank_is_late, timeout_s=3, breaks=True)[0]
+    assert time.monotonic() - started < 15
+    expected = f"rank 0: sum of losses failed: {LATE}"
+    assert message.startswith(expected), message
+
+
+def one_rank_dies() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+
+
+def test_the_tests_say_how_a_rank_died() -> None:
+    with pytest.raises(AssertionError, match=r"(?s)rank 1:\ndied with exit code -11.*in one_rank_dies"):
+        run_ranks(2, one_rank_dies)
+
+
+def named() -> str:
+    collectives.all_reduce(torch.zeros(1), what="start")
+    if dist.get_rank() == 1:
+        collectives.arrive("reading a slow disk")
+        dist.barrier()
+        return ""
+    dist.barrier()
+    collectives.arrive("step 1")
+    collectives.arrive("step 2")
+    return collectives.missing_ranks()
+
+
+def error_of_one_rank() -> str:
+    with pytest.raises(DcftError) as error, collectives.agreed("reading a file"):
+        if dist.get_rank() == 1:
+            raise WorldError("disk on fire: é")
+    return str(error.value)
+
+
+def test_messages() -> None:
+    assert run_ranks(2, named)[0] == LATE
+    assert run_ranks(2, error_of_one_rank) == ["rank 1: disk on fire: é", "disk on fire: é"]
+
+
+def references_after_reductions() -> int:
+    return sum(still_held() for _ in range(500))
+
+
+def still_held() -> bool:
+    tensor = torch.zeros(1)
+    before = sys.getrefcount(tensor)
+    collectives.all_reduce(tensor, what="sum")
+    return sys.getrefcount(tensor) > before
+
+
+def test_no_reduction_is_left_to_threads_that_outlive_the_interpreter() -> None:
+    """Else the process may abort at its exit, after all was done."""
+    assert run_ranks(2, references_after_reductions) == [0, 0]

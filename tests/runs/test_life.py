@@ -1,0 +1,230 @@
+"""A run that is asked to stop, started twice, or crashes again and again; and what its directory tells."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcft_dist.cli import main
+from dcft_dist.errors import DcftError, RunError, WorldError
+from dcft_dist.files import read_lines
+from dcft_dist.runs.attempts import attempts, error_files, note_error, refuse_repetition
+from dcft_dist.runs.lock import _lock, lock_holder, locked
+from dcft_dist.runs.status import run_verdict, status
+
+from ..train.test_run import TINY, finish, start, tiny, train, wait_for_phase
+
+__all__ = ["tiny"]
+ROOT = Path(__file__).parents[2]
+QUICK = ("--removal.fractions", "[]", "--checkpoint.every", "1")
+
+
+def attempt(folder: Path, at: str, **more: Any) -> None:
+    folder.mkdir(exist_ok=True)
+    entry = {"time": "2026-01-01 00:00:00", "at": at, "ranks": 2, "nodes": None, "job": None, "restart": 0, **more}
+    with (folder / "attempts.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        try:
+            progress = json.loads((run / "progress.json").read_text())
+            if progress["phase"] == "train" and progress["step"] >= step:
+                return
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.005)
+    raise TimeoutError(f"step {step}")
+
+
+@pytest.mark.parametrize("way", ["signal", "file"])
+def test_a_request_to_one_rank_stops_all_at_one_step(
+    way: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DCFT_STOP_FILE", str(tmp_path / "stop"))
+    processes = start(tiny, tmp_path, "--removal.fractions", "[]", "--checkpoint.every", "100")
+    run = tmp_path / "tiny"
+    wait_for_step(run, 2)
+    if way == "signal":
+        processes[1].send_signal(signal.SIGUSR1)
+    else:
+        (tmp_path / "stop").touch()
+    assert [code for code, _ in finish(processes)] == [0, 0]
+    progress = json.loads((run / "progress.json").read_text())
+    assert progress["phase"] == "stopped" and 2 < progress["step"] < 10
+    assert (run / f"checkpoints/step_{progress['step']:08d}").is_dir()
+    assert run_verdict(run, "step 3", 3)[0] == "again"
+    said = status(run)
+    assert f"tiny: stopped, step {progress['step']} of 10" in said and f"last checkpoint: step {progress['step']}" in said
+    (tmp_path / "stop").unlink(missing_ok=True)
+    train(tiny, tmp_path, "--removal.fractions", "[]", "--checkpoint.every", "100")
+    assert run_verdict(run, "step 10", 3) == ("finished", "it is done")
+
+
+def test_a_second_job_is_kept_out(tiny: Path, tmp_path: Path) -> None:
+    first = start(tiny, tmp_path, *QUICK)
+    assert wait_for_phase(tmp_path / "tiny", "train", first)
+    results = finish(start(tiny, tmp_path, *QUICK, "--timeout_s", "4"))
+    for code, errors in results:
+        assert code == 2 and "Traceback" not in errors
+    assert "tiny is being written by process" in results[0][1]
+    assert [code for code, _ in finish(first)] == [0, 0]
+    assert errors(tmp_path / "tiny") == []  # the intruder left no mark
+    assert len(attempts(tmp_path / "tiny")) == 1
+
+
+def test_a_former_start_of_the_same_job_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was cut off holds the lock until its own collectives give up; any other job is not waited for as long."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with locked(tmp_path, 600):
+        began = time.monotonic()
+        assert run_verdict(tmp_path, "step 5", 3)[0] == "again"
+        assert _lock(tmp_path, began, 0.1) is None  # to be tried again
+        with pytest.raises(RunError, match=r"is being written by process .* Slurm job 7, since"):
+            _lock(tmp_path, began - 700, 600)
+        monkeypatch.setenv("SLURM_JOB_ID", "77")
+        with pytest.raises(RunError, match="is being written by process"):
+            _lock(tmp_path, began - 40, 600)
+        assert run_verdict(tmp_path, "step 5", 3)[0] == "failed"
+    with locked(tmp_path, 1):
+        assert "Slurm job 77," in lock_holder(tmp_path)
+
+
+def test_a_crash_loop_ends(tiny: Path, tmp_path: Path) -> None:
+    """Failed starts that get no further count; those that did in between, and those that were preempted, do not."""
+    run = tmp_path / "tiny"
+    for at in ("the beginning", "the beginning", "step 3", "the beginning", "the beginning", "the beginning"):
+        attempt(run, at)
+        if len(attempts(run)) != 5:
+            note_error(run, WorldError("rank 1: gone"))
+    with (run / "attempts.jsonl").open("a") as file:
+        file.write('{"time": "torn')
+    assert run_verdict(run, "the beginning", 3)[0] == "again"
+    (run / "attempts.jsonl").write_text((run / "attempts.jsonl").read_text().removesuffix('{"time": "torn'))
+    attempt(run, "the beginning")
+    found, why = run_verdict(run, "the beginning", 3)
+    assert found == "failed" and "3 starts at the beginning got no further; rank 0 on" in why
+    results = finish(start(tiny, tmp_path))
+    assert {code for code, _ in results} == {2}
+    assert "was started 3 times at the beginning without getting further (rank 0 on" in results[0][1]
+
+
+def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for _ in range(2):  # nothing was written: such starts count as well
+        assert run_verdict(run, "the beginning", 3)[0] == "again"
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(len(attempts(run))))
+    assert run_verdict(run, "the beginning", 3)[0] == "failed"
+    attempt(run, "step 3", job="7", restart=2)
+    found, why = run_verdict(run, "step 5", 3)
+    assert found == "again" and "it was ended from outside, or ran out of memory: see the log; it goes on from step 5" in why
+    monkeypatch.setenv("DCFT_STOP_FILE", str(tmp_path))
+    assert run_verdict(run, "step 5", 3) == ("again", "it was asked to stop, and goes on from step 5")
+    assert not error_files(run, 4), "what ranks say while they are being ended is no failure"
+    monkeypatch.delenv("DCFT_STOP_FILE")
+    note_error(run, WorldError("rank 0: sum failed"))
+    assert run_verdict(run, "step 5", 3)[0] == "again"
+    monkeypatch.setenv("RANK", "1")
+    note_error(run, DcftError("no such column"))
+    found, why = run_verdict(run, "step 5", 3)
+    assert found == "failed" and why.startswith("rank 1 on") and why.endswith("no such column (and 1 more ranks)")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(DcftError, match=r"not started again: rank 1 .* no such column"):
+        refuse_repetition(run)
+    (run / "progress.json").write_text('{"phase": "reached score"}')
+    assert run_verdict(run, "step 5", 3, "select")[0] == "failed"
+    assert run_verdict(run, "step 5", 3, "score")[0] == "finished"
+    (run / "summary.json").write_text("{}")
+    assert run_verdict(run, "step 5", 3)[0] == "finished"
+
+
+STOPS_AT = """
+import sys
+from dcft_dist import cli, life
+asked = []
+life.stop_requested = lambda: asked.append(0) or len(asked) == int(sys.argv[1])
+raise SystemExit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("step", [0, 5, 10])
+def test_asked_to_stop_where_there_is_more_to_do(step: int, tiny: Path, tmp_path: Path) -> None:
+    """Before any step, at the end of an epoch, which is then not validated before it is saved, and at the very end."""
+    one = ("--removal.fractions", "[]", "--engine", "single", "--train.epochs", "2")
+    expected = train(tiny, tmp_path / "calm", *one, ranks=1)
+    code = [sys.executable, "-c", STOPS_AT, str(step + 2), "train", str(tiny), "--runs_dir", str(tmp_path), *one]
+    done = subprocess.run(code, capture_output=True, text=True)
+    assert done.returncode == 0 and f"stopped {f'at step {step}' if step else 'between two phases'}" in done.stdout, done
+    run = tmp_path / "tiny"
+    assert run_verdict(run, "", 3)[0] == "again" and not (run / f"checkpoints/best_{step:08d}").exists()
+    found = train(tiny, tmp_path, *one, ranks=1)
+    for key in ("weights_checksum", "validation", "test", "best_epoch"):
+        assert found[key] == expected[key]
+    rows = [read_lines(runs / "tiny/metrics.jsonl") for runs in (tmp_path, tmp_path / "calm")]
+    assert rows[0] == rows[1]
+
+
+def test_torchrun_starts_again_on_one_node(tmp_path: Path) -> None:
+    """A rank that is killed: the others end, all start again, and the run goes on from its last checkpoint."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    environment = os.environ | {"DCFT_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RANKS": "2"}
+    command = [str(ROOT / "launch/torchrun_local.sh"), "tiny.toml", *QUICK]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = tmp_path / "runs/tiny"
+    try:
+        wait_for_step(run, 3)
+        holder = (run / "lock").read_text()
+        os.kill(int(holder.split()[1]), signal.SIGKILL)
+        assert process.wait(120) == 0
+    finally:
+        process.kill()
+    starts = attempts(run)
+    assert len(starts) == 2 and int(starts[1]["at"].removeprefix("step ")) >= 2
+    assert (run / "summary.json").exists()
+
+
+def test_checkpoints_that_are_kept(tiny: Path, tmp_path: Path) -> None:
+    more = ("--checkpoint.keep_last", "3", "--checkpoint.keep_best", "2", "--train.epochs", "2")
+    train(tiny, tmp_path, *QUICK, *more, "--engine", "single", ranks=1)
+    names = sorted(folder.name for folder in (tmp_path / "tiny/checkpoints").iterdir())
+    assert [name for name in names if name.startswith("step")] == [f"step_{i:08d}" for i in (8, 9, 10)]
+    assert 1 <= len([name for name in names if name.startswith("best")]) <= 2
+
+
+def test_another_set_than_the_checkpoint_was_trained_with(tiny: Path, tmp_path: Path) -> None:
+    """The set's checksum is looked at before a run goes on."""
+    one = (*QUICK, "--engine", "single")
+    train(tiny, tmp_path, *one, "--selection.fraction", "0.2", "--name", "other", "--until", "select", ranks=1)
+    processes = start(tiny, tmp_path, *one, ranks=1)
+    wait_for_step(tmp_path / "tiny", 2)
+    processes[0].kill()
+    finish(processes)
+    (tmp_path / "tiny/fundamental.safetensors").write_bytes((tmp_path / "other/fundamental.safetensors").read_bytes())
+    code, errors = finish(start(tiny, tmp_path, *one, ranks=1))[0]
+    assert code == 2 and "fundamental.safetensors is not the set that" in errors
+
+
+def test_start_from_another_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, source = (*QUICK, "--engine", "single"), ("--start_from", str(tmp_path / "tiny"))
+    train(tiny, tmp_path, *one, "--until", "score", ranks=1)
+    assert not (tmp_path / "tiny/fundamental.safetensors").exists()
+    train(tiny, tmp_path, *one, *source, "--name", "b", "--selection.fraction", "0.2", "--until", "select", ranks=1)
+    seconds = json.loads((tmp_path / "b/progress.json").read_text())["seconds"]
+    assert (tmp_path / "b/fundamental.safetensors").exists() and seconds["score"] < 1.0
+    assert (tmp_path / "b/head.safetensors").read_bytes() == (tmp_path / "tiny/head.safetensors").read_bytes()
+    code, errors = finish(start(tiny, tmp_path, *one, *source, "--name", "c", "--seed", "1", ranks=1))[0]
+    assert code == 2 and "is no run of the same task, model and seed (seed was 0 and is 1)" in errors
+    assert main(["status", str(tmp_path / "b")]) == 0
+    assert "b: reached" in capsys.readouterr().out
+    assert main(["status", str(tmp_path / "nowhere")]) == 2

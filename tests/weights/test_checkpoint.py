@@ -1,0 +1,214 @@
+"""A checkpoint is independent of engine and number of ranks: training goes on elsewhere as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from dcft_dist import FundamentalSet, attach_penalty, load_weights, save_weights
+from dcft_dist.engines.find import torch_optimizer
+from dcft_dist.errors import CheckpointError
+from dcft_dist.weights.checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
+
+from ..nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part
+from ..prepared import ZERO, prepare
+from ..ranks import run_ranks
+
+BATCH, STEPS = 12, 3
+JOURNEYS = [
+    [("fsdp2", 4), ("ddp", 2), ("fsdp1-full-flat", 1), ("zero2", 3)],
+    [("zero3", 4), ("fsdp2-hybrid", 2), ("single", 1), ("fsdp1-gradop-orig", 3)],
+    [("fsdp2-shard1", 2), ("zero1", 4), ("zero3-offload", 3), ("fsdp2", 1)],
+    [("zero0", 2), ("zero2-offload", 4), ("fsdp1-none-flat", 2), ("zero3", 1)],
+]
+
+
+def leg(engine: str, number: int, folder: str, steps: int = STEPS) -> dict[str, Tensor]:
+    """Some steps from the checkpoint of the leg before, and a checkpoint for the next one."""
+    prepared = prepare(
+        make_net, engine, lambda p: make_optimizer("adamw_smooth", p), micro_batch=BATCH // dist.get_world_size()
+    )
+    optimizer: Any = torch_optimizer(prepared.optimizer)
+    if number:
+        before = Path(folder) / f"leg_{number - 1}"
+        assert read_state(before) == {"leg": number - 1}
+        load_checkpoint(before, prepared.model, optimizer)
+    chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
+    attach_penalty(prepared.model, chosen, 0.1, optimizer=prepared.optimizer)
+    for batch in make_batches(STEPS * 4, BATCH, torch.float32)[STEPS * number :][:steps]:
+        prepared.zero_grad(to_none=True)
+        prepared.backward(loss_fn(prepared.model, my_part(batch)), True)
+        prepared.step()
+    save_checkpoint(Path(folder) / f"leg_{number}", model_state(prepared.model, optimizer), {"leg": number})
+    return prepared.state()
+
+
+@pytest.mark.parametrize("journey", JOURNEYS, ids=lambda j: "-".join(f"{e}@{n}" for e, n in j))
+def test_training_goes_on_under_other_engines_and_ranks(journey: list[tuple[str, int]], tmp_path: Path) -> None:
+    net = make_net()
+    optimizer = make_optimizer("adamw_smooth", net.parameters())
+    held = net.blocks[0].up.weight
+    batches = make_batches(STEPS * 4, BATCH, torch.float32)
+    for number, (engine, ranks) in enumerate(journey):
+        for batch in batches[STEPS * number : STEPS * (number + 1)]:
+            optimizer.zero_grad()
+            loss_fn(net, batch).backward()
+            old = held.detach().clone()
+            optimizer.step()
+            held.data.copy_(old + 0.1 * (held.data - old))
+        for state in run_ranks(ranks, leg, engine, number, str(tmp_path)):
+            for name, weight in net.named_parameters():
+                if not name.startswith("unused"):  # an engine with flat buffers decays it
+                    assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, (engine, name)
+
+
+def resumed(engine: str, folder: str) -> list[str]:
+    """Names of the weights that differ in any bit between two legs and one of twice the length."""
+    leg(engine, 0, folder)
+    found, expected = leg(engine, 1, folder), leg(engine, 0, folder, 2 * STEPS)
+    return [name for name, weight in expected.items() if not torch.equal(found[name], weight)]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-shard1", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[:4]])
+def test_the_same_engine_goes_on_to_the_bit(engine: str, tmp_path: Path) -> None:
+    assert run_ranks(2, resumed, engine, str(tmp_path)) == [[], []]
+
+
+# -- DeepSpeed's own checkpoints -----------------------------------------------------------------------------------------
+
+
+def universal_leg(engine: str, number: int, folder: str) -> dict[str, Tensor]:
+    """Three steps under the fundamental set that lies beside DeepSpeed's own checkpoints."""
+    prepared = prepare(
+        make_net, engine, lambda p: make_optimizer("adamw_smooth", p), micro_batch=BATCH // dist.get_world_size(),
+        zero_options={"checkpoint": {"load_universal": bool(number)}},
+    )  # fmt: skip
+    file = Path(folder) / "fundamental.safetensors"
+    if number:
+        prepared.model.load_checkpoint(folder, tag="universal")
+    else:
+        masks = {"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}
+        FundamentalSet.from_masks(masks, head=HEAD).save(file)
+    attach_penalty(prepared.model, FundamentalSet.load(file), 0.1)
+    for batch in make_batches(2 * STEPS, BATCH, torch.float32)[STEPS * number :][:STEPS]:
+        prepared.backward(loss_fn(prepared.model, my_part(batch)), True)
+        prepared.step()
+    if not number:
+        prepared.model.save_checkpoint(folder, tag="last")
+    return prepared.state()
+
+
+@pytest.mark.parametrize(("engine", "ranks", "then"), [("zero2", 4, 2), ("zero3", 2, 3), ("zero1", 2, 1)])
+def test_the_set_travels_with_universal_checkpoints(engine: str, ranks: int, then: int, tmp_path: Path) -> None:
+    net = make_net()
+    optimizer, held = make_optimizer("adamw_smooth", net.parameters()), net.blocks[0].up.weight
+    for batch in make_batches(2 * STEPS, BATCH, torch.float32):
+        optimizer.zero_grad()
+        loss_fn(net, batch).backward()
+        old = held.detach().clone()
+        optimizer.step()
+        held.data.copy_(old + 0.1 * (held.data - old))
+    run_ranks(ranks, universal_leg, engine, 0, str(tmp_path))
+    convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    folders = ["--input_folder", str(tmp_path / "last"), "--output_folder", str(tmp_path / "universal")]
+    subprocess.run([*convert, *folders], check=True, capture_output=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    for state in run_ranks(then, universal_leg, engine, 1, str(tmp_path)):
+        for name, weight in net.named_parameters():
+            if not name.startswith("unused"):
+                assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, name
+
+
+# -- plain weights ------------------------------------------------------------------------------------------------------
+
+
+def export(engine: str, folder: str, limit: int) -> dict[str, Tensor]:
+    prepared = prepare(make_net, engine, lambda p: make_optimizer("sgd", p), micro_batch=BATCH // dist.get_world_size())
+    for batch in make_batches(2, BATCH, torch.float32):
+        prepared.zero_grad(to_none=True)
+        prepared.backward(loss_fn(prepared.model, my_part(batch)), True)
+        prepared.step()
+    save_weights(prepared.model, folder, max_file_bytes=limit)
+    return prepared.state()
+
+
+def import_(engine: str, folder: str) -> tuple[dict[str, Tensor], Tensor]:
+    def make() -> Any:
+        return make_net(seed=1)
+
+    prepared = prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=BATCH // dist.get_world_size())
+    load_weights(prepared.model, folder)
+    with torch.no_grad():
+        prepared.model.eval()
+        loss = loss_fn(prepared.model, make_batches(1, BATCH, torch.float32)[0])
+    return prepared.state(), loss
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "then", "limit"),
+    [
+        ("fsdp2", 4, ("zero3", 2), 10**9),
+        ("zero2", 3, ("fsdp1-full-flat", 2), 500),
+        ("fsdp1-hybrid-orig", 4, ("ddp", 2), 10**9),
+        ("fsdp2-shard1", 2, ("zero1", 2), 500),
+        ("zero3", 2, ("fsdp2-shard1", 2), 10**9),
+        ("ddp", 2, ("zero0", 3), 10**9),
+        ("single", 1, ("fsdp2-hybrid", 4), 10**9),
+    ],
+)
+def test_plain_weights_go_out_and_in(engine: str, ranks: int, then: tuple[str, int], limit: int, tmp_path: Path) -> None:
+    """What is written loads strictly into a plain module by plain means, and into another engine on other ranks."""
+    trained = run_ranks(ranks, export, engine, str(tmp_path), limit)[0]
+    assert (tmp_path / "model.safetensors.index.json").exists() == (limit == 500)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 1 if limit > 500 else len(files) > 3
+    plain = make_net(seed=2)
+    stored = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    plain.load_state_dict(stored, strict=True)
+    assert all(torch.equal(p.detach().view(-1), trained[n].view(-1)) for n, p in plain.named_parameters())
+    loss = loss_fn(plain.eval(), make_batches(1, BATCH, torch.float32)[0])
+    for state, found in run_ranks(then[1], import_, then[0], str(tmp_path)):
+        assert all(torch.equal(state[n].view(-1), trained[n].view(-1)) for n in trained), then
+        assert float(found) == pytest.approx(float(loss.detach()), abs=1e-6)
+
+
+def test_plain_weights_with_a_prefix_a_type_and_mistakes(tmp_path: Path) -> None:
+    net = make_net()
+    save_weights(net, tmp_path, prefix="blocks.0.", dtype=torch.bfloat16, max_file_bytes=100)
+    save_weights(net, tmp_path, prefix="blocks.0.", dtype=torch.bfloat16)  # one file: the earlier ones are taken away
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    stored = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(stored["up.weight"], net.blocks[0].up.weight.detach().bfloat16())
+    block = make_net(seed=1).blocks[0]
+    load_weights(block, tmp_path)
+    assert torch.equal(block.up.weight.detach(), stored["up.weight"].float())
+    before = full_state(other := make_net(seed=2))
+    load_weights(other, tmp_path, prefix="blocks.0.")  # of the rest nothing is asked, and it stays
+    after = full_state(other)
+    assert torch.equal(after["blocks.0.up.weight"], stored["up.weight"].float())
+    assert all(torch.equal(after[n], before[n]) for n in before if not n.startswith("blocks.0."))
+    with pytest.raises(CheckpointError, match=r"missing there: conv.weight.*; not in the model: down.weight"):
+        load_weights(net, tmp_path)
+    with pytest.raises(CheckpointError, match=r"not in the model: down.weight, norm.bias"):
+        load_weights(nn.Sequential(net.blocks[0].norm), tmp_path)
+    with pytest.raises(CheckpointError, match=r"down.weight is \(13, 11\) there and \(13, 4\) in the model"):
+        load_weights(make_net().blocks[1], tmp_path)
+    with pytest.raises(CheckpointError, match=r"no weight's name begins with 'body\."):
+        save_weights(net, tmp_path, prefix="body.")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(CheckpointError, match="was altered after it was written"):
+        load_weights(block, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(data[:-9])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_weights(block, tmp_path)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        load_weights(block, tmp_path / "nothing")

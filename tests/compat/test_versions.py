@@ -15,8 +15,7 @@ from torch import nn
 from dcft_dist.compat.pytorch import fsdp2_groups
 from dcft_dist.compat.versions import TESTED, USES, check_version
 
-from ..engines.cases import get, one_step
-from ..engines.test_engines import SIZE
+from ..engines.cases import SIZE, get, one_step
 from ..nets import loss_fn, make_batches, make_net, make_optimizer, my_part
 from ..prepared import prepare
 from ..ranks import run_ranks

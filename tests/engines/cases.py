@@ -13,7 +13,8 @@ from dcft_dist.method.scores import Scores
 
 from ..nets import loss_fn, make_net, make_optimizer
 from ..prepared import Prepared, prepare
-from .test_engines import SIZE
+
+NUM, SIZE = 4, 8  # batches, samples of each
 
 
 def whole_scores(scores: Scores) -> dict[str, Tensor]:

@@ -28,9 +28,7 @@ from dcft_dist.engines.wrap import prepare as wrap_for_training
 from ..nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
 from ..prepared import ENGINES, ZERO, prepare
 from ..ranks import run_ranks
-from .cases import get, one_step, whole_scores
-
-NUM, SIZE = 4, 8
+from .cases import NUM, SIZE, get, one_step, whole_scores
 
 
 def score(engine: str) -> dict[str, Tensor]:

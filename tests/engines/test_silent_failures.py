@@ -20,8 +20,7 @@ from dcft_dist.engines.find import find_engine
 from ..nets import HEAD, make_batches, make_net, make_optimizer, my_part
 from ..prepared import ZERO, prepare
 from ..ranks import run_ranks
-from .cases import get, one_step
-from .test_engines import SIZE
+from .cases import SIZE, get, one_step
 
 
 def silent_failures(engine: str) -> dict[str, str]:

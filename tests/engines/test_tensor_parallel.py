@@ -25,8 +25,7 @@ from dcft_dist.weights.checkpoint import load_checkpoint, model_state, save_chec
 
 from ..nets import HEAD, full, loss_fn, make_batches, make_optimizer
 from ..ranks import run_ranks
-from .cases import whole_scores
-from .test_engines import SIZE
+from .cases import SIZE, whole_scores
 
 # -- tensor parallelism, compiled blocks --------------------------------------------------------------------------------
 

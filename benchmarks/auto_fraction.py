@@ -1,8 +1,9 @@
-"""Which share `selection.fraction = "auto"` takes: three tasks and models, two criteria, three seeds. Two hours on one core.
+"""Which share of the weights `selection.fraction = "auto"` selects, for several tasks and models.
 
     python benchmarks/auto_fraction.py --folder runs/auto
 
-Training and validation data alone. Finished runs in the folder are read again. Packages of the tasks: docs/studies.md.
+Three tasks and three models, two criteria, three seeds. It takes two hours on one core. Only training and validation data
+are used. Runs that are already in the folder are not run again. docs/studies.md says which packages the tasks need.
 """
 
 from __future__ import annotations
@@ -31,31 +32,31 @@ HOW = ["--engine", "single", "--selection.fraction", "auto", "--until", "select"
 
 
 def curve(folder: Path, task: str, criterion: str, seed: int) -> list[dict[str, float]]:
-    """Validation losses of one run by share; its head is that of the first criterion."""
-    begin, words = task.replace(", ", "."), [*TASKS[task], *HOW]
-    name, first = f"{begin}.{criterion}.{seed}", folder / f"{begin}.taylor_squared.{seed}"
+    """The validation losses of one run at each share. Both criteria use the head of the `taylor_squared` run."""
+    prefix, words = task.replace(", ", "."), [*TASKS[task], *HOW]
+    name, first = f"{prefix}.{criterion}.{seed}", folder / f"{prefix}.taylor_squared.{seed}"
     file = folder / name / "fundamental.safetensors"
     if not file.exists():
         words += ["--runs_dir", str(folder), "--name", name, "--seed", str(seed), "--importance.criterion", criterion]
         words += ["--start_from", str(first)] if first.exists() and first.name != name else []
         subprocess.run([sys.executable, "-m", "dcft_dist.cli", "train", *words], check=True, stdout=subprocess.DEVNULL)
-    found: list[dict[str, float]] = FundamentalSet.load(file).info.extra["fraction_curve"]
-    return found
+    losses: list[dict[str, float]] = FundamentalSet.load(file).info.extra["fraction_curve"]
+    return losses
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/auto"))
-    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only those with this in their names (default: all)")
-    given = parser.parse_args()
-    folder, shown = given.folder, False
-    for task in (t for t in TASKS if not given.tasks or any(word in t for word in given.tasks)):
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--folder", type=Path, default=Path("runs/auto"))
+    arguments.add_argument("--tasks", nargs="+", metavar="NAME", help="only tasks whose name contains NAME (default: all)")
+    options = arguments.parse_args()
+    folder, has_header = options.folder, False
+    for task in (t for t in TASKS if not options.tasks or any(part in t for part in options.tasks)):
         for criterion in ("taylor_squared", "fisher"):
             curves = [curve(folder, task, criterion, seed) for seed in range(3)]
-            if not shown:
+            if not has_header:
                 columns = ["task", "criterion", "share taken, by seed", *(f"{row['fraction']:.1%}" for row in curves[0])]
                 print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
-                shown = True
+                has_header = True
             taken = ", ".join(f"{max(c, key=lambda row: row['gap'])['fraction']:.1%}" for c in curves)
             gaps = [f"{sum(c[i]['gap'] for c in curves) / len(curves):+.3f}" for i in range(len(curves[0]))]
             print("| " + " | ".join([task, criterion, taken, *gaps]) + " |", flush=True)

@@ -1,11 +1,11 @@
-"""How well each criterion ranks weights by what removing them, one by one, does to the loss.
+"""How well each criterion ranks weights, compared with the true rise of the loss when a single weight is removed.
 
     python benchmarks/criteria.py
 
-A small trained network (ten classes, inputs of 64 numbers around class means, 20 % of the labels wrong), in float64: every
-weight of the body is set to zero alone, and the rise of the training loss is the truth. Spearman's rank correlation with it,
-over all weights and over the tenth with the largest rises, and the share of the true top tenth found; means over seeds
-(standard deviation).
+The network is small, trained, and in float64: ten classes, inputs of 64 numbers around class means, 20 % of the labels
+wrong. Every weight of the body is set to zero alone; the rise of the training loss is its true importance. The table has
+Spearman's rank correlation with the true importance, over all weights and over the true top tenth, and the share of the true
+top tenth that the criterion selects. Numbers are means over seeds (standard deviation).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ CRITERIA = ("taylor", "taylor_squared", "removal", "fisher", "obs", "magnitude",
 
 
 def data(seed: int) -> tuple[Tensor, Tensor]:
+    """Inputs [512, 64] and labels [512], a fifth of them replaced by random ones."""
     g = torch.Generator().manual_seed(seed)
     means = torch.randn(10, 64, generator=g, dtype=torch.float64)
     y = torch.randint(0, 10, (512,), generator=g)
@@ -45,15 +46,16 @@ def trained(x: Tensor, y: Tensor, seed: int) -> nn.Module:
 
 @torch.no_grad()
 def rises(net: nn.Module, x: Tensor, y: Tensor, names: list[str]) -> np.ndarray[Any, Any]:
-    base, found = float(functional.cross_entropy(net(x), y)), []
+    """By how much the loss rises when a weight is set to zero: one number for each element of the named tensors."""
+    base, losses = float(functional.cross_entropy(net(x), y)), []
     for name in names:
         flat = net.get_parameter(name).view(-1)
         for i in range(len(flat)):
-            kept = float(flat[i])
+            weight = float(flat[i])
             flat[i] = 0.0
-            found.append(float(functional.cross_entropy(net(x), y)) - base)
-            flat[i] = kept
-    return np.array(found)
+            losses.append(float(functional.cross_entropy(net(x), y)) - base)
+            flat[i] = weight
+    return np.array(losses)
 
 
 def spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
@@ -62,12 +64,13 @@ def spearman(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
 
 
 def measure(seed: int) -> dict[str, tuple[float, float, float]]:
+    """For each criterion: correlation over all weights, correlation over the true top tenth, share of it selected."""
     x, y = data(seed)
     net = trained(x, y, seed)
     singles = [(x[i : i + 1], y[i : i + 1]) for i in range(512)]
-    found, truth, top = {}, np.zeros(0), np.zeros(0)
+    agreement, truth, top = {}, np.zeros(0), np.zeros(0)
     for criterion in CRITERIA:
-        batches = singles[:128] if criterion == "obs" else singles  # as many as the public code takes
+        batches = singles[:128] if criterion == "obs" else singles  # the number that the published code uses
         scores = score_importance(
             net, batches, lambda m, b: functional.cross_entropy(m(b[0]), b[1]), head="4", criterion=criterion, seed=seed
         )  # type: ignore[arg-type]
@@ -76,22 +79,22 @@ def measure(seed: int) -> dict[str, tuple[float, float, float]]:
             top = np.argsort(-truth)[: len(truth) // 10]
         values = torch.cat([scores.shards[n].values for n in scores.shapes]).double().numpy()
         hit = len(set(np.argsort(-values)[: len(top)]) & set(top)) / len(top)
-        found[criterion] = spearman(values, truth), spearman(values[top], truth[top]), hit
-    return found
+        agreement[criterion] = spearman(values, truth), spearman(values[top], truth[top]), hit
+    return agreement
 
 
 def main() -> None:
-    options = parser(__doc__ or "")
-    options.add_argument("--seeds", type=int, default=5)
-    given = options.parse_args()
-    results = [measure(seed) for seed in range(given.seeds)]
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--seeds", type=int, default=5)
+    options = arguments.parse_args()
+    results = [measure(seed) for seed in range(options.seeds)]
     rows = []
     for criterion in CRITERIA:
         values = np.array([r[criterion] for r in results])
         names = ("Spearman", "in the top tenth", "of the top tenth found")
         cells = (f"{v.mean():.3f} ({v.std(ddof=1):.3f})" for v in values.T)
         rows.append({"criterion": criterion} | dict(zip(names, cells, strict=True)))
-    show(rows, given.json, 1)
+    show(rows, options.json, 1)
 
 
 if __name__ == "__main__":

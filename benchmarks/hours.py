@@ -1,8 +1,9 @@
-"""What the kept studies took: cells, and hours of the processes that ran them, each head and its scores counted once.
+"""How many cells the kept studies ran, and how many process hours they took.
 
     python benchmarks/hours.py [docs/results/studies/X ...]
 
-A process had one core, or a share of one GPU; what else ran beside it is in its hours.
+Each head with its scores counts once. A process had one core, or a share of one GPU. Its hours are wall time, so other
+processes on the same machine made them longer.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ def main() -> None:
     for folder in folders:
         rows = [row for row in read_lines(folder / "cells.jsonl") if "summary" in row]
         numbers = [len(rows), 0, 0.0, 0.0]
-        prepared = set()
+        counted = set()
         for row in rows:
-            once = tuple(row.get("prepared_seconds", {}).items())
+            preparation = tuple(row.get("prepared_seconds", {}).items())
             hours = sum(row["summary"]["seconds"].values()) / 3600
-            hours += sum(seconds for _, seconds in once) / 3600 if once not in prepared else 0.0
-            prepared.add(once)
+            hours += sum(seconds for _, seconds in preparation) / 3600 if preparation not in counted else 0.0
+            counted.add(preparation)
             on_gpu = row["summary"]["device"] != "cpu"
             numbers = [a + b for a, b in zip(numbers, (0, on_gpu, hours, hours * on_gpu), strict=True)]
         totals = [a + b for a, b in zip(totals, numbers, strict=True)]

@@ -1,9 +1,10 @@
-"""TF-IDF and logistic regression on the ICD-10-CM chapter task: what no pre-trained model is needed for.
+"""A baseline without a pre-trained model for the ICD-10-CM chapter task: TF-IDF and logistic regression.
 
     pip install scikit-learn; python benchmarks/icd_baseline.py
 
-Word 1-2-grams and character 2-5-grams; the inverse regularisation C by validation accuracy. Also the same for other seeds of
-the split, validation and test: how much the difficulty depends on which categories are held out.
+The features are word 1-2-grams and character 2-5-grams. Validation accuracy chooses the inverse regularisation C. Further
+rows have other seeds of the split into training, validation and test data. They show how much the difficulty depends on
+which categories are held out.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dcft_dist.data.tasks import load_task
 
 
 def accuracies(split_seed: int) -> tuple[float, float]:
+    """Validation and test accuracy of the better C."""
     data = load_task(load_config("icd.toml", ["--task.split_seed", str(split_seed)]))
     features = make_union(
         TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),

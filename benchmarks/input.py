@@ -2,7 +2,7 @@
 
     python benchmarks/input.py
 
-Batches are cut from token lists in memory, in the training process: no workers, nothing to wait for but the cutting.
+The training process cuts its batches from token lists in memory. There are no data workers, so a step waits for this only.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from dcft_dist.models.build import build_model
 
 
 def main() -> None:
-    options = parser(__doc__ or "")
-    options.add_argument("--config", default="icd.toml")
-    given = options.parse_args()
-    config, device = load_config(given.config), torch.device("cpu")
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--config", default="icd.toml")
+    options = arguments.parse_args()
+    config, device = load_config(options.config), torch.device("cpu")
     task = load_task(config)
     pretrained = build_model(config, len(task.class_names))
     model, tokens = pretrained.module, pretrained.processor(task.train)
@@ -44,18 +44,18 @@ def main() -> None:
         waits.append(ready - begin)
         steps.append(time.perf_counter() - ready)
     wait, work = statistics.median(waits[1:]), statistics.median(steps[1:])
-    helps = []
+    help_times = []
     for _ in range(REPEATS):
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-m", "dcft_dist.cli", "--help"], capture_output=True, check=True)
-        helps.append(time.perf_counter() - begin)
+        help_times.append(time.perf_counter() - begin)
     show(
         [
-            {"input": f"{given.config}: batches of a step", "s": wait, "of a step": f"{100 * wait / work:.2f} %"},
+            {"input": f"{options.config}: batches of a step", "s": wait, "of a step": f"{100 * wait / work:.2f} %"},
             {"input": "forward, backward, optimizer", "s": work},
-            {"input": "dcft --help", "s": statistics.median(helps)},
+            {"input": "dcft --help", "s": statistics.median(help_times)},
         ],
-        given.json,
+        options.json,
     )
 
 

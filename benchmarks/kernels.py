@@ -1,10 +1,10 @@
-"""The two products of the penalty by Triton's kernels, by torch on unpacked bits, and by a dense mask, on one GPU.
+"""Times the two products of the penalty on one GPU: by Triton kernels, by torch on unpacked bits, and by a dense mask.
 
     python benchmarks/kernels.py --weights 500_000_000
 
-`scale`: gradient <- m * gradient, as at the gradient level; `shorten`: new <- old + m * (new - old), as at the update
-level. `GB/s`: bytes that have to move (float32 weights read and written, one bit each), over the time; `of a copy`: over
-what a plain copy of as many bytes takes.
+`scale`: gradient <- m * gradient, as at the gradient level. `shorten`: new <- old + m * (new - old), as at the update level.
+`GB/s`: bytes that have to move (float32 weights read and written, and one bit for each), divided by the time. `of a copy`:
+the time, divided by that of a plain copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dcft_dist.method.multipliers import Multipliers
 
 
 def main() -> None:
-    options = parser(__doc__ or "")
-    options.add_argument("--weights", type=int, default=500_000_000)
-    given = options.parse_args()
-    number, gpu = given.weights, torch.device("cuda")
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--weights", type=int, default=500_000_000)
+    options = arguments.parse_args()
+    number, gpu = options.weights, torch.device("cuda")
     octets = np.random.default_rng(0).integers(0, 256, -(-number // 8), dtype=np.uint8)
     ours = Multipliers({"w": octets}, gpu, 1.0, 1.0)
     ours.set_factor(0.1)
@@ -32,6 +32,8 @@ def main() -> None:
     old, new = (torch.randn(number, device=gpu) for _ in range(2))
 
     def unfused(call: Callable[[], Any]) -> Callable[[], Any]:
+        """The call without the Triton kernels."""
+
         def run() -> None:
             fused, multipliers._fused = multipliers._fused, lambda *_: False  # type: ignore[assignment]
             try:
@@ -51,14 +53,14 @@ def main() -> None:
         scaled = new.clone()
         scaled[mask] *= 0.1
 
-    read = number * (8 + 1 / 8)
+    moved = number * (8 + 1 / 8)  # bytes of one tensor read and written, and of the bits
     cases: list[tuple[str, float, Callable[[], Any]]] = [
         ("copy", 8.0 * number, lambda: new.copy_(old)),
-        ("scale, Triton", read, scale),
-        ("scale, torch", read, unfused(scale)),
-        ("scale, clone and boolean index", read, public_practice),
-        ("shorten, Triton", read + 4 * number, shorten),
-        ("shorten, torch", read + 4 * number, unfused(shorten)),
+        ("scale, Triton", moved, scale),
+        ("scale, torch", moved, unfused(scale)),
+        ("scale, clone and boolean index", moved, public_practice),
+        ("shorten, Triton", moved + 4 * number, shorten),
+        ("shorten, torch", moved + 4 * number, unfused(shorten)),
     ]
     rows: list[dict[str, Any]] = []
     for name, size, call in cases:
@@ -68,7 +70,7 @@ def main() -> None:
         rows.append({"product": name, "weights": number, "ms": 1e3 * s, "GB/s": size / s / 1e9, "extra MiB": extra / 2**20})
     for row, (_, size, _) in zip(rows, cases, strict=True):
         row["of a copy"] = row["ms"] / rows[0]["ms"] * cases[0][1] / size
-    show(rows, given.json)
+    show(rows, options.json)
 
 
 if __name__ == "__main__":

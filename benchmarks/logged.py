@@ -1,10 +1,10 @@
-"""Tables of a study of which only the log is left: accuracies without the predictions behind them.
+"""Tables of a study of which only the log exists. The log has accuracies, but not the predictions behind them.
 
     python benchmarks/logged.py docs/results/mri_seeds.log configs/studies/mri_seeds.toml
 
-Intervals are over seeds alone (`dcft_dist.bootstrap` with one group), so narrower than those of a study's own tables.
-`--without 13` leaves a seed out; `--beside docs/results/studies/mri_rates` compares the arms of a kept study with those of
-the log, on the seeds of both.
+Intervals are over seeds only (`dcft_dist.studies.bootstrap` with one group). They are therefore narrower than those of
+`dcft table`. `--without 13` leaves a seed out. `--beside docs/results/studies/mri_rates` compares the arms of a kept study
+with those of the log, on the seeds that both have.
 """
 
 from __future__ import annotations
@@ -26,61 +26,72 @@ LINE = re.compile(
 
 
 def over_seeds(values: list[float]) -> Estimate:
+    """The mean of one value for each seed, with its interval."""
     return estimate(np.array(values)[:, None], ["all"])
 
 
 def interval(e: Estimate, sign: str = "") -> str:
+    """Mean [interval] in percent. `sign`: `"+"` to print the sign of positive numbers."""
     return f"{100 * e.mean:{sign}.2f} [{100 * e.low:{sign}.2f}, {100 * e.high:{sign}.2f}]"
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("log", type=Path)
-    options.add_argument("study", type=Path)
-    options.add_argument("--without", type=int, nargs="+", default=[], metavar="SEED")
-    options.add_argument("--beside", type=Path, metavar="STUDY")
-    given = options.parse_args()
-    study, found = load_study(given.study), map(LINE.search, given.log.read_text().splitlines())
-    rows = [m for m in found if m and int(m["seed"]) not in given.without]
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("log", type=Path)
+    arguments.add_argument("study", type=Path)
+    arguments.add_argument("--without", type=int, nargs="+", default=[], metavar="SEED")
+    arguments.add_argument("--beside", type=Path, metavar="STUDY")
+    options = arguments.parse_args()
+    study, matches = load_study(options.study), map(LINE.search, options.log.read_text().splitlines())
+    rows = [match for match in matches if match and int(match["seed"]) not in options.without]
 
     print("Best validation accuracy, mean over development seeds; `<=`: of some seed that of the probe, before any epoch\n")
     print("| arm | values | seeds | validation accuracy |\n|---|---|---|---|")
-    tuned = [m for m in rows if m["phase"] == "tuning"]
-    for arm, values in sorted({(m["arm"], m["values"]) for m in tuned}):
-        cells = [m for m in tuned if (m["arm"], m["values"]) == (arm, values)]
-        mark = "<= " if any(m["epoch"] == "0" for m in cells) else ""
-        mean = np.mean([float(m["validation"]) for m in cells])
+    tuned = [row for row in rows if row["phase"] == "tuning"]
+    for arm, values in sorted({(row["arm"], row["values"]) for row in tuned}):
+        cells = [row for row in tuned if (row["arm"], row["values"]) == (arm, values)]
+        mark = "<= " if any(cell["epoch"] == "0" for cell in cells) else ""
+        mean = np.mean([float(cell["validation"]) for cell in cells])
         print(f"| {arm} | {values} | {len(cells)} | {mark}{100 * mean:.1f} |")
 
     print("\n| arm | chosen | seeds | test accuracy | on the seeds of all arms | validation accuracy |")
     print("|---|---|---|---|---|---|")
-    tested = {arm: {int(m["seed"]): m for m in rows if m["phase"] == "testing" and m["arm"] == arm} for arm in study.arms}
-    shared = set.intersection(*(set(cells) for cells in tested.values()))
-    for arm, cells in tested.items():
-        chosen = " / ".join(sorted({m["values"] or "" for m in cells.values()}))
-        test = interval(over_seeds([float(m["test"]) for m in cells.values()]))
-        validation = np.mean([float(m["validation"]) for m in cells.values()])
-        level = 100 * np.mean([float(cells[seed]["test"]) for seed in shared])
-        print(f"| {arm} | {chosen} | {len(cells)} | {test} | {level:.1f} | {100 * validation:.1f} |")
+    final = [row for row in rows if row["phase"] == "testing"]
+    tested = {arm: {int(row["seed"]): row for row in final if row["arm"] == arm} for arm in study.arms}
+    shared_seeds = set.intersection(*(set(by_seed) for by_seed in tested.values()))
+    for arm, by_seed in tested.items():
+        chosen = " / ".join(sorted({cell["values"] or "" for cell in by_seed.values()}))
+        test = interval(over_seeds([float(cell["test"]) for cell in by_seed.values()]))
+        validation = np.mean([float(cell["validation"]) for cell in by_seed.values()])
+        on_shared = 100 * np.mean([float(by_seed[seed]["test"]) for seed in shared_seeds])
+        print(f"| {arm} | {chosen} | {len(by_seed)} | {test} | {on_shared:.1f} | {100 * validation:.1f} |")
 
     print("\n| contrast | points | seeds | above 0 |\n|---|---|---|---|")
     for contrast in study.contrasts:
-        one, other = tested[contrast.arm], tested[contrast.minus]
-        both = sorted(one.keys() & other.keys())
-        e = over_seeds([float(one[s]["test"]) - float(other[s]["test"]) for s in both])
-        print(f"| {contrast.arm} minus {contrast.minus} | {interval(e, '+')} | {e.num_seeds} | {contrast_verdict(e)} |")
-    if given.beside:
-        beside(given.beside, {arm: {s: float(m["test"]) for s, m in cells.items()} for arm, cells in tested.items()})
+        arm_cells, minus_cells = tested[contrast.arm], tested[contrast.minus]
+        both = sorted(arm_cells.keys() & minus_cells.keys())
+        difference = over_seeds([float(arm_cells[s]["test"]) - float(minus_cells[s]["test"]) for s in both])
+        points, verdict = interval(difference, "+"), contrast_verdict(difference)
+        print(f"| {contrast.arm} minus {contrast.minus} | {points} | {difference.num_seeds} | {verdict} |")
+    if options.beside:
+        logged = {arm: {s: float(cell["test"]) for s, cell in by_seed.items()} for arm, by_seed in tested.items()}
+        beside(options.beside, logged)
 
 
 def beside(folder: Path, logged: dict[str, dict[int, float]]) -> None:
+    """Prints the differences between each arm of a kept study and each arm of the log.
+
+    Args:
+        folder: of the kept study.
+        logged: arm -> seed -> test accuracy in the log.
+    """
     print(f"\n| {folder.name} minus the log | points | seeds |\n|---|---|---|")
     for arm in results(folder)[1][0].arms:
-        here = {seed: float(right.mean()) for seed, right in arm.correct.items()}
-        for other, there in logged.items():
-            if both := sorted(here.keys() & there.keys()):
-                e = over_seeds([here[s] - there[s] for s in both])
-                print(f"| {arm.arm} minus {other} | {interval(e, '+')} | {e.num_seeds} |")
+        accuracies = {seed: float(correct.mean()) for seed, correct in arm.correct.items()}
+        for logged_arm, logged_accuracies in logged.items():
+            if both := sorted(accuracies.keys() & logged_accuracies.keys()):
+                difference = over_seeds([accuracies[s] - logged_accuracies[s] for s in both])
+                print(f"| {arm.arm} minus {logged_arm} | {interval(difference, '+')} | {difference.num_seeds} |")
 
 
 if __name__ == "__main__":

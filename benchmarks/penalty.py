@@ -1,10 +1,11 @@
-"""What the penalty adds to a training step of a transformer encoder, in one process, side by side.
+"""How much time the penalty adds to a training step of a transformer encoder, in one process.
 
     python benchmarks/penalty.py --layers 9 --width 512 --samples 16 --length 256
 
-Arms take turns, step by step, each with a model and an AdamW of its own. `public practice`: a hook on each gradient that
-clones it and multiplies `gradient[mask]` for a mask of booleans. `mask bytes a weight`: what an arm keeps, over the eligible
-weights. A step's cost grows with the samples and the penalty's does not, so the share depends on them.
+The arms take turns, step by step; each has a separate model and AdamW. `public practice`: a hook on each gradient clones it
+and multiplies `gradient[mask]` for a mask of booleans. `mask bytes a weight`: bytes that an arm stores, divided by the
+eligible weights. The cost of a step grows with the number of samples, but that of the penalty does not. The percentage
+therefore depends on the number of samples.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ ARMS = {
 
 
 class Net(nn.Module):
+    """A transformer encoder with ten outputs."""
+
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
@@ -44,15 +47,19 @@ class Net(nn.Module):
 
 
 def eligible(model: nn.Module) -> dict[str, Tensor]:
+    """The weight matrices of the model without those of its head, by name."""
     return {n: p for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("head")}
 
 
 def mask_of(weight: Tensor, seed: int) -> Tensor:
-    g = torch.Generator().manual_seed(seed)
-    return torch.rand(weight.shape, generator=g) < FRACTION
+    """A random mask of booleans in the shape of the weight; a tenth of it is True."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(weight.shape, generator=generator) < FRACTION
 
 
 def multiply_where(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """A gradient hook that multiplies the gradient by the factor where the mask is True."""
+
     def hook(gradient: Tensor) -> Tensor:
         scaled = gradient.clone()
         scaled[mask] *= FACTOR
@@ -62,7 +69,7 @@ def multiply_where(mask: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 class Arm:
-    """A model in training, with or without a penalty."""
+    """A model in training, with or without a penalty. `name`: a key of `ARMS`."""
 
     def __init__(self, name: str, layers: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -81,6 +88,7 @@ class Arm:
             self.mask_bytes = self.penalty.mask_bytes
 
     def step(self, x: Tensor, y: Tensor) -> None:
+        """One training step; its time goes into `seconds`."""
         begin = self._now()
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             loss = functional.cross_entropy(self.model(x).float(), y)
@@ -96,21 +104,21 @@ class Arm:
 
 
 def main() -> None:
-    options = parser(__doc__ or "")
-    options.add_argument("--layers", type=int, default=9)
-    options.add_argument("--width", type=int, default=512)
-    options.add_argument("--samples", type=int, default=16)
-    options.add_argument("--length", type=int, default=256)
-    options.add_argument("--threads", type=int, default=2)
-    given = options.parse_args()
-    torch.set_num_threads(given.threads)
-    logging.disable(logging.WARNING)  # AdamW cancels the gradient penalty: here only its cost counts
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--layers", type=int, default=9)
+    arguments.add_argument("--width", type=int, default=512)
+    arguments.add_argument("--samples", type=int, default=16)
+    arguments.add_argument("--length", type=int, default=256)
+    arguments.add_argument("--threads", type=int, default=2)
+    options = arguments.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.disable(logging.WARNING)  # no warning that AdamW cancels the gradient penalty: only the cost counts here
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    arms = {name: Arm(name, given.layers, given.width, device, dtype) for name in ARMS}
-    x = torch.randn(given.samples, given.length, given.width, device=device)
-    y = torch.randint(0, 10, (given.samples,), device=device)
-    for _ in range(1 + 2 * REPEATS):  # the first is to warm up
+    arms = {name: Arm(name, options.layers, options.width, device, dtype) for name in ARMS}
+    x = torch.randn(options.samples, options.length, options.width, device=device)
+    y = torch.randint(0, 10, (options.samples,), device=device)
+    for _ in range(1 + 2 * REPEATS):  # the first step is to warm up
         for arm in arms.values():
             arm.step(x, y)
     number = sum(p.numel() for p in eligible(arms["plain"].model).values())
@@ -122,14 +130,14 @@ def main() -> None:
             {
                 "penalty": name,
                 "eligible weights": number,
-                "tokens": given.samples * given.length,
+                "tokens": options.samples * options.length,
                 "s a step": statistics.median(arm.seconds[1:]),
                 "added %": 100 * extra / statistics.median(plain),
                 "added ns a weight": 1e9 * extra / number,
                 "mask bytes a weight": arm.mask_bytes / number,
             }
         )
-    show(rows, given.json, 2 * REPEATS)
+    show(rows, options.json, 2 * REPEATS)
 
 
 if __name__ == "__main__":

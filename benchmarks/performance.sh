@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes docs/results/performance.md again: about half an hour on an idle machine with two cores and 16 GiB. With `gpu`,
-# docs/results/gpu.md: three minutes on one GPU.
+# Measures again and writes docs/results/performance.md: about half an hour on an idle machine with two cores and 16 GiB.
+# With the argument `gpu`, it writes docs/results/gpu.md: three minutes on one GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -30,7 +30,7 @@ page=docs/results/$name.md
     cat "benchmarks/$name.md"
     for line in "${lines[@]}"; do
         printf '\n## \x60%s\x60\n\n' "$line"
-        # shellcheck disable=SC2086 # words
+        # shellcheck disable=SC2086 # a line is several words
         "$python" benchmarks/${line}
     done
 } > "$page.new"

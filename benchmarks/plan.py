@@ -1,10 +1,11 @@
-"""What foundation models need on up to 1,024 GPUs, foretold by `dcft plan` without any.
+"""How much memory foundation models need on up to 1,024 GPUs, forecast by `dcft plan`, which needs no GPU.
 
-    python benchmarks/plan.py > docs/results/plan.md    (about half an hour; or the names of some models)
+    python benchmarks/plan.py > docs/results/plan.md    (about half an hour; arguments: names of models, default all)
 
-GiB on each rank, FSDP2, bfloat16, AdamW, one sample (224 x 224 pixels, or 512 tokens) a rank. `update` and `before`: the
-peak of a step with the penalty there, `+%` over the plain step; `scoring`: the peak of a score batch; `mask`: the set's
-bits, in MiB. `before` is left out for 70 billion weights, whose bits the planning process would really hold.
+Numbers are GiB on each rank, with FSDP2, bfloat16, AdamW, and one sample (224 x 224 pixels, or 512 tokens) on each rank.
+`plain`: the peak of a step without a penalty. `update` and `before`: the peak of a step with the penalty at the update level
+and before the reduction; `+%`: over the plain step. `scoring`: the peak of a score batch. `mask`: the bits of the set, in
+MiB. `before` is left out for 70 billion weights, because the planning process would need real memory for their bits.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import Any
 
 import torch
 
-MODELS = {"vit_large": 1, "vit_huge": 1, "vit_giant": 1, "decoder_7b": 1, "decoder_70b": 64}  # and the fewest ranks to show
+MODELS = {"vit_large": 1, "vit_huge": 1, "vit_giant": 1, "decoder_7b": 1, "decoder_70b": 64}  # name -> fewest ranks to show
 RANKS = (1, 8, 64, 512, 1024)
 
 
 def planned(model: str, ranks: int, level: str) -> dict[str, Any]:
+    """The numbers that `dcft plan --json` prints; sizes are bytes."""
     command = [sys.executable, "-m", "dcft_dist.cli", "plan", "--model", model, "--ranks", str(ranks), "--level", level]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+    process = subprocess.run([*command, "--json"], capture_output=True, text=True, check=True)
+    return json.loads(process.stdout)  # type: ignore[no-any-return]
 
 
 def main() -> None:
@@ -39,12 +41,12 @@ def main() -> None:
             update = planned(model, ranks, "update")
             before = planned(model, ranks, "gradient") if fewest == 1 else None
             cells = [model, ranks, f"{update['plain_peak'] / 2**30:.2f}"]
-            for found in (update, before):
-                if found is None:
+            for forecast in (update, before):
+                if forecast is None:
                     cells += ["", "", ""]
                     continue
-                share = 100 * (found["dcft_peak"] / found["plain_peak"] - 1)
-                cells += [f"{found['dcft_peak'] / 2**30:.2f}", f"{share:+.1f}", f"{found['bits'] / 2**20:,.1f}"]
+                added = 100 * (forecast["dcft_peak"] / forecast["plain_peak"] - 1)
+                cells += [f"{forecast['dcft_peak'] / 2**30:.2f}", f"{added:+.1f}", f"{forecast['bits'] / 2**20:,.1f}"]
             cells += [f"{update['score_peak'] / 2**30:.2f}", "yes" if update["fits"] else "no"]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     print(f"\n{datetime.date.today()}, torch {torch.__version__}, on a CPU; beside what an H100 needed: [gpu.md](gpu.md).")

@@ -1,9 +1,10 @@
-"""What scoring costs over plain forwards and backwards of the same batches, on the same engine and ranks.
+"""How much scoring costs, compared with plain forward and backward passes of the same batches on the same engine and ranks.
 
     python benchmarks/scoring.py --ranks 2
 
-`times plain`: seconds of a score batch over seconds of a plain forward, backward and clearing of gradients. `extra bytes`:
-what scoring keeps at its peak beyond what the plain passes do, over (eligible weights / ranks); the scores themselves are 4.
+`times plain`: seconds of a score batch, divided by the seconds of forward, backward and clearing of gradients. `extra
+bytes`: the peak of scoring minus the peak of the plain passes, divided by (eligible weights / ranks). The scores themselves
+take 4 bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def loss_fn(model: nn.Module, item: Item) -> Tensor:
 
 
 def wrapped(engine: str, layers: int, width: int) -> nn.Module:
+    """The model under an engine: `"ddp"`, `"fsdp2"`; any other name leaves it plain."""
     torch.manual_seed(0)
     model: nn.Module = Net(layers, width)
     if engine == "ddp":
@@ -41,6 +43,7 @@ def wrapped(engine: str, layers: int, width: int) -> nn.Module:
 
 
 def case(engine: str, batches: int, samples: int, length: int, layers: int, width: int) -> dict[str, float]:
+    """The measured columns of one engine, on this rank."""
     model = wrapped(engine, layers, width).eval()
     torch.manual_seed(dist.get_rank())
     items = [(torch.randn(samples, length, width), torch.randint(0, 10, (samples,))) for _ in range(batches)]
@@ -60,22 +63,22 @@ def case(engine: str, batches: int, samples: int, length: int, layers: int, widt
 
 
 def main() -> None:
-    options = parser(__doc__ or "")
-    options.add_argument("--ranks", type=int, default=2)
-    options.add_argument("--batches", type=int, default=4)
-    options.add_argument("--samples", type=int, default=8, help="of each rank")
-    options.add_argument("--length", type=int, default=128)
-    options.add_argument("--layers", type=int, default=6)
-    options.add_argument("--width", type=int, default=512)
-    given = options.parse_args()
-    sizes = (given.batches, given.samples, given.length, given.layers, given.width)
-    number = sum(p.numel() for p in eligible(Net(given.layers, given.width)).values())
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--ranks", type=int, default=2)
+    arguments.add_argument("--batches", type=int, default=4)
+    arguments.add_argument("--samples", type=int, default=8, help="samples in a batch of each rank")
+    arguments.add_argument("--length", type=int, default=128)
+    arguments.add_argument("--layers", type=int, default=6)
+    arguments.add_argument("--width", type=int, default=512)
+    options = arguments.parse_args()
+    sizes = (options.batches, options.samples, options.length, options.layers, options.width)
+    number = sum(p.numel() for p in eligible(Net(options.layers, options.width)).values())
     rows: list[dict[str, Any]] = []
     for engine in ("ddp", "fsdp2"):
-        found = on_ranks(given.ranks, case, engine, *sizes)
-        worst = {key: max(f[key] for f in found) for key in found[0]}
-        rows.append({"scoring": f"{engine}, {given.ranks} ranks", "eligible weights": number, **worst})
-    show(rows, given.json)
+        by_rank = on_ranks(options.ranks, case, engine, *sizes)
+        worst = {key: max(measured[key] for measured in by_rank) for key in by_rank[0]}
+        rows.append({"scoring": f"{engine}, {options.ranks} ranks", "eligible weights": number, **worst})
+    show(rows, options.json)
 
 
 if __name__ == "__main__":

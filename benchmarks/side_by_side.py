@@ -1,4 +1,4 @@
-"""What the benchmarks share: ranks, medians, peak memory, and how results are printed."""
+"""Helpers for the benchmarks: starting ranks, median times, peak memory, and printing results."""
 
 from __future__ import annotations
 
@@ -23,23 +23,30 @@ REPEATS = 5
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--json", action="store_true", help="one JSON line a case instead of a table")
-    return found
+    """An argument parser with `--json` that prints the script's docstring as help."""
+    arguments = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--json", action="store_true", help="print one JSON line for each case instead of a table")
+    return arguments
 
 
 def machine() -> str:
-    """Processor, number of cores, versions, date."""
+    """Date, GPU if any, processor, number of cores, versions of torch and Python."""
     cpu = platform.machine()
     info = Path("/proc/cpuinfo")
     names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    where = f"{gpu}{names[0] if names else cpu} ({len(names)} cores)"
-    return f"{datetime.date.today()}, {where}, torch {torch.__version__}, Python {platform.python_version()}"
+    hardware = f"{gpu}{names[0] if names else cpu} ({len(names)} cores)"
+    return f"{datetime.date.today()}, {hardware}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def show(rows: list[dict[str, Any]], as_json: bool, repeats: int = REPEATS) -> None:
-    """Prints the cases: as JSON lines with the machine in each, or as a Markdown table with it below."""
+    """Prints the results.
+
+    Args:
+        rows: one for each case, from column name to value.
+        as_json: print JSON lines, each with the machine, instead of a Markdown table with the machine below it.
+        repeats: how many measurements the numbers are medians of, for the line below the table.
+    """
     if as_json:
         for row in rows:
             print(json.dumps({**row, "machine": machine()}))
@@ -56,13 +63,13 @@ def _text(value: Any) -> str:
 
 
 def seconds(call: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Median wall time of a call that all ranks make together, after one call to warm up."""
+    """Median wall time in seconds of a call that all ranks make together, after one call to warm up."""
     call()
     return statistics.median(once(call) for _ in range(repeats))
 
 
 def once(call: Callable[[], Any]) -> float:
-    """Wall time of one call, from when all ranks are ready until the last has ended."""
+    """Wall time in seconds of one call, from when all ranks are ready until the last rank has finished."""
     _meet()
     begin = time.perf_counter()
     call()
@@ -78,8 +85,8 @@ def _meet() -> None:
 
 
 def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
-    """The call's result, and by how much the resident memory of this process rose above where it was (Linux)."""
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory goes back: what the call then takes shows
+    """The call's result, and by how many bytes the resident memory of this process rose during it, at most (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back to the system, so that the call cannot reuse it unseen
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     result = call()
@@ -87,7 +94,7 @@ def peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
 
 
 def gpu_peak_bytes(call: Callable[[], Any]) -> tuple[Any, int]:
-    """The call's result, and by how much what is allocated on the GPU rose above where it was."""
+    """The call's result, and by how many bytes the memory allocated on the GPU rose during it, at most."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -102,7 +109,11 @@ def _status(key: str) -> int:
 
 
 def on_ranks(ranks: int, body: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `body(*args)` returns on each of several gloo ranks with one thread each."""
+    """Calls `body(*args)` on several gloo ranks with one thread each.
+
+    Returns:
+        What each rank returned, in the order of the ranks. The values must be ones that `torch.load` reads as weights only.
+    """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,13 +1,18 @@
-"""A run of each kind of task on real data, beside a baseline without a neural network. Ten minutes a kind on two cores.
+"""One run for each kind of task on real data, compared with a baseline without a neural network.
 
     pip install scikit-learn; python benchmarks/tasks.py image segmentation language
 
-`image`: region of the brain from an MRI patch, DINOv2 ViT-S (configs/mri.toml); logistic regression on 16 x 16 pixels.
-`segmentation`: grey and white matter of the MNI152 brain in a slab held out, with a gap to the others; a small U-Net of
-MONAI that begins from random weights, since none come with a package; a normal distribution of intensities for each tissue.
-`language`: description of an ICD-10-CM code from its chapter, whole categories held out; a small decoder that begins from
-random weights; a bigram model, smoothed, its constant chosen on validation data.
-Test data are used once by each. Text classification, with its baseline, is in docs/results/icd.md.
+Each kind takes ten minutes on two cores. Each model and each baseline uses the test data once.
+
+`image`: the region of the brain from an MRI patch. Model: DINOv2 ViT-S (configs/mri.toml). Baseline: logistic regression on
+16 x 16 pixels.
+`segmentation`: grey and white matter of the MNI152 brain in a held-out slab, with a gap to the other slabs. Model: a small
+U-Net of MONAI from random weights, since no package has pre-trained ones. Baseline: a normal distribution of intensities for
+each tissue.
+`language`: the description of an ICD-10-CM code from its chapter, with whole categories held out. Model: a small decoder
+from random weights. Baseline: a smoothed bigram model, whose constant validation data choose.
+
+Text classification and its baseline are in docs/results/icd.md.
 """
 
 from __future__ import annotations
@@ -35,9 +40,16 @@ Row = tuple[str, str, str, float, float]  # task, method, metric, validation, te
 
 
 def trained(folder: Path, name: str, config: str, *words: str) -> dict[str, Any]:
-    """The summary of a run in one process."""
-    place = ["--runs_dir", str(folder), "--name", name, "--engine", "single", "--removal.fractions", "[]"]
-    command = [sys.executable, "-m", "dcft_dist.cli", "train", config, *words, *place, "--test_resamples", "0"]
+    """Trains in one process and returns the summary of the run.
+
+    Args:
+        folder: of the runs.
+        name: of the run.
+        config: a configuration file.
+        words: further configuration keys, as on the command line.
+    """
+    common = ["--runs_dir", str(folder), "--name", name, "--engine", "single", "--removal.fractions", "[]"]
+    command = [sys.executable, "-m", "dcft_dist.cli", "train", config, *words, *common, "--test_resamples", "0"]
     subprocess.run(command, check=True, stdout=sys.stderr)
     summary: dict[str, Any] = json.loads((folder / name / "summary.json").read_text())
     return summary
@@ -51,6 +63,7 @@ def rows_of(task: str, method: str, summary: dict[str, Any], *metrics: str) -> l
 
 
 def image(folder: Path) -> list[Row]:
+    """The rows of the table for the image task."""
     task = "MRI region (8 classes)"
     rows = []
     for method in ("linear_probe", "dcft"):
@@ -59,6 +72,7 @@ def image(folder: Path) -> list[Row]:
 
 
 def _pixels() -> tuple[float, float]:
+    """Validation and test accuracy of logistic regression on patches averaged to 16 x 16 pixels."""
     from sklearn.linear_model import LogisticRegression
 
     data = load_task(load_config("mri.toml"))
@@ -72,13 +86,13 @@ def _pixels() -> tuple[float, float]:
 
 # -- segmentation --------------------------------------------------------------------------------------------------------
 
-# First and last slice (mm above the lowest) of the slabs; 4 mm between those of different splits.
+# First slice and the one after the last of each slab, in mm above the lowest. Slabs of different splits are 4 mm apart.
 SLABS = {"train": [(36, 60), (80, 104), (120, 132)], "val": [(64, 76)], "test": [(108, 116)]}
 TISSUES = ("none", "grey", "white")
 
 
 def _brain() -> tuple[Any, Any, Any]:
-    """T1, tissue (0 none, 1 grey, 2 white) and affine of MNI152 in 1 mm."""
+    """T1 image, tissue (0 none, 1 grey, 2 white) and affine of MNI152 at 1 mm resolution."""
     import nibabel
 
     names = {key: f"mni_icbm152_{key}_tal_nlin_sym_09a_converted.nii.gz" for key in ("t1", "gm", "wm")}
@@ -88,12 +102,13 @@ def _brain() -> tuple[Any, Any, Any]:
 
 
 def segmentation(folder: Path) -> list[Row]:
+    """The rows of the table for the segmentation task."""
     import nibabel
 
     t1, tissue, affine = _brain()
     lines = ["image,mask,split,slab"]
-    for split, places in SLABS.items():
-        for low, high in places:
+    for split, slabs in SLABS.items():
+        for low, high in slabs:
             for name, values in (("image", t1.astype(np.float32)), ("mask", tissue.astype(np.uint8))):
                 nibabel.save(nibabel.Nifti1Image(values[..., low:high], affine), folder / f"{name}{low}.nii.gz")
             lines.append(f"image{low}.nii.gz,mask{low}.nii.gz,{split},slab{low}")
@@ -138,25 +153,29 @@ evaluation_batch = 1
 """)
     task, metrics = "tissue of MNI152", ("dice_grey", "dice_white", "dice")
     rows = rows_of(task, "U-Net from random weights", trained(folder, "unet", str(folder / "unet.toml")), *metrics)
-    found = [_by_intensity(t1, tissue, split) for split in ("val", "test")]
-    return [*rows, *((task, "intensity alone", m, found[0][m], found[1][m]) for m in metrics)]
+    validation, test = (_by_intensity(t1, tissue, split) for split in ("val", "test"))
+    return [*rows, *((task, "intensity alone", m, validation[m], test[m]) for m in metrics)]
 
 
 def _by_intensity(t1: Any, tissue: Any, split: str) -> dict[str, float]:
-    """Dice of the most probable tissue by a normal distribution of intensities each, fitted to the training slabs."""
+    """Dice of the most probable tissue, from one normal distribution of intensities for each tissue.
 
-    def slabs(name: str) -> tuple[Any, Any]:
-        parts = [slice(*place) for place in SLABS[name]]
-        return tuple(np.concatenate([v[..., p] for p in parts], -1).ravel() for v in (t1, tissue))  # type: ignore[return-value]
+    The distributions are fitted to the training slabs.
+    """
 
-    values, labels = slabs("train")
-    chance = []
-    test, truth = slabs(split)
+    def voxels(name: str) -> tuple[Any, Any]:
+        """Intensities and tissues of a split."""
+        slices = [slice(*slab) for slab in SLABS[name]]
+        return tuple(np.concatenate([v[..., p] for p in slices], -1).ravel() for v in (t1, tissue))  # type: ignore[return-value]
+
+    values, labels = voxels("train")
+    log_probabilities = []
+    test, truth = voxels(split)
     for c in range(len(TISSUES)):
-        mine = values[labels == c]
-        chance.append(np.log(len(mine)) - np.log(mine.std()) - (test - mine.mean()) ** 2 / (2 * mine.var()))
-    said = np.argmax(chance, 0)
-    dice = {f"dice_{t}": 2 * np.mean((said == c) & (truth == c)) / (np.mean(said == c) + np.mean(truth == c))
+        own = values[labels == c]
+        log_probabilities.append(np.log(len(own)) - np.log(own.std()) - (test - own.mean()) ** 2 / (2 * own.var()))
+    predicted = np.argmax(log_probabilities, 0)
+    dice = {f"dice_{t}": 2 * np.mean((predicted == c) & (truth == c)) / (np.mean(predicted == c) + np.mean(truth == c))
             for c, t in enumerate(TISSUES) if c}  # fmt: skip
     return {**dice, "dice": float(np.mean(list(dice.values())))}
 
@@ -165,6 +184,7 @@ def _by_intensity(t1: Any, tissue: Any, split: str) -> dict[str, float]:
 
 
 def language(folder: Path) -> list[Row]:
+    """The rows of the table for the language task."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -178,16 +198,16 @@ def language(folder: Path) -> list[Row]:
     raw = Tokenizer(models.WordLevel(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    words = trainers.WordLevelTrainer(vocab_size=3000, special_tokens=special)
-    raw.train_from_iterator([*data.train.inputs, *data.class_names], words)
+    trainer = trainers.WordLevelTrainer(vocab_size=3000, special_tokens=special)
+    raw.train_from_iterator([*data.train.inputs, *data.class_names], trainer)
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **names)
     tokenizer.save_pretrained(folder / "decoder")
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(vocab_size=raw.get_vocab_size(), **shape)).save_pretrained(folder / "decoder")
-    own = ["--method", "full", "--optimizer.lr", "1e-3", "--train.epochs", "6", "--train.global_batch", "32"]
-    own += [
+    overrides = ["--method", "full", "--optimizer.lr", "1e-3", "--train.epochs", "6", "--train.global_batch", "32"]
+    overrides += [
         "--train.micro_batch",
         "32",
         "--train.precision",
@@ -197,17 +217,21 @@ def language(folder: Path) -> list[Row]:
         "--task.max_tokens",
         "96",
     ]
-    own += ["--data.path", "", "--data.input", "chapter", "--data.label", "text", "--model.weights", str(folder / "decoder")]
-    own += [w for name in splits for w in (f"--data.{name}", str(folder / f"{name}.jsonl"))]
-    summary = trained(folder, "decoder_run", "instructions_7b.toml", *own)
+    overrides += ["--data.path", "", "--data.input", "chapter", "--data.label", "text"]
+    overrides += ["--model.weights", str(folder / "decoder")]
+    overrides += [word for name in splits for word in (f"--data.{name}", str(folder / f"{name}.jsonl"))]
+    summary = trained(folder, "decoder_run", "instructions_7b.toml", *overrides)
     task = "ICD description from chapter"
     ids = {name: [[*tokenizer(t)["input_ids"], 2] for t in part.inputs] for name, part in splits.items()}
-    rows_ = rows_of(task, "decoder from random weights", summary, "perplexity", "token_accuracy")
-    return [*rows_, (task, "bigrams", "perplexity", *_bigrams(ids, raw.get_vocab_size()))]
+    decoder = rows_of(task, "decoder from random weights", summary, "perplexity", "token_accuracy")
+    return [*decoder, (task, "bigrams", "perplexity", *_bigrams(ids, raw.get_vocab_size()))]
 
 
 def _bigrams(ids: dict[str, list[list[int]]], words: int) -> tuple[float, float]:
-    """Perplexity of bigrams that fall back on single words: (count + k p(word)) / (count of the first + k)."""
+    """Validation and test perplexity of bigrams that fall back on single words.
+
+    The probability is (count + k p(word)) / (count of the first word + k); validation data choose k.
+    """
     single = Counter(w for text in ids["train"] for w in text)
     pairs = Counter(p for text in ids["train"] for p in zip([1, *text], text, strict=False))
     firsts = Counter(first for text in ids["train"] for first in [1, *text][:-1])
@@ -229,14 +253,14 @@ KINDS: dict[str, Callable[[Path], list[Row]]] = {"image": image, "segmentation":
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("kinds", nargs="+", choices=KINDS)
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("kinds", nargs="+", choices=KINDS)
     rows: list[Row] = []
-    for kind in options.parse_args().kinds:
+    for kind in arguments.parse_args().kinds:
         with tempfile.TemporaryDirectory() as folder:
-            began = datetime.datetime.now()
+            start = datetime.datetime.now()
             rows += KINDS[kind](Path(folder))
-            print(f"{kind}: {(datetime.datetime.now() - began).seconds} s", file=sys.stderr)
+            print(f"{kind}: {(datetime.datetime.now() - start).seconds} s", file=sys.stderr)
     print("| task | method | metric | validation | test |\n|---|---|---|---|---|")
     for task, method, metric, validation, test in rows:
         print(f"| {task} | {method} | {metric} | {validation:.3f} | {test:.3f} |")

@@ -1,4 +1,4 @@
-"""Divide-and-conquer fine-tuning (DCFT) for sharded training: score, select, penalise.
+"""Divide-and-conquer fine-tuning (DCFT) for sharded training: score the weights, select a set, penalise its updates.
 
 scores = score_importance(model, batches, loss_fn, head="classifier")
 fundamental = select_fundamental(scores, fraction=0.10)
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports late: `dcft --help` and checks before a job need no torch."""
+    """Imports public names at first use, so that `dcft --help` and checks before a job need no torch."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,4 +1,4 @@
-"""The console script `dcft`."""
+"""The command line `dcft`: one function for each command."""
 
 from __future__ import annotations
 
@@ -16,22 +16,30 @@ from .config.toml import find_config, load_config
 from .errors import DcftError, RunError, WorldError
 from .runs.status import AGAIN, run_verdict, status
 
-Commands = Any  # what argparse's `add_subparsers` returns; its class is private
+Commands = Any  # the return type of argparse's `add_subparsers`; its class is private
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; bad input is one line on standard error and exit code 2."""
+    """Runs a command.
+
+    Args:
+        arguments: words of the command line without the program; None: those of this process.
+
+    Returns:
+        The exit code: 0 for success, 2 for bad input, 1 for a temporary failure or a negative result, 75 for "start again".
+        An error prints one line to standard error.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("train", "check", "inspect", "evaluate", "predict", "status", "submit", "plan"):
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         return int(_COMMANDS[options.command](options, rest) or 0)
-    except BrokenPipeError:  # whoever reads has read enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except DcftError as error:
-        # Every rank raises; one line is enough unless only this rank knows what happened.
+        # Every rank raises the error. Rank 0 prints it, and so does a rank that alone knows of it.
         rank = os.environ.get("RANK", "0")
         if rank == "0" or isinstance(error, WorldError) or error.alone:
             where = f"rank {rank}: " if error.alone and not str(error).startswith("rank ") else ""
@@ -53,103 +61,109 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run(commands: Commands) -> None:
     train = commands.add_parser(
-        "train", help="run a configuration, or go on with it", epilog="any key: --optimizer.lr 1e-4 --name my_run"
+        "train", help="run a configuration, or continue its run", epilog="any key: --optimizer.lr 1e-4 --name my_run"
     )
-    train.add_argument("config", help="a TOML file, or the name of one that is shipped (icd.toml)")
-    check = commands.add_parser("check", help="check a configuration and that its data and weights are installed")
+    train.add_argument("config", help="a TOML file, or the name of a shipped one (icd.toml)")
+    check = commands.add_parser("check", help="check a configuration, and whether its data and weights are installed")
     check.add_argument("config")
     check.add_argument("--ranks", type=int, default=1, help="number of ranks that will run it")
-    check.add_argument("--data", action="store_true", help="build the model too, and read every input once")
+    check.add_argument("--data", action="store_true", help="also build the model, and read every input once")
     inspect = commands.add_parser("inspect", help="show what a configuration does to each weight of its model")
     inspect.add_argument("config")
 
 
 def _add_use(commands: Commands) -> None:
     for name, text in (
-        ("evaluate", "metrics of a finished run's model on other data, with intervals"),
-        ("predict", "what a finished run's model says of other data, as CSV"),
+        ("evaluate", "evaluate a finished run's model on other data: metrics with confidence intervals"),
+        ("predict", "predictions of a finished run's model for other data, as CSV"),
     ):
         use = commands.add_parser(name, help=text, epilog="the data: --data.path new.csv, and any other key of [data]")
         use.add_argument("run", type=Path)
         use.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
         if name == "predict":
             use.add_argument(
-                "--masks", type=Path, metavar="FOLDER", help="segmentation: where a NIfTI file for each image goes"
+                "--masks", type=Path, metavar="FOLDER", help="segmentation: write a NIfTI file for each image to this folder"
             )
-            use.add_argument("--tokens", type=int, help="causal_lm: length of an answer, at most (default: 128)")
-    delta = commands.add_parser("delta", help="write what fine-tuning changed as one file, or put it on the weights again")
-    delta.add_argument("run", type=Path, help="directory of a finished run (to apply: its config.toml and summary.json do)")
+            use.add_argument("--tokens", type=int, help="causal_lm: maximum number of tokens in an answer (default: 128)")
+    delta = commands.add_parser("delta", help="write the changes of fine-tuning to one file, or apply such a file")
+    delta.add_argument(
+        "run", type=Path, help="directory of a finished run (with --apply its config.toml and summary.json are enough)"
+    )
     delta.add_argument("file", type=Path)
-    delta.add_argument("--apply", type=Path, metavar="FOLDER", help="write the adapted model there, from the file")
+    delta.add_argument(
+        "--apply", type=Path, metavar="FOLDER", help="apply the file, and write the fine-tuned model to this folder"
+    )
 
 
 def _add_compare(commands: Commands) -> None:
-    report = commands.add_parser("report", help="make report.html of a run again, or of a study")
+    report = commands.add_parser("report", help="write report.html of a run or of a study again")
     report.add_argument("run", type=Path)
-    report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG there")
+    report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG to this folder")
     table = commands.add_parser("table", help="compare finished runs, or the arms of a study")
     table.add_argument("runs", type=Path, nargs="+", help="directories of runs, or the folder of one study")
-    table.add_argument("--format", choices=("md", "csv", "tex"), default="md", help="of a study's table")
-    table.add_argument("--pack", type=Path, metavar="DIR", help="also copy the study with all its results there, to be kept")
-    table.add_argument("--removal", action="store_true", help="the removal check of each run instead")
-    compare = commands.add_parser(
-        "compare", help="carry out a study (STUDY.toml), or what is left of it: arms x seeds x settings"
-    )
+    table.add_argument("--format", choices=("md", "csv", "tex"), default="md", help="format of a study's table")
+    table.add_argument("--pack", type=Path, metavar="DIR", help="also copy the study with all its results to this folder")
+    table.add_argument("--removal", action="store_true", help="show the removal check of each run instead")
+    compare = commands.add_parser("compare", help="run a study (STUDY.toml), or the rest of it: arms x seeds x settings")
     compare.add_argument("study", type=Path)
-    compare.add_argument("--folder", type=Path, help="where its results go (default: runs/<name of the file>)")
-    compare.add_argument("--workers", type=int, default=1, help="processes on this machine")
-    compare.add_argument("--share", metavar="I/N", help="only the I-th of N shares: an array task")
-    compare.add_argument("--wait", type=float, default=86400.0, metavar="S", help="seconds to wait for the other shares")
-    compare.add_argument("--again", type=float, metavar="PART", help="run that part of the finished cells again and compare")
+    compare.add_argument("--folder", type=Path, help="folder for the results (default: runs/<name of the file>)")
+    compare.add_argument("--workers", type=int, default=1, help="number of processes on this machine")
+    compare.add_argument("--share", metavar="I/N", help="run only the I-th of N shares (for array jobs)")
+    compare.add_argument("--wait", type=float, default=86400.0, metavar="S", help="seconds to wait for other shares")
+    compare.add_argument(
+        "--again", type=float, metavar="PART", help="run this fraction of the finished cells again, and compare"
+    )
 
 
 def _add_cluster(commands: Commands) -> None:
-    status = commands.add_parser("status", help="where a run stands: step, time left, starts, last checkpoint, last failure")
-    status.add_argument("run", help="a run's directory, or its configuration (any key after it, as for train)")
+    status = commands.add_parser("status", help="status of a run: step, time left, starts, last checkpoint, last failure")
+    status.add_argument("run", help="a run's directory, or its configuration (then any key, as for train)")
     status.add_argument(
         "--verdict",
         action="store_true",
-        help=f"for batch scripts: exit code 0 finished, {AGAIN} start it again, 1 failed",
+        help=f"for batch scripts: exit code 0 finished, {AGAIN} start again, 1 failed",
     )
     submit = commands.add_parser(
         "submit",
         help="send a run to a cluster",
-        epilog="any key, as for train. Site settings: a TOML file that DCFT_SITE names (docs/clusters.md)",
+        epilog="any key, as for train. Site settings: DCFT_SITE names a TOML file (docs/clusters.md)",
         allow_abbrev=False,
     )
     submit.add_argument("config")
     submit.add_argument("--nodes", type=int, default=1)
     submit.add_argument("--gpus-per-node", type=int, default=0)
-    submit.add_argument("--ranks-per-node", type=int, help="default: a rank for each GPU, or two")
+    submit.add_argument("--ranks-per-node", type=int, help="default: a rank for each GPU, or two without GPUs")
     submit.add_argument("--cpus-per-task", type=int, help="CPU cores of a node")
     submit.add_argument("--time", help="time limit, such as 24:00:00")
     submit.add_argument("--with", dest="way", choices=("slurm", "submitit", "torchrun"), default="slurm")
-    submit.add_argument("--smoke", action="store_true", help="20 steps, then seconds a step, hours and end of the whole run")
-    submit.add_argument("--dry-run", action="store_true", help="print what would be submitted")
+    submit.add_argument("--smoke", action="store_true", help="run 20 steps, then estimate hours and end of the whole run")
+    submit.add_argument("--dry-run", action="store_true", help="print the sbatch file instead of submitting it")
 
 
 def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser(
-        "plan", help="what a model would need on each of N GPUs: memory by kind, bytes sent", allow_abbrev=False
+        "plan", help="forecast what a model needs on each of N GPUs: memory by kind, bytes sent", allow_abbrev=False
     )
     plan.add_argument("--model", required=True, help="vit_large, vit_huge, vit_giant, decoder_1b, decoder_7b, decoder_70b, "
-                      "a folder with a transformers config.json, or a configuration and words for it")  # fmt: skip
+                      "a folder with a transformers config.json, or a configuration file (then any key)")  # fmt: skip
     plan.add_argument("--ranks", type=int, default=8)
     plan.add_argument("--gpus-per-node", type=int, default=8)
     plan.add_argument("--engine", choices=("fsdp2", "zero3"))
-    plan.add_argument("--replicas", type=int, help="groups of ranks that each hold all shards (hybrid sharding)")
+    plan.add_argument(
+        "--replicas", type=int, help="number of groups of ranks, each with a full copy of the weights (hybrid sharding)"
+    )
     plan.add_argument("--micro-batch", type=int)
-    plan.add_argument("--length", type=int, help="tokens of a sample of text (512)")
+    plan.add_argument("--length", type=int, help="tokens in a sample of text (default: 512)")
     plan.add_argument("--level", choices=("update", "gradient"))
     plan.add_argument("--where", choices=("before", "after"))
     plan.add_argument("--fp32", dest="bf16", action="store_false", default=None, help="compute in float32, not bfloat16")
-    plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of one GPU")
+    plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of one GPU in GiB")
     plan.add_argument("--json", action="store_true")
 
 
 def _add_generated(commands: Commands) -> None:
-    commands.add_parser("config-reference", help="print docs/configuration.md")
-    files = commands.add_parser("slurm-files", help="write the files of slurm/ again")
+    commands.add_parser("config-reference", help="print the reference of all configuration keys (docs/configuration.md)")
+    files = commands.add_parser("slurm-files", help="write the sbatch files of slurm/ again")
     files.add_argument("folder", type=Path)
 
 
@@ -170,9 +184,9 @@ def _status(options: argparse.Namespace, rest: list[str]) -> int:
     if not options.verdict:
         print(status(folder.path))
         return 0
-    found, why = run_verdict(folder.path, folder.reached(), config.max_attempts, config.until)
-    print(f"{folder.path}: {found}: {why}", flush=True)
-    return {"finished": 0, "again": AGAIN, "failed": 1}[found]
+    verdict, reason = run_verdict(folder.path, folder.reached(), config.max_attempts, config.until)
+    print(f"{folder.path}: {verdict}: {reason}", flush=True)
+    return {"finished": 0, "again": AGAIN, "failed": 1}[verdict]
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
@@ -281,12 +295,12 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     if options.workers > 1 and not options.share and options.again is None:
         from .studies.study import load_study
 
-        load_study(options.study)  # one message for what is wrong, not one a process
+        load_study(options.study)  # an error prints one message, not one for each process
         words = ["compare", str(options.study), "--folder", str(folder), "--wait", str(options.wait), "--share"]
-        begin = [sys.executable, "-m", "dcft_dist.cli", *words]
+        command = [sys.executable, "-m", "dcft_dist.cli", *words]
         from .studies.runner import in_parallel
 
-        return in_parallel(lambda share: subprocess.Popen([*begin, share]), options.workers)
+        return in_parallel(lambda share: subprocess.Popen([*command, share]), options.workers)
     import torch
 
     from .distributed.world import joined_world
@@ -294,14 +308,14 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
     share = CellShare.parse(options.share or "1/1")
     quiet()
-    if "OMP_NUM_THREADS" not in os.environ:  # else torch has read it
-        torch.set_num_threads(1)  # the last digits depend on it, and are not to depend on --workers
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise torch has already read it
+        torch.set_num_threads(1)  # the last digits depend on it; they must not depend on --workers
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with joined_world(3600.0) as world:
         if options.again is not None:
             different = again(options.study, folder, world, options.again)
-            print("\n".join(different) or "every cell came out the same, to the last digit")
+            print("\n".join(different) or "every cell has the same results, to the last digit")
             return int(bool(different))
         compare(options.study, folder, world, share, options.wait)
     return 0
@@ -322,8 +336,8 @@ def _submit(options: argparse.Namespace, rest: list[str]) -> None:
         sys.stdout.write(render(job, site))
         return
     check_cluster(job, site)
-    found = submit_submitit(job, site, folder).job_id if options.way == "submitit" else None
-    print(f"job {found or submit_sbatch(job, site, folder)}; where it stands: dcft status {folder}")
+    job_id = submit_submitit(job, site, folder).job_id if options.way == "submitit" else None
+    print(f"job {job_id or submit_sbatch(job, site, folder)}; status: dcft status {folder}")
 
 
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
@@ -332,9 +346,9 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     from .planning.memory import forecast, table
     from .planning.planned_models import request_of
 
-    given = {key: value for key, value in vars(options).items() if key not in ("command", "json")}
-    found = forecast(request_of(given.pop("model"), rest, **given))
-    print(json.dumps(found.to_json()) if options.json else table(found))
+    fields = {key: value for key, value in vars(options).items() if key not in ("command", "json")}
+    result = forecast(request_of(fields.pop("model"), rest, **fields))
+    print(json.dumps(result.to_json()) if options.json else table(result))
 
 
 def _slurm_files(options: argparse.Namespace, rest: list[str]) -> None:
@@ -371,9 +385,10 @@ _COMMANDS = {
 
 
 def entry() -> None:
-    """The process's end, at once: after an error the threads of a process group cannot be joined, and after a success
-    gloo's threads abort the process if they still have tensors to free while the interpreter shuts down (pytorch issue
-    190489).
+    """Runs `main` as console script, and ends the process at once by `os._exit`.
+
+    After an error the threads of a process group cannot be joined. After a success gloo's threads abort the process if they
+    still have tensors to free while the interpreter shuts down (pytorch issue 190489).
     """
     code = main()
     logging.shutdown()

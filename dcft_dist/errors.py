@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each message says what was wrong, where, and what would be right."""
+"""The errors that users see. Each message says what is wrong, where, and what would be right."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from collections.abc import Iterable
 
 
 class DcftError(Exception):
-    """Base of every error raised on purpose by this package."""
+    """Base of all errors that this package raises deliberately.
 
-    exit_code = 2  # bad input: running again unchanged cannot help
-    alone = False  # True: the other ranks do not know of it
+    Attributes:
+        exit_code: exit code of `dcft`. 2: bad input, another run without changes fails again.
+        alone: True: only this rank knows of the error. False: every rank raises it.
+    """
+
+    exit_code = 2
+    alone = False
 
 
 class ConfigError(DcftError):
@@ -18,7 +23,7 @@ class ConfigError(DcftError):
 
 
 class EngineError(DcftError):
-    """The model is not prepared in a way this package supports."""
+    """The model is wrapped or sharded in a way that this package does not support."""
 
 
 class PatternError(DcftError):
@@ -26,11 +31,11 @@ class PatternError(DcftError):
 
 
 class ScoreError(DcftError):
-    """Importance scores cannot be computed, or are not usable."""
+    """Importance scores cannot be computed, or cannot be used."""
 
 
 class SelectionError(DcftError):
-    """The requested fraction, floor or cap cannot be met."""
+    """No set fulfils the requested fraction, floor and cap."""
 
 
 class FundamentalSetError(DcftError):
@@ -38,7 +43,7 @@ class FundamentalSetError(DcftError):
 
 
 class PenaltyError(DcftError):
-    """The penalty cannot be attached, or was not in force when it should have been."""
+    """The penalty cannot be attached, or did not act on a step as it should."""
 
 
 class DataError(DcftError):
@@ -54,45 +59,66 @@ class DivergedError(DcftError):
 
 
 class RunError(DcftError):
-    """A run directory cannot be used: held by another job, without a run, or getting nowhere."""
+    """A run directory cannot be used: another job writes to it, it has no run, or its starts make no progress."""
 
 
 class PassingError(DcftError):
-    """A fault of the moment, of a file system or of another rank: running again may help."""
+    """A temporary failure, of a file system or of another rank: another start may succeed."""
 
     exit_code = 1
 
 
 class UnfinishedError(PassingError):
-    """Other shares of a study have not done theirs: start this one again when they have."""
+    """Other shares of a study are not finished: start this share again when they are."""
 
-    exit_code = 75  # EX_TEMPFAIL, as `dcft status --verdict` where a run should be started again
+    exit_code = 75  # EX_TEMPFAIL, as `dcft status --verdict` returns for a run to start again
 
 
 class WorldError(PassingError):
-    """Ranks did not meet in a collective; the message names who is missing."""
+    """Ranks did not meet in a collective. The message names the missing ranks."""
 
 
 def alone(error: DcftError) -> DcftError:
-    """Marks an error that this rank has, and the others do not know of."""
+    """Marks an error as known to this rank only, and returns it."""
     error.alone = True
     return error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest of `known`, or an empty string."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """Suggests the most similar of the known words, for an error message.
+
+    Args:
+        word: the unknown word.
+        known: words that would be right.
+
+    Returns:
+        `" (did you mean 'x'?)"`, or an empty string if no known word is similar.
+    """
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 def line_of(error: BaseException, which: int = 0) -> str:
-    """The first line of a message (`which`: another), or the kind of error that has none."""
+    """One line of an error's message.
+
+    Args:
+        error: the error.
+        which: index of the line; 0 is the first, -1 the last.
+
+    Returns:
+        The line, or the name of the error's class if the message is empty.
+    """
     lines: list[str] = str(error).strip().splitlines()
     return lines[which] if lines else type(error).__name__
 
 
 def listing(names: Iterable[str], limit: int = 8) -> str:
-    """Names for an error message, the tail of a long list counted instead of printed."""
+    """Lists names for an error message: `a, b, c and 5 more`.
+
+    Args:
+        names: names to list.
+        limit: maximum number of names to print.
+    """
     items = list(names)
     shown = ", ".join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

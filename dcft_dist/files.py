@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never half of it."""
+"""Reads and writes files. A written file is always complete: a crash leaves the old version, never half of the new one."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ from typing import Any
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a temporary file beside `path`, syncs it to disk, and renames it over `path`."""
+    """Replaces a file in one step: writes a temporary file beside it, syncs it to disk, and renames it.
+
+    Args:
+        path: the file; its folder is created if it does not exist.
+        content: a text, stored as UTF-8, or bytes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")  # processes of other nodes too
+    # The name is unique among processes, also those of other nodes.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with temporary.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
@@ -26,15 +32,24 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
+    """Replaces a file by `data` as indented JSON, in one step."""
     write_atomic(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
     return json.loads(path.read_text())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line; what a killed process or a full disk left unfinished is skipped."""
+    """Reads a file with one JSON object on each line.
+
+    Args:
+        path: the file; need not exist.
+
+    Returns:
+        The objects. Lines that a killed process or a full disk left incomplete are skipped.
+    """
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -45,7 +60,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table_of(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Columns of equal length as CSV."""
+    """Formats columns as CSV.
+
+    Args:
+        columns: header -> values; all columns have the same length.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
@@ -54,21 +73,28 @@ def table_of(columns: Mapping[str, Sequence[Any]]) -> str:
 
 
 def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class TensorFile:
-    """Writes a safetensors file tensor by tensor, in the order given; it has its final name only once it is whole.
+    """Writes a safetensors file tensor by tensor. The file gets its final name when it is complete.
 
-    `sha256` in its metadata is that of `seed` and all tensors' bytes. The first error is kept and raised by `close`, so
-    that one rank may write while others bring the tensors.
+    The metadata key `sha256` is the checksum of `seed` and the bytes of all tensors. `write` stores an error of the disk,
+    and `close` raises it. The rank that writes can therefore still take part in the collectives that bring the tensors.
     """
 
     def __init__(
         self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str], seed: bytes = b""
     ) -> None:
-        """`tensors`: name -> (dtype as safetensors spells it, shape, number of bytes)."""
+        """
+        Args:
+            path: the file; its folder is created if it does not exist.
+            tensors: name -> (data type as safetensors spells it, shape, number of bytes), in the order of the writes.
+            metadata: further metadata of the file.
+            seed: bytes that the checksum starts with.
+        """
         self._path, self._tensors, self._metadata = path, tensors, metadata
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._digest = hashlib.sha256(seed)
@@ -78,7 +104,12 @@ class TensorFile:
         self.write(self._header("0" * 64), counted=False)
 
     def write(self, data: bytes, counted: bool = True) -> None:
-        """The next bytes of the tensors."""
+        """Appends bytes.
+
+        Args:
+            data: the next bytes of the tensors.
+            counted: True: include them in the checksum.
+        """
         if counted:
             self._digest.update(data)
         try:
@@ -88,9 +119,10 @@ class TensorFile:
             self._failed = error
 
     def close(self) -> None:
-        """
+        """Writes the checksum and gives the file its final name.
+
         Raises:
-            OSError: something could not be written.
+            OSError: this or an earlier write failed. The final file is then unchanged.
         """
         if self._failed is not None:
             self._temporary.unlink(missing_ok=True)
@@ -103,7 +135,7 @@ class TensorFile:
         self._temporary.replace(self._path)
 
     def _header(self, checksum: str) -> bytes:
-        """Its length does not depend on the checksum's value, so it can be rewritten in place."""
+        """The header of the file. Its length is the same for every checksum, so it can be replaced in place."""
         entries: dict[str, Any] = {"__metadata__": {**self._metadata, "sha256": checksum}}
         offset = 0
         for name, (dtype, shape, size) in self._tensors.items():
@@ -115,14 +147,21 @@ class TensorFile:
 
 
 def is_altered(path: Path) -> bool:
-    """Whether a file that `TensorFile` wrote (without seed) has other bytes now; a file without checksum is not.
+    """Whether the tensors of a file differ from the checksum that `TensorFile` stored (without `seed`).
+
+    Args:
+        path: a safetensors file.
+
+    Returns:
+        True if they differ; False if they are equal, or the file has no checksum.
 
     Raises:
-        OSError, ValueError: it cannot be read.
+        OSError: the file cannot be read.
+        ValueError: the file is not a safetensors file.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:  # of some other kind of file, and maybe more than the memory
+        if length > path.stat().st_size:  # another kind of file; its "length" may exceed the memory
             raise ValueError("no header")
         checksum = json.loads(file.read(length)).get("__metadata__", {}).get("sha256")
         return checksum is not None and hashlib.file_digest(file, "sha256").hexdigest() != checksum

@@ -1,4 +1,4 @@
-"""Old name of `dcft_dist.integrations.transformers`."""
+"""Former name of `dcft_dist.integrations.transformers`."""
 
 from .integrations.transformers import DCFTCallback
 

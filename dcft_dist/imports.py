@@ -1,4 +1,4 @@
-"""Objects by import path, from installed packages and from folders that the user names."""
+"""Finds objects by import path, in installed packages and in folders that the user names."""
 
 from __future__ import annotations
 
@@ -12,48 +12,54 @@ from .errors import ConfigError, did_you_mean
 
 
 def find_object(path: str, roots: Sequence[str], what: str) -> Any:
-    """What `package.module.name` is; `package.module:name` is the same.
+    """Imports the object that an import path names.
 
     Args:
+        path: `package.module.name` or `package.module:name`.
         roots: folders that are searched before the installed packages.
-        what: the key of the configuration, for errors.
+        what: the key of the configuration, for error messages.
 
     Raises:
-        ConfigError: there is no such module or name, a root is no folder, or the module fails while it is imported.
+        ConfigError: the module or the name does not exist, a root is not a folder, or the module fails during its import.
     """
     for root in reversed(roots):
         if not Path(root).is_dir():
-            raise ConfigError(f"import_roots: {root} is no folder")
-        if (place := str(Path(root).resolve())) not in sys.path:
-            sys.path.insert(0, place)
+            raise ConfigError(f"import_roots: {root} is not a folder")
+        if (folder := str(Path(root).resolve())) not in sys.path:
+            sys.path.insert(0, folder)
     parts = path.replace(":", ".").split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-        raise ConfigError(f"{what}: {path!r} is no import path, such as timm.create_model")
+        raise ConfigError(f"{what}: {path!r} is not an import path such as timm.create_model")
     for cut in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:cut])
         try:
-            found: Any = importlib.import_module(name)
+            target: Any = importlib.import_module(name)
         except ModuleNotFoundError as error:
             if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-                continue  # no such module: maybe its last part is a name in the one above
+                continue  # no such module: its last part may be a name in the module above
             raise ConfigError(f"{what}: {name} needs the package {error.name}, which is not installed") from error
         except Exception as error:
-            raise ConfigError(f"{what}: {name} fails while it is imported: {type(error).__name__}: {error}") from error
+            raise ConfigError(f"{what}: {name} fails during its import: {type(error).__name__}: {error}") from error
         for part in parts[cut:]:
-            if not hasattr(found, part):
-                raise ConfigError(f"{what}: {name} has no {part}{did_you_mean(part, dir(found))}")
-            found, name = getattr(found, part), f"{name}.{part}"
-        return found
-    raise ConfigError(f"{what}: there is no module {parts[0]}: install it, or name its folder in import_roots")
+            if not hasattr(target, part):
+                raise ConfigError(f"{what}: {name} has no {part}{did_you_mean(part, dir(target))}")
+            target, name = getattr(target, part), f"{name}.{part}"
+        return target
+    raise ConfigError(f"{what}: no module {parts[0]}: install it, or add its folder to import_roots")
 
 
 def find_function(path: str, roots: Sequence[str], what: str) -> Any:
-    """As `find_object`, for something that can be called.
+    """Imports the function, class or other callable that an import path names.
+
+    Args:
+        path: `package.module.name` or `package.module:name`.
+        roots: folders that are searched before the installed packages.
+        what: the key of the configuration, for error messages.
 
     Raises:
-        ConfigError: see `find_object`; or the object cannot be called.
+        ConfigError: as for `find_object`, or the object cannot be called.
     """
     function = find_object(path, roots, what)
     if not callable(function):
-        raise ConfigError(f"{what}: {path} is no function")
+        raise ConfigError(f"{what}: {path} is not a function")
     return function

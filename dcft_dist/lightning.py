@@ -1,4 +1,4 @@
-"""Old name of `dcft_dist.integrations.lightning`."""
+"""Former name of `dcft_dist.integrations.lightning`."""
 
 from .integrations.lightning import DCFTCallback
 

@@ -1,4 +1,4 @@
-"""Old name of `dcft_dist.cluster.node_check`: sbatch files written before the move start it."""
+"""Former name of `dcft_dist.cluster.node_check`, kept for sbatch files from older versions."""
 
 from __future__ import annotations
 

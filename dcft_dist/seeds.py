@@ -1,4 +1,4 @@
-"""Seeds that are a function of words, and blocks in which every generator starts from one."""
+"""Seeds derived from words, and functions that seed random generators."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import torch
 
 
 def seed_of(*words: object, bits: int = 32) -> int:
-    """A seed of `bits` bits (at most 64) that is a function of the words: the first bits of their SHA-256."""
+    """Derives a seed from words: the first bits of the SHA-256 of the words, joined by colons.
+
+    Args:
+        words: any objects; their `str` counts.
+        bits: number of bits of the seed, at most 64.
+    """
     digest = hashlib.sha256(":".join(map(str, words)).encode()).digest()
     num_bytes = -(-bits // 8)
     return int.from_bytes(digest[:num_bytes], "little") >> (8 * num_bytes - bits)
@@ -20,7 +25,11 @@ def seed_of(*words: object, bits: int = 32) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """A block in which Python's, numpy's and torch's generators start from the seed; it leaves them as it found them."""
+    """Seeds the generators of Python, numpy and torch (CPU) for a block, and restores their states at its end.
+
+    Args:
+        seed: seed of all three generators.
+    """
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -34,10 +43,12 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def seed_step(seed: int, step: int, micro_batch: int) -> None:
-    """Seeds torch for one micro-batch, so that dropout is a function of the step and no generator's state is saved.
+    """Seeds torch for one micro-batch. Dropout then depends only on the step, and checkpoints need no generator states.
 
     Args:
-        micro_batch: index of the step's micro-batch, counted over all ranks. With micro-batches of equal size the numbers
-            then do not depend on the number of ranks.
+        seed: seed of the run.
+        step: index of the optimizer step.
+        micro_batch: index of the micro-batch within the step, counted over all ranks. With micro-batches of equal size,
+            dropout then does not depend on the number of ranks.
     """
     torch.manual_seed(seed_of(seed, step, 0, micro_batch, bits=63))

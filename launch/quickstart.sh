@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The main job: adapts MiniLM to ICD-10-CM chapters by DCFT, and compares it with a linear probe.
-#   --compare    also full fine-tuning, a random set, and SGD with the gradient hook (about three times as long)
-#   --use-env    keep the active environment and its torch instead of making .venv (as on a cluster)
-#   --runs DIR   where the runs go (default: runs)
+# The main job: fine-tunes MiniLM on ICD-10-CM chapters with DCFT, and compares it with a linear probe.
+#   --compare    also run full fine-tuning, a random set, and SGD with the gradient hook (takes about three times as long)
+#   --use-env    use the active environment and its torch instead of installing .venv (as on a cluster)
+#   --runs DIR   directory for the runs (default: runs)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 compare='' use_env='' runs=$root/runs

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One run on this machine: a rank for each GPU, or two gloo ranks. A rank that dies is started again, from the last checkpoint.
+# One run on this machine: one rank per GPU, or two gloo ranks. If a rank dies, all ranks restart from the last checkpoint.
 #   launch/torchrun_local.sh CONFIG [--key value ...]      RANKS=4 sets the number of ranks
 set -euo pipefail
 [ $# -gt 0 ] || { sed -n '2,3p' "$0" | cut -c3-; exit 2; }

@@ -1,8 +1,8 @@
-"""Sends a run to Slurm through submitit, and waits for it: to be copied for sweeps of your own.
+"""Submits a run to Slurm through submitit, and waits for it. Copy this file for your own sweeps.
 
 python launch/with_submitit.py CONFIG [--nodes 2] [--gpus-per-node 4] [--ranks-per-node 4] [--time 1:00:00] [--key value ...]
 
-Site settings come from the file that DCFT_SITE names. A job that Slurm warns of its end is requeued and goes on.
+DCFT_SITE names the file with the site settings. Before its time limit a job saves a checkpoint, and is requeued to continue.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def main() -> None:
     job, config = make_job(options.config, overrides, smoke=False, site=site, **sizes)
     check_cluster(job, site)
     folder = Path(config.runs_dir) / config.name
-    sent = submit_submitit(job, site, folder)
-    print(f"job {sent.job_id}; logs in {folder / 'submitit'}", flush=True)
-    while not sent.done():
+    submitted = submit_submitit(job, site, folder)
+    print(f"job {submitted.job_id}; logs in {folder / 'submitit'}", flush=True)
+    while not submitted.done():
         time.sleep(5)
     try:
-        print(sent.results()[0])
+        print(submitted.results()[0])
     except (FailedJobError, UncompletedJobError) as error:
-        sys.exit(f"dcft: error: job {sent.job_id} failed: {str(error).strip().splitlines()[-1]}")
+        sys.exit(f"dcft: error: job {submitted.job_id} failed: {str(error).strip().splitlines()[-1]}")
 
 
 if __name__ == "__main__":

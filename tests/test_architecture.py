@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dcft_dist
+from benchmarks.structure import floors, functions, imports, modules, room_of
 from dcft_dist.config.reference import reference
 
 PACKAGE = Path(dcft_dist.__file__).parent
@@ -42,54 +45,16 @@ ABOVE = {"__init__", "cli", "hf", "lightning", "meet"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 500, 60
 
 
-def module_name(file: Path) -> str:
-    parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-
-
-FILES = {module_name(file): file for file in sorted(PACKAGE.rglob("*.py"))}
-
-
-def room_of(module: str) -> str:
-    """The room of a module, or the module itself if it stands beside the rooms."""
-    return module.split(".")[0]
-
-
-def imports(file: Path) -> set[str]:
-    """Modules of the package that a file imports, late imports included."""
-    imported = set()
-    package = file.relative_to(PACKAGE).parent.parts
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = [*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else [])]
-            for alias in node.names:
-                whole = ".".join([*base, alias.name])
-                imported.add(whole if whole in FILES else ".".join(base) or "__init__")
-    return imported - {module_name(file)}
-
-
-def without_circle(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The floors of a graph of imports, lowest first.
-
-    Raises:
-        AssertionError: some nodes import each other in a circle.
-    """
-    floors, left = [], dict(graph)
-    while left:
-        floor = sorted(name for name, used in left.items() if not used & left.keys())
-        assert floor, f"a circle among {sorted(left)}"
-        floors.append(floor)
-        left = {name: used for name, used in left.items() if name not in floor}
-    return floors
+FILES, GRAPH = modules(PACKAGE), imports(PACKAGE)
 
 
 def test_rooms_import_only_what_the_table_allows() -> None:
     assert {room_of(name) for name in FILES} == MAY_IMPORT.keys() | COMMON | ABOVE, "every room has a row"
     wrong, used = [], set()
-    for name, file in FILES.items():
+    for name in FILES:
         room = room_of(name)
         allowed = {room} | COMMON | set(MAY_IMPORT.get(room, "").split())
-        for target in {room_of(module) for module in imports(file)}:
+        for target in {room_of(module) for module in GRAPH[name]}:
             if room in COMMON and target not in COMMON:
                 wrong.append(f"{name} imports {target}: what all rooms may import looks into none")
             elif room in MAY_IMPORT and target not in allowed:
@@ -101,8 +66,10 @@ def test_rooms_import_only_what_the_table_allows() -> None:
 
 
 def test_there_is_no_circle() -> None:
-    without_circle({room: set(row.split()) for room, row in MAY_IMPORT.items()})
-    without_circle({name: imports(file) for name, file in FILES.items()})
+    floors({room: set(row.split()) for room, row in MAY_IMPORT.items()})
+    floors(GRAPH)
+    with pytest.raises(ValueError, match="a circle among"):
+        floors(GRAPH | {"errors": {"cli"}})
 
 
 def test_every_room_says_what_it_is_for() -> None:
@@ -111,17 +78,14 @@ def test_every_room_says_what_it_is_for() -> None:
         tree = ast.parse(FILES[room].read_text())
         text = ast.get_docstring(tree) or ""
         assert 60 < len(text) < 500 and "`" in text, room
-        assert not imports(FILES[room]), room
+        assert not [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.level], room
 
 
 def test_files_and_functions_are_short() -> None:
     for file in [*PACKAGE.rglob("*.py"), *(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
-        text = file.read_text()
-        assert len(text.splitlines()) <= MOST_LINES, file
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                length = (node.end_lineno or 0) - node.lineno + 1
-                assert length <= MOST_LINES_OF_A_FUNCTION, f"{file}: {node.name} has {length} lines"
+        assert len(file.read_text().splitlines()) <= MOST_LINES, file
+        long = [f"{name} has {lines} lines" for lines, name in functions(file) if lines > MOST_LINES_OF_A_FUNCTION]
+        assert long == [], file
 
 
 def test_the_package_raises_and_never_asserts() -> None:

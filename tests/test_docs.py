@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcft_dist import FundamentalSet
+import dcft_dist
+from dcft_dist import DcftError, FundamentalSet, errors
 
 from .ranks import run_ranks
+from .test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
 
@@ -123,6 +126,89 @@ def test_the_whole_program_runs(program: str, environment: dict[str, str], line:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert line in done.stdout and "proposed step: 0.100" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation as a site. Warnings, such as a broken link or a page outside the navigation, are errors."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    problems = [line for line in done.stderr.splitlines() if not line.startswith("INFO")]
+    assert done.returncode == 0, "\n".join(problems)
+    return folder
+
+
+def test_the_site_has_the_public_names(site: Path) -> None:
+    page = (site / "api/index.html").read_text()
+    assert [name for name in dcft_dist.__all__ if f'id="dcft_dist.{name}"' not in page] == []
+    for name in ("method", "engines", "controls", "integrations", "weights", "distributed"):
+        modules = sorted((ROOT / "dcft_dist" / name).glob("[a-z]*.py"))
+        page = (site / f"api/{name}.html").read_text()
+        shown = [f for f in modules if f'id="dcft_dist.{name}.{f.stem}"' in page]
+        assert len(shown) >= len(modules) - 4, name  # all but a few helpers
+
+
+def test_the_site_needs_no_network(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r"<(?:script|img|link)[^>]*?(?:src|href)=\"?(https?://[^\" >]+)", page.read_text())
+        assert loaded == [], page.relative_to(site)
+
+
+def test_the_site_has_what_lies_outside_its_folder(site: Path) -> None:
+    """Links from pages to configurations, the README and CONTRIBUTING lead somewhere."""
+    models = (site / "models.html").read_text()
+    assert 'href="source/configs/swin_unetr.toml"' in models
+    assert (site / "source/configs/swin_unetr.toml").read_text() == (ROOT / "configs/swin_unetr.toml").read_text()
+    assert 'href="contributing.html"' in (site / "index.html").read_text()
+    assert 'href="architecture.html"' in (site / "contributing.html").read_text()
+
+
+def test_the_table_of_rooms_is_current() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([\w, -]+) \|$", text, re.MULTILINE)
+    assert {room: set(re.findall(r"\w+", may)) for room, may in rows} == {
+        r: set(may.split()) for r, may in MAY_IMPORT.items()
+    }
+    tree = re.search(r"```\ndcft_dist/\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree is not None
+    assert set(re.findall(r"^ {8}(\w+)", tree.group(1), re.MULTILINE)) == MAY_IMPORT.keys()
+
+
+def test_the_page_of_errors_is_complete_and_current() -> None:
+    """Every class of error has a place, and every quoted message exists in the code. `...` stands for what varies."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    classes = [name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, DcftError)]
+    assert [name for name in classes if name not in page] == []
+    code = "\n".join(text for file in (ROOT / "dcft_dist").rglob("*.py") for text in string_constants(file))
+    tables = re.findall(r"^\| message \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    tables += re.findall(r"^\| class \| message \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    quoted = [m for table in tables for row in table.splitlines() if (m := re.search(r"`([^`]+)`", row))]
+    assert len(quoted) > 60
+    pieces = [p.strip(" :;,()") for m in quoted for p in m.group(1).split("...")]
+    assert [p for p in pieces if p and p not in code] == []
+
+
+def string_constants(file: Path) -> Iterator[str]:
+    """Each text of a program, with `...` for what is filled in."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_the_verdict_of_the_readme_is_that_of_the_evidence() -> None:
+    evidence = "".join(page.read_text() for page in ROOT.glob("docs/results/evidence*.md")).replace("+", "")
+    rows = re.findall(r"\| ([+-][\d.]+) (\[[^\]]+\]) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(rows) == 6
+    for difference, interval in rows:
+        number = difference.lstrip("+")
+        assert re.search(rf"(?<![\d.-]){re.escape(number)}(?: points)? {re.escape(interval)}", evidence), (
+            difference,
+            interval,
+        )
 
 
 def test_links_and_commands_exist() -> None:

@@ -1,4 +1,4 @@
-"""One description of a job: its size, its configuration, and what is particular to a site."""
+"""Description of a job: its size, its configuration, and the settings of the site."""
 
 from __future__ import annotations
 
@@ -18,44 +18,53 @@ from ..config.section import Section
 from ..config.toml import find_config, load_config
 from ..errors import ConfigError, did_you_mean
 
-SMOKE_STEPS = 20
+SMOKE_STEPS = 20  # steps of `dcft submit --smoke`
 
 
-SIGNAL_S = 120  # before its end a job is told to leave a checkpoint
+SIGNAL_S = 120  # seconds before the time limit at which Slurm signals the job, which then saves a checkpoint
 
 
-GRACE_S = 90  # for which ranks in a phase without steps are waited for then
+GRACE_S = 90  # seconds to wait, after the signal, for ranks in a phase without steps
 
 
 class Site(Section):
-    """What is particular to a cluster; every key may be absent."""
+    """Settings of a cluster, from the file that DCFT_SITE names. Every key is optional."""
 
     partition: str | None = Field(None, description="Partition (queue).")
-    account: str | None = Field(None, description="Account or project that is charged.")
+    account: str | None = Field(None, description="Account or project to charge.")
     qos: str | None = Field(None, description="Quality of service.")
     constraint: str | None = Field(None, description="Features that nodes must have.")
-    time: str | None = Field(None, description="Time limit, as sbatch writes it (`24:00:00`).")
-    gpu_option: Literal["gpus-per-node", "gres"] = Field("gpus-per-node", description="How the site asks for GPUs.")
-    gpu_type: str | None = Field(None, description="Type of GPU, where the site has several (`a100`).")
+    time: str | None = Field(None, description="Time limit in the format of sbatch (`24:00:00`).")
+    gpu_option: Literal["gpus-per-node", "gres"] = Field("gpus-per-node", description="Option of sbatch that requests GPUs.")
+    gpu_type: str | None = Field(None, description="Type of GPU, for sites with several (`a100`).")
     cpus_per_gpu: int | None = Field(None, description="CPU cores for each rank.")
-    sbatch: list[str] = Field([], description="Further options of sbatch (`--exclusive`, `--mem=0`).")
-    setup: list[str] = Field([], description="Shell lines before anything else (`module load ...`, `source .../activate`).")
-    environment: dict[str, str] = Field({}, description="Variables (`NCCL_SOCKET_IFNAME`, `HF_HUB_OFFLINE`).")
+    sbatch: list[str] = Field([], description="Additional options of sbatch (`--exclusive`, `--mem=0`).")
+    setup: list[str] = Field([], description="Shell lines that run first (`module load ...`, `source .../activate`).")
+    environment: dict[str, str] = Field({}, description="Environment variables (`NCCL_SOCKET_IFNAME`, `HF_HUB_OFFLINE`).")
     container: list[str] = Field([], description="Words before python (`apptainer exec --nv dcft.sif`).")
-    srun: list[str] = Field([], description="Further options of srun (pyxis: `--container-image=...`).")
+    srun: list[str] = Field([], description="Additional options of srun (pyxis: `--container-image=...`).")
     runs_dir: str | None = Field(None, description="Directory of all runs, on a file system that all nodes share.")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run (or an array of them) on some nodes.
+    """One run, or an array of runs, on some nodes.
 
     Attributes:
-        config: file or shipped name; overrides: as for `dcft train`, before those given to sbatch.
-        ranks_per_node: None: a rank for each GPU, two where there are none.
-        fixed: configuration and sizes are written into the file, not taken from its arguments and from Slurm.
+        name: name of the job.
+        title: comment lines at the top of the sbatch file.
+        config: configuration file, or the name of a shipped one.
+        overrides: overrides of the configuration, as for `dcft train`. Overrides given to sbatch come after them.
+        nodes: number of nodes.
+        gpus_per_node: number of GPUs to request on each node; 0: none are requested.
+        ranks_per_node: None: a rank for each GPU, or two ranks without GPUs.
+        cpus_per_task: CPU cores of a node. None: `Site.cpus_per_gpu` for each rank, if set.
+        time: time limit (`24:00:00`). None: that of the site.
+        array: indices of an array job (`0-3`). None: not an array.
+        fixed: True: the sbatch file contains the configuration and the sizes. False: it takes them from its arguments and
+            from Slurm.
         python: interpreter on the nodes.
-        before: shell lines between set-up and start (what an array makes of its index).
+        before: shell lines between set-up and start; an array job derives its settings from its index there.
     """
 
     name: str = "dcft"
@@ -74,18 +83,26 @@ class Job:
 
     @property
     def ranks(self) -> int:
+        """Number of ranks on all nodes."""
         return self.nodes * self.local_ranks
 
     @property
     def local_ranks(self) -> int:
+        """Number of ranks on one node."""
         return self.ranks_per_node or self.gpus_per_node or 2
 
 
 def load_site(environment: dict[str, str] | None = None) -> Site:
-    """The site file that DCFT_SITE names; an empty site without it.
+    """Reads the site file that DCFT_SITE names.
+
+    Args:
+        environment: environment variables; None: those of this process.
+
+    Returns:
+        The site; one without settings if DCFT_SITE is not set.
 
     Raises:
-        ConfigError: it does not exist, is no TOML, or has unknown keys.
+        ConfigError: the file cannot be read or is not TOML, or keys or values are wrong.
     """
     path = (os.environ if environment is None else environment).get("DCFT_SITE")
     if not path:
@@ -99,8 +116,8 @@ def load_site(environment: dict[str, str] | None = None) -> Site:
     except ValidationError as error:
         known = Site.model_fields
         problems = [
-            f"{d['loc'][0]}: {d['msg']}" + (did_you_mean(str(d["loc"][0]), known) if d["type"] == "extra_forbidden" else "")
-            for d in error.errors()
+            f"{e['loc'][0]}: {e['msg']}" + (did_you_mean(str(e["loc"][0]), known) if e["type"] == "extra_forbidden" else "")
+            for e in error.errors()
         ]
         raise ConfigError(f"{path}: {'; '.join(problems)}") from error
 
@@ -109,32 +126,42 @@ def load_site(environment: dict[str, str] | None = None) -> Site:
 
 
 def make_job(config_path: str, overrides: Sequence[str], *, smoke: bool, site: Site, **sizes: Any) -> tuple[Job, Config]:
-    """The job of a configuration, checked as far as that can be done before it is submitted.
+    """Makes the job of a configuration, and checks everything that can be checked before it is submitted.
+
+    Args:
+        config_path: configuration file, or the name of a shipped one.
+        overrides: overrides of the configuration, as for `dcft train`.
+        smoke: True: run only `SMOKE_STEPS` steps, under another name.
+        site: settings of the cluster.
+        sizes: `nodes`, and if needed `gpus_per_node`, `ranks_per_node`, `cpus_per_task` and `time` (see `Job`).
+
+    Returns:
+        The job, and its configuration with all overrides.
 
     Raises:
-        ConfigError: the configuration is wrong, its batches do not divide among the ranks, or runs_dir cannot be written.
+        ConfigError: the configuration is wrong, the ranks cannot share its batches equally, or runs_dir cannot be written.
     """
-    more = list(overrides)
-    if site.runs_dir and not any(word.split("=")[0] == "--runs_dir" for word in more):
-        more = ["--runs_dir", site.runs_dir, *more]
-    config = load_config(config_path, more)
+    words = list(overrides)
+    if site.runs_dir and not any(word.split("=")[0] == "--runs_dir" for word in words):
+        words = ["--runs_dir", site.runs_dir, *words]
+    config = load_config(config_path, words)
     if smoke:
         size = f"{sizes['nodes']}x{Job(**sizes).local_ranks}"
-        more += ["--train.max_steps", str(SMOKE_STEPS), "--name", f"{config.name}_smoke_{size}"]
-        config = load_config(config_path, more)
+        words += ["--train.max_steps", str(SMOKE_STEPS), "--name", f"{config.name}_smoke_{size}"]
+        config = load_config(config_path, words)
     path = find_config(config_path)
     job = Job(
         name=config.name,
         title=(f"{config.name}: written by dcft submit",),
         config=str(path.resolve()),
-        overrides=tuple(more),
+        overrides=tuple(words),
         fixed=True,
         python="python" if site.container or site.srun or site.setup else sys.executable,
         **sizes,
     )
     check_ranks(config, job.ranks)
     runs = Path(config.runs_dir).absolute()
-    there = next(folder for folder in (runs, *runs.parents) if folder.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
+    nearest = next(folder for folder in (runs, *runs.parents) if folder.exists())
+    if not (nearest.is_dir() and os.access(nearest, os.W_OK)):
         raise ConfigError(f"runs_dir: {runs} cannot be written")
     return job, config

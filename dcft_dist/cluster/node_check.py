@@ -1,7 +1,7 @@
-"""Before the ranks start: can every node reach the head node? An answer with names, instead of a rendezvous that hangs.
+"""Checks, before the ranks start, that every node can reach the head node. An error names the nodes that cannot.
 
-`python -m dcft_dist.meet ADDRESS PORT SECONDS NODE...`, once on each node: the first of NODE... listens, all connect and say
-who they are. It needs nothing but sockets, and leaves the port free for torchrun.
+Run `python -m dcft_dist.cluster.node_check ADDRESS PORT SECONDS NODE...` once on each node. The first NODE listens at
+ADDRESS; all nodes connect and send their names. Only sockets are needed, and the port is free for torchrun afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,18 @@ from collections.abc import Sequence
 
 
 def meet(me: str, address: str, port: int, nodes: Sequence[str], timeout_s: float) -> str:
-    """Returns what went wrong on this node, or an empty string."""
+    """Runs the check on one node. Every node calls it at about the same time.
+
+    Args:
+        me: name of this node, as in `nodes`.
+        address: address of the head node.
+        port: port to listen on and to connect to.
+        nodes: names of all nodes, the head node first.
+        timeout_s: seconds until a node gives up.
+
+    Returns:
+        The problem on this node, in words; empty if there is none.
+    """
     end = time.monotonic() + timeout_s
     missing: set[str] = set(nodes) if me == nodes[0] else set()
     server = None
@@ -31,40 +42,41 @@ def meet(me: str, address: str, port: int, nodes: Sequence[str], timeout_s: floa
         listener.join()
         server.close()
         if missing:
-            return f"{me}: not heard of {', '.join(sorted(missing))} on {address} port {port} within {timeout_s:g} s"
+            return f"{me}: no contact from {', '.join(sorted(missing))} on {address} port {port} within {timeout_s:g} s"
     return problem and f"{me}: cannot reach the head node {nodes[0]} at {address} port {port} ({problem})"
 
 
 def _listen(server: socket.socket, missing: set[str], end: float) -> None:
-    """Takes names off `missing` as they come in; answers all once nobody is missing."""
-    guests = []
+    """Removes the names that arrive from `missing`. Answers all nodes once none is missing, or at `end`."""
+    connections = []
     while missing and (left := end - time.monotonic()) > 0:
         server.settimeout(left)
         try:
-            guest, _ = server.accept()
-            guest.settimeout(max(end - time.monotonic(), 0.1))
-            missing.discard(guest.recv(256).decode(errors="replace"))
-            guests.append(guest)
+            connection, _ = server.accept()
+            connection.settimeout(max(end - time.monotonic(), 0.1))
+            missing.discard(connection.recv(256).decode(errors="replace"))
+            connections.append(connection)
         except OSError:
             continue
-    for guest in guests:
+    for connection in connections:
         try:
-            guest.sendall(b"go" if not missing else b"no")
-            guest.recv(1)  # the guest closes first, so that the port is free at once
+            connection.sendall(b"go" if not missing else b"no")
+            connection.recv(1)  # the other node closes first, so that the port is free at once
         except OSError:
             pass
-        guest.close()
+        connection.close()
 
 
 def _knock(me: str, address: str, port: int, end: float) -> str:
+    """Sends this node's name to the head node; returns the problem, or an empty string."""
     problem = "no time left"
     while (left := end - time.monotonic()) > 0:
         try:
-            with socket.create_connection((address, port), timeout=left) as line:
-                line.sendall(me.encode())
-                line.settimeout(max(end - time.monotonic(), 0.0) + 5.0)
-                answer = line.recv(2)
-                return {b"go": "", b"no": "others were missing"}.get(answer, "something else answers there")
+            with socket.create_connection((address, port), timeout=left) as connection:
+                connection.sendall(me.encode())
+                connection.settimeout(max(end - time.monotonic(), 0.0) + 5.0)
+                answer = connection.recv(2)
+                return {b"go": "", b"no": "other nodes were missing"}.get(answer, "another program answers there")
         except OSError as error:
             problem = error.strerror or str(error)
             time.sleep(0.2)
@@ -72,6 +84,7 @@ def _knock(me: str, address: str, port: int, end: float) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Runs the check with ADDRESS PORT SECONDS NODE...; returns 1 and prints the problem if there is one, else 0."""
     address, port, timeout_s, *nodes = arguments
     me = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     problem = meet(me, address, int(port), nodes, float(timeout_s))

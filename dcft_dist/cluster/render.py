@@ -1,4 +1,4 @@
-"""Renders a job as an sbatch file or as torchrun commands."""
+"""Renders a job as an sbatch file, or as torchrun commands."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from .job import GRACE_S, SIGNAL_S, Job, Site
 
 
 def render_sbatch(job: Job, site: Site) -> str:
-    """The text of an sbatch file that runs by itself."""
+    """The text of an sbatch file that runs by itself.
+
+    Args:
+        job: size and configuration.
+        site: settings of the cluster.
+    """
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in job.title)]
     lines += [f"#SBATCH {option}" for option in sbatch_options(job, site)]
     if site.setup or site.environment:
-        lines += ["", "# -- the site --", *site.setup]  # modules and conda know nothing of `set -u`
+        lines += ["", "# -- the site --", *site.setup]  # before `set -u`, which breaks modules and conda
         lines += [f"export {name}={shlex.quote(value)}" for name, value in site.environment.items()]
     lines += ["set -euo pipefail"]
     lines += ["", "# -- the run --", *_arguments(job), *job.before]
@@ -26,7 +31,7 @@ def render_sbatch(job: Job, site: Site) -> str:
     python = f'"{job.python}"' if job.python.startswith("$") else shlex.quote(job.python)
     lines += [
         f"run=({prefix}{python})",
-        # The number of tasks is not taken from the job: it is that of the first start, which may have had more nodes.
+        # Computed from SLURM_NNODES: the job's number of tasks is from its first start, which may have had more nodes.
         'each=(--ntasks="${SLURM_NNODES:?start this with sbatch}" '
         + f"--ntasks-per-node=1 ${{SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}}{options})",
         "one=(" + (f'srun --nodes=1 --ntasks=1{options} "${{run[@]}}")' if options else '"${run[@]}")'),
@@ -35,13 +40,17 @@ def render_sbatch(job: Job, site: Site) -> str:
 
 
 def shell_part(name: str) -> str:
-    """The lines of a shell file of this room that go into rendered files: those below its head."""
+    """The part of a shell file in this folder that goes into rendered files: the lines below its cut mark.
+
+    Args:
+        name: `job.sh` or `sweep.sh`.
+    """
     text = (Path(__file__).parent / name).read_text(encoding="utf-8")
     return text.partition("# -- cut here --\n")[2]
 
 
 def _quoted(word: str) -> str:
-    """As `shlex.quote`, and with quotes around commas, which look like a mistake in an array of the shell."""
+    """Like `shlex.quote`, but also quotes words with commas, which look like a mistake in a shell array."""
     return f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word)
 
 
@@ -54,7 +63,8 @@ def _arguments(job: Job) -> list[str]:
 
 
 def sbatch_options(job: Job, site: Site) -> list[str]:
-    found = [
+    """Options of sbatch for a job, such as `--nodes=2`, those of the site last."""
+    options = [
         f"--job-name={job.name}",
         f"--output={'%x-%A_%a' if job.array else '%x-%j'}.out",
         "--open-mode=append",
@@ -64,23 +74,29 @@ def sbatch_options(job: Job, site: Site) -> list[str]:
         "--ntasks-per-node=1",
     ]
     if job.array:
-        found.append(f"--array={job.array}")
+        options.append(f"--array={job.array}")
     if job.gpus_per_node:
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
-        found.append(f"--{site.gpu_option}={'gpu:' if site.gpu_option == 'gres' else ''}{kind}{job.gpus_per_node}")
+        options.append(f"--{site.gpu_option}={'gpu:' if site.gpu_option == 'gres' else ''}{kind}{job.gpus_per_node}")
     if cpus := job.cpus_per_task or (site.cpus_per_gpu and site.cpus_per_gpu * job.local_ranks):
-        found.append(f"--cpus-per-task={cpus}")
+        options.append(f"--cpus-per-task={cpus}")
     if time := job.time or site.time:
-        found.append(f"--time={time}")
-    found += [f"--{key}={getattr(site, key)}" for key in ("partition", "account", "qos", "constraint") if getattr(site, key)]
-    return found + site.sbatch
+        options.append(f"--time={time}")
+    keys = ("partition", "account", "qos", "constraint")
+    options += [f"--{key}={getattr(site, key)}" for key in keys if getattr(site, key)]
+    return options + site.sbatch
 
 
-# -- torchrun, where there is no Slurm ---------------------------------------------------------------------------------
+# -- torchrun, without Slurm -------------------------------------------------------------------------------------------
 
 
 def render_torchrun(job: Job, site: Site) -> str:
-    """Shell lines to run on each node."""
+    """Shell lines that start a job with torchrun, to run on each node.
+
+    Args:
+        job: size and configuration.
+        site: settings of the cluster; only set-up, environment and container are used.
+    """
     lines = [*site.setup, *(f"export {name}={shlex.quote(value)}" for name, value in site.environment.items())]
     words = [*site.container, job.python, "-m", "torch.distributed.run"]
     if job.nodes == 1:

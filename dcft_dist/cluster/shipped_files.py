@@ -1,4 +1,4 @@
-"""The jobs behind the files in slurm/ (`dcft slurm-files` writes them again)."""
+"""The jobs from which `dcft slurm-files` renders files in slurm/."""
 
 from __future__ import annotations
 

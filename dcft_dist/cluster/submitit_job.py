@@ -1,4 +1,4 @@
-"""A job that submitit starts: what runs in every rank, and how it is requeued."""
+"""A job that submitit starts: the task of every rank, and the requeue after a stop."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from .job import GRACE_S, SIGNAL_S, Job, Site
 from .render import sbatch_options
 from .submit import run_slurm
 
-# -- submitit ----------------------------------------------------------------------------------------------------------
-
 
 class SubmititTask:
-    """What submitit starts in every rank: `dcft train`, and the requeue when the run was asked to stop."""
+    """The task that submitit starts in every rank: it trains, and requeues the job if the run is not finished."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
+        """
+        Args:
+            arguments: arguments of `dcft train`: the configuration, then its overrides.
+        """
         self.arguments = list(arguments)
 
     def __call__(self) -> str:
-        """Returns the run's last word.
+        """Trains on this rank. If the run should be started again, requeues the job and does not return.
+
+        Returns:
+            `it is done`, when the run is finished.
 
         Raises:
-            RunError: it failed for good.
+            DcftError: an error that another start cannot avoid.
+            RunError: the run failed for good, or the requeue had no effect.
         """
         from submitit.helpers import TorchDistributedEnvironment
 
@@ -53,12 +59,12 @@ class SubmititTask:
             print(f"dcft: error: {error}" if isinstance(error, DcftError) else traceback.format_exc(), flush=True)
             if isinstance(error, DcftError) and error.exit_code == 2:
                 raise
-        time.sleep(30.0 * min(world.rank, 4))  # rank 0 decides what follows; if it is gone, the next one does
+        time.sleep(30.0 * min(world.rank, 4))  # rank 0 decides first; if it is gone, the next rank decides
         if error is not None:
             folder = RunFolder.of(config)
-            found, why = run_verdict(folder.path, folder.reached(), config.max_attempts, config.until)
-            if found == "failed":
-                raise RunError(why)
+            verdict, reason = run_verdict(folder.path, folder.reached(), config.max_attempts, config.until)
+            if verdict == "failed":
+                raise RunError(reason)
         _requeue()
         time.sleep(300.0)  # until Slurm ends this process
         raise RunError(f"scontrol requeue {os.environ['SLURM_JOB_ID']} had no effect")
@@ -69,7 +75,7 @@ def _requeue() -> None:
 
 
 def _requeue_if_stuck() -> None:
-    """Once Slurm has warned, ranks in a phase without steps are not waited for longer than DCFT_GRACE_S."""
+    """After a request to stop, waits DCFT_GRACE_S seconds for ranks in a phase without steps, then requeues the job."""
     from ..runs.stop import stop_requested
 
     while not stop_requested():
@@ -79,7 +85,12 @@ def _requeue_if_stuck() -> None:
 
 
 def submitit_executor(job: Job, site: Site, folder: Path) -> Any:
-    """submitit's executor for the job.
+    """Makes submitit's executor for a job.
+
+    Args:
+        job: size and configuration.
+        site: settings of the cluster.
+        folder: the run's directory; submitit's files go to `submitit` in it.
 
     Raises:
         RunError: submitit is not installed.
@@ -120,5 +131,17 @@ def submitit_executor(job: Job, site: Site, folder: Path) -> Any:
 
 
 def submit_submitit(job: Job, site: Site, folder: Path) -> Any:
-    """Submits through submitit; returns its job."""
+    """Submits a job through submitit.
+
+    Args:
+        job: size and configuration.
+        site: settings of the cluster.
+        folder: the run's directory.
+
+    Returns:
+        The job as submitit represents it: `job_id`, `done()`, `results()`.
+
+    Raises:
+        RunError: submitit is not installed.
+    """
     return submitit_executor(job, site, folder).submit(SubmititTask([job.config, *job.overrides]))

@@ -1,4 +1,4 @@
-"""Private parts of torch, DeepSpeed and transformers, and the versions they were tested on.
+"""Access to private parts of torch, DeepSpeed and transformers, and the versions that were tested.
 
-Other rooms reach into another library only through here: `from ..compat.pytorch import persistent_buffers`.
+Other sub-packages use private parts of these libraries only through here: `from ..compat.pytorch import persistent_buffers`.
 """

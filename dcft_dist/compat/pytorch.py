@@ -1,7 +1,6 @@
-"""Every private attribute of torch, DeepSpeed and transformers that this package touches, and the versions it was tested on.
+"""Private parts of torch: buffers, the default store, tensors without memory, FSDP1, FSDP2, and wrapper prefixes in names.
 
-Nothing else in the package reaches into other libraries. `USES` is the list: a test builds each object and fails if an
-attribute is gone, and a version outside `TESTED` warns once.
+The attributes that these functions use are listed in `versions.USES`.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ from torch import Tensor
 
 
 def persistent_buffers(module: Any) -> dict[str, Tensor]:
-    """The buffers that belong to a state dict, by name."""
-    found = {}
+    """The buffers that a state dict contains, by name without wrapper prefixes."""
+    buffers = {}
     for prefix, sub in module.named_modules():
         for slot, buffer in sub.named_buffers(recurse=False):
             if slot not in sub._non_persistent_buffers_set:
-                found[clean(f"{prefix}.{slot}" if prefix else slot)] = buffer
-    return found
+                buffers[clean(f"{prefix}.{slot}" if prefix else slot)] = buffer
+    return buffers
 
 
 def fsdp2_materialise(module: Any, device: torch.device) -> None:
-    """Gives sharded weights on the meta device memory without values; the others, and buffers, are moved."""
+    """Gives sharded weights on the meta device memory, without values. Moves other weights and buffers to `device`."""
     module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
 
 
@@ -36,7 +35,7 @@ def fsdp2_materialise(module: Any, device: torch.device) -> None:
 
 
 def default_store() -> Any:
-    """The key-value store that `init_process_group` made; torch has no public accessor."""
+    """The key-value store of the default process group; torch has no public access to it."""
     from torch.distributed import distributed_c10d
 
     return distributed_c10d._get_default_store()
@@ -46,16 +45,17 @@ def default_store() -> Any:
 
 
 def number(value: Any) -> float:
-    """The value of a one-element tensor; 1 for a tensor without memory (`dcft plan` runs the code on such tensors)."""
+    """The value of a number or one-element tensor; 1 for a tensor without memory, on which `dcft plan` runs the code."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return 1.0 if isinstance(value, FakeTensor) else float(value)
 
 
 def fake_tensors(numbers: bool = False) -> Any:
-    """A block in which tensors have shapes and types, but no values; real ones may take part.
+    """Context in which new tensors have a shape and a data type but no values. Real tensors may be used too.
 
-    `numbers`: code that reads a value finds 1, or False, where it would be an error.
+    Args:
+        numbers: True: code that reads a value gets 1, or False from a boolean tensor. False: reading a value is an error.
     """
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -71,9 +71,9 @@ def fake_tensors(numbers: bool = False) -> Any:
 
 @contextmanager
 def fake_ranks(ranks: int) -> Iterator[None]:
-    """A process group in which this process is rank 0 of many that are not there: collectives do nothing."""
+    """Process group for the block: this process is rank 0, the other ranks do not exist, and collectives do nothing."""
     import torch.distributed as dist
-    from torch.testing._internal.distributed import fake_pg  # noqa: F401  it registers the backend
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
     try:
@@ -84,7 +84,12 @@ def fake_ranks(ranks: int) -> Iterator[None]:
 
 
 def memory_tracker(model: Any, optimizer: Any) -> Any:
-    """Torch's own account of memory over a block, with what is there before it: of FSDP2 by kind, of ZeRO-3 in all."""
+    """torch's memory tracker, to be used as a context. It also counts tensors that exist before the block.
+
+    Args:
+        model: a model under FSDP2 (memory by kind), or a DeepSpeedEngine in stage 3 (only the total).
+        optimizer: the torch optimizer.
+    """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
     from torch.distributed.fsdp import FSDPModule
@@ -94,28 +99,31 @@ def memory_tracker(model: Any, optimizer: Any) -> Any:
     else:
         tracker = MemTracker()
         tracker.track_external(*tensors_like(model.optimizer.fp32_partitioned_groups_flat[0]))
-    every = tracker._update_peak_stats
+    update_all_peaks = tracker._update_peak_stats
 
-    def whole(state: Any) -> None:
-        """The peak of all is all that is asked for; that of every module would take three quarters of a plan's time."""
+    def update_total_peak(state: Any) -> None:
+        """Leaves out the peak of every module: nobody reads it, and it would take three quarters of a plan's time."""
         modules, tracker.memory_tracking = tracker.memory_tracking, {}
-        every(state)
+        update_all_peaks(state)
         tracker.memory_tracking = modules
 
-    tracker._update_peak_stats = whole
+    tracker._update_peak_stats = update_total_peak
     return tracker
 
 
 def tensors_like(one: Any) -> list[Any]:
-    """All tensors of the process, or of the block without memory that `one` is of: DeepSpeed's are in many places."""
+    """All tensors of the process that are like `one`: real, or fake tensors of the same block. Meta tensors are left out.
+
+    DeepSpeed keeps tensors in many places, so the list comes from the garbage collector.
+    """
     from torch import Tensor
 
-    found = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta]
-    return [t for t in found if getattr(t, "fake_mode", None) is getattr(one, "fake_mode", None)]
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta]
+    return [t for t in tensors if getattr(t, "fake_mode", None) is getattr(one, "fake_mode", None)]
 
 
 def real_tensors() -> Any:
-    """A block in which new tensors have values, whatever is around it."""
+    """Context in which new tensors have values, even inside `fake_tensors`."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
@@ -127,16 +135,22 @@ def real_tensors() -> Any:
 def local_shape_and_offset(
     whole: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape of a DTensor's local tensor, and where it starts in the whole."""
+    """Shape of this rank's part of a DTensor, and its first index in each dimension.
+
+    Args:
+        whole: unsharded shape.
+        mesh: device mesh of the DTensor.
+        placements: how the DTensor is placed, one entry per dimension of the mesh.
+    """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    with real_tensors():  # it computes with tensors
+    with real_tensors():  # torch computes them with tensors
         shape, offset = compute_local_shape_and_global_offset(whole, mesh, placements)
     return tuple(shape), tuple(offset)
 
 
 def fsdp2_groups(unit: Any) -> list[Any]:
-    """A unit's groups of parameters: perhaps several since torch 2.13, before that one; none where it has no parameters."""
+    """The parameter groups of an FSDP2 unit: at most one before torch 2.13, any number since; none without parameters."""
     state = unit._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
@@ -144,28 +158,28 @@ def fsdp2_groups(unit: Any) -> list[Any]:
 
 
 def fsdp2_accumulates(group: Any) -> bool:
-    """Whether gradients wait there to be reduced: in the reduction's data type if it is another one, else as they came."""
-    leaves = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]  # made by the first unshard
-    waiting = any(leaf is not None and leaf.grad is not None for leaf in leaves)
-    return waiting or any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+    """Whether a group has gradients that are not reduced yet, in their own data type or in that of the reduction."""
+    leaves = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]  # exists after the first unshard
+    unreduced = any(leaf is not None and leaf.grad is not None for leaf in leaves)
+    return unreduced or any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
 
 
 def fsdp2_sharded(unit: Any) -> list[Any]:
-    """The sharded parameters that a unit works with now: others than at first, after `load_state_dict(assign=True)`."""
+    """The sharded parameters that a unit uses now. `load_state_dict(assign=True)` replaces them."""
     return [p.sharded_param for group in fsdp2_groups(unit) for p in group.fsdp_params]
 
 
 @contextmanager
 def fsdp2_mean_with_every_backward(groups: Iterable[Any]) -> Iterator[None]:
-    """For the block every backward ends in a mean over ranks, whatever the user has set."""
+    """Makes every backward in the block end in a mean over ranks, whatever the user has set."""
     settings = [(group, group.reduce_grads, group.gradient_divide_factor) for group in groups]
     for group, _, _ in settings:
         group.reduce_grads, group.gradient_divide_factor = True, None
     try:
         yield
     finally:
-        for group, reduce, divide in settings:
-            group.reduce_grads, group.gradient_divide_factor = reduce, divide
+        for group, reduce, divisor in settings:
+            group.reduce_grads, group.gradient_divide_factor = reduce, divisor
 
 
 # -- FSDP1 ----------------------------------------------------------------------------------------------------------------
@@ -177,52 +191,60 @@ def fsdp1_handle(unit: Any) -> Any | None:
 
 
 def fsdp1_replicas(unit: Any) -> Any | None:
-    """Under HYBRID_SHARD, the process group of the ranks that hold the same shard."""
+    """The process group of the ranks that store the same shard under HYBRID_SHARD; otherwise None."""
     return getattr(unit, "_inter_node_pg", None)
 
 
 def fsdp1_original_parameters(flat: Any) -> list[Any] | None:
-    """The original parameters in the order of the flat one, with `use_orig_params=True`; else None."""
+    """With `use_orig_params=True` the original parameters, in the order of the flat parameter; otherwise None."""
     return None if flat._params is None else list(flat._params)
 
 
 def fsdp1_members(flat: Any) -> list[tuple[Any, str, tuple[int, ...], int, int, int, int]]:
-    """Per weight: (module, slot, shape, offset in the unsharded flat parameter, and of this rank's part: offset in the
-    shard, first flat index in the weight, number of elements)."""
-    offsets, at = [], 0
+    """The weights inside a flat parameter, in order.
+
+    Returns:
+        Per weight: module, attribute name, shape, offset in the unsharded flat parameter; then for the part on this rank:
+        offset in the shard, flat index in the weight of the first element, number of elements. The last three are 0 if
+        this rank has no part.
+    """
+    offsets, offset = [], 0
     for numel, padding in zip(flat._numels_with_padding, flat._is_padding_mask, strict=True):
         if not padding:
-            offsets.append(at)
-        at += numel
+            offsets.append(offset)
+        offset += numel
     members = []
     for info, shape, offset, part in zip(flat._param_infos, flat._shapes, offsets, flat._shard_param_infos, strict=True):
-        here = (part.offset_in_shard, part.intra_param_start_idx, part.numel_in_shard) if part.in_shard else (0, 0, 0)
-        members.append((info.module, info.param_name, tuple(shape), offset, *here))
+        local = (part.offset_in_shard, part.intra_param_start_idx, part.numel_in_shard) if part.in_shard else (0, 0, 0)
+        members.append((info.module, info.param_name, tuple(shape), offset, *local))
     return members
 
 
 def fsdp1_shared(flat: Any) -> list[tuple[Any, str, Any, str]]:
-    """Tied weights: (module, slot, module and slot of the first occurrence)."""
+    """Tied weights: (module, attribute name, module of the first occurrence, attribute name of the first occurrence)."""
     return [(i.module, i.param_name, i.prim_module, i.prim_param_name) for i in flat._shared_param_infos]
 
 
 def fsdp1_shard(flat: Any) -> Tensor:
-    """The shard itself; before the first forward the flat parameter is it."""
+    """This rank's shard of a flat parameter; before the first forward it is the flat parameter itself."""
     shard: Tensor = getattr(flat, "_local_shard", flat.data)
     return shard
 
 
 def fsdp1_reshard(handle: Any) -> None:
+    """Frees the unsharded flat parameter."""
     if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):  # else: no forward has run yet
         handle.reshard(True)
 
 
-# Prefixes that activation checkpointing, torch.compile and FSDP1 put into names.
+# -- names ----------------------------------------------------------------------------------------------------------------
+
+# Prefixes that activation checkpointing, torch.compile and FSDP1 add to names.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")
 
 
 def clean(name: str) -> str:
-    """The name without the prefixes of wrappers."""
+    """A parameter name without the prefixes of wrappers."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name

@@ -1,6 +1,7 @@
-"""The tested versions of torch, DeepSpeed and transformers, and every private attribute of theirs that is used.
+"""The tested versions of torch, DeepSpeed and transformers, and the private attributes of theirs that the package uses.
 
-`USES` is the list: a test builds each object and fails if an attribute is gone. A version outside `TESTED` warns once.
+`TESTED` lists the versions; `check_version` warns once about any other version. `USES` lists the attributes; a test builds
+each object and fails if an attribute is missing.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 
 log = logging.getLogger(__name__)
 
-# Package -> version series on which the attributes below were seen to work.
+# Package -> version series on which the attributes below exist and work.
 TESTED = {"torch": ("2.11", "2.13", "2.14"), "deepspeed": ("0.19",), "transformers": ("5.23",)}
 
 
-# Where -> attributes used. `module:Class` objects are looked up by the test on a live instance of that kind.
+# Class or module -> attributes used. For a class, the test looks at a live instance.
 USES: dict[str, tuple[str, ...]] = {
     "Module": ("_non_persistent_buffers_set", "_apply"),
     "torch.distributed.distributed_c10d": ("_get_default_store",),
@@ -25,7 +26,7 @@ USES: dict[str, tuple[str, ...]] = {
     "torch.distributed._tools.fsdp2_mem_tracker": ("FSDPMemTracker",),
     "torch.distributed._tools.mem_tracker": ("MemTracker",),
     "FSDPModule": ("_get_fsdp_state",),
-    "FSDPState": ("_fsdp_param_group",),  # and, since torch 2.13, `_fsdp_param_groups`
+    "FSDPState": ("_fsdp_param_group",),  # and `_fsdp_param_groups` since torch 2.13
     "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
     "FSDPParam": ("unsharded_accumulated_grad", "_unsharded_param", "sharded_param"),
     "FullyShardedDataParallel": ("_handle", "_inter_node_pg"),
@@ -102,15 +103,19 @@ USES: dict[str, tuple[str, ...]] = {
 
 @cache
 def check_version(package: str) -> None:
-    """Warns, once, if the installed version is none of the tested ones."""
+    """Warns once if the installed version of a package is not one of the tested versions.
+
+    Args:
+        package: `torch`, `deepspeed` or `transformers`.
+    """
     try:
         installed = version(package)
     except PackageNotFoundError:
         return
     if ".".join(installed.split("+")[0].split(".")[:2]) not in TESTED[package]:
         log.warning(
-            "%s %s is none of the versions that this package's use of its private parts was tested on (%s): "
-            "check a short run against one process, or install a tested version",
+            "%s %s is not one of the tested versions (%s), and dcft_dist uses private parts of it: "
+            "install a tested version, or compare a short run with one on a single process",
             package,
             installed,
             ", ".join(TESTED[package]),

@@ -7,9 +7,13 @@ from .schema import Config
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """
+    """Checks that the ranks can share every batch equally.
+
+    Args:
+        ranks: number of ranks that will run the configuration.
+
     Raises:
-        ConfigError: a batch cannot be shared out equally among that many ranks.
+        ConfigError: there is no rank, or a batch size is not a multiple of the number of ranks.
     """
     if ranks < 1:
         raise ConfigError(f"{ranks} ranks are too few: give the job at least one on each node")
@@ -18,13 +22,17 @@ def check_ranks(config: Config, ranks: int) -> None:
         ("importance.score_batch", config.importance.score_batch),
     ):
         if size % ranks:
-            raise ConfigError(f"{key} {size} is no multiple of {ranks} ranks: use {ranks * max(round(size / ranks), 1)}")
+            raise ConfigError(f"{key} {size} is not a multiple of {ranks} ranks: use {ranks * max(round(size / ranks), 1)}")
 
 
 def check_sizes(config: Config, num_train: int) -> None:
-    """
+    """Checks that the training data are large enough for a batch and for scoring.
+
+    Args:
+        num_train: number of training examples.
+
     Raises:
-        ConfigError: a batch is larger than the training data.
+        ConfigError: `train.global_batch` or `importance.num_samples` is larger than `num_train`.
     """
     for key, size in (
         ("train.global_batch", config.train.global_batch),

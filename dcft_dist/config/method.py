@@ -1,4 +1,4 @@
-"""The sections of the method: `[head_warmup]`, `[importance]`, `[selection]`, `[penalty]`, `[removal]`, and `[lora]`."""
+"""The sections of the method: `[head_warmup]`, `[importance]`, `[selection]`, `[penalty]`, `[lora]` and `[removal]`."""
 
 from __future__ import annotations
 
@@ -10,35 +10,45 @@ from .section import Count, Fraction, Positive, Section
 
 
 class HeadWarmup(Section):
-    """Training of the new head alone, before scoring; stops on validation loss."""
+    """Trains the new head alone, before scoring. It stops early on the validation loss."""
 
     lr: Positive = Field(3e-3, description="Learning rate of AdamW.")
-    batch: Count = Field(256, description="Texts in a batch over all ranks (the body's features are computed once).")
-    max_epochs: Annotated[int, Field(ge=0)] = Field(200, description="Epochs at most; 0: a cold head.")
-    patience: Count = Field(5, description="Epochs without a better validation loss before it stops.")
+    batch: Count = Field(256, description="Examples in a batch over all ranks (the body's features are computed once).")
+    max_epochs: Annotated[int, Field(ge=0)] = Field(
+        200, description="Maximum number of epochs; 0: no warm-up, the head stays random."
+    )
+    patience: Count = Field(5, description="Stop after this many epochs without a lower validation loss.")
 
 
 class Importance(Section):
     """How weights are scored."""
 
     criterion: Literal["taylor", "taylor_squared", "removal", "fisher", "obs", "magnitude", "random"] = Field(
-        "fisher", description="Importance criterion (docs/method.md)."
+        "fisher",
+        description="Importance criterion. `taylor`: first-order Taylor term. `taylor_squared`: its mean square. `removal`: "
+        "first and second Taylor term, signed. `fisher`: mean squared gradient. `obs`: optimal brain surgeon. `magnitude`: "
+        "absolute weight. `random`: a control. Formulas: docs/method.md.",
     )
-    num_samples: Count = Field(1024, description="Training texts to score on; a multiple of `score_batch`.")
-    score_batch: Count = Field(32, description="Texts in a score batch over all ranks: part of the criterion.")
+    num_samples: Count = Field(1024, description="Training examples to score on; a multiple of `score_batch`.")
+    score_batch: Count = Field(
+        32, description="Examples in a score batch over all ranks. Another size is another criterion: it changes the scores."
+    )
     after_epochs: Annotated[int, Field(ge=0)] = Field(
         0,
-        description="Epochs of fine-tuning before the weights are scored; all is then put back to where it was.",
+        description="Epochs of fine-tuning before scoring. After scoring the weights return to their values before these "
+        "epochs.",
     )
     rounds: Count = Field(
-        1, description="Rounds of those epochs: between two of them the lowest weights become zero (gradual pruning)."
+        1,
+        description="Splits `after_epochs` into this many rounds (gradual pruning). Between two rounds the weights with the "
+        "lowest scores become zero.",
     )
-    block: Count = Field(192, description="`obs`: consecutive weights of a block of the Fisher matrix.")
-    damping: Positive = Field(1e-2, description="`obs`: added to the diagonal of the Fisher matrix.")
+    block: Count = Field(192, description="`obs`: number of consecutive weights in a block of the Fisher matrix.")
+    damping: Positive = Field(1e-2, description="`obs`: value added to the diagonal of the Fisher matrix.")
     eligible: list[str] | None = Field(
         None,
-        description="Patterns of the weights to score (globs over names, such as `backbone.encoder.layer.5.*`, or names "
-        "of modules); absent: linear and convolution weights outside the head.",
+        description="Patterns of the weights to score: globs over names, such as `backbone.encoder.layer.5.*`, or names of "
+        "modules. Absent: weights of linear and convolution layers outside the head.",
     )
 
 
@@ -47,41 +57,48 @@ class Selection(Section):
 
     fraction: Fraction | Literal["auto"] = Field(
         0.10,
-        description="Share of the eligible weights to select. `auto`: the one whose removal raises the validation loss most "
-        "over that of the matched random set.",
+        description="Share of the eligible weights to select. `auto`: tries six shares from 0.1 to 30 % and takes the one "
+        "whose removal raises the validation loss most, relative to the matched random set.",
     )
     kind: Literal["top", "lowest", "random", "random_tensor", "random_magnitude"] = Field(
         "top",
-        description="`top`: the highest scores. Controls with as many weights: `lowest` scores; `random`; `random_tensor`: "
-        "random, as many in each tensor as `top`; `random_magnitude`: random, as many in each tensor and magnitude bin.",
+        description="`top`: the highest scores. The others are controls of the same size. `lowest`: the lowest scores. "
+        "`random`: random weights. `random_tensor`: random, with as many weights in each tensor as `top`. "
+        "`random_magnitude`: random, with as many weights in each tensor and magnitude bin as `top`.",
     )
-    scope: Literal["global", "per_tensor"] = Field("global", description="One ranking for the whole model, or one a tensor.")
-    floor: Fraction = Field(0.0, description="Least share of each tensor.")
-    cap: Fraction = Field(1.0, description="Largest share of each tensor.")
+    scope: Literal["global", "per_tensor"] = Field(
+        "global", description="`global`: one ranking over the whole model. `per_tensor`: one ranking for each tensor."
+    )
+    floor: Fraction = Field(0.0, description="Minimum share to select in each tensor.")
+    cap: Fraction = Field(1.0, description="Maximum share to select in each tensor.")
 
 
 class Penalty(Section):
-    """Multipliers of gradient or update."""
+    """Multipliers of the gradient or of the update."""
 
     factor: Fraction = Field(0.1, description="Multiplier of the fundamental weights.")
     schedule: Literal["constant", "linear", "cosine", "learned"] = Field(
         "constant",
-        description="`linear`, `cosine`: from `factor` to `final_factor` over all steps. `learned`: from `factor` on, by "
-        "the gradient of the validation loss (update level).",
+        description="`constant`: always `factor`. `linear`, `cosine`: from `factor` to `final_factor` over all steps. "
+        "`learned`: starts at `factor` and follows the gradient of the validation loss (update level only).",
     )
-    final_factor: Fraction = Field(1.0, description="Factor of the last step, if scheduled.")
-    learn_every: Count = Field(4, description="Steps between two changes of a learned factor.")
-    learn_rate: Positive = Field(0.05, description="Change of a learned factor, about.")
+    final_factor: Fraction = Field(1.0, description="`linear`, `cosine`: factor at the last step.")
+    learn_every: Count = Field(4, description="`learned`: steps between two changes of the factor.")
+    learn_rate: Positive = Field(0.05, description="`learned`: approximate size of one change of the factor.")
     rest_factor: Fraction = Field(1.0, description="Multiplier of the other eligible weights.")
-    unscored_factor: Fraction = Field(1.0, description="Multiplier of weights that are neither eligible nor head.")
+    unscored_factor: Fraction = Field(1.0, description="Multiplier of weights that are neither eligible nor in the head.")
     level: Literal["auto", "gradient", "update"] = Field(
-        "auto", description="`auto`: gradient for SGD without weight decay, update for everything else."
+        "auto",
+        description="What is multiplied. `gradient`: the gradient. `update`: the optimizer's step. `auto`: `gradient` for "
+        "SGD without weight decay, `update` for everything else.",
     )
-    where: Literal["before", "after"] = Field("before", description="Gradient level: before or after the reduction.")
+    where: Literal["before", "after"] = Field(
+        "before", description="Gradient level: multiply before or after the gradients are reduced over the ranks."
+    )
     mask_placement: Literal["replicated", "sharded"] = Field(
         "replicated",
-        description="Gradient level before the reduction: each rank has the bits of all weights, or a part that is gathered "
-        "when a gradient is ready.",
+        description="Gradient level before the reduction. `replicated`: each rank stores the mask bits of all weights. "
+        "`sharded`: each rank stores a part, and the ranks gather a weight's bits when its gradient is ready.",
     )
 
 
@@ -89,14 +106,14 @@ class Lora(Section):
     """Low-rank adapters, for `method = "lora"`: every linear layer of the body gets one."""
 
     rank: Count = Field(8, description="Rank of the adapters.")
-    alpha: Count = Field(16, description="Their output is scaled by alpha / rank.")
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout before the adapters.")
+    alpha: Count = Field(16, description="The adapters' output is multiplied by alpha / rank.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout rate on the adapters' input.")
 
 
 class Removal(Section):
-    """The removal check: validation loss with sets of weights zeroed."""
+    """The removal check: validation loss after sets of weights are set to zero."""
 
     fractions: list[Fraction] = Field(
-        [0.001, 0.01, 0.1], description="Shares of the eligible weights to remove; [] skips it."
+        [0.001, 0.01, 0.1], description="Shares of the eligible weights to remove; [] skips the check."
     )
-    num_samples: Count | None = Field(None, description="Validation texts to use; absent: all.")
+    num_samples: Count | None = Field(None, description="Number of validation examples to use; absent: all.")

@@ -1,4 +1,4 @@
-"""The schema of the configuration as a Markdown page: docs/configuration.md."""
+"""Writes the schema of the configuration as a Markdown page: docs/configuration.md."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .schema import is_section, sections
 
 
 def reference() -> str:
-    """The schema as a Markdown page."""
+    """The schema as a Markdown page, a table for each section: key, values, default, meaning."""
     lines = [
         "# Configuration",
         "",
-        "Generated from the schema by `dcft config-reference > docs/configuration.md`. Any key can be given on the command",
-        "line: `dcft train configs/icd.toml --optimizer.lr 1e-4 --penalty.factor 0.2`. A file may start from another",
-        'one with `extends = "icd.toml"`. Unknown keys and values out of range are errors, all reported at once.',
+        "Generated from the schema by `dcft config-reference > docs/configuration.md`. You can set any key on the command",
+        "line: `dcft train configs/icd.toml --optimizer.lr 1e-4 --penalty.factor 0.2`. A file can extend another one",
+        'with `extends = "icd.toml"`. Unknown keys and values out of range are errors; one message lists all of them.',
     ]
     for prefix, section in sections():
         doc = (section.__doc__ or "").strip()

@@ -1,4 +1,4 @@
-"""The configuration of a run: a typed, frozen schema."""
+"""The typed, frozen schema of a run's configuration."""
 
 from __future__ import annotations
 
@@ -16,37 +16,43 @@ from .training import Checkpoint, Optimizer, Sharding, Train
 
 
 class Config(Section):
-    """One run."""
+    """Keys of the whole run."""
 
     name: str = Field(description="Name of the run's directory.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     method: Literal["dcft", "equal_displacement", "full", "linear_probe", "bitfit", "lora"] = Field(
         "dcft",
-        description="`dcft`: two multipliers over the set of `[selection]`; hence also a frozen set (factor 0) and sparse "
-        "fine-tuning (factor 1, rest_factor 0). `equal_displacement`: a control, every body step shrunk as a whole to the "
-        "length that dcft would leave of it. `full`: no penalty. `linear_probe`: the warmed-up head. `bitfit`: the body's "
-        "biases alone. `lora`: adapters of `[lora]` alone, merged at the end.",
+        description="`dcft`: `penalty.factor` multiplies the set of `[selection]`, `penalty.rest_factor` the other eligible "
+        "weights. Factor 0 freezes the set; factor 1 with rest_factor 0 is sparse fine-tuning. `equal_displacement`: a "
+        "control that shortens every body step, as a whole, to the length it would have under dcft. `full`: no penalty. "
+        "`linear_probe`: trains only the head (the warm-up). `bitfit`: trains the biases of the body, and the head. `lora`: "
+        "trains the adapters of `[lora]` and the head; the adapters are merged at the end.",
     )
     engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] = Field(
-        "fsdp2", description="How the model is spread over the ranks (docs/engines.md)."
+        "fsdp2", description="How the model is distributed over the ranks (docs/engines.md)."
     )
-    seed: Seed = Field(0, description="Seed of head, data order, dropout and random sets.")
-    import_roots: list[str] = Field([], description="Folders to import `model.build` and the like from.")
+    seed: Seed = Field(0, description="Seed of the new head, the data order, dropout and random sets.")
+    import_roots: list[str] = Field(
+        [], description="Folders with your own modules, for `model.build` and the other keys with import paths."
+    )
     runs_dir: str = Field("runs", description="Directory of all runs.")
     timeout_s: Positive = Field(600.0, description="Seconds after which a collective gives up on a missing rank.")
     until: Literal["score", "select", "train"] = Field(
-        "train", description="End after that phase; with a later one the run goes on. `score` leaves the scores in a file."
+        "train",
+        description="Last phase of the run. Start the run again with a later phase to continue. `score` saves the scores to "
+        "a file.",
     )
-    test: bool = Field(True, description="Whether the test data are used, once, at the end.")
+    test: bool = Field(True, description="Whether to evaluate on the test data, once, at the end.")
     test_resamples: Annotated[int, Field(ge=0)] = Field(
-        1000, description="Resamples of the test groups for the intervals of its metrics; 0: no intervals."
+        1000,
+        description="Bootstrap resamples of the test groups for confidence intervals of the test metrics; 0: no intervals.",
     )
     start_from: str | None = Field(
         None,
-        description="Directory of a run of the same task, model and seed: its head is used, and its scores and set if what "
-        "makes them is the same.",
+        description="Directory of another run with the same task, model and seed. This run takes its head, and also its "
+        "scores and fundamental set where the settings that determine them are equal.",
     )
     max_attempts: Count = Field(
-        3, description="Failed starts in a row that reach no new checkpoint, after which the run counts as failed."
+        3, description="The run counts as failed after this many failed starts in a row without a new checkpoint."
     )
     log_every: Count = Field(10, description="Steps between log lines.")
     model: Model = Model()
@@ -65,19 +71,19 @@ class Config(Section):
 
     @property
     def level(self) -> str:
-        """The penalty level, `auto` resolved."""
+        """The penalty level, `gradient` or `update`, with `auto` resolved."""
         if self.penalty.level != "auto":
             return self.penalty.level
         return "gradient" if self.optimizer.name == "sgd" and self.optimizer.weight_decay == 0 else "update"
 
     @property
     def evaluation_batch(self) -> int:
-        """Examples in a forward of one rank when it evaluates; whole volumes come one by one."""
+        """Examples in one forward pass of one rank during evaluation; 1 for segmentation (whole volumes)."""
         return 1 if self.task.kind == "segmentation" else self.train.evaluation_batch
 
     @property
     def uses_set(self) -> bool:
-        """Whether the method has a set of weights that it treats differently."""
+        """Whether the method treats a selected set of weights differently from the others."""
         return self.method in ("dcft", "equal_displacement")
 
     @model_validator(mode="after")
@@ -87,8 +93,8 @@ class Config(Section):
             raise ValueError("train.clip_grad_norm and train.clip_order go together: give both or neither")
         if order == "before_penalty" and gradient and self.penalty.where == "before":
             raise ValueError(
-                "train.clip_order = 'before_penalty' needs penalty.where = 'after': a hook before the reduction has "
-                "multiplied the gradients before anything can be clipped"
+                "train.clip_order = 'before_penalty' needs penalty.where = 'after': with 'before' a hook multiplies the "
+                "gradients before they can be clipped"
             )
         if order == "after_penalty" and not gradient:
             raise ValueError(
@@ -107,7 +113,7 @@ class Config(Section):
         if self.method == "lora" and engine not in ("single", "ddp"):
             raise ValueError(f"method 'lora' is a baseline for the engines single and ddp, not for {engine}")
         if engine == "deepspeed" and (self.method == "equal_displacement" or self.optimizer.pull_to_start):
-            raise ValueError("method 'equal_displacement' and optimizer.pull_to_start are not there for deepspeed")
+            raise ValueError("method 'equal_displacement' and optimizer.pull_to_start are not available for deepspeed")
         after = self.penalty.where == "after" and self.level == "gradient"
         if engine == "deepspeed" and after and self.train.clip_order == "after_penalty":
             raise ValueError(
@@ -125,12 +131,12 @@ class Config(Section):
         if self.task.loss and self.task.class_weights == "balanced":
             raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
         if self.data.transform and self.data.modality not in ("image", "volume"):
-            raise ValueError("data.transform varies images: it is for data.modality = 'image' or 'volume'")
+            raise ValueError("data.transform is for images: it needs data.modality = 'image' or 'volume'")
         columns = self.data.input
         if isinstance(columns, list) and not 0 < len(columns) == len(set(columns)):
-            raise ValueError(f"data.input: columns that differ, at least one, not {columns}")
+            raise ValueError(f"data.input is {columns}: give at least one column, each only once")
         if isinstance(columns, list) and self.data.modality != "volume":
-            raise ValueError("several columns of data.input are channels of a volume: data.modality = 'volume'")
+            raise ValueError("several columns in data.input are the channels of a volume: set data.modality = 'volume'")
         if self.data.processor and (self.data.modality != "image" or self.task.name != "own"):
             raise ValueError("data.processor is for task.name = 'own' with data.modality = 'image'")
         if self.task.name == "own":
@@ -142,7 +148,7 @@ class Config(Section):
                 self.task.kind == "causal_lm" or self.data.format not in ("table", "python")
             ):
                 raise ValueError(
-                    "data.modality = 'volume' needs data.format = 'table' or 'python', and a label that is no text"
+                    "data.modality = 'volume' needs data.format = 'table' or 'python', and a label that is not a text"
                 )
             if self.task.kind == "segmentation" and (self.data.format != "table" or len(self.data.classes) < 2):
                 raise ValueError("segmentation needs data.format = 'table' and data.classes, the background first")
@@ -150,7 +156,7 @@ class Config(Section):
                 raise ValueError("data.label is a list of columns for task.kind = 'multi_label', and one column otherwise")
             return self
         if self.task.kind != "single_label":
-            raise ValueError(f"task.name = '{self.task.name}' is of the kind 'single_label'")
+            raise ValueError(f"task.name = '{self.task.name}' has task.kind = 'single_label'")
         if self.model.name == "own":
             return self
         if (self.model.name == "dinov2_small") != (self.task.name == "mri_region"):
@@ -160,9 +166,11 @@ class Config(Section):
     @model_validator(mode="after")
     def _factor_can_change(self) -> Config:
         if self.penalty.schedule == "learned" and self.level != "update":
-            raise ValueError("penalty.schedule = 'learned' is for the update level, where the gradient is left alone")
+            raise ValueError("penalty.schedule = 'learned' is for the update level, which does not change the gradient")
         if self.optimizer.pull_to_start and self.uses_set:
-            raise ValueError("optimizer.pull_to_start is for methods without a set: which acts first would be open")
+            raise ValueError(
+                "optimizer.pull_to_start is for methods without a set: with a set the order of the two is not defined"
+            )
         if self.penalty.schedule != "constant" and self.method != "dcft":
             raise ValueError(f"penalty.schedule has no meaning for method = '{self.method}'")
         return self
@@ -173,20 +181,22 @@ class Config(Section):
         if epochs % rounds:
             raise ValueError(f"importance.rounds = {rounds} does not divide importance.after_epochs = {epochs}")
         if epochs and self.engine == "deepspeed":
-            raise ValueError("importance.after_epochs is not there for deepspeed")
+            raise ValueError("importance.after_epochs is not available for deepspeed")
         if rounds > 1 and (self.selection.fraction == "auto" or not epochs):
-            raise ValueError("importance.rounds need importance.after_epochs, and a selection.fraction that is a number")
+            raise ValueError("importance.rounds needs importance.after_epochs, and a number as selection.fraction")
         if rounds > 1 and self.importance.criterion in ("fisher", "removal", "random"):
             raise ValueError(
-                f"importance.rounds prune, and by the criterion '{self.importance.criterion}' weights that are zero do not "
-                "come last: use 'obs', 'taylor_squared', 'taylor' or 'magnitude'"
+                f"importance.rounds prunes weights to zero, but the criterion '{self.importance.criterion}' does not rank "
+                "zero weights last: use 'obs', 'taylor_squared', 'taylor' or 'magnitude'"
             )
         return self
 
     @model_validator(mode="after")
     def _has_phases(self) -> Config:
         if self.until != "train" and not self.uses_set:
-            raise ValueError(f"until = '{self.until}' has no meaning for method = '{self.method}', which selects no weights")
+            raise ValueError(
+                f"until = '{self.until}' has no meaning for method = '{self.method}', which selects no weights: use 'train'"
+            )
         return self
 
     @model_validator(mode="after")
@@ -197,7 +207,7 @@ class Config(Section):
 
 
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:
-    """(key, class) of each part of the schema; the whole has the key ''."""
+    """Yields (key, class) for each section of the schema; the top level has the key ''."""
     yield "", Config
     for key, field in Config.model_fields.items():
         if is_section(field):
@@ -205,5 +215,5 @@ def sections() -> Iterator[tuple[str, type[BaseModel]]]:
 
 
 def is_section(field: FieldInfo) -> bool:
-    """Whether a field of the schema is a part with keys of its own."""
+    """Whether a field of the schema is a section with its own keys."""
     return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)

@@ -1,4 +1,4 @@
-"""What all sections of the schema share: their base class and the types of common values."""
+"""Base class of all sections of the schema, and the types of common values."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
-    """A part of the configuration: unknown keys are errors, values cannot be changed."""
+    """A section of the configuration. Unknown keys are errors, and values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""The sections `[task]` and `[data]`: what is learned, from which examples."""
+"""The sections `[task]` and `[data]`: the downstream task and its examples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from .section import Count, Fraction, Positive, Section, Seed
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of each channel, values from 0 to 1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # one value a channel, for images in [0, 1]
 
 
 class Task(Section):
@@ -18,120 +18,143 @@ class Task(Section):
         "icd10cm_chapter",
         description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes. `drug_review`: "
         "review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> region of the brain, "
-        "8 classes. `own`: the data of `[data]`.",
+        "8 classes. `own`: your data, described in `[data]`.",
     )
     kind: Literal["single_label", "multi_label", "regression", "causal_lm", "segmentation"] = Field(
         "single_label",
-        description="`single_label`: one of several classes. `multi_label`: several findings, each there or not. "
-        "`regression`: a number, or a grade. `causal_lm`: the answer to an instruction (`data.label` to `data.input`). "
-        "`segmentation`: a class for each voxel (`data.label` is the column of the masks).",
+        description="`single_label`: one of several classes. `multi_label`: several findings, each present or absent. "
+        "`regression`: a number, or a grade. `causal_lm`: the answer `data.label` to the instruction `data.input`. "
+        "`segmentation`: a class for each voxel (`data.label` is the column with the masks).",
     )
     class_weights: Literal["none", "balanced"] = Field(
-        "none", description="`single_label`: weight of each class in the loss; `balanced`: all classes count the same."
+        "none",
+        description="`single_label`: weights of the classes in the loss. `none`: every example counts the same. `balanced`: "
+        "every class counts the same.",
     )
     loss: str | None = Field(
         None,
-        description="Import path of a loss of yours to train with: (outputs in float32 [size, ...], labels [size, ...]) -> "
-        "[size]. The metric `loss` stays that of the kind.",
+        description="Import path of your own training loss: (outputs in float32 [size, ...], labels [size, ...]) -> [size]. "
+        "The metric `loss` remains the built-in loss of `kind`.",
     )
     metrics: list[str] = Field(
         [],
-        description="Import paths of functions that give further metrics: (what is kept of each example [size, ...] in "
-        "float64, such as logits; labels [size, ...]) -> name -> number, the higher the better.",
+        description="Import paths of functions that compute further metrics. Arguments: the stored record of each example "
+        "[size, ...] in float64, such as logits, and labels [size, ...]. Returns: name -> number, higher is better.",
     )
-    train_per_class: Count = Field(150, description="Training texts of each class, at most.")
-    validation_per_class: Count = Field(50, description="Validation texts of each class, at most.")
-    test_per_class: Count = Field(100, description="Test texts of each class, at most.")
+    train_per_class: Count = Field(150, description="Built-in tasks: maximum number of training examples per class.")
+    validation_per_class: Count = Field(50, description="Built-in tasks: maximum number of validation examples per class.")
+    test_per_class: Count = Field(100, description="Built-in tasks: maximum number of test examples per class.")
     split_seed: Seed = Field(
-        1, description="Seed of the split by group (3-character category; drug) and of the draw of texts."
+        1, description="Seed of the split by group (3-character category; drug) and of the choice of examples."
     )
     sample_seed: Seed | None = Field(
-        None, description="Draws other training texts from the training groups; validation and test stay. Absent: none."
+        None,
+        description="Seed of another choice of training examples from the same training groups; validation and test data do "
+        "not change. Absent: the choice of `split_seed`.",
     )
     max_tokens: Count = Field(48, description="Longer texts are cut to this many tokens.")
 
 
 class Data(Section):
-    """The user's data, for `task.name = "own"` (docs/models.md)."""
+    """Your data, for `task.name = "own"` (docs/models.md)."""
 
     format: Literal["table", "image_folder", "medmnist", "dataset", "python"] = Field(
         "table",
         description="`table`: CSV, TSV, Parquet or JSON lines with a row for each example. `image_folder`: a folder for "
-        "each class, within `train`, `validation` and `test` or without. `medmnist`: an .npz file with images and labels. "
-        "`dataset`: what `datasets` saved to disk. `python`: a function of yours (`build`).",
+        "each class, either directly or inside `train`, `validation` and `test`. `medmnist`: an .npz file with images and "
+        "labels. `dataset`: a folder that the library `datasets` saved. `python`: your own function (`build`).",
     )
     path: str | None = Field(
-        None, description="The file or folder with all splits; relative paths in a table are relative to its folder."
+        None, description="The file or folder with all splits. Relative paths in a table start at the table's folder."
     )
-    train: str | None = Field(None, description="`table`: file of the training split, where splits have files of their own.")
+    train: str | None = Field(None, description="`table`: file of the training split, if each split has its own file.")
     validation: str | None = Field(None, description="`table`: file of the validation split.")
     test: str | None = Field(None, description="`table`: file of the test split.")
     build: str | None = Field(
         None,
-        description="`python`: import path of a function without arguments that returns rows, or split -> rows; a row is a "
+        description="`python`: import path of a function without arguments that returns rows, or split -> rows. A row is a "
         "dictionary with the columns below.",
     )
     modality: Literal["image", "text", "volume", "own"] = Field(
-        "image", description="What the inputs are; `own`: whatever `collate` makes batches of."
+        "image", description="Type of the inputs; `own`: any input that `collate` can turn into batches."
     )
     collate: str | None = Field(
         None,
-        description="modality own: import path of a function of yours, [input of each example] -> the model's arguments by "
-        "name, tensors [size, ...]. For causal_lm: [(input, answer)] -> those and `labels` [size, tokens], -100 where "
-        "nothing is learned.",
+        description="modality own: import path of your function: list of inputs -> dictionary of the model's keyword "
+        "arguments, tensors [size, ...]. For causal_lm: list of (input, answer) -> the same and `labels` [size, tokens]; "
+        "label -100 excludes a token from the loss.",
     )
     input: str | list[str] = Field(
         "input",
-        description="Column of the input: a text; path of an image or .npy file; an array. Of volumes also several columns: "
-        "files on one grid, which become the channels.",
+        description="Column of the input: a text, the path of an image or .npy file, or an array. For volumes also several "
+        "columns: files on one grid, which become the channels.",
     )
     label: str | list[str] = Field(
-        "label", description="Column of the label; several for multi_label: 1, 0, or empty for unknown."
+        "label", description="Column of the label. For multi_label several columns with 1, 0, or empty for unknown."
     )
-    template: str = Field("{input}\n", description="causal_lm: what the model is given; `{input}` is the instruction.")
+    template: str = Field(
+        "{input}\n", description="causal_lm: text before the answer; `{input}` is replaced by the instruction."
+    )
     group: str | None = Field(
-        None, description="Column of what must not be split: patient, scanner, site. Absent: every example for itself."
+        None,
+        description="Column of the group whose examples stay in one split: patient, scanner, site. Absent: each file, or "
+        "each row without a file, is a group.",
     )
     group_pattern: str | None = Field(
         None, description="`image_folder`: regular expression whose first group in the file's name is the patient."
     )
-    split: str | None = Field(None, description="Column that says `train`, `validation` or `test`.")
-    validation_share: Fraction = Field(0.15, description="Share of the groups that validates, where there is no such split.")
-    test_share: Fraction = Field(0.2, description="Share of the groups that tests, where there is no such split.")
-    classes: list[str] = Field([], description="Classes in their order; absent: those of the training data, sorted.")
+    split: str | None = Field(None, description="Column with the split: `train`, `validation` or `test`.")
+    validation_share: Fraction = Field(
+        0.15, description="Share of the examples for validation, drawn by group; for data without a validation split."
+    )
+    test_share: Fraction = Field(
+        0.2, description="Share of the examples for the test, drawn by group; for data without a test split."
+    )
+    classes: list[str] = Field(
+        [], description="Names of the classes, in order; absent: the classes of the training data, sorted."
+    )
     patch: list[Count] = Field(
         [96, 96, 96],
-        description="Volumes: size of a training patch, and of a window that is evaluated; 2-D: two numbers. Where a whole "
-        "volume has a label, the size it is cut or filled up to.",
+        description="Volumes: size of a training patch and of an evaluation window; 2-D: two numbers. With one label for "
+        "each volume: the size to which volumes are cropped or padded.",
     )
     overlap: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.25, description="segmentation: overlap of neighbouring windows."
+        0.25, description="segmentation: share by which neighbouring windows overlap."
     )
-    spacing: list[Positive] | None = Field(None, description="Volumes: mm of a voxel along each axis; absent: unchanged.")
+    spacing: list[Positive] | None = Field(None, description="Volumes: voxel size in mm along each axis; absent: unchanged.")
     window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = Field(
-        None, description="Volumes: intensities that become 0 and 1 (CT); absent: mean 0, deviation 1."
+        None,
+        description="Volumes: the two intensities that are scaled to 0 and 1 (CT); absent: scaled to mean 0 and standard "
+        "deviation 1.",
     )
-    cache: bool = Field(True, description="Whether volumes stay in memory once they have been read.")
-    check: bool = Field(True, description="Whether every image is read once before the run begins.")
-    mean: list[float] = Field(list(IMAGENET_MEAN), description="Mean of each channel, where the model's folder says none.")
-    std: list[Positive] = Field(list(IMAGENET_STD), description="Standard deviation of each channel, likewise.")
+    cache: bool = Field(True, description="Whether volumes stay in memory after the first read.")
+    check: bool = Field(True, description="Whether every input is read once before the run starts, to find errors early.")
+    mean: list[float] = Field(list(IMAGENET_MEAN), description="Mean of each channel, unless the model's folder states it.")
+    std: list[Positive] = Field(
+        list(IMAGENET_STD), description="Standard deviation of each channel, unless the model's folder states it."
+    )
     processor: bool = Field(
         False,
-        description="Whether images are resized and cropped as the model's library does, by what is said beside the weights "
-        "(`preprocessor_config.json`, `config.json` of timm, `open_clip_config.json`); else whole images become squares.",
+        description="`true`: images are resized and cropped as in the model's library, with the settings beside the weights "
+        "(`preprocessor_config.json`, `config.json` of timm, `open_clip_config.json`). `false`: whole images are scaled to "
+        "squares.",
     )
     transform: str | None = Field(
         None,
-        description="Import path of a function that makes a random variant of a training image ([channels, side, side], "
-        "before normalisation) or patch ({image: [channels, *patch], mask: [1, *patch]}, normalised): yours, or one of "
-        "MONAI, with `transform_args`.",
+        description="Import path of a function, yours or MONAI's, that returns a random variant of a training example. It "
+        "gets an image [channels, side, side] before normalisation, or a normalised patch {image: [channels, *patch], mask: "
+        "[1, *patch]}.",
     )
-    transform_args: dict[str, Any] = Field({}, description="Keyword arguments that make it; absent: it is called as it is.")
+    transform_args: dict[str, Any] = Field(
+        {},
+        description="Keyword arguments to construct `transform`. Absent: a class is constructed without arguments, a "
+        "function is used unchanged.",
+    )
 
     def sources(self) -> list[str]:
-        """What is given of the keys that can say where the data are."""
-        fitting = {"python": ("build",), "table": ("path", "train", "validation", "test")}.get(self.format, ("path",))
-        return [key for key in fitting if getattr(self, key) is not None]
+        """Keys that are set and say where the data are, among those that fit `format`."""
+        usable_keys = {"python": ("build",), "table": ("path", "train", "validation", "test")}.get(self.format, ("path",))
+        return [key for key in usable_keys if getattr(self, key) is not None]
 
     @model_validator(mode="after")
     def _groups_can_be_found(self) -> Data:

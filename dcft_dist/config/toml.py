@@ -1,7 +1,7 @@
 """Configurations as TOML files, with dotted overrides from the command line.
 
-A file may name another one with `extends = "base.toml"` (beside it, or shipped); its own keys win, overrides over both.
-All problems are reported at once, each with its dotted path.
+A file may extend another one with `extends = "base.toml"` (in the same folder, or shipped). Keys of the file replace keys of
+its base, and overrides replace both. An error lists all problems at once, each with its dotted key.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from .schema import Config, sections
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> Config:
-    """Reads a TOML file, applies overrides such as `["--optimizer.lr", "1e-4"]` or `["--optimizer.lr=1e-4"]`.
+    """Reads a TOML file, applies overrides and checks the result.
 
     Args:
-        path: a file, or the name of one shipped with the package (`icd.toml`).
-        overrides: dotted keys and values; a value is read as TOML, else as a string.
-        without: dotted keys of the file that are left out.
+        path: a file, or the name of a configuration shipped with the package (`icd.toml`).
+        overrides: command-line words, `["--optimizer.lr", "1e-4"]` or `["--optimizer.lr=1e-4"]`. A value is read as TOML;
+            if it is not TOML, it is a string.
+        without: dotted keys of the file to ignore.
 
     Raises:
-        ConfigError: no such file, TOML that cannot be read, or any number of wrong keys and values, all listed.
+        ConfigError: the file does not exist or is not TOML, or keys or values are wrong. The message lists all of them.
     """
     raw = _read(find_config(path))
     for section, _, last in (key.rpartition(".") for key in without):
@@ -41,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequen
         if isinstance(target, dict):
             target[last] = _value(value)
         else:
-            problems.append(f"--{key}: {parents[-1]} is no section")
+            problems.append(f"--{key}: {parents[-1]} is not a section")
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -52,13 +53,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequen
 
 
 def find_config(path: str | Path) -> Path:
-    """The file itself, or the configuration of that name that is shipped with the package."""
+    """Path of a configuration file.
+
+    Args:
+        path: a file, or the name of a configuration shipped with the package (`icd.toml`).
+
+    Raises:
+        ConfigError: neither exists. The message names the most similar shipped configuration, and all of them.
+    """
     package = Path(__file__).parent.parent
     for candidate in (Path(path), package / "configs" / path, package.parent / "configs" / path):
         if candidate.is_file():
             return candidate
     shipped = sorted(f.name for d in (package / "configs", package.parent / "configs") for f in d.glob("*.toml"))
-    raise ConfigError(f"no configuration file {path}{did_you_mean(str(path), shipped)}; shipped are {', '.join(shipped)}")
+    raise ConfigError(
+        f"no configuration file {path}{did_you_mean(str(path), shipped)}; the package ships {', '.join(shipped)}"
+    )
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -72,13 +82,13 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     beside = path.parent / str(base)
     parent = beside if beside.is_file() else find_config(str(base))
     if parent.resolve() in (*extending, path.resolve()):
-        raise ConfigError(f"{path}: extends itself, by way of {base}")
+        raise ConfigError(f"{path}: extends itself through {base}")
     return _merged(_read(parent, (*extending, path.resolve())), raw)
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in top.items()}
-    return base | both
+    merged = {k: _merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in top.items()}
+    return base | merged
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -100,9 +110,9 @@ def _value(text: str) -> Any:
 
 
 def _explain(detail: Any) -> str:
-    # Pydantic adds which kind of value it tried, where there are several.
-    kinds = ("constrained-float", "float", "literal[")
-    path = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(kinds))
+    # Where a field accepts several types, pydantic adds the type that it tried to the path.
+    tried_types = ("constrained-float", "float", "literal[")
+    path = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(tried_types))
     if detail["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for part in detail["loc"][:-1]:
@@ -124,7 +134,7 @@ def _explain(detail: Any) -> str:
 
 
 def to_toml(config: Config) -> str:
-    """The whole configuration as TOML; keys that are absent (None) are left out."""
+    """The whole configuration as TOML, without keys that are absent (None)."""
     data = config.model_dump(exclude_none=True)
     lines = [f"{key} = {_as_toml(value)}" for key, value in data.items() if not isinstance(value, dict)]
     for section, values in data.items():
@@ -134,7 +144,7 @@ def to_toml(config: Config) -> str:
 
 
 def _as_toml(value: Any) -> str:
-    """Numbers, texts and lists are written as in JSON, and a table in a line of its own."""
+    """A value as TOML: numbers, texts and lists as in JSON, a table inline."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(k)} = {_as_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
@@ -143,9 +153,16 @@ def _as_toml(value: Any) -> str:
 
 
 def differences(before: str, after: str) -> dict[str, str]:
-    """Dotted key -> how it differs between two resolved configurations.
+    """Compares two resolved configurations.
 
-    Keys that came after one was written had what is now their default.
+    A configuration from an older version may lack newer keys. Such a key counts as having its default value.
+
+    Args:
+        before: the older configuration, as TOML text.
+        after: the newer configuration, as TOML text.
+
+    Returns:
+        Dotted key -> message `KEY was OLD and is NEW`, for each key that differs.
     """
     defaults = to_toml(Config(name="defaults"))
     old, new = (_resolved(defaults) | _resolved(text) for text in (before, after))
@@ -153,7 +170,13 @@ def differences(before: str, after: str) -> dict[str, str]:
 
 
 def flat_keys(nested: dict[str, Any], depth: int | None = None, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value of nested tables, at most `depth` levels below the first (None: all)."""
+    """Flattens nested tables to dotted key -> value.
+
+    Args:
+        nested: tables within tables.
+        depth: number of levels below the first to flatten; deeper tables stay values. None: all.
+        prefix: text before every key.
+    """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, dict) and depth != 0:
@@ -164,5 +187,5 @@ def flat_keys(nested: dict[str, Any], depth: int | None = None, prefix: str = ""
 
 
 def _resolved(text: str) -> dict[str, Any]:
-    """Dotted key -> value of a resolved configuration; a table that is a value, such as `model.args`, stays whole."""
+    """Dotted key -> value of a resolved configuration. A table that is a value, such as `model.args`, stays a table."""
     return flat_keys(tomllib.loads(text), depth=1)

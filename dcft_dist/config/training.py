@@ -1,4 +1,4 @@
-"""The sections `[optimizer]`, `[train]`, `[sharding]` and `[checkpoint]`: how the run is trained and saved."""
+"""The sections `[optimizer]`, `[train]`, `[sharding]` and `[checkpoint]`: how a run trains, shards and saves."""
 
 from __future__ import annotations
 
@@ -10,78 +10,90 @@ from .section import Count, Fraction, Positive, Section
 
 
 class Optimizer(Section):
-    """The optimizer of the fine-tuning."""
+    """The optimizer for fine-tuning."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="`adamw` or `sgd`.")
+    name: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer: `adamw` or `sgd`.")
     lr: Positive = Field(2e-4, description="Peak learning rate of the body.")
     head_lr: Positive | None = Field(None, description="Peak learning rate of the head; absent: `lr`.")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight decay of matrices (not of vectors).")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight decay of matrices; vectors have none.")
     momentum: Fraction = Field(0.0, description="Momentum of SGD.")
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0,
-        description="Learning rate of a block over that of the block above it (layer-wise decay); below all: embeddings.",
+        description="Layer-wise decay: each block's learning rate is this multiple of the rate of the block above it. The "
+        "embeddings count as one more block, below all others.",
     )
     pull_to_start: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
-        description="After each step the body goes back by `lr` times this share of its way (decoupled L2-SP).",
+        description="Decoupled L2-SP: after each step every body weight moves back towards its pre-trained value, by `lr` "
+        "times this number times the distance.",
     )
 
 
 class Train(Section):
-    """The fine-tuning."""
+    """Fine-tuning."""
 
     epochs: Annotated[int, Field(ge=0)] = Field(4, description="Passes over the training data.")
     fall_back: bool = Field(
         True,
-        description="Whether epoch 0, the warmed-up head on the pre-trained body, may be the best epoch (the tested one).",
+        description="Whether epoch 0 (warmed-up head, pre-trained body) may be the best epoch, which is the tested one.",
     )
     sampling: Literal["plain", "balanced"] = Field(
-        "plain", description="`balanced`: each class is drawn as often as any other, with replacement (single_label)."
+        "plain",
+        description="`plain`: each example once in an epoch. `balanced`: every class equally often, drawn with replacement "
+        "(single_label).",
     )
     workers: Annotated[int, Field(ge=0)] = Field(
-        0, description="Processes of each rank that read training data ahead; 0: none. They change no number."
+        0,
+        description="Processes of each rank that read training data in advance; 0: none. The results do not depend on it.",
     )
     metric: str | None = Field(
         None,
-        description="Validation metric that chooses the epoch; absent: `accuracy` (single_label), `auroc` (multi_label), "
-        "`mae` (regression), `perplexity` (causal_lm), `dice` (segmentation).",
+        description="Validation metric that chooses the best epoch; absent: `accuracy` (single_label), `auroc` "
+        "(multi_label), `mae` (regression), `perplexity` (causal_lm), `dice` (segmentation).",
     )
     max_steps: Count | None = Field(
-        None, description="Stop after that many steps and say how long all would take; absent: all steps."
+        None, description="Stop after this many steps and estimate how long all steps would take; absent: all steps."
     )
-    global_batch: Count = Field(32, description="Texts in an optimizer step over all ranks and micro-batches.")
+    global_batch: Count = Field(32, description="Examples in an optimizer step, over all ranks and micro-batches.")
     micro_batch: Count = Field(
-        16, description="Texts in one forward of one rank, at most: more are accumulated in equal micro-batches."
+        16,
+        description="Maximum number of training examples in one forward pass of one rank. A rank with more accumulates the "
+        "gradients of equal micro-batches.",
     )
-    evaluation_batch: Count = Field(64, description="Examples in one forward of one rank when it evaluates.")
-    warmup_fraction: Fraction = Field(0.1, description="Share of the steps with a rising learning rate; then cosine.")
-    final_lr_fraction: Fraction = Field(0.0, description="Learning rate at the end over the peak.")
-    clip_grad_norm: Positive | None = Field(None, description="Largest gradient norm; absent: no clipping.")
+    evaluation_batch: Count = Field(64, description="Examples in one forward pass of one rank during evaluation.")
+    warmup_fraction: Fraction = Field(0.1, description="Share of the steps with rising learning rate; cosine decay follows.")
+    final_lr_fraction: Fraction = Field(0.0, description="Learning rate at the last step, as a multiple of the peak.")
+    clip_grad_norm: Positive | None = Field(None, description="Maximum gradient norm; absent: no clipping.")
     clip_order: Literal["before_penalty", "after_penalty"] | None = Field(
-        None, description="Whether clipping sees plain or penalised gradients; to be given with `clip_grad_norm`."
+        None, description="Whether gradients are clipped before or after the penalty; required with `clip_grad_norm`."
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="`bf16`: computes in bfloat16; weights and reduction stay in float32."
+        "fp32",
+        description="`fp32`: computes in float32. `bf16`: computes in bfloat16; weights and gradient reduction stay in "
+        "float32.",
     )
 
 
 class Sharding(Section):
-    """How the engine shards. `replicas` and `offload` are errors where the engine cannot; others pass over `zero_stage`."""
+    """How the engine shards. `replicas` and `offload` need an engine with support for them; `zero_stage` needs `deepspeed`."""
 
     replicas: Count = Field(
-        1, description="`fsdp2`, `fsdp1`: groups of ranks that each hold all weights (hybrid sharding: one group a node)."
+        1,
+        description="`fsdp2`, `fsdp1`: number of groups of ranks. Each group shards one full copy of the weights (hybrid "
+        "sharding: one group for each node).",
     )
     offload: bool = Field(
-        False, description="Weights (FSDP) or optimizer partitions (DeepSpeed, stages 1 to 3) stay in CPU memory."
+        False, description="Keep weights (FSDP) or optimizer partitions (DeepSpeed, stages 1 to 3) in CPU memory."
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="`deepspeed`: ZeRO stage.")
 
 
 class Checkpoint(Section):
-    """What is saved to go on from. Each epoch's end, and a request to stop, always leave a checkpoint."""
+    """Checkpoints for continuing a run. One is saved after every epoch and at every request to stop."""
 
-    every: Count | None = Field(None, description="Steps between further checkpoints; absent: none.")
+    every: Count | None = Field(None, description="Steps between additional checkpoints; absent: none.")
     keep_last: Annotated[int, Field(ge=0)] = Field(
-        1, description="Newest checkpoints to keep; 0: none is made, and a run that is cut off starts its training again."
+        1,
+        description="Number of newest checkpoints to keep; 0: none is saved, and an interrupted run restarts its training.",
     )
-    keep_best: Count = Field(1, description="Best epochs to keep.")
+    keep_best: Count = Field(1, description="Number of best epochs to keep.")

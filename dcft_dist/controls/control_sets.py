@@ -1,8 +1,6 @@
-"""Sets of weights that a fundamental set is compared with: as many, chosen otherwise.
+"""Control sets: sets with as many weights as a fundamental set, but chosen in another way.
 
-`lowest` scores; `random`; `random_tensor`: random, with as many in each tensor; `random_magnitude`: random, with as many in
-each tensor and magnitude bin. A magnitude bin is a quarter of an octave of |w|: the float's exponent and the first two bits
-of its mantissa.
+A magnitude bin is a quarter of an octave of |w|: the exponent of the float and the first two bits of its mantissa.
 """
 
 from __future__ import annotations
@@ -24,22 +22,31 @@ from ..method.selection import select_fundamental
 KINDS = ("top", "random", "random_tensor", "random_magnitude", "lowest")
 
 
-_BINS = 1024  # float32 >> 21, without the sign
+_BINS = 1024  # values of (float32 bits >> 21), without the sign
 
 
 def control_set(model: nn.Module, scores: Scores, top: FundamentalSet, kind: str, seed: int) -> FundamentalSet:
-    """The set of that kind (`KINDS`) with as many members as `top`. Collective.
+    """Returns a control set with as many weights as `top`. Collective.
 
     Args:
-        scores: those that `top` was selected by.
-        seed: of the random sets.
+        model: the model that was scored.
+        scores: the scores that `top` was selected from.
+        top: the fundamental set.
+        kind: which set.
+
+            - "top": `top` itself.
+            - "random": random eligible weights.
+            - "random_tensor": random, with as many weights in each tensor as `top`.
+            - "random_magnitude": random, with as many weights in each tensor and magnitude bin as `top`.
+            - "lowest": the weights with the lowest scores.
+        seed: seed of the random sets.
     """
     if kind == "top":
         return top
     fraction = top.num_selected / top.num_eligible
     if kind == "lowest":
-        upside_down = {n: ScoreShard(s.box, -s.values) for n, s in scores.shards.items()}
-        return select_fundamental(replace(scores, shards=upside_down), fraction)
+        negated = {n: ScoreShard(s.box, -s.values) for n, s in scores.shards.items()}
+        return select_fundamental(replace(scores, shards=negated), fraction)
     noise = score_importance(
         model, None, None, head=scores.head, criterion="random", eligible=list(scores.shapes), seed=seed
     )
@@ -51,24 +58,35 @@ def control_set(model: nn.Module, scores: Scores, top: FundamentalSet, kind: str
 
 
 def matched_per_tensor(noise: Scores, like: FundamentalSet) -> FundamentalSet:
-    """A random set with as many weights in each tensor as `like`. `noise`: random scores. Collective."""
-    cut_ = Ranking(noise).cut([like.info.counts[name] for name in noise.shapes], by_tensor)
-    return _as_set(noise, like, lambda chunk: cut_.selects(chunk, by_tensor(chunk)))
+    """A random set with as many weights in each tensor as `like`. Collective.
+
+    Args:
+        noise: random scores of the eligible weights.
+        like: the set to match.
+    """
+    limit = Ranking(noise).cut([like.info.counts[name] for name in noise.shapes], by_tensor)
+    return _as_set(noise, like, lambda chunk: limit.selects(chunk, by_tensor(chunk)))
 
 
 def matched_per_magnitude(model: nn.Module, noise: Scores, like: FundamentalSet) -> FundamentalSet:
-    """A random set with as many weights as `like` in each tensor and magnitude bin. Collective, tensor by tensor."""
+    """A random set with as many weights as `like` in each tensor and magnitude bin. Collective, tensor by tensor.
+
+    Args:
+        model: the model that was scored; its weights give the magnitudes.
+        noise: random scores of the eligible weights.
+        like: the set to match.
+    """
     shards = {s.name: s for s in find_engine(model).shards()}
     pieces, counts = {}, {}
     for name, shape in noise.shapes.items():
-        one = replace(noise, shapes={name: shape}, shards={name: noise.shards[name]})
+        tensor_noise = replace(noise, shapes={name: shape}, shards={name: noise.shards[name]})
         weights = shards[name].local.detach().reshape(-1)[slice(*shards[name].owned)]
         bins = weights.float().abs().view(torch.int32).to(torch.int64) >> 21
         mask = like.mask_in(name, shards[name].owned_box).to(bins.device)
-        ranking = Ranking(one)
+        ranking = Ranking(tensor_noise)
         present = collectives.all_reduce(torch.bincount(bins, minlength=_BINS), what="magnitude bins")
-        dense = torch.cumsum(present > 0, 0) - 1  # only bins that occur get a group
-        groups = dense[bins]
+        group_of_bin = torch.cumsum(present > 0, 0) - 1  # only bins that occur get a group
+        groups = group_of_bin[bins]
 
         def group(chunk: Chunk, groups: Tensor = groups) -> Tensor:
             return groups[chunk.begin : chunk.end]
@@ -76,8 +94,8 @@ def matched_per_magnitude(model: nn.Module, noise: Scores, like: FundamentalSet)
         def chosen(chunk: Chunk, mask: Tensor = mask) -> Tensor:
             return mask[chunk.begin : chunk.end]
 
-        wanted = ranking.count(chosen, group, int(dense[-1]) + 1)
-        limit = ranking.cut(wanted, group)
+        group_counts = ranking.count(chosen, group, int(group_of_bin[-1]) + 1)
+        limit = ranking.cut(group_counts, group)
         piece, count = ranking.collect(lambda chunk, limit=limit, group=group: limit.selects(chunk, group(chunk)))  # type: ignore[misc]
         pieces.update(piece)
         counts.update(count)

@@ -1,6 +1,7 @@
-"""The removal check: the paper's definition of a fundamental weight, tested against controls.
+"""The removal check: tests the paper's definition of a fundamental weight against controls.
 
-Sets of weights are set to zero and the validation loss is measured: the highest-scored set, and its controls (`controls`).
+It sets the weights of a set to zero and measures the validation loss: for the highest-scored set, and for its control sets
+(`control_set`).
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ AUTO = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 def check_removal(
     model: nn.Module, scores: Scores, fractions: Sequence[float], evaluate: Evaluate, seed: int
 ) -> dict[str, Any]:
-    """Validation metrics with each set removed. Collective.
+    """Measures the validation metrics with each set removed. Collective.
 
     Args:
-        model: the model that was scored; its weights are put back after each removal.
-        scores: of `score_importance`, with the same sharding.
-        fractions: shares of the eligible weights to remove.
-        evaluate: returns the validation metrics of the model as it is, the same on every rank.
-        seed: of the random sets.
+        model: the model that was scored; its weights are restored after each removal.
+        scores: what `score_importance` returned, with the same sharding.
+        fractions: shares of the eligible weights to remove, each in [0, 1].
+        evaluate: returns the validation metrics of the model with its current weights, the same on every rank.
+        seed: seed of the random sets.
 
     Returns:
-        {"base": metrics, "removed": [{"set", "fraction", "num_removed", **metrics}]}.
+        {"base": metrics, "removed": [{"set", "fraction", "num_removed", **metrics}]}, with one row per fraction and kind of
+        set (`KINDS`).
     """
     rows = []
     for fraction in fractions:
@@ -52,11 +54,22 @@ def check_removal(
 def choose_fraction(
     model: nn.Module, scores: Scores, evaluate: Evaluate, seed: int, fractions: Sequence[float] = AUTO
 ) -> tuple[float, list[dict[str, Any]]]:
-    """The share of weights that matter most beyond their tensors and magnitudes. Collective.
+    """Chooses the share of weights to select, by removal. Collective.
 
-    Among `fractions` the one at which removing the highest scores raises the validation loss most over removing a random set
-    that is matched to them per tensor and magnitude bin: with fewer, weights that matter are left out; with more, any set as
-    large does as much damage. Also returns the curve: {"fraction", "top", "random_magnitude": validation losses, "gap"}.
+    For each fraction, two sets are removed in turn: the highest scores, and a random set matched to them per tensor and
+    magnitude bin. The gap is the difference of the two validation losses. The fraction with the largest gap wins. A smaller
+    one leaves out weights that matter. With a larger one, any set of that size does as much damage.
+
+    Args:
+        model: the model that was scored; its weights are restored after each removal.
+        scores: what `score_importance` returned, with the same sharding.
+        evaluate: returns validation metrics with the key "loss", the same on every rank.
+        seed: seed of the random sets.
+        fractions: candidates, each in [0, 1].
+
+    Returns:
+        The chosen fraction, and the curve: {"fraction", "top", "random_magnitude", "gap"} per fraction, the last three being
+        validation losses and their difference.
     """
     curve = []
     for fraction in fractions:
@@ -71,21 +84,29 @@ def choose_fraction(
 
 @contextmanager
 def removed(model: nn.Module, chosen: FundamentalSet) -> Iterator[None]:
-    """The model with the chosen weights set to zero; the weights are put back bit by bit afterwards. Collective."""
-    engine, kept = find_engine(model), []
+    """Sets the chosen weights to zero for the block, and restores them exactly afterwards. Collective.
+
+    Args:
+        model: a model under any engine.
+        chosen: the weights to remove.
+
+    Raises:
+        ScoreError: a weight is not contiguous in memory.
+    """
+    engine, old_values = find_engine(model), []
     for shard in engine.shards():
         if shard.name in chosen.info.shapes:
             if not shard.local.is_contiguous():
-                raise ScoreError(f"{shard.name} is not contiguous in memory: its weights cannot be removed one by one")
+                raise ScoreError(f"{shard.name} is not contiguous in memory: make it contiguous to remove single weights")
             flat = shard.local.detach().view(-1)
             index = chosen.mask_in(shard.name, shard.box).nonzero().view(-1).to(flat.device)
-            kept.append((flat, index, flat[index]))
+            old_values.append((flat, index, flat[index]))
     try:
-        for flat, index, _ in kept:
+        for flat, index, _ in old_values:
             flat[index] = 0.0
         engine.publish()
         yield
     finally:
-        for flat, index, values in kept:
+        for flat, index, values in old_values:
             flat[index] = values
         engine.publish()

@@ -1,8 +1,8 @@
-"""Controls that act on the whole body at each step, beside the penalty's multipliers on single weights.
+"""Controls that act on the whole body at each step. The penalty, in contrast, multiplies the steps of single weights.
 
-`EqualDisplacement` asks whether DCFT is more than moving less: each step of the body is shrunk as a whole, by one number, to
-the length that DCFT's multipliers would have left of it. `PullToStart` is L2-SP (Li et al. 2018), decoupled from the
-gradient as AdamW's weight decay is.
+`EqualDisplacement` tests whether DCFT does more than shorten the steps. It shrinks each step of the whole body by one
+number, to the length that the step would have under DCFT. `PullToStart` is L2-SP (Li et al. 2018), decoupled from the
+gradient like AdamW's weight decay.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from ..method.penalty_checks import check_factors
 
 
 class EqualDisplacement:
-    """From here on every step of `optimizer` moves the body by r times what it proposes, r = |m D| / |D| of that step.
+    """Shrinks every step of the body to the length that it would have under DCFT, from now until `remove`.
 
-    D is the proposed step of all weights outside the head and m DCFT's multipliers, as in `attach_penalty`. Collective at
-    each step. The total way after many steps need not be the same: report it (`GroupNorms.movement`).
+    D is the step that the optimizer proposes for all weights outside the head. m are the multipliers of DCFT, as in
+    `attach_penalty`. Each step becomes r D with r = |m D| / |D|. Each step is collective. The total distance after many
+    steps can differ from that of DCFT: report it (`GroupNorms.movement`).
 
     Attributes:
-        share: r of the last step.
+        share: r of the last step; 1.0 before the first.
     """
 
     def __init__(
@@ -41,10 +42,24 @@ class EqualDisplacement:
         rest_factor: float = 1.0,
         unscored_factor: float = 1.0,
     ) -> None:
+        """Hooks the optimizer.
+
+        Args:
+            model: the model, prepared for training under any engine but DeepSpeed.
+            fundamental: the fundamental set of the DCFT run to compare with.
+            factor: multiplier of fundamental weights, in [0, 1].
+            optimizer: the optimizer that steps the model's weights.
+            rest_factor: multiplier of eligible weights that are not fundamental, in [0, 1].
+            unscored_factor: multiplier of weights that are neither eligible nor head, in [0, 1].
+
+        Raises:
+            EngineError: the model is a DeepSpeedEngine.
+            PenaltyError: a multiplier is outside [0, 1].
+        """
         check_factors(factor=factor, rest_factor=rest_factor, unscored_factor=unscored_factor)
         self._engine = find_engine(model)
         if self._engine.name == "deepspeed":
-            raise EngineError("equal displacement is not there for DeepSpeed: use another engine")
+            raise EngineError("equal displacement does not support DeepSpeed: use another engine")
         names = self._engine.names
         head = set(names.match(fundamental.info.head, what="head")) if fundamental.info.head else set()
         self._body = set(names.trainable) - head
@@ -63,6 +78,7 @@ class EqualDisplacement:
         ]
 
     def remove(self) -> None:
+        """Removes the hooks; later steps have their full length."""
         for handle in self._handles:
             handle.remove()
 
@@ -74,43 +90,57 @@ class EqualDisplacement:
     def _after(self, *_: Any) -> None:
         proposed: Tensor | float = 0.0
         applied: Tensor | float = 0.0
-        for shard, old in self._old:  # no number is read from a GPU here, which would wait for it at each tensor
+        for shard, old in self._old:  # read no number from a GPU here: that would wait for it at each tensor
             squares = (shard.local.detach() - old).reshape(-1)[slice(*shard.owned)].double().square()
             proposed = proposed + squares.sum()
-            applied = applied + self._kept(shard.name, squares)
+            applied = applied + self._multiplied(shard.name, squares)
         applied, proposed = collectives.reduce_numbers([float(applied), float(proposed)], what="length of a step")
         self.share = (applied / proposed) ** 0.5 if proposed else 1.0
         for shard, old in self._old:
             shard.local.copy_(torch.lerp(old, shard.local, self.share))
         self._old = []
 
-    def _kept(self, name: str, squares: Tensor) -> Tensor:
+    def _multiplied(self, name: str, squares: Tensor) -> Tensor:
+        """Sum of squares of a weight's step after DCFT's multipliers, from the squares of the proposed step."""
         factor, rest, unscored = self._factors
         if name not in self._masks:
             return squares.sum() * unscored**2
-        inside = squares[self._masks[name]].sum()
-        return inside * factor**2 + (squares.sum() - inside) * rest**2
+        fundamental = squares[self._masks[name]].sum()
+        return fundamental * factor**2 + (squares.sum() - fundamental) * rest**2
 
 
 class PullToStart:
-    """After every step of `optimizer` the weights w outside the head go to w - rate * strength * (w - w_start).
+    """Pulls the weights outside the head back to their start after every step, from now until `remove`.
 
-    `rate` is the learning rate of the weight's group at that step; the start is where the weights are now.
+    A weight w becomes w - lr * strength * (w - w_start), lr being the learning rate of its parameter group at that step. The
+    product lr * strength is limited to 1. w_start is the weight when this object is created.
     """
 
     def __init__(self, model: nn.Module, head: Patterns, strength: float, optimizer: torch.optim.Optimizer) -> None:
+        """Stores the current weights and hooks the optimizer.
+
+        Args:
+            model: the model, prepared for training.
+            head: patterns of the head, which is not pulled; `()` for none.
+            strength: strength of the pull; 0 for none.
+            optimizer: the optimizer that steps the model's weights.
+
+        Raises:
+            PatternError: a head pattern matches nothing.
+        """
         engine = find_engine(model)
-        heads = set(engine.names.match(head, what="head"))
+        head_names = set(engine.names.match(head, what="head"))
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        body = [s for s in engine.shards() if s.name not in heads and id(s.parameter) in groups]
-        self._kept = [(s, groups[id(s.parameter)], s.local.detach().clone()) for s in body]
+        body = [s for s in engine.shards() if s.name not in head_names and id(s.parameter) in groups]
+        self._starts = [(s, groups[id(s.parameter)], s.local.detach().clone()) for s in body]
         self._strength = strength
         self._handle = optimizer.register_step_post_hook(self._after)
 
     def remove(self) -> None:
+        """Removes the hook; later steps are not pulled back."""
         self._handle.remove()
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
-        for shard, group, start in self._kept:
+        for shard, group, start in self._starts:
             shard.local.copy_(torch.lerp(shard.local, start, min(group["lr"] * self._strength, 1.0)))

@@ -1,4 +1,4 @@
-"""The user's random variants of training examples: whatever generator makes them, functions of (seed, epoch, example)."""
+"""Random variants of training examples, made by the user's function: each depends on (seed, epoch, example) alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from ..seeds import seed_of, seeded
 
 
 class Augmentation:
-    """`data.transform`: a function, or one that `data.transform_args` make."""
+    """The user's `data.transform`: a function, or what `data.transform_args` build from it.
+
+    It is false where the configuration names no transform.
+    """
 
     def __init__(self, config: Config) -> None:
-        """
+        """Imports the transform and builds it.
+
         Raises:
-            ConfigError: there is no such function, or it cannot be made.
+            ConfigError: the import path leads to no function, or building the transform fails.
         """
         self._seed, self._path = config.seed, config.data.transform
         self._transform = _transform(config)
@@ -30,15 +34,20 @@ class Augmentation:
         return self._transform is not None
 
     def __call__(self, example: Any, draw: str) -> Any:
-        """The variant of that draw.
+        """Returns one random variant of an example.
+
+        Args:
+            example: what the transform takes, such as an image [channels, side, side].
+            draw: name of the variant; the same name gives the same variant.
 
         Raises:
-            ConfigError: the function fails.
+            ConfigError: the transform fails.
         """
         seed = seed_of(self._seed, draw)
         with seeded(seed):
-            if reset := getattr(self._transform, "set_random_state", None):  # MONAI's
-                reset(seed)
+            # MONAI's transforms have a generator of their own.
+            if set_random_state := getattr(self._transform, "set_random_state", None):
+                set_random_state(seed)
             try:
                 return self._transform(example)  # type: ignore[misc]
             except Exception as error:
@@ -46,30 +55,36 @@ class Augmentation:
 
 
 def as_tensor(found: Any, before: Tensor) -> Tensor:
-    """What a variant is.
+    """Turns the output of a transform into a tensor.
+
+    Args:
+        found: output of the transform, an array or a tensor.
+        before: input of the transform; the output must have its shape.
 
     Raises:
-        ConfigError: it is no array of that shape.
+        ConfigError: the output is not an array, or has another shape.
     """
     try:
-        made = torch.from_numpy(np.ascontiguousarray(found))
+        variant = torch.from_numpy(np.ascontiguousarray(found))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"data.transform: it gives a {type(found).__name__}, not an array") from error
-    if made.shape != before.shape:
-        raise ConfigError(f"data.transform: it makes {list(made.shape)} of {list(before.shape)}")
-    return made
+        raise ConfigError(f"data.transform: returned a {type(found).__name__}, not an array") from error
+    if variant.shape != before.shape:
+        raise ConfigError(
+            f"data.transform: returned shape {list(variant.shape)}, not the shape of its input {list(before.shape)}"
+        )
+    return variant
 
 
 def _transform(config: Config) -> Callable[[Any], Any] | None:
     path, args = config.data.transform, config.data.transform_args
     if path is None:
         return None
-    found = find_object(path, config.import_roots, "data.transform")
+    imported = find_object(path, config.import_roots, "data.transform")
     try:
-        made = found(**args) if args or isinstance(found, type) else found
+        built = imported(**args) if args or isinstance(imported, type) else imported
     except Exception as error:
         raise ConfigError(f"data.transform: {path} fails: {type(error).__name__}: {error}") from error
-    if not callable(made):
-        raise ConfigError(f"data.transform: {path} is no function")
-    transform: Callable[[Any], Any] = made
+    if not callable(built):
+        raise ConfigError(f"data.transform: {path} is not a function")
+    transform: Callable[[Any], Any] = built
     return transform

@@ -1,4 +1,4 @@
-"""Batches: which examples go to which rank at which step is a function of (seed, epoch, step, rank) alone."""
+"""Batches: (seed, epoch, step, rank) alone decide which examples go to which rank at which step."""
 
 from __future__ import annotations
 
@@ -16,53 +16,77 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import DataError, DcftError, alone
 from .splits import Split
 
-# `labels`, `index` [size]; `real` [size] (False: padding); and the inputs: `input_ids`, `attention_mask` [size, tokens], or
-# `pixel_values` [size, 3, side, side].
+# Tensors of one batch by name. Every batch has `labels` and `index` [size], and `real` [size] (False: padding).
+# The other entries are the model's inputs: `input_ids` and `attention_mask` [size, tokens],
+# or `pixel_values` [size, 3, side, side].
 Batch = dict[str, Tensor]
 
 
 class Examples(Protocol):
-    """A split as a model takes it."""
+    """A split in the form that a model takes."""
 
     @property
-    def labels(self) -> list[Any]: ...
+    def labels(self) -> list[Any]:
+        """The label of each example."""
+        ...
 
     def __len__(self) -> int: ...
 
     def length(self, index: int) -> int:
-        """Examples of like length are evaluated together."""
+        """Returns the length of an example; examples of similar length are evaluated together."""
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """`draw`: which random variant of the examples to train on (an epoch; 0: none); None: whole ones to evaluate."""
+        """Returns the model's inputs for some examples.
+
+        Args:
+            indices: which examples, by position in the split.
+            draw: None: whole examples, to evaluate. A number: training inputs. 0: without random variation. An epoch: that
+                epoch's random variants.
+
+        Returns:
+            Tensors [size, ...] by the name of the model's argument.
+        """
 
 
 class Processor(ABC):
-    """Makes inputs of a split."""
+    """Turns the examples of a split into tensors."""
 
     @abstractmethod
     def __call__(self, split: Split) -> Examples:
-        """The split as the model takes it."""
+        """Returns the split in the form that the model takes."""
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
-        """Reads all inputs once, each rank its part, where they could be damaged.
+        """Reads every input that can be damaged once. Each rank reads its part.
+
+        Args:
+            splits: the three splits before a run, or one split before a prediction.
+            rank: this rank.
+            ranks: number of ranks.
 
         Raises:
-            DataError: some cannot be read; the first are named.
+            DataError: some inputs cannot be read; the message names the first.
         """
         return None
 
     def save(self, folder: Path) -> None:
-        """Writes what transformers reads as a tokenizer or image processor, if there is such a thing."""
+        """Writes the files from which transformers loads the tokenizer or image processor, if the model has one."""
         return None
 
     def classes_seen(self, split: Split) -> set[int] | None:
-        """Classes in the masks of a split, as far as `check` has read them on this rank; None where labels are no masks."""
+        """Returns the classes in the masks of a split that `check` read on this rank; None if the labels are not masks."""
         return None
 
 
 @dataclass(frozen=True)
 class OneByOne:
-    """A split whose inputs are made one at a time, from files: images, volumes. `make`: of a source, and which variant."""
+    """A split of images or volumes, read from their files one at a time.
+
+    Attributes:
+        sources: path or array of each example.
+        labels: label of each example.
+        name: name of the model's argument.
+        make: reads one input: (source, name of its random variant or None) -> tensor.
+    """
 
     sources: list[Any]
     labels: list[Any]
@@ -73,10 +97,11 @@ class OneByOne:
         return len(self.labels)
 
     def length(self, index: int) -> int:
+        """Returns 0: all inputs have one size."""
         return 0
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """`name` [size, ...]."""
+        """Returns {`name`: [size, ...]}; see `Examples.inputs`."""
         return {self.name: torch.stack([self.make(self.sources[i], f"{draw}:{i}" if draw else None) for i in indices])}
 
 
@@ -87,7 +112,18 @@ def make_batch(
     real: int | None = None,
     draw: int | None = None,
 ) -> Batch:
-    """Only the first `real` samples count."""
+    """Builds one batch.
+
+    Args:
+        examples: the split.
+        indices: which examples, by position in the split.
+        device: where the tensors go.
+        real: only the first `real` examples count, the rest are padding. None: all count.
+        draw: random variant of the examples; see `Examples.inputs`.
+
+    Raises:
+        DataError: an input cannot be read.
+    """
     try:
         inputs = examples.inputs(indices, draw)
     except DcftError as error:
@@ -103,13 +139,21 @@ def make_batch(
 
 
 def order(seed: int, epoch: int, size: int, classes: Sequence[int] | None = None) -> list[int]:
-    """The permutation of the training data in one epoch; with `classes`, as many draws, all classes equally likely."""
-    draw = np.random.default_rng([seed, epoch])
+    """Returns the order of the training examples in one epoch.
+
+    Args:
+        seed: the run's seed.
+        epoch: number of the epoch.
+        size: number of training examples.
+        classes: class of each example. If given, `size` examples are drawn with replacement, all classes equally likely.
+            None: a permutation.
+    """
+    generator = np.random.default_rng([seed, epoch])
     if classes is None:
-        return [int(i) for i in draw.permutation(size)]
+        return [int(i) for i in generator.permutation(size)]
     counts = np.bincount(classes)
     weights = 1 / counts[np.asarray(classes)]
-    return [int(i) for i in draw.choice(size, size, p=weights / weights.sum())]
+    return [int(i) for i in generator.choice(size, size, p=weights / weights.sum())]
 
 
 def micro_batches(
@@ -121,64 +165,97 @@ def micro_batches(
     device: torch.device,
     draw: int | None = None,
 ) -> list[Batch]:
-    """This rank's part of one global batch, cut into micro-batches of equal size."""
+    """Returns this rank's part of one global batch, cut into micro-batches of equal size.
+
+    Args:
+        indices: the examples of the global batch.
+        rank: this rank.
+        ranks: number of ranks; must divide the size of the global batch.
+        micro_batch: examples in a micro-batch; must divide a rank's part.
+        examples: the training split.
+        device: where the tensors go.
+        draw: random variant of the examples; see `Examples.inputs`.
+    """
     share = len(indices) // ranks
-    mine = indices[rank * share : (rank + 1) * share]
-    return [make_batch(examples, mine[i : i + micro_batch], device, draw=draw) for i in range(0, share, micro_batch)]
+    own_indices = indices[rank * share : (rank + 1) * share]
+    return [make_batch(examples, own_indices[i : i + micro_batch], device, draw=draw) for i in range(0, share, micro_batch)]
 
 
 def evaluation_batches(
     examples: Examples, rank: int, ranks: int, size: int, device: torch.device, limit: int | None = None
 ) -> Iterator[Batch]:
-    """Every example once over all ranks, in batches of `size` a rank, as many on every rank: the last are padded.
+    """Yields this rank's batches of an evaluation, in which every example occurs once over all ranks.
 
-    With `limit`, an even sample of that many.
+    Every rank gets the same number of batches; the last ones may be padded.
+
+    Args:
+        examples: the split.
+        rank: this rank.
+        ranks: number of ranks.
+        size: examples in a batch of one rank.
+        device: where the tensors go.
+        limit: evaluate only this many examples, evenly spaced over the split. None: all.
     """
-    n = len(examples)
-    wanted = list(range(n)) if limit is None or limit >= n else [int(i) for i in np.linspace(0, n - 1, limit).round()]
-    wanted.sort(key=examples.length)  # texts of like length together: less padding
-    for begin in range(0, len(wanted), size * ranks):
-        mine = wanted[begin : begin + size * ranks][rank::ranks]
-        filler = [wanted[0]] * (1 if not mine else 0)  # no rank may skip a forward that the others take part in
-        yield make_batch(examples, mine + filler, device, real=len(mine))
+    total = len(examples)
+    indices = (
+        list(range(total)) if limit is None or limit >= total else [int(i) for i in np.linspace(0, total - 1, limit).round()]
+    )
+    indices.sort(key=examples.length)  # less padding where texts of similar length are together
+    for begin in range(0, len(indices), size * ranks):
+        own_indices = indices[begin : begin + size * ranks][rank::ranks]
+        filler = [indices[0]] * (1 if not own_indices else 0)  # every rank must take part in every forward
+        yield make_batch(examples, own_indices + filler, device, real=len(own_indices))
 
 
 Make = Callable[[int], list[Batch]]  # step -> this rank's micro-batches, on the CPU
 
 
 class _Steps(Dataset[list[Batch] | DcftError]):
+    """The micro-batches by step, for a `DataLoader`."""
+
     def __init__(self, make: Make) -> None:
         self._make = make
 
     def __getitem__(self, step: int) -> list[Batch] | DcftError:
         try:
             return self._make(step)
-        except DcftError as error:  # a worker would wrap it into its own traceback
+        except DcftError as error:  # returned, because a worker would wrap a raised error into its own traceback
             return error
 
 
 class Feed:
-    """Gives the micro-batches of one step after the other."""
+    """Loads the micro-batches of the training steps, ahead of time if there are worker processes."""
 
     def __init__(self, make: Make, workers: int, device: torch.device) -> None:
+        """Prepares the feed; nothing is read yet.
+
+        Args:
+            make: step -> this rank's micro-batches, on the CPU.
+            workers: number of worker processes; 0: this process reads.
+            device: where the micro-batches go.
+        """
         self._steps, self._workers, self._device = _Steps(make), workers, device
-        self._made: Iterator[list[Batch] | DcftError] = iter(())
+        self._loaded: Iterator[list[Batch] | DcftError] = iter(())
         self._next: int | None = None
 
     def get(self, step: int, end: int) -> list[Batch]:
-        """The micro-batches of a step, on the device. `end`: no step from there on will be asked for.
+        """Returns the micro-batches of a step, on the device.
+
+        Args:
+            step: which step; a jump restarts the workers.
+            end: the feed prepares steps below this one.
 
         Raises:
             DataError: an input cannot be read, or a worker process was killed.
         """
         if step != self._next:
             loader = DataLoader(self._steps, batch_size=None, sampler=range(step, end), num_workers=self._workers)
-            self._made = iter(loader)
+            self._loaded = iter(loader)
         try:
-            found = next(self._made)
+            batches = next(self._loaded)
         except RuntimeError as error:
-            raise alone(DataError(f"a process that reads training data has died at step {step}: {error}")) from error
-        if isinstance(found, DcftError):
-            raise found
+            raise alone(DataError(f"a worker process that reads training data died at step {step}: {error}")) from error
+        if isinstance(batches, DcftError):
+            raise batches
         self._next = step + 1
-        return [{key: value.to(self._device, non_blocking=True) for key, value in batch.items()} for batch in found]
+        return [{key: value.to(self._device, non_blocking=True) for key, value in batch.items()} for batch in batches]

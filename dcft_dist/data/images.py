@@ -1,4 +1,7 @@
-"""The user's images as a model takes them: read when they are needed, resized, varied in training, normalised."""
+"""Images as a model takes them: read when needed, resized, varied in training and normalised.
+
+`ImageProcessor` is for the grey patches of the task `mri_region`, `UserImageProcessor` for the user's images.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Images:
-    """Grey images [size, height, width] of uint8, given to the model as `side` x `side` in three equal channels."""
+    """A split of grey images, which the model gets in three equal channels.
+
+    Attributes:
+        pixels: [size, height, width] of uint8.
+        labels: label of each image.
+        side: height and width of the model's input, in pixels.
+    """
 
     pixels: Tensor
     labels: list[Any]
@@ -41,52 +50,65 @@ class Images:
         return len(self.labels)
 
     def length(self, index: int) -> int:
+        """Returns 0: all images have one size."""
         return 0
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """Normalised as ImageNet's are."""
+        """Returns `pixel_values` [size, 3, side, side], normalised with ImageNet's mean and deviation."""
         grey = self.pixels[list(indices)].unsqueeze(1).float() / 255
-        sized = functional.interpolate(grey, (self.side, self.side), mode="bilinear", align_corners=False)
+        resized = functional.interpolate(grey, (self.side, self.side), mode="bilinear", align_corners=False)
         mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-        return {"pixel_values": (sized.expand(-1, 3, -1, -1) - mean) / std}
+        return {"pixel_values": (resized.expand(-1, 3, -1, -1) - mean) / std}
 
 
 class ImageProcessor(Processor):
-    """Scales images to a size."""
+    """Resizes grey images to a square and normalises them with ImageNet's mean and deviation."""
 
     def __init__(self, side: int) -> None:
+        """Prepares the processor.
+
+        Args:
+            side: height and width of the model's input, in pixels.
+        """
         self.side = side
 
     def __call__(self, split: Split) -> Images:
         return Images(torch.from_numpy(split.inputs), split.labels, self.side)
 
     def save(self, folder: Path) -> None:
-        """As transformers' image processors read it."""
+        """Writes `preprocessor_config.json` for transformers."""
         save_preprocessing(folder, self.side, list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
 def read_image(source: Any, channels: int, scale: float = 1.0) -> Tensor:
-    """[channels, height, width] in float32: integers are scaled to [0, `scale`], floats stay; grey goes into all channels.
+    """Reads one image.
 
     Args:
-        source: path of an image, .npy or DICOM file, an array [height, width] or [height, width, channels], or a `Cell`.
+        source: path of an image, .npy or DICOM file; or an array [height, width] or [height, width, channels]; or a
+            `LazyValue`.
+        channels: channels of the result. A grey image is repeated in all of them; an opacity channel is dropped.
+        scale: value of white. Integers are scaled to [0, `scale`]; floats stay as they are.
+
+    Returns:
+        [channels, height, width] of float32.
 
     Raises:
-        DataError: it cannot be read, has another number of channels, or has values that are no numbers; it is named.
+        DataError: the image cannot be read, has another number of channels, or has values that are NaN or infinite; the
+            message names it.
     """
     name = _name(source)
     try:
         pixels = _scaled(_array(source), scale)
-    except Exception as error:  # each kind of damage has its own
-        raise DataError(f"{name}: no image that can be read: {error}") from error
+    except Exception as error:  # each kind of damage raises its own
+        raise DataError(f"{name}: cannot be read as an image: {error}") from error
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or 0 in pixels.shape or pixels.shape[2] not in (1, channels, channels + 1):
-        raise DataError(f"{name}: an image of shape {list(pixels.shape)} does not go into {channels} channels")
-    if pixels.shape[2] == channels + 1:  # an opacity
+        raise DataError(f"{name}: an image of shape {list(pixels.shape)} does not fit {channels} channels")
+    if pixels.shape[2] == channels + 1:  # the last channel is the opacity
         pixels = pixels[:, :, :channels]
     if not np.isfinite(pixels).all():
-        raise DataError(f"{name}: {int((~np.isfinite(pixels)).sum())} of its pixels are no numbers (NaN or infinite)")
+        raise DataError(f"{name}: {int((~np.isfinite(pixels)).sum())} of its pixel values are NaN or infinite")
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).expand(channels, -1, -1)
 
 
@@ -97,24 +119,24 @@ def _name(source: Any) -> str:
 def _array(source: Any) -> Any:
     from PIL import Image
 
-    found = source.read() if isinstance(source, LazyValue) else source
-    if isinstance(found, dict) and found.get("bytes"):  # as datasets keep them
-        found = io.BytesIO(found["bytes"])
-    if isinstance(found, str | Path | io.BytesIO):
-        if not isinstance(found, io.BytesIO) and Path(found).suffix == ".npy":
-            return np.load(found, allow_pickle=False)
-        if not isinstance(found, io.BytesIO) and is_dicom(Path(found)):
-            return np.rint(picture_in(Path(found)) * 65535).astype(np.uint16)
-        with Image.open(found) as image:
+    value = source.read() if isinstance(source, LazyValue) else source
+    if isinstance(value, dict) and value.get("bytes"):  # how `datasets` stores images
+        value = io.BytesIO(value["bytes"])
+    if isinstance(value, str | Path | io.BytesIO):
+        if not isinstance(value, io.BytesIO) and Path(value).suffix == ".npy":
+            return np.load(value, allow_pickle=False)
+        if not isinstance(value, io.BytesIO) and is_dicom(Path(value)):
+            return np.rint(picture_in(Path(value)) * 65535).astype(np.uint16)
+        with Image.open(value) as image:
             return _array_of(image)
-    return _array_of(found) if isinstance(found, Image.Image) else np.asarray(found)
+    return _array_of(value) if isinstance(value, Image.Image) else np.asarray(value)
 
 
 def _array_of(image: Any) -> Any:
-    if image.mode.startswith("I"):  # 16 bits, which Pillow may give as 32
+    if image.mode.startswith("I"):  # 16 bits, which Pillow may return as 32
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"whole numbers from {pixels.min()} to {pixels.max()} do not go into 16 bits")
+            raise ValueError(f"values from {pixels.min()} to {pixels.max()} do not fit into 16 bits")
         return pixels.astype(np.uint16)
     return np.asarray(image.convert("RGB") if image.mode in ("P", "CMYK", "YCbCr") else image)
 
@@ -125,58 +147,72 @@ def _scaled(pixels: Any, scale: float) -> Any:
     if pixels.dtype in (np.uint8, np.uint16):
         return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max * np.float32(scale)
     if np.issubdtype(pixels.dtype, np.integer):
-        raise ValueError(f"whole numbers of {pixels.dtype}: what is white? Give uint8, uint16, or floats")
+        raise ValueError(f"pixels of {pixels.dtype} do not say which value is white: use uint8, uint16 or floats")
     return pixels.astype(np.float32)
 
 
 class UserImageProcessor(Processor):
-    """Resizes to a square or as the model's library does, varies, normalises as is said beside the weights, if there."""
+    """Resizes, varies and normalises the user's images.
+
+    Images become squares of `model.image_size`, or with `data.processor` what the model's library makes of them. Mean and
+    deviation come from the file beside the weights if it has them, otherwise from `data.mean` and `data.std`.
+    """
 
     def __init__(self, config: Config) -> None:
-        """
+        """Reads the preprocessing file beside the weights, and imports `data.transform`.
+
         Raises:
-            ConfigError: its processor cannot be used (see `Preprocessing.processor`); mean and deviation do not fit.
+            ConfigError: the library's processor cannot be used (see `Preprocessing.processor`). Or `mean` and `std` have
+                different numbers of channels, or `data.transform` cannot be imported or built.
         """
         self.side = config.model.image_size
-        said = preprocessing_of(config.model.weights)
-        self.mean = (said.mean if said else None) or list(config.data.mean)
-        self.std = [float(s) for s in (said.std if said else None) or config.data.std]
-        self._scale, self._said, self._crop = said.scale if said else 1.0, said, None
+        preprocessing = preprocessing_of(config.model.weights)
+        self.mean = (preprocessing.mean if preprocessing else None) or list(config.data.mean)
+        self.std = [float(s) for s in (preprocessing.std if preprocessing else None) or config.data.std]
+        self._scale, self._preprocessing, self._crop = preprocessing.scale if preprocessing else 1.0, preprocessing, None
         if config.data.processor:
             library = self._library(config)
             self.mean, self.std, self._crop = library.mean, library.std, library.crop
-        elif said and said.sizes and said.sizes != {self.side}:
-            log.warning("model.image_size = %d, but %s says %s", self.side, said.file, sorted(said.sizes))
+        elif preprocessing and preprocessing.sizes and preprocessing.sizes != {self.side}:
+            log.warning("model.image_size = %d, but %s says %s", self.side, preprocessing.file, sorted(preprocessing.sizes))
         if len(self.mean) != len(self.std):
             raise ConfigError(f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}")
-        if said:
-            log.info("mean %s and deviation %s of pixels: %s", self.mean, self.std, said.file)
-        self._vary = Augmentation(config)
+        if preprocessing:
+            log.info("pixels: mean %s and standard deviation %s, from %s", self.mean, self.std, preprocessing.file)
+        self._augment = Augmentation(config)
 
     def _library(self, config: Config) -> Library:
-        if self._said is None:
+        if self._preprocessing is None:
             raise ConfigError(
-                f"data.processor: nothing beside model.weights = {config.model.weights} says how: no "
+                f"data.processor: no preprocessing file beside model.weights = {config.model.weights}: it needs a "
                 "preprocessor_config.json (transformers), config.json of timm, or open_clip_config.json"
             )
-        return self._said.processor(self.side)
+        return self._preprocessing.processor(self.side)
 
     def __call__(self, split: Split) -> OneByOne:
         return OneByOne(list(split.inputs), split.labels, "pixel_values", self.image)
 
     def image(self, source: Any, draw: str | None = None) -> Tensor:
-        """[channels, side, side]. `draw`: which random variant; None: no variation.
+        """Reads one image and turns it into the model's input.
+
+        Args:
+            source: see `read_image`.
+            draw: name of the random variant; None: no variation.
+
+        Returns:
+            [channels, side, side], normalised.
 
         Raises:
             DataError: see `read_image`.
+            ConfigError: `data.transform` fails, or returns another shape.
         """
-        pixels = self._sized(source)
-        if draw is not None and self._vary:
-            pixels = self._varied(pixels, draw)
+        pixels = self._resized(source)
+        if draw is not None and self._augment:
+            pixels = self._augmented(pixels, draw)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
 
-    def _sized(self, source: Any) -> Tensor:
+    def _resized(self, source: Any) -> Tensor:
         if self._crop is not None:
             pixels = read_image(source, len(self.mean))
             try:
@@ -188,42 +224,51 @@ class UserImageProcessor(Processor):
             pixels = functional.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
         return pixels[0]
 
-    def _varied(self, pixels: Tensor, draw: str) -> Tensor:
-        return as_tensor(self._vary(pixels.clone(), draw), pixels).to(pixels.dtype)
+    def _augmented(self, pixels: Tensor, draw: str) -> Tensor:
+        return as_tensor(self._augment(pixels.clone(), draw), pixels).to(pixels.dtype)
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
-        """Reads every image once, each rank its part.
+        """Reads every image once. Each rank reads its part.
 
         Raises:
-            DataError: some cannot be read; the first are named.
+            DataError: some images cannot be read; the message names the first.
+            ConfigError: `data.transform` fails on the first image, or changes its shape.
         """
         sources = places_of(splits)[rank::ranks]
 
-        def problem(found: tuple[str, Any]) -> str | None:
-            where, source = found
+        def problem(example: tuple[str, Any]) -> str | None:
+            where, source = example
             try:
-                read_image(source, len(self.mean)) if self._crop is None else self._sized(source)
+                read_image(source, len(self.mean)) if self._crop is None else self._resized(source)
             except DataError as error:
                 return str(error) if isinstance(source, str | Path) else f"{where}: {error}"
             return None
 
         with ThreadPoolExecutor() as threads:
-            wrong = [text for text in threads.map(problem, sources) if text]
-        if wrong:
-            raise DataError(f"{len(wrong)} of {len(sources)} images: {listing(wrong, 3)}")
-        if sources and len(splits) > 1 and self._vary:  # before the run, not when others are predicted
+            problems = [text for text in threads.map(problem, sources) if text]
+        if problems:
+            raise DataError(f"{len(problems)} of {len(sources)} images cannot be used: {listing(problems, 3)}")
+        if sources and len(splits) > 1 and self._augment:  # the transform is tried before a run, not before a prediction
             self.image(sources[0][1], "check")
 
     def save(self, folder: Path) -> None:
-        """As transformers' image processors read it; with `data.processor`, what its library reads, as it was."""
-        if self._crop is not None and self._said is not None:
-            write_atomic(folder / self._said.file.name, self._said.file.read_bytes())
+        """Writes `preprocessor_config.json` for transformers; with `data.processor`, copies the library's own file."""
+        if self._crop is not None and self._preprocessing is not None:
+            write_atomic(folder / self._preprocessing.file.name, self._preprocessing.file.read_bytes())
             return
         save_preprocessing(folder, self.side, self.mean, self.std, rescale_factor=self._scale / 255)
 
 
 def save_preprocessing(folder: Path, side: int, mean: list[float], std: list[float], **more: Any) -> None:
-    """Writes `preprocessor_config.json` as transformers' image processors read it: the whole image, resized bilinearly."""
+    """Writes `preprocessor_config.json`, from which transformers resizes the whole image bilinearly and normalises it.
+
+    Args:
+        folder: where to write.
+        side: height and width in pixels.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
+        **more: further entries of the file.
+    """
     size = {"height": side, "width": side}
-    facts = {"size": size, "image_mean": mean, "image_std": std, "resample": 2, "do_center_crop": False, **more}
-    write_json(folder / TRANSFORMERS, facts)
+    content = {"size": size, "image_mean": mean, "image_std": std, "resample": 2, "do_center_crop": False, **more}
+    write_json(folder / TRANSFORMERS, content)

@@ -1,4 +1,4 @@
-"""Chooses what turns the examples of a configuration into tensors."""
+"""Chooses the processor that turns the examples of a configuration into tensors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ from .volumes import LabelledVolumeProcessor, VolumeProcessor
 
 
 def make_processor(config: Config) -> Processor:
-    """What makes inputs of a split.
+    """Builds the processor of a configuration.
+
+    Returns:
+        `task.name = "mri_region"`: `ImageProcessor`. `task.kind = "segmentation"`: `VolumeProcessor`. The user's other data:
+        `LabelledVolumeProcessor`, `CollateProcessor` or `UserImageProcessor` for `data.modality` volume, own or image.
+        Otherwise texts: `AnswerProcessor` for `causal_lm`, else `TextProcessor`.
 
     Raises:
-        ConfigError: the model has no tokenizer; keys of `[data]` do not fit each other.
+        ConfigError: the model has no tokenizer, or a key of `[data]` cannot be used.
     """
     if config.task.name == "mri_region":
         return ImageProcessor(config.model.image_size)

@@ -1,4 +1,4 @@
-"""The user's data as rows, whatever it is kept in: tables, image folders, MedMNIST, saved datasets, a function."""
+"""Reads the user's data as rows, from tables, image folders, MedMNIST files, saved datasets, or a function."""
 
 from __future__ import annotations
 
@@ -20,44 +20,68 @@ from .splits import SPLITS
 
 _SYNONYMS = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 
-
 _IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """An example as it was found: `label` is not decoded yet; `where` names it in errors."""
+    """One example as read.
+
+    Attributes:
+        input: text, path, array, `LazyValue`, or a tuple of several columns.
+        label: label as in the data, not decoded yet.
+        group: examples of one group stay in one split.
+        where: name of the example in error messages, such as `data.csv, line 3`.
+        folder: folder of the table; paths in it are relative to this folder.
+    """
 
     input: Any
     label: Any
     group: str
     where: str
-    folder: Path = Path()  # of the table, which paths in it are relative to
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
 class LazyValue:
-    """An input that is read when it is needed: a cell of a saved dataset."""
+    """A cell of a saved dataset, read when it is needed.
+
+    Attributes:
+        table: the dataset.
+        index: row of the cell.
+        column: column of the cell.
+        stamp: names and sizes of the dataset's files. It is part of the checksum, which changes when the files change.
+    """
 
     table: Any
     index: int
     column: str
-    stamp: str  # of the files it is in: a checksum tells changed ones
+    stamp: str
 
     def __repr__(self) -> str:
         return f"row {self.index}{self.stamp}"
 
     def read(self) -> Any:
+        """Reads the cell."""
         return self.table[self.index][self.column]
 
 
 def read_rows(data: Data, roots: Sequence[str], labelled: bool = True) -> dict[str, list[Row]]:
-    """Split -> rows; under "" those that no split was said for. Not `labelled`: labels need not be there.
+    """Reads all examples.
+
+    Args:
+        data: the section `[data]`. Its `format` chooses the reader: `table`, `image_folder`, `medmnist`, `dataset` or
+            `python`.
+        roots: folders that are searched for `data.build` first.
+        labelled: whether to read labels; without, the data need no label columns.
+
+    Returns:
+        Rows by split. The split "" has the rows for which the data name no split.
 
     Raises:
         DataError: a file, folder or column is missing or cannot be read; the message names it.
     """
-    if not labelled:  # no columns are asked for then
+    if not labelled:
         data = data.model_copy(update={"label": []})
     readers: dict[str, Callable[[Data, Sequence[str]], dict[str, list[Row]]]] = {
         "table": _tables,
@@ -66,26 +90,26 @@ def read_rows(data: Data, roots: Sequence[str], labelled: bool = True) -> dict[s
         "dataset": _dataset,
         "python": _python,
     }
-    found = {split: rows for split, rows in readers[data.format](data, roots).items() if rows}
-    if not found:
+    rows_by_split = {split: rows for split, rows in readers[data.format](data, roots).items() if rows}
+    if not rows_by_split:
         raise DataError(f"data.format = '{data.format}': no examples in {data.path or data.train or data.build}")
-    return found
+    return rows_by_split
 
 
 def _tables(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     files = {"": data.path} if data.path else {split: getattr(data, split) for split in SPLITS}
-    found: dict[str, list[Row]] = {}
+    rows_by_split: dict[str, list[Row]] = {}
     for split, name in files.items():
         if name is not None:
             file = Path(name)
             records = [(f"{file}, line {number}", record) for number, record in _records(file)]
-            for part, rows in _rows_of(records, data, file.parent).items():
-                found.setdefault(split or part, []).extend(rows)
-    return found
+            for named_split, rows in _rows_of(records, data, file.parent).items():
+                rows_by_split.setdefault(split or named_split, []).extend(rows)
+    return rows_by_split
 
 
 def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, columns) of each row."""
+    """Yields (line number, value by column) of each row."""
     try:
         if file.suffix == ".parquet":
             import pyarrow.parquet
@@ -99,7 +123,7 @@ def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             with file.open(newline="", encoding="utf-8-sig") as lines:
                 yield from enumerate(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), 2)
         else:
-            raise DataError(f"{file}: a table is a file .csv, .tsv, .parquet or .jsonl")
+            raise DataError(f"{file} is not a table: use a .csv, .tsv, .parquet or .jsonl file")
     except ImportError as error:
         raise DataError(f"{file} needs the package pyarrow: pip install pyarrow") from error
     except (OSError, ValueError, TypeError, csv.Error) as error:
@@ -110,27 +134,35 @@ def _json_line(where: str, line: str) -> dict[str, Any]:
     try:
         return dict(json.loads(line))
     except (ValueError, TypeError) as error:
-        raise DataError(f"{where}: no JSON object: {error}") from error
+        raise DataError(f"{where}: not a JSON object: {error}") from error
 
 
 def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folder: Path | None) -> dict[str, list[Row]]:
-    """Split -> rows of named columns; paths of images are relative to the folder."""
+    """Turns records into rows by split.
+
+    Args:
+        records: (name for error messages, value by column) of each example.
+        data: names of the columns.
+        folder: paths of images and volumes are relative to it.
+    """
     labels = [data.label] if isinstance(data.label, str) else data.label
     inputs = [data.input] if isinstance(data.input, str) else data.input
-    wanted = [*inputs, *labels, *(name for name in (data.group, data.split) if name)]
-    found: dict[str, list[Row]] = {}
+    required = [*inputs, *labels, *(name for name in (data.group, data.split) if name)]
+    rows_by_split: dict[str, list[Row]] = {}
     for where, record in records:
-        for column in wanted:
+        for column in required:
             if column not in record:
                 known = [str(name) for name in record]
-                raise DataError(f"{where}: no column {column!r}{did_you_mean(column, known)}; it has {', '.join(known)}")
+                raise DataError(
+                    f"{where}: no column {column!r}{did_you_mean(column, known)}; columns are {', '.join(known)}"
+                )
         values: list[Any] = [record[name] for name in inputs]
         if data.modality in ("image", "volume"):
             values = [(folder or Path()) / value if isinstance(value, str) else value for value in values]
-        for column, one in zip(inputs, values, strict=True):
-            if data.modality == "volume" and not isinstance(one, Path):
-                raise DataError(f"{where}: {column!r} is a {type(one).__name__}, not the path of a volume")
-        value = values[0] if isinstance(data.input, str) else tuple(values)
+        for column, value in zip(inputs, values, strict=True):
+            if data.modality == "volume" and not isinstance(value, Path):
+                raise DataError(f"{where}: {column!r} is a {type(value).__name__}, not the path of a volume")
+        whole_input = values[0] if isinstance(data.input, str) else tuple(values)
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
         group = str(record[data.group]).strip() if data.group else str(values[0]) if isinstance(values[0], Path) else where
         for name, cell in (
@@ -140,15 +172,15 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
         ):
             if isinstance(name, str) and is_empty(cell):
                 raise DataError(f"{where}: the column {name!r} is empty")
-        if data.modality == "text" and not isinstance(value, str):
-            raise DataError(f"{where}: the input is a {type(value).__name__}, not a text")
+        if data.modality == "text" and not isinstance(whole_input, str):
+            raise DataError(f"{where}: the input is a {type(whole_input).__name__}, not a text")
         split = _split_name(str(record[data.split]), where) if data.split else ""
-        found.setdefault(split, []).append(Row(value, label, group, where, folder or Path()))
-    return found
+        rows_by_split.setdefault(split, []).append(Row(whole_input, label, group, where, folder or Path()))
+    return rows_by_split
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a cell has nothing in it, as tables say so."""
+    """Whether a cell is empty: None, NaN, blank, or the text `None`, `nan` or `NaN`."""
     if isinstance(value, str):
         return value.strip() in ("", "None", "nan", "NaN")
     return value is None or (isinstance(value, float) and value != value)
@@ -164,13 +196,16 @@ def _split_name(text: str, where: str) -> str:
 def _image_folder(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     root = Path(str(data.path))
     if not root.is_dir():
-        raise DataError(f"{root} is no folder")
+        raise DataError(f"{root} is not a folder")
     if not data.label:
         return {"": [_image_row(file, "", data) for file in _images_in(root)]}
     names = {child.name: _SYNONYMS.get(child.name.lower(), child.name.lower()) for child in root.iterdir() if child.is_dir()}
     parts = {name: split for name, split in names.items() if split in SPLITS}
     if parts and len(parts) < len(names):
-        raise DataError(f"{root}: folders of splits and of classes beside each other: {', '.join(sorted(names))}")
+        raise DataError(
+            f"{root}: split folders and other folders are mixed: {', '.join(sorted(names))}; put all class folders into the "
+            "split folders"
+        )
     folders = {split: root / name for name, split in parts.items()} or {"": root}
     return {split: list(_classes_of(folder, data)) for split, folder in folders.items()}
 
@@ -183,7 +218,7 @@ def _classes_of(root: Path, data: Data) -> Iterator[Row]:
 def _images_in(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGES)
     if not files:
-        raise DataError(f"{folder} holds no images ({', '.join(sorted(_IMAGES))})")
+        raise DataError(f"{folder} contains no images ({', '.join(sorted(_IMAGES))})")
     return files
 
 
@@ -192,14 +227,14 @@ def _image_row(file: Path, label: str, data: Data) -> Row:
     if data.group_pattern:
         match = re.search(data.group_pattern, file.name)
         if match is None or not match.groups():
-            raise DataError(f"{file}: data.group_pattern {data.group_pattern!r} finds no group in the name")
+            raise DataError(f"{file}: data.group_pattern {data.group_pattern!r} finds no group in the file name")
         group = match.group(1)
     return Row(file, label, group, str(file))
 
 
 def _medmnist(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     file = Path(str(data.path))
-    found: dict[str, list[Row]] = {}
+    rows_by_split: dict[str, list[Row]] = {}
     try:
         with np.load(file, allow_pickle=False) as arrays:
             for short, split in (("train", "train"), ("val", "validation"), ("test", "test")):
@@ -208,13 +243,15 @@ def _medmnist(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
                 if len(images) != len(labels):
                     raise DataError(f"{file}: {len(images)} {short}_images, but {len(labels)} {short}_labels")
                 if isinstance(data.label, list) and len(data.label) != labels.reshape(len(labels), -1).shape[1]:
-                    raise DataError(f"{file}: {short}_labels have {labels.shape[1:]} columns, data.label {len(data.label)}")
+                    raise DataError(
+                        f"{file}: {short}_labels have {labels.shape[1:]} columns, but data.label names {len(data.label)}"
+                    )
                 values = (labels if isinstance(data.label, list) else labels.reshape(len(labels), -1)[:, 0]).tolist()
-                places = [f"{file}, {short} image {i}" for i in range(len(images))]
-                found[split] = [Row(x, y, place, place) for x, y, place in zip(images, values, places, strict=True)]
+                wheres = [f"{file}, {short} image {i}" for i in range(len(images))]
+                rows_by_split[split] = [Row(x, y, where, where) for x, y, where in zip(images, values, wheres, strict=True)]
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{file} is no file of MedMNIST: {error}") from error
-    return found
+        raise DataError(f"{file} is not a MedMNIST file: {error}") from error
+    return rows_by_split
 
 
 def _dataset(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
@@ -225,38 +262,38 @@ def _dataset(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     try:
         loaded = datasets.load_from_disk(str(data.path))
     except (OSError, ValueError) as error:
-        raise DataError(f"{data.path} is no saved dataset: {error}") from error
-    parts = loaded if isinstance(loaded, Mapping) else {"": loaded}
-    found: dict[str, list[Row]] = {}
-    for name, table in parts.items():
+        raise DataError(f"{data.path} is not a saved dataset: {error}") from error
+    tables = loaded if isinstance(loaded, Mapping) else {"": loaded}
+    rows_by_split: dict[str, list[Row]] = {}
+    for name, table in tables.items():
         where = f"{data.path}{f', {name}' if name else ''}"
         split = _split_name(name, where) if name else ""
-        keep = [c for c in table.column_names if c != data.input] if data.modality == "image" else table.column_names
+        eager = [c for c in table.column_names if c != data.input] if data.modality == "image" else table.column_names
         lazy = str(data.input) if data.modality == "image" and data.input in table.column_names else None
         files = [Path(file["filename"]) for file in table.cache_files]
         stamp = " of " + ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
         records = (
             (f"{where}, row {i}", {**record, **({lazy: LazyValue(table, i, lazy, stamp)} if lazy else {})})
-            for i, record in enumerate(table.select_columns(keep))
+            for i, record in enumerate(table.select_columns(eager))
         )
-        for part, rows in _rows_of(records, data, None).items():
-            found.setdefault(split or part, []).extend(rows)
-    return found
+        for named_split, rows in _rows_of(records, data, None).items():
+            rows_by_split.setdefault(split or named_split, []).extend(rows)
+    return rows_by_split
 
 
 def _python(data: Data, roots: Sequence[str]) -> dict[str, list[Row]]:
-    make = find_object(str(data.build), roots, "data.build")
+    build = find_object(str(data.build), roots, "data.build")
     try:
-        made = make()
+        built = build()
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"data.build: {data.build} fails: {type(error).__name__}: {error}") from error
-    parts = made if isinstance(made, Mapping) else {"": made}
-    found: dict[str, list[Row]] = {}
-    for name, records in parts.items():
+    records_by_split = built if isinstance(built, Mapping) else {"": built}
+    rows_by_split: dict[str, list[Row]] = {}
+    for name, records in records_by_split.items():
         split = _split_name(name, str(data.build)) if name else ""
-        placed = ((f"{data.build}, {name or 'row'} {i}", record) for i, record in enumerate(records))
-        for part, rows in _rows_of(placed, data, None).items():
-            found.setdefault(split or part, []).extend(rows)
-    return found
+        named_records = ((f"{data.build}, {name or 'row'} {i}", record) for i, record in enumerate(records))
+        for named_split, rows in _rows_of(named_records, data, None).items():
+            rows_by_split.setdefault(split or named_split, []).extend(rows)
+    return rows_by_split

@@ -1,4 +1,4 @@
-"""Labelled examples in three splits, as every task gives them."""
+"""Labelled examples in three splits: the common form of every task's data."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (a list of texts, or a uint8 array [size, height, width] of grey images), labels, and groups.
+    """The examples of one split.
 
-    Labels are class indices, or as the task's objective has them.
-
-    A group holds examples that are alike: codes of one category, reviews of one drug, patches of one place.
+    Attributes:
+        inputs: what the task's processor takes. A list of texts, paths, tuples of paths (channels) or arrays; or a uint8
+            array [size, height, width] of grey images.
+        labels: class index of each example, or what the task's objective takes.
+        groups: group of each example. A group contains examples that are alike, such as codes of one category, reviews of
+            one drug, patches of one place, or images of one patient.
     """
 
     inputs: Any
@@ -34,7 +37,16 @@ class Split:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A task: class names, three splits (training and validation share no group), a checksum, and what the task is not."""
+    """The data of a task.
+
+    Attributes:
+        class_names: classes, findings or the predicted number, in the order of the labels.
+        train: training split; it shares no group with `validation`.
+        validation: validation split.
+        test: test split.
+        checksum: SHA-256 of all inputs and labels.
+        caveat: what results on this task do not show; may be empty.
+    """
 
     class_names: list[str]
     train: Split
@@ -45,35 +57,61 @@ class TaskData:
 
     @classmethod
     def of(cls, class_names: list[str], splits: Mapping[str, Split], caveat: str) -> TaskData:
-        """With the checksum of all inputs and labels."""
-        facts = [(name, _plain(splits[name].inputs), _plain(splits[name].labels)) for name in sorted(splits)]
-        digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+        """Builds the task and computes its checksum.
+
+        Args:
+            class_names: see `TaskData`.
+            splits: train, validation and test by name.
+            caveat: see `TaskData`.
+        """
+        content = [(name, _hashable(splits[name].inputs), _hashable(splits[name].labels)) for name in sorted(splits)]
+        digest = hashlib.sha256(repr(content).encode()).hexdigest()
         return cls(class_names, splits["train"], splits["validation"], splits["test"], digest, caveat)
 
 
 def places_of(splits: Sequence[Split]) -> list[tuple[str, Any]]:
-    """(what to call it in an error, input) of every example of the three splits, or of one."""
+    """Lists every example with a name for error messages.
+
+    Args:
+        splits: the three splits, or one split.
+
+    Returns:
+        (name, input) of each example; the name is such as `train example 3`.
+    """
     names = SPLITS if len(splits) == len(SPLITS) else ("",)
-    found = zip(names, splits, strict=True)
-    return [(f"{name} example {i}".strip(), x) for name, split in found for i, x in enumerate(split.inputs)]
+    named_splits = zip(names, splits, strict=True)
+    return [(f"{name} example {i}".strip(), x) for name, split in named_splits for i, x in enumerate(split.inputs)]
 
 
 def name_of(place: Any, otherwise: str) -> str:
-    """What an input is called: its file, or the first of its files; a text by itself."""
+    """Returns the name of an input for error messages.
+
+    Args:
+        place: input of an example.
+        otherwise: name of an input that is neither a text nor a path.
+
+    Returns:
+        Its path, the first of its paths, or the text itself.
+    """
     first = place[0] if isinstance(place, tuple) else place
     return str(first) if isinstance(first, str | Path) else otherwise
 
 
 def draw_of(task: Task, split: str) -> str:
-    """Seed of the draw of a split's examples."""
-    again = split == "train" and task.sample_seed is not None
-    return f"sample:{task.sample_seed}" if again else f"{task.split_seed}:{split}"
+    """Returns the seed from which a split's examples are drawn.
+
+    Args:
+        task: the seeds. `sample_seed`, if present, replaces `split_seed` for the training split.
+        split: train, validation or test.
+    """
+    resampled = split == "train" and task.sample_seed is not None
+    return f"sample:{task.sample_seed}" if resampled else f"{task.split_seed}:{split}"
 
 
-def _plain(inputs: Any) -> Any:
-    """What the checksum is made of: texts, bytes of arrays, names and sizes of files."""
+def _hashable(inputs: Any) -> Any:
+    """Returns what the checksum depends on: texts, bytes of arrays, names and sizes of files."""
     if isinstance(inputs, np.ndarray):
         return hashlib.sha256(inputs.tobytes()).hexdigest()
     if isinstance(inputs, list | tuple):
-        return [_plain(value) for value in inputs]
+        return [_hashable(value) for value in inputs]
     return (inputs.name, inputs.stat().st_size) if isinstance(inputs, Path) else inputs

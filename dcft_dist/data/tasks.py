@@ -1,4 +1,8 @@
-"""Downstream tasks on real data that installs as a package. MRI patches: see `mri`."""
+"""Loads the data of every task.
+
+This file contains the two text tasks, on real data that installs as a package. The MRI patches are in `mri_region`, the
+user's data in `user_task`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,8 @@ def load_task(config: Config) -> TaskData:
     """Loads and splits the data of a task.
 
     Raises:
-        DataError: the data package is not installed, or does not hold what it should; see `user_task` too.
+        DataError: the data package is not installed, or its content is not what the task needs. For the user's data see
+            `user_task`.
     """
     task = config.task
     if task.name == "own":
@@ -37,19 +42,22 @@ def load_task(config: Config) -> TaskData:
 
 
 def _icd10cm_chapter(task: Task) -> TaskData:
-    """ICD-10-CM tabular list (US public domain): description of a code -> chapter; whole categories are held out."""
+    """Predicts the chapter of a code from its description, in the ICD-10-CM tabular list (US public domain).
+
+    Whole categories are held out.
+    """
     root = _tabular_list(icd_file())
     names: list[str] = []
     splits = {"train": Split([], [], []), "validation": Split([], [], []), "test": Split([], [], [])}
     sizes = {"train": task.train_per_class, "validation": task.validation_per_class, "test": task.test_per_class}
     for chapter in root.findall("chapter"):
         number, title = chapter.findtext("name", ""), chapter.findtext("desc", "")
-        if number == "22":  # codes for special purposes: five codes
+        if number == "22":  # codes for special purposes, only five
             continue
         draw = random.Random(f"{task.split_seed}:{number}")
         for split, texts in _held_out(chapter, draw).items():
             if split == "train" and task.sample_seed is not None:
-                texts = _drawn_again(texts, random.Random(f"sample:{task.sample_seed}:{number}"))
+                texts = _reordered(texts, random.Random(f"sample:{task.sample_seed}:{number}"))
             chosen = texts[: sizes[split]]
             splits[split].inputs.extend(text for text, _ in chosen)
             splits[split].groups.extend(group for _, group in chosen)
@@ -61,7 +69,7 @@ def _icd10cm_chapter(task: Task) -> TaskData:
 
 
 def _drug_review(task: Task) -> TaskData:
-    """Six hundred reviews and the package's own test split; a fifth of the training drugs validates."""
+    """Six hundred reviews and the package's own test split. A fifth of the training drugs is for validation."""
     names = ["negative", "neutral", "positive"]
     rows = {name: _reviews(drug_review_file(), f"drugsCom{name.title()}.tsv") for name in ("train", "test")}
     drugs = sorted({row["drugName"] for row in rows["train"]})
@@ -74,9 +82,9 @@ def _drug_review(task: Task) -> TaskData:
     }
     sizes = {"train": task.train_per_class, "validation": task.validation_per_class, "test": task.test_per_class}
     splits = {}
-    for split, found in parts.items():
-        random.Random(draw_of(task, split)).shuffle(found)
-        chosen = [row for name in names for row in [r for r in found if r["rating"] == name][: sizes[split]]]
+    for split, reviews in parts.items():
+        random.Random(draw_of(task, split)).shuffle(reviews)
+        chosen = [row for name in names for row in [r for r in reviews if r["rating"] == name][: sizes[split]]]
         texts = [html.unescape(row["review"]).strip('"') for row in chosen]
         splits[split] = Split(texts, [names.index(r["rating"]) for r in chosen], [r["drugName"] for r in chosen])
     return TaskData.of(
@@ -101,9 +109,10 @@ def _tabular_list(file: Path) -> ElementTree.Element:
 
 
 def _held_out(chapter: ElementTree.Element, draw: random.Random) -> dict[str, list[tuple[str, str]]]:
-    """(description, category) of every code by split: 75 % of the categories train, 10 % validate, 15 % test.
+    """Returns (description, category) of every code by split.
 
-    Each category gives one text before any gives a second one, so that a few large categories do not dominate.
+    75 % of the categories are for training, 10 % for validation, 15 % for testing. Each category contributes one text before
+    any contributes a second one. So a few large categories do not dominate.
     """
     by_category: dict[str, list[str]] = defaultdict(list)
     for code in chapter.iter("diag"):
@@ -117,8 +126,8 @@ def _held_out(chapter: ElementTree.Element, draw: random.Random) -> dict[str, li
     return {split: _in_turns(part, by_category) for split, part in parts.items()}
 
 
-def _drawn_again(texts: list[tuple[str, str]], draw: random.Random) -> list[tuple[str, str]]:
-    """The same texts in another order, still one of each category before any second one."""
+def _reordered(texts: list[tuple[str, str]], draw: random.Random) -> list[tuple[str, str]]:
+    """Returns the same texts in another order, still one of each category before any second one."""
     by_category: dict[str, list[str]] = defaultdict(list)
     for text, category in texts:
         by_category[category].append(text)
@@ -130,5 +139,6 @@ def _drawn_again(texts: list[tuple[str, str]], draw: random.Random) -> list[tupl
 
 
 def _in_turns(categories: list[str], texts: dict[str, list[str]]) -> list[tuple[str, str]]:
+    """Returns (text, category) of one text of each category, then of a second one, and so on."""
     rounds = max(len(texts[c]) for c in categories)
     return [(texts[c][i], c) for i in range(rounds) for c in categories if i < len(texts[c])]

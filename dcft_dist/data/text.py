@@ -1,4 +1,8 @@
-"""Instructions and their answers as a causal language model takes them: only the answer is learned."""
+"""Texts as token ids.
+
+`TextProcessor` is for texts with a label. `AnswerProcessor` is for instructions with an answer, of which a causal language
+model learns the answer alone.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TokenizedTexts:
-    """A tokenized split: token ids of each text, labels."""
+    """A tokenized split of texts with a label.
+
+    Attributes:
+        ids: token ids of each text.
+        labels: label of each text.
+        pad_id: token id that fills shorter texts.
+    """
 
     ids: list[list[int]]
     labels: list[Any]
@@ -30,10 +40,11 @@ class TokenizedTexts:
         return len(self.ids)
 
     def length(self, index: int) -> int:
+        """Returns the number of tokens of a text."""
         return len(self.ids[index])
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """Texts padded to the longest of them."""
+        """Returns `input_ids` and `attention_mask` [size, tokens], padded to the longest text."""
         rows = [self.ids[i] for i in indices]
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
@@ -45,9 +56,15 @@ class TokenizedTexts:
 
 
 class TextProcessor(Processor):
-    """Makes tokens of texts."""
+    """Tokenizes texts."""
 
     def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+        """Prepares the processor.
+
+        Args:
+            tokenizer: a tokenizer of transformers.
+            max_tokens: longer texts are cut to this many tokens.
+        """
         self.tokenizer, self._max_tokens = tokenizer, max_tokens
 
     def __call__(self, split: Split) -> TokenizedTexts:
@@ -58,50 +75,72 @@ class TextProcessor(Processor):
         self.tokenizer.save_pretrained(folder)
 
 
-IGNORED = -100  # label of what is not learned
+IGNORED = -100  # label of a token that is not learned
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The token that fills up, or where there is none (GPT-2, Llama) the end of the text: attention passes over it."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in known if token is not None)
+    """Returns the id of the padding token, or of the end of the text if the tokenizer has no padding (GPT-2, Llama).
+
+    Either works, because the attention mask excludes the padding.
+    """
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(int(token) for token in candidates if token is not None)
 
 
 @dataclass(frozen=True)
 class TokenizedAnswers:
-    """A tokenized split: token ids of instruction and answer, and how many of them are the instruction's."""
+    """A tokenized split of instructions with their answers.
+
+    Attributes:
+        ids: token ids of each instruction and its answer.
+        given: number of tokens of each instruction.
+        pad_id: token id that fills shorter texts.
+        labels: placeholders; the labels are tokens and part of `inputs`.
+    """
 
     ids: list[list[int]]
     given: list[int]
     pad_id: int
-    labels: list[int] = field(default_factory=list)  # nothing: the labels are tokens, in `inputs`
+    labels: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def length(self, index: int) -> int:
+        """Returns the number of tokens of a text."""
         return len(self.ids[index])
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """Padded to the longest; `labels` [size, tokens] are the ids of the answers."""
+        """Returns `input_ids`, `attention_mask` and `labels` [size, tokens], padded to the longest text.
+
+        `labels` are the ids of the answers, and `IGNORED` elsewhere.
+        """
         width = max(len(self.ids[i]) for i in indices)
         ids = torch.full((len(indices), width), self.pad_id)
         attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
         for row, i in enumerate(indices):
-            found = torch.tensor(self.ids[i])
-            ids[row, : len(found)], attention[row, : len(found)] = found, 1
-            labels[row, self.given[i] : len(found)] = found[self.given[i] :]
+            text_ids = torch.tensor(self.ids[i])
+            ids[row, : len(text_ids)], attention[row, : len(text_ids)] = text_ids, 1
+            labels[row, self.given[i] : len(text_ids)] = text_ids[self.given[i] :]
         return {"input_ids": ids, "attention_mask": attention, "labels": labels}
 
 
 class AnswerProcessor(Processor):
-    """Tokens of `template` filled with the instruction, then those of the answer and the end of the text."""
+    """Tokenizes the template with the instruction in it, followed by the answer and the end of the text."""
 
     def __init__(self, tokenizer: Any, max_tokens: int, template: str) -> None:
+        """Prepares the processor.
+
+        Args:
+            tokenizer: a tokenizer of transformers.
+            max_tokens: longer texts are cut to this many tokens.
+            template: text around the instruction, which replaces `{input}`.
+        """
         self.tokenizer, self._max_tokens, self._template = tokenizer, max_tokens, template
 
     def __call__(self, split: Split) -> TokenizedAnswers:
-        """
+        """Returns the tokenized split, and warns of answers that are cut.
+
         Raises:
             DataError: an instruction leaves no room for its answer.
         """
@@ -109,20 +148,20 @@ class AnswerProcessor(Processor):
         answers = self.tokenizer([str(text) for text in split.labels], add_special_tokens=False)["input_ids"]
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         ids = [[*prompt, *answer, *end][: self._max_tokens] for prompt, answer in zip(prompts, answers, strict=True)]
-        given = [len(prompt) for prompt in prompts]
-        wholes = zip(prompts, answers, strict=True)
-        if cut := sum(len(p) + len(a) + len(end) > self._max_tokens for p, a in wholes):
+        prompt_lengths = [len(prompt) for prompt in prompts]
+        pairs = zip(prompts, answers, strict=True)
+        if cut := sum(len(prompt) + len(answer) + len(end) > self._max_tokens for prompt, answer in pairs):
             log.warning("%d of %d answers are cut at task.max_tokens = %d", cut, len(ids), self._max_tokens)
-        full = [i for i, n in enumerate(given) if n >= len(ids[i])]
-        if full:
+        without_answer = [i for i, length in enumerate(prompt_lengths) if length >= len(ids[i])]
+        if without_answer:
             raise DataError(
-                f"{len(full)} instructions leave no room for an answer in {self._max_tokens} tokens, such as "
-                f"{str(split.inputs[full[0]])[:60]!r}: raise task.max_tokens"
+                f"{len(without_answer)} instructions leave no room for an answer in {self._max_tokens} tokens, such as "
+                f"{str(split.inputs[without_answer[0]])[:60]!r}: raise task.max_tokens"
             )
-        return TokenizedAnswers(ids, given, pad_id(self.tokenizer), [0] * len(ids))
+        return TokenizedAnswers(ids, prompt_lengths, pad_id(self.tokenizer), [0] * len(ids))
 
     def prompts(self, split: Split) -> list[list[int]]:
-        """Token ids of each instruction, up to where its answer begins."""
+        """Returns the token ids of each instruction in the template, up to where its answer begins."""
         texts = [self._template.replace("{input}", str(text)) for text in split.inputs]
         return [list(row) for row in self.tokenizer(texts)["input_ids"]]
 

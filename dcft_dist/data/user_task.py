@@ -1,4 +1,4 @@
-"""The user's data as a task: labels decoded, groups kept together, and everything checked before the run begins."""
+"""Turns the user's data into a task: decodes labels, keeps groups together, and checks files, groups and labels."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from ..errors import DataError, did_you_mean, listing
 from .readers import Row, read_rows
 from .splits import SPLITS, Split, TaskData
 
-Parts = dict[str, list[Row]]
+Parts = dict[str, list[Row]]  # rows by split
 
 
 def user_task(config: Config) -> TaskData:
-    """
+    """Reads, splits and checks the user's data.
+
     Raises:
-        DataError: files are missing, labels are wrong, a class is empty, a group is in two splits: each is named.
+        DataError: files are missing, a label is wrong, a class has no training examples, or a group is in two splits. The
+            message names them.
     """
     data = config.data
-    found = read_rows(data, config.import_roots)
-    parts = _split({split: _with_masks(rows, config) for split, rows in found.items()}, config)
+    rows_by_split = read_rows(data, config.import_roots)
+    parts = _split({split: _with_masks(rows, config) for split, rows in rows_by_split.items()}, config)
     _check_files(parts)
     _check_groups(parts)
     names = _names(config, parts["train"])
@@ -39,39 +41,40 @@ def user_task(config: Config) -> TaskData:
 
 
 def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:
-    """All examples of other data than the run's, whatever split they say, as one split.
+    """Reads data that the run has not seen, as one split; splits that the data name are ignored.
 
     Args:
+        config: configuration of the run, with `[data]` of the new data.
         names: classes or findings of the run.
-        labelled: whether they have labels; without, labels are those of nothing.
+        labelled: whether the data have labels; without, placeholders are used.
 
     Raises:
-        DataError: see `user_task`.
+        DataError: files are missing or cannot be read, or a label is wrong; the message names them.
     """
-    data = config.data.model_copy(update={"split": None})  # so it need not be said
+    data = config.data.model_copy(update={"split": None})  # the new data need no such column
     rows = [row for part in read_rows(data, config.import_roots, labelled).values() for row in part]
     rows = _with_masks(rows, config)
     _check_files({"": rows})
     unknown = float("nan")
-    nothing = {
+    placeholders = {
         "single_label": 0,
         "multi_label": [unknown] * len(names),
         "regression": unknown,
         "causal_lm": "-",
         "segmentation": None,
     }
-    return _decoded(rows, _decoder(config, names) if labelled else lambda row: nothing[config.task.kind])
+    return _decoded(rows, _decoder(config, names) if labelled else lambda row: placeholders[config.task.kind])
 
 
 def _with_masks(rows: Sequence[Row], config: Config) -> list[Row]:
-    """Labels of a segmentation are files."""
+    """For segmentation, turns the labels into paths of masks."""
     if config.task.kind != "segmentation":
         return list(rows)
     return [replace(row, label=row.folder / row.label) if isinstance(row.label, str) else row for row in rows]
 
 
 def _names(config: Config, rows: Sequence[Row]) -> list[str]:
-    """Of classes, findings, or the number to be predicted."""
+    """Returns the names of the classes, the findings, or the predicted number."""
     if config.task.kind == "segmentation":
         return list(config.data.classes)
     if config.task.kind == "single_label":
@@ -96,50 +99,53 @@ def _decoded(rows: Sequence[Row], decode: Callable[[Row], Any]) -> Split:
 # -- splits --------------------------------------------------------------------------------------------------------------
 
 
-def _split(found: Parts, config: Config) -> Parts:
-    """The three splits; what is not said is drawn from the training data (or from all of it) by group."""
-    rows = found.pop("", [])
-    if rows and found:
-        raise DataError(f"{rows[0].where}: some examples have a split, others none")
-    parts = {"train": rows, **found}
+def _split(rows_by_split: Parts, config: Config) -> Parts:
+    """Returns the three splits; draws missing ones by group, from the training data or from all rows without a split."""
+    rows = rows_by_split.pop("", [])
+    if rows and rows_by_split:
+        raise DataError(f"{rows[0].where}: has no split, but other examples do: give every example a split, or none")
+    parts = {"train": rows, **rows_by_split}
     if "train" not in parts or not parts["train"]:
-        raise DataError(f"there are {', '.join(parts)} data, but none to train on")
+        raise DataError(f"the training split is empty (splits: {', '.join(parts)}): add training examples")
     shares = {"validation": config.data.validation_share, "test": config.data.test_share}
-    wanted = {name: share for name, share in shares.items() if name not in parts}
+    missing = {name: share for name, share in shares.items() if name not in parts}
     groups = sorted({row.group for row in parts["train"]})
     random.Random(f"{config.task.split_seed}:groups").shuffle(groups)
     sizes, total = Counter(row.group for row in parts["train"]), len(parts["train"])
-    for name, share in wanted.items():
-        chosen, number = set[str](), 0
+    for name, share in missing.items():
+        chosen_groups, number = set[str](), 0
         while groups and number < share * total:
             group = groups.pop()
-            chosen.add(group)
+            chosen_groups.add(group)
             number += sizes[group]
-        parts[name] = [row for row in parts["train"] if row.group in chosen]
-        parts["train"] = [row for row in parts["train"] if row.group not in chosen]
+        parts[name] = [row for row in parts["train"] if row.group in chosen_groups]
+        parts["train"] = [row for row in parts["train"] if row.group not in chosen_groups]
     empty = [name for name in SPLITS if not parts.get(name)]
     if empty:
-        raise DataError(f"no examples for {listing(empty)}: with so few groups, give splits of your own (data.split)")
+        raise DataError(
+            f"no examples for {listing(empty)}: too few groups to draw from, or shares too small; raise "
+            "data.validation_share and data.test_share, or assign the splits yourself with data.split"
+        )
     return {name: parts[name] for name in SPLITS}
 
 
 def _check_groups(parts: Parts) -> None:
-    where: dict[str, tuple[str, Row]] = {}
+    first_of_group: dict[str, tuple[str, Row]] = {}
     for name, rows in parts.items():
         for row in rows:
-            before, first = where.setdefault(row.group, (name, row))
-            if before != name:
+            first_name, first_row = first_of_group.setdefault(row.group, (name, row))
+            if first_name != name:
                 raise DataError(
-                    f"group {row.group!r} is in two splits: {first.where} is for {before}, {row.where} for {name}; "
-                    "results on it would be too good"
+                    f"group {row.group!r} is in two splits: {first_row.where} is in {first_name}, {row.where} in {name}; "
+                    "results would look too good, so put each group into one split"
                 )
 
 
 def _check_files(parts: Parts) -> None:
-    rows_of_all = [row for rows in parts.values() for row in rows]
-    inputs = [(row.input if isinstance(row.input, tuple) else (row.input,), row) for row in rows_of_all]
-    found = [(x, row.where) for places, row in inputs for x in (*places, row.label)]
-    files = [(x, where) for x, where in found if isinstance(x, Path)]
+    all_rows = [row for rows in parts.values() for row in rows]
+    inputs = [(row.input if isinstance(row.input, tuple) else (row.input,), row) for row in all_rows]
+    values = [(x, row.where) for input_values, row in inputs for x in (*input_values, row.label)]
+    files = [(x, where) for x, where in values if isinstance(x, Path)]
     missing = [f"{file} ({where})" for file, where in files if not file.exists()]
     if missing:
         raise DataError(f"{len(missing)} of {len(files)} files are missing: {listing(missing, 3)}")
@@ -149,7 +155,7 @@ def _check_files(parts: Parts) -> None:
 
 
 class _Classes:
-    """Class index of a row."""
+    """Decodes the label of a row into its class index."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._index = {name: i for i, name in enumerate(names)}
@@ -158,7 +164,7 @@ class _Classes:
         text = _text(row.label)
         if text not in self._index:
             raise DataError(
-                f"{row.where}: label {row.label!r} is none of the {len(self._index)} classes"
+                f"{row.where}: label {row.label!r} is not one of the {len(self._index)} classes"
                 f"{did_you_mean(text, self._index)}: {listing(self._index)}"
             )
         return self._index[text]
@@ -173,7 +179,7 @@ def _finding(row: Row) -> list[float]:
         elif text in ("0", "1", "0.0", "1.0", "True", "False"):
             values.append(float(text in ("1", "1.0", "True")))
         else:
-            raise DataError(f"{row.where}: a finding is 1, 0, or empty for unknown, not {value!r}")
+            raise DataError(f"{row.where}: {value!r} is not a finding: use 1, 0, or an empty cell for unknown")
     return values
 
 
@@ -183,7 +189,7 @@ def _number(row: Row) -> float:
     except (TypeError, ValueError):
         value = float("nan")
     if not abs(value) < float("inf"):
-        raise DataError(f"{row.where}: label {row.label!r} is no number")
+        raise DataError(f"{row.where}: label {row.label!r} is not a finite number")
     return value
 
 
@@ -198,22 +204,23 @@ def _text(label: Any) -> str:
 
 
 def _natural(text: str) -> tuple[int, float, str]:
-    """Numbers by their value, before words."""
+    """Sort key: numbers by value, before words."""
     return (0, float(text), "") if text.replace(".", "", 1).isdecimal() else (1, 0.0, text)
 
 
 def _check_classes(names: Sequence[str], train: Split) -> None:
     if len(names) < 2:
-        raise DataError(f"there is only one class: {listing(names)}")
+        raise DataError(f"only one class, {listing(names)}: single_label needs at least two")
     counts = Counter(train.labels)
     empty = [name for i, name in enumerate(names) if not counts[i]]
     if empty:
-        raise DataError(f"no training example of {listing(empty)}: leave these classes out, or split otherwise")
+        raise DataError(f"no training examples of {listing(empty)}: remove these classes, or split the data differently")
 
 
 def _check_findings(names: Sequence[str], train: Split) -> None:
     for name, values in zip(names, zip(*train.labels, strict=True), strict=True):
         if not {0.0, 1.0} <= set(values):
             raise DataError(
-                f"no training example with, or none without, the finding {name!r}: leave it out, or split otherwise"
+                f"finding {name!r} has no positive or no negative training examples: remove it from data.label, or split "
+                "the data differently"
             )

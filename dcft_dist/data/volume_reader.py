@@ -19,20 +19,25 @@ from ..errors import ConfigError, DataError, line_of, listing
 from .dicom import problem_of_series
 from .splits import name_of
 
-Pair = tuple[Any, Any]  # path of the image (or a tuple of paths, its channels), path of the mask (None: there is no mask)
+Pair = tuple[Any, Any]  # path of the image (several channels: a tuple of paths), path of the mask (None: no mask)
 
 
 class VolumeReader:
-    """Reads pairs of image and mask: axes in the order RAS, voxels of one size, normalised intensities."""
+    """Reads pairs of image and mask, and brings them into one form.
+
+    The axes of 3-D volumes get the order RAS, voxels get the size `data.spacing`. Intensities in `data.window` are scaled to
+    [0, 1]. Without a window, the nonzero voxels of each channel get mean 0 and deviation 1.
+    """
 
     def __init__(self, config: Config) -> None:
-        """
+        """Builds MONAI's transforms.
+
         Raises:
             ConfigError: the package monai is not installed.
         """
         data = config.data
         self._num_classes, self._cache = len(data.classes), data.cache
-        self._classes_in: dict[Pair, set[int]] = {}  # classes of each mask that was read
+        self._classes_in: dict[Pair, set[int]] = {}  # classes in each mask read so far
         self._cached: dict[Pair, tuple[Tensor, Tensor | None]] = {}
         try:
             from monai import transforms as mt
@@ -41,14 +46,14 @@ class VolumeReader:
             raise ConfigError("data.modality = 'volume' needs the package monai: pip install 'dcft_dist[monai]'") from error
         keys, optional = ["image", "mask"], dict[str, Any](allow_missing_keys=True)  # a prediction needs no mask
         load = mt.LoadImaged(keys, ensure_channel_first=True, image_only=True, **optional)
-        load.register(PILReader(reverse_indexing=False))  # rows first, as pre-trained models have seen images
+        load.register(PILReader(reverse_indexing=False))  # rows first, as in pre-training on images
         steps: list[Any] = [load]
-        if len(data.patch) == 3:  # flat images have no orientation
+        if len(data.patch) == 3:  # 2-D images have no orientation
             steps.append(mt.Orientationd(keys, "RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")), **optional))
         if data.spacing:
             steps.append(mt.Spacingd(keys, data.spacing, mode=("bilinear", "nearest"), **optional))
         self._read: Any = mt.Compose(steps)
-        # MONAI's readers keep what they read between two calls, so each thread needs a copy of its own.
+        # MONAI's readers keep state between two calls, so each thread needs its own copy.
         self._readers: dict[int, Any] = {threading.get_ident(): self._read}
         if data.window:
             low, high = data.window
@@ -59,23 +64,38 @@ class VolumeReader:
         self._back: Any = mt.Invertd("mask", self._read, "image")
 
     def whole(self, pair: Pair) -> tuple[Tensor, Tensor | None]:
-        """Image [channels, *whole] and mask [1, *whole].
+        """Reads a whole volume.
+
+        Args:
+            pair: paths of image and mask.
+
+        Returns:
+            Image [channels, *whole] and mask [1, *whole]; None instead of the mask if the pair has none.
 
         Raises:
-            DataError: a file cannot be read; image and mask are on different grids; values are not finite, or no classes.
+            DataError: a file cannot be read, or image and mask are on different grids. Or the image has values that are NaN
+                or infinite, or the mask has values that are not classes.
         """
         if pair not in self._cached:
             volume = self._read_files(pair)
             self._check_values(pair, volume)
             volume = self._without_meta(self._scale(volume))
             image, mask = volume["image"].float(), volume.get("mask")
-            if not self._cache or mask is None:  # a volume without a mask is read once, to be predicted
+            if not self._cache or mask is None:  # volumes without masks are predicted, and so read only once
                 return image, mask
             self._cached[pair] = image, mask.to(torch.uint8 if self._num_classes <= 256 else torch.int32)
         return self._cached[pair]
 
     def as_in_file(self, image: Any, classes: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Classes [*whole] of a volume on the grid of its file, and the affine of that grid."""
+        """Brings predicted classes back to the grid of the image's file.
+
+        Args:
+            image: path of the image, or a tuple of paths.
+            classes: [*whole], on the grid that `whole` returns.
+
+        Returns:
+            Classes on the grid of the file (uint8, or uint16 with more than 256 classes), and the affine of that grid.
+        """
         from monai.data import MetaTensor
 
         mask = MetaTensor(classes.unsqueeze(0).float().cpu())
@@ -85,24 +105,24 @@ class VolumeReader:
         return restored[0].numpy().round().astype(dtype), np.asarray(restored.affine, dtype=np.float64)
 
     def classes_in(self, pairs: Sequence[Pair]) -> set[int]:
-        """Classes that occur in those masks of `pairs` that were read."""
+        """Returns the classes that occur in the masks of `pairs` read so far."""
         return set[int]().union(*(self._classes_in.get(pair, ()) for pair in pairs))
 
     def stray_values(self, mask: Tensor) -> list[str]:
-        """Values of a mask that are none of the classes."""
+        """Returns the values of a mask that are not classes."""
         values = [float(v) for v in torch.unique(mask)]
         return [f"{v:g}" for v in values if not (0 <= v < self._num_classes and v == round(v))]
 
     def problem(self, pair: Pair) -> str | None:
-        """What is wrong with the files of a pair; None if nothing is."""
+        """Reads a pair and describes what is wrong with its files; None if nothing is."""
         try:
             channels, mask = files_of(pair)
             files = [Path(file) for file in (*channels, mask) if file is not None]
             for file in files:
                 if file.is_dir() and (text := problem_of_series(file)):
                     return text
-            for other in files[1:]:
-                if text := different_grids(files[0], other):
+            for file in files[1:]:
+                if text := different_grids(files[0], file):
                     return text
             self.whole(pair)
         except DataError as error:
@@ -135,61 +155,75 @@ class VolumeReader:
         image, mask, name = volume["image"], volume.get("mask"), name_of(pair[0], "")
         finite, (channels, _) = torch.isfinite(image).flatten(1).all(1).tolist(), files_of(pair)
         if not all(finite):
-            bad = [name]
+            broken = [name]
             if len(channels) == len(finite):
-                bad = [file for file, good in zip(channels, finite, strict=True) if not good]
-            raise DataError(f"{listing(bad)}: some of its voxels are no numbers (NaN or infinite)")
+                broken = [file for file, is_finite in zip(channels, finite, strict=True) if not is_finite]
+            raise DataError(f"{listing(broken)}: some voxels are NaN or infinite")
         if mask is None:
             return
         if image.shape[1:] != mask.shape[1:] or len(mask) != 1:
             raise DataError(
-                f"{name} is {list(image.shape[1:])} once it is turned, and {pair[1]} {list(mask.shape)[1:]} "
-                f"with {len(mask)} channels"
+                f"{name} has shape {list(image.shape[1:])} after reorientation, but {pair[1]} {list(mask.shape)[1:]} with "
+                f"{len(mask)} channels: image and mask need one shape, the mask one channel"
             )
         if not np.allclose(image.affine, mask.affine, atol=1e-2):
-            raise DataError(f"{name} and {pair[1]} lie differently in space")
-        if wrong := self.stray_values(mask):
+            raise DataError(f"{name} and {pair[1]} have different affines: image and mask need one grid")
+        if strays := self.stray_values(mask):
             last = self._num_classes - 1
-            raise DataError(f"{pair[1]}: labels {listing(wrong)}, but there are {self._num_classes} classes, 0 to {last}")
+            raise DataError(f"{pair[1]}: labels {listing(strays)}, but there are {self._num_classes} classes, 0 to {last}")
         self._classes_in[pair] = {int(v) for v in torch.unique(mask)}
 
 
 def check_all(pairs: Sequence[Pair], problem: Callable[[Pair], str | None]) -> None:
-    """Runs `problem` on every pair, in threads.
+    """Checks every pair, in threads.
+
+    Args:
+        pairs: paths of image and mask.
+        problem: describes what is wrong with a pair; None if nothing is.
 
     Raises:
-        DataError: some pairs have one; the first three are named.
+        DataError: some pairs have a problem; the message describes the first three.
     """
     with ThreadPoolExecutor() as threads:
-        wrong = [text for text in threads.map(problem, pairs) if text]
-    if wrong:
-        raise DataError(f"{len(wrong)} of {len(pairs)} volumes: {listing(wrong, 3)}")
+        problems = [text for text in threads.map(problem, pairs) if text]
+    if problems:
+        raise DataError(f"{len(problems)} of {len(pairs)} volumes cannot be used: {listing(problems, 3)}")
 
 
 def files_of(pair: Pair) -> tuple[list[str], str | None]:
-    """Paths of the channels, and of the mask."""
+    """Returns the paths of an image's channels, and the path of its mask (None: no mask)."""
     image, mask = pair
     return [str(file) for file in (image if isinstance(image, tuple) else (image,))], None if mask is None else str(mask)
 
 
 def different_grids(first: Path, second: Path) -> str | None:
-    """How the grids of two NIfTI files differ; None if they agree, or if these are other files."""
+    """Compares the grids of two NIfTI files.
+
+    Returns:
+        A description of the difference; None if the grids agree, or if a file is not NIfTI.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
     if not all(file.name.endswith((".nii", ".nii.gz")) for file in (first, second)):
         return None
     import nibabel
 
     try:
-        one, two = (_header_of(nibabel.load(file)) for file in (first, second))
+        (first_shape, first_affine), (second_shape, second_affine) = (
+            _header_of(nibabel.load(file)) for file in (first, second)
+        )
     except Exception as error:
         raise DataError(f"{first} with {second}: cannot be read: {line_of(error, -1)}") from error
-    if one[0] != two[0]:
-        return f"{first} is {one[0]} and {second} {two[0]}"
-    if not np.allclose(one[1], two[1], atol=1e-3):
-        sizes = [np.round(np.linalg.norm(affine[:3, :3], axis=0), 3).tolist() for _, affine in (one, two)]
-        return f"{first} and {second} lie differently in space (voxels {sizes[0]} and {sizes[1]} mm)"
+    if first_shape != second_shape:
+        return f"{first} has shape {first_shape}, but {second} {second_shape}"
+    if not np.allclose(first_affine, second_affine, atol=1e-3):
+        affines = (first_affine, second_affine)
+        sizes = [np.round(np.linalg.norm(affine[:3, :3], axis=0), 3).tolist() for affine in affines]
+        return f"{first} and {second} have different affines (voxels {sizes[0]} and {sizes[1]} mm)"
     return None
 
 
 def _header_of(image: Any) -> tuple[list[int], Any]:
-    """Shape and affine of a NIfTI image."""
+    """Returns shape and affine of a NIfTI image."""
     return list(image.shape[:3]), image.affine

@@ -1,4 +1,8 @@
-"""Volumes as a model takes them: patches with masks for segmentation, or whole volumes of one size with a label each."""
+"""Volumes as a model takes them.
+
+`VolumeProcessor` makes patches with masks for segmentation. `LabelledVolumeProcessor` makes whole volumes of one size, each
+with a label.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,13 @@ from .volume_reader import Pair, VolumeReader, check_all
 
 @dataclass(frozen=True)
 class Volumes:
-    """A split of volumes with masks. `labels` are placeholders: the masks are part of `inputs`."""
+    """A split of volumes with masks.
+
+    Attributes:
+        pairs: paths of image and mask of each example.
+        processor: reads and crops the volumes.
+        labels: placeholders; the masks are part of `inputs`.
+    """
 
     pairs: list[Pair]
     processor: VolumeProcessor
@@ -30,26 +40,40 @@ class Volumes:
         return len(self.pairs)
 
     def length(self, index: int) -> int:
+        """Returns 0: volumes are evaluated in their own order."""
         return 0
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """`image` [size, channels, *patch] and `labels` [size, 1, *patch]; without `draw`, whole volumes of one shape."""
+        """Returns patches, or whole volumes; see `Examples.inputs`.
+
+        Args:
+            indices: which examples.
+            draw: None: whole volumes, which must have one shape. A number: patches.
+
+        Returns:
+            `image` [size, channels, *patch] and, if there are masks, `labels` [size, 1, *patch].
+        """
         if draw is None:
-            read = [self.processor.reader.whole(self.pairs[i]) for i in indices]
+            examples = [self.processor.reader.whole(self.pairs[i]) for i in indices]
         else:
-            read = [self.processor.patch(self.pairs[i], f"{draw}:{i}", vary=draw > 0) for i in indices]
-        images, masks = zip(*read, strict=True)
+            examples = [self.processor.patch(self.pairs[i], f"{draw}:{i}", vary=draw > 0) for i in indices]
+        images, masks = zip(*examples, strict=True)
         if masks[0] is None:
             return {"image": torch.stack(images)}
         return {"image": torch.stack(images), "labels": torch.stack(masks).long()}
 
 
 class VolumeProcessor(Processor):
-    """Makes training patches of one size from pairs of image and mask."""
+    """Makes training patches of the size `data.patch` from pairs of image and mask."""
 
     def __init__(self, config: Config) -> None:
+        """Prepares the reader, and imports `data.transform`.
+
+        Raises:
+            ConfigError: the package monai is not installed, or `data.transform` cannot be imported or built.
+        """
         self.reader = VolumeReader(config)
-        self._seed, self._vary, patch = config.seed, Augmentation(config), list(config.data.patch)
+        self._seed, self._augment, patch = config.seed, Augmentation(config), list(config.data.patch)
         from monai import transforms as mt
 
         keys = ["image", "mask"]
@@ -60,38 +84,52 @@ class VolumeProcessor(Processor):
         return Volumes(_pairs_of(split), self, [0] * len(split))
 
     def patch(self, pair: Pair, draw: str, vary: bool = True) -> tuple[Tensor, Tensor]:
-        """Image [channels, *patch] and mask [1, *patch] at a random place; half of the draws are around a structure.
+        """Cuts a patch at a random position; half of the draws are centred on a structure.
+
+        Args:
+            pair: paths of image and mask.
+            draw: name of the random position and variant.
+            vary: whether `data.transform` is applied.
+
+        Returns:
+            Image [channels, *patch] and mask [1, *patch].
 
         Raises:
-            ConfigError: `data.transform` returns something else than image and mask.
+            DataError: see `VolumeReader.whole`.
+            ConfigError: `data.transform` fails, or does not return an image and a mask that fit.
         """
         image, mask = self.reader.whole(pair)
         self._crop.set_random_state(seed_of(self._seed, draw))
         cropped = self._crop({"image": image, "mask": mask})[0]
         image, mask = cropped["image"].as_tensor(), cropped["mask"].as_tensor()
-        return self._varied(image, mask, draw) if vary and self._vary else (image, mask)
+        return self._augmented(image, mask, draw) if vary and self._augment else (image, mask)
 
-    def _varied(self, image: Tensor, mask: Tensor, draw: str) -> tuple[Tensor, Tensor]:
-        # The transform has a seed of its own, or its draws would depend on where the crop lies. It gets copies, since
-        # volumes stay in memory.
-        varied = self._vary({"image": image.clone(), "mask": mask.clone()}, f"{draw}:transform")
-        if not isinstance(varied, dict) or not {"image", "mask"} <= varied.keys():
-            raise ConfigError("data.transform: it is to give a dictionary with image and mask, as it gets one")
-        tensors = [as_tensor(varied[key], before) for key, before in (("image", image), ("mask", mask))]
-        if wrong := self.reader.stray_values(tensors[1]):
-            raise ConfigError(f"data.transform: the mask has values {listing(wrong)}: it is to be interpolated by nearest")
+    def _augmented(self, image: Tensor, mask: Tensor, draw: str) -> tuple[Tensor, Tensor]:
+        # The transform has its own seed, so that its draws do not depend on the position of the crop. It gets copies,
+        # because volumes stay in memory.
+        variant = self._augment({"image": image.clone(), "mask": mask.clone()}, f"{draw}:transform")
+        if not isinstance(variant, dict) or not {"image", "mask"} <= variant.keys():
+            raise ConfigError("data.transform: it must return a dictionary with image and mask, like the one it takes")
+        tensors = [as_tensor(variant[key], before) for key, before in (("image", image), ("mask", mask))]
+        if strays := self.reader.stray_values(tensors[1]):
+            raise ConfigError(
+                f"data.transform: the mask has values {listing(strays)}, which are not classes: interpolate masks by "
+                "nearest neighbour"
+            )
         return tensors[0].to(image.dtype), tensors[1].to(mask.dtype)
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
-        """Reads image and mask of every pair once and compares them, each rank its part.
+        """Reads every pair of image and mask once and compares the two. Each rank reads its part.
 
         Raises:
-            DataError: grids differ, values are not finite or no classes; the first are named.
+            DataError: a file cannot be read, grids differ, or values are NaN, infinite or not classes; the message names the
+                first.
+            ConfigError: `data.transform` fails on the first pair, or does not return what it must.
         """
         pairs = [pair for split in splits for pair in _pairs_of(split)][rank::ranks]
         check_all(pairs, self.reader.problem)
         training = len(splits) > 1  # the transform is tried before a run, not before a prediction
-        if pairs and pairs[0][1] is not None and training and self._vary:
+        if pairs and pairs[0][1] is not None and training and self._augment:
             self.patch(pairs[0], "check")
 
     def classes_seen(self, split: Split) -> set[int] | None:
@@ -99,54 +137,70 @@ class VolumeProcessor(Processor):
 
 
 class LabelledVolumeProcessor(Processor):
-    """Volumes with a label each, such as a diagnosis: cuts or pads them to the size of `data.patch` around their middle."""
+    """Cuts or pads volumes to the size `data.patch` around their centre; each volume has a label, such as a diagnosis."""
 
     def __init__(self, config: Config) -> None:
-        self._reader, self._vary, self._patch = VolumeReader(config), Augmentation(config), list(config.data.patch)
+        """Prepares the reader, and imports `data.transform`.
+
+        Raises:
+            ConfigError: the package monai is not installed, or `data.transform` cannot be imported or built.
+        """
+        self._reader, self._augment, self._patch = VolumeReader(config), Augmentation(config), list(config.data.patch)
         from monai.transforms import ResizeWithPadOrCrop
 
         self._fit: Any = ResizeWithPadOrCrop(config.data.patch)
         self._cache, self._cached = config.data.cache, dict[Any, Tensor]()
-        self._channels: int | None = None  # of the first volume that was read
+        self._channels: int | None = None  # of the first volume read
 
     def __call__(self, split: Split) -> OneByOne:
         return OneByOne(list(split.inputs), split.labels, "image", self.image)
 
     def image(self, source: Any, draw: str | None = None) -> Tensor:
-        """[channels, *patch]. `draw`: which random variant; None: no variation.
+        """Reads one volume and fits it to the size of `data.patch`.
+
+        Args:
+            source: path of the volume, or a tuple of paths, its channels.
+            draw: name of the random variant; None: no variation.
+
+        Returns:
+            [channels, *patch].
 
         Raises:
-            DataError: see `VolumeReader.whole`.
-            ConfigError: `data.transform` returns something else than an image.
+            DataError: see `VolumeReader.whole`; or the volume and `data.patch` have different numbers of axes.
+            ConfigError: `data.transform` fails, or does not return an image of the same shape.
         """
         if (image := self._cached.get(source)) is None:
             image = self._read_fitting(source)
             if self._cache:
                 self._cached[source] = image
-        if draw is None or not self._vary:
+        if draw is None or not self._augment:
             return image
-        varied = self._vary({"image": image.clone()}, draw)
-        if not isinstance(varied, dict) or "image" not in varied:
-            raise ConfigError("data.transform: it is to give a dictionary with image, as it gets one")
-        return as_tensor(varied["image"], image).to(image.dtype)
+        variant = self._augment({"image": image.clone()}, draw)
+        if not isinstance(variant, dict) or "image" not in variant:
+            raise ConfigError("data.transform: it must return a dictionary with image, like the one it takes")
+        return as_tensor(variant["image"], image).to(image.dtype)
 
     def _read_fitting(self, source: Any) -> Tensor:
         whole, _ = self._reader.whole((source, None))
-        axes = list(whole.shape[1:])
-        if len(axes) != len(self._patch):
-            raise DataError(f"{name_of(source, '')} is {axes} once it is turned, and data.patch {self._patch}")
+        shape = list(whole.shape[1:])
+        if len(shape) != len(self._patch):
+            raise DataError(
+                f"{name_of(source, '')} has shape {shape} after reorientation, but data.patch is {self._patch}: give it one "
+                "number per axis"
+            )
         fitting: Tensor = self._fit(whole).as_tensor()
         return fitting
 
     def check(self, splits: Sequence[Split], rank: int, ranks: int) -> None:
-        """Reads every volume once, each rank its part.
+        """Reads every volume once. Each rank reads its part.
 
         Raises:
-            DataError: some cannot be read; the first are named.
+            DataError: some volumes cannot be read, or have another number of channels; the message names the first.
+            ConfigError: `data.transform` fails on the first volume, or does not return what it must.
         """
-        self._cache = self._cache and len(splits) > 1  # what is predicted is read once
+        self._cache = self._cache and len(splits) > 1  # one split is for a prediction, which needs each volume only once
         check_all([(image, None) for split in splits for image in split.inputs][rank::ranks], self._problem)
-        if self._vary and len(splits) > 1 and len(splits[0]):
+        if self._augment and len(splits) > 1 and len(splits[0]):
             self.image(splits[0].inputs[0], "check")
 
     def _problem(self, pair: Pair) -> str | None:
@@ -158,7 +212,7 @@ class LabelledVolumeProcessor(Processor):
             return str(error)
         self._channels = self._channels or len(image)
         if len(image) != self._channels:
-            return f"{name_of(pair[0], '')} has {len(image)} channels, others {self._channels}"
+            return f"{name_of(pair[0], '')} has {len(image)} channels, but other volumes {self._channels}"
         return None
 
 

@@ -1,7 +1,9 @@
-"""Every collective this package issues, counted, and explained when ranks fail to meet.
+"""All collectives of this package. They are counted, and their errors name the ranks that are missing.
 
-Before a collective each rank writes its progress to the process group's key-value store. If the collective
-fails or times out, the ranks that were reached read those notes and name the ones that lag behind or do not answer.
+Before a collective, each rank writes a note on its progress to the key-value store of the process group. If the collective
+fails or times out, the other ranks read the notes. Their error names the ranks that lag behind or do not answer.
+
+`what` always says what the collective is for, such as "sum of losses". It appears in the note and in the error.
 """
 
 from __future__ import annotations
@@ -29,13 +31,18 @@ _OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp
 
 @dataclass
 class Count:
-    """Collectives issued and payload bytes sent by this rank."""
+    """What this rank sent.
+
+    Attributes:
+        calls: number of collectives.
+        num_bytes: payload of these collectives in bytes.
+    """
 
     calls: int = 0
     num_bytes: int = 0
 
 
-ANSWER_S = 5.0  # how long a rank that met a failure waits for the others to report theirs
+ANSWER_S = 5.0  # seconds that a rank waits after a failure for the other ranks to report it too
 
 
 _total = Count()
@@ -45,16 +52,18 @@ _progress = 0
 
 
 def rank() -> int:
+    """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def counted() -> Iterator[Count]:
-    """Counts the collectives issued inside the block."""
+    """Counts the collectives inside the block. The yielded `Count` is filled when the block ends."""
     before = Count(_total.calls, _total.num_bytes)
     count = Count()
     yield count
@@ -69,7 +78,7 @@ def _store() -> Any:
 
 
 def arrive(what: str) -> None:
-    """Notes in the store how far this rank got, for the error message of the ranks that wait for it."""
+    """Writes to the store that this rank has reached `what`. The other ranks quote it if this rank does not arrive."""
     global _progress
     _progress += 1
     if world_size() > 1:
@@ -77,24 +86,25 @@ def arrive(what: str) -> None:
 
 
 def missing_ranks() -> str:
-    """Names the ranks whose last note is behind this one's, or that do not answer; for after a collective failed."""
+    """After a failed collective: says which ranks lag behind this one or do not answer. Part of an error message."""
     try:
         store = _store()
         others = [r for r in range(world_size()) if r != rank()]
         notes = {r: _note(store, r) for r in others}
-        lines = [
-            f"rank {r}{host} has not arrived (its last report: {what})"
-            for r, (n, host, what) in notes.items()
-            if n < _progress
+        missing = [
+            f"rank {r}{host} has not arrived (its last report: {last_report})"
+            for r, (progress, host, last_report) in notes.items()
+            if progress < _progress
         ]
-        return "; ".join(lines) or _silent_ranks(store, {r: host for r, (_, host, _) in notes.items()})
+        return "; ".join(missing) or _silent_ranks(store, {r: host for r, (_, host, _) in notes.items()})
     except Exception:
         host = os.environ.get("MASTER_ADDR", "its host")
-        return f"the store is out of reach: {host}, where it lives (usually with rank 0), has died or is cut off"
+        return f"the key-value store does not answer: {host} (usually the host of rank 0) has died or lost its network"
 
 
-def _note(store: Any, r: int) -> tuple[int, str, str]:
-    key = f"dcft_dist/progress/{r}"
+def _note(store: Any, other_rank: int) -> tuple[int, str, str]:
+    """Progress, host and last report of another rank."""
+    key = f"dcft_dist/progress/{other_rank}"
     if not store.check([key]):
         return 0, "", "nothing yet"
     number, host, what = store.get(key).decode().split(" ", 2)
@@ -102,10 +112,13 @@ def _note(store: Any, r: int) -> tuple[int, str, str]:
 
 
 def _silent_ranks(store: Any, hosts: dict[int, str]) -> str:
-    """Every rank came to the same place: those that live report the failure as well, within moments."""
+    """Says which ranks do not answer, when all ranks have reached the same collective.
+
+    Every rank that is alive reports the failure too, within moments.
+    """
     store.set(f"dcft_dist/failed/{rank()}", "")
-    end, silent = time.monotonic() + ANSWER_S, list(hosts)
-    while silent and time.monotonic() < end:
+    deadline, silent = time.monotonic() + ANSWER_S, list(hosts)
+    while silent and time.monotonic() < deadline:
         silent = [r for r in silent if not store.check([f"dcft_dist/failed/{r}"])]
         time.sleep(0.05)
     lines = [f"rank {r}{hosts[r]} does not answer" for r in silent]
@@ -114,17 +127,22 @@ def _silent_ranks(store: Any, hosts: dict[int, str]) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns a failed or timed-out collective inside the block into a WorldError that names the missing ranks."""
+    """Explains a collective that fails or times out inside the block.
+
+    Raises:
+        WorldError: a collective between several ranks failed; the message names the missing ranks.
+    """
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
         if world_size() == 1 or not _is_communication(error):
             raise
-        first = str(error).strip().splitlines()[0][:200]
-        raise WorldError(f"rank {rank()}: {what} failed: {missing_ranks()} [{first}]") from error
+        first_line = str(error).strip().splitlines()[0][:200]
+        raise WorldError(f"rank {rank()}: {what} failed: {missing_ranks()} [{first_line}]") from error
 
 
 def _is_communication(error: Exception) -> bool:
+    """Whether an error comes from the communication between ranks."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(
         word in text for word in ("gloo", "nccl", "timed out", "connection", "peer", "store")
@@ -132,7 +150,7 @@ def _is_communication(error: Exception) -> bool:
 
 
 def _reachable(tensor: Tensor) -> Tensor:
-    """The tensor on a device that the process group can reduce: NCCL alone takes no CPU tensors."""
+    """The tensor, moved if necessary to a device that the process group can use: NCCL takes no CPU tensors."""
     if f"{tensor.device.type}:" in str(dist.get_backend_config()):
         return tensor
     return tensor.to(torch.device("cuda", torch.cuda.current_device()) if tensor.device.type == "cpu" else "cpu")
@@ -144,7 +162,19 @@ def _count(payload: Tensor) -> None:
 
 
 def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
-    """Reduces `tensor` over all ranks; returns the result on the tensor's own device (one rank: unchanged)."""
+    """Reduces a tensor over all ranks. Collective.
+
+    Args:
+        tensor: of the same shape on every rank. It may be overwritten.
+        op: `sum`, `max` or `min`.
+        what: what the collective is for, for error messages.
+
+    Returns:
+        The result on the tensor's own device; with one rank, `tensor` itself.
+
+    Raises:
+        WorldError: the ranks did not meet.
+    """
     _count(tensor)
     if world_size() == 1:
         return tensor
@@ -153,16 +183,23 @@ def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
     references = sys.getrefcount(moved)
     with explained(what):
         dist.all_reduce(moved, op=_OPS[op])
-    # gloo's worker thread drops the tensor a moment later and needs the interpreter for it. If that is shutting down by
-    # then, the process aborts ("terminate called without an active exception", torch 2.13) and a done job counts as failed.
-    end = time.monotonic() + 1.0
-    while sys.getrefcount(moved) > references and time.monotonic() < end:
+    # gloo's worker thread releases the tensor a moment later, and needs the Python interpreter for it. If the interpreter is
+    # shutting down by then, the process aborts ("terminate called without an active exception", torch 2.13). A finished job
+    # would then count as failed. So wait here.
+    deadline = time.monotonic() + 1.0
+    while sys.getrefcount(moved) > references and time.monotonic() < deadline:
         time.sleep(0)
     return moved.to(tensor.device)
 
 
 def reduce_numbers(values: Sequence[Any], op: Op = "sum", *, what: str) -> list[float]:
-    """Sums (maxima, minima) over the ranks of float64 numbers; a tensor with one element counts as its value."""
+    """Reduces a list of numbers over all ranks, in float64. Collective.
+
+    Args:
+        values: numbers or one-element tensors, as many on every rank.
+        op: `sum`, `max` or `min`.
+        what: what the collective is for, for error messages.
+    """
     from ..compat.pytorch import number, real_tensors  # late: the engines import this module
 
     with real_tensors():
@@ -171,8 +208,16 @@ def reduce_numbers(values: Sequence[Any], op: Op = "sum", *, what: str) -> list[
 
 
 def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
-    """The same number of integers from every rank, in rank order."""
-    if dist.is_initialized() and dist.get_backend() == "fake":  # `dcft plan`: the others would do as this one does
+    """Gathers integers from every rank. Collective.
+
+    Args:
+        values: this rank's integers, as many on every rank.
+        what: what the collective is for, for error messages.
+
+    Returns:
+        One list per rank, in rank order.
+    """
+    if dist.is_initialized() and dist.get_backend() == "fake":  # `dcft plan`: assume that all ranks have equal values
         return [list(values)] * world_size()
     from ..compat.pytorch import real_tensors  # late: the engines import this module
 
@@ -183,32 +228,49 @@ def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
 
 
 def all_gather_equal(mine: Tensor, *, what: str) -> Tensor:
-    """The flat tensors of all ranks, of equal length, one after the other, on the tensors' own device."""
-    everyone = mine.new_empty(world_size() * len(mine))
-    _count(everyone)
+    """Gathers flat tensors of equal length from all ranks. Collective.
+
+    Args:
+        mine: this rank's tensor, of shape `(n,)` on every rank.
+        what: what the collective is for, for error messages.
+
+    Returns:
+        Tensor of shape `(ranks * n,)` in rank order, on the device of `mine`.
+    """
+    gathered = mine.new_empty(world_size() * len(mine))
+    _count(gathered)
     if world_size() == 1:
         return mine
     arrive(what)
-    near = _reachable(everyone)
+    moved = _reachable(gathered)
     with explained(what):
-        dist.all_gather_into_tensor(near, _reachable(mine))
-    return near.to(mine.device)
+        dist.all_gather_into_tensor(moved, _reachable(mine))
+    return moved.to(mine.device)
 
 
 def all_gather_uneven(mine: Tensor, sizes: list[int], *, what: str) -> Tensor:
-    """The flat integer tensors of all ranks, one after the other; `sizes[r]` is the length of rank r's."""
+    """Gathers flat integer tensors of different lengths from all ranks. Collective.
+
+    Args:
+        mine: this rank's tensor, of shape `(sizes[rank()],)`.
+        sizes: length of every rank's tensor, in rank order.
+        what: what the collective is for, for error messages.
+
+    Returns:
+        Tensor of shape `(sum(sizes),)` in rank order.
+    """
     table = torch.zeros(sum(sizes), dtype=mine.dtype)
     table[sum(sizes[: rank()]) :][: sizes[rank()]] = mine
     return all_reduce(table, what=what)
 
 
 def on_every_rank(flag: bool) -> bool:
-    """Whether it is so on every rank: ranks may see a shared file system at different moments."""
+    """Whether `flag` is True on every rank: a new file may be visible on some ranks only. Collective."""
     return all(value for (value,) in all_gather_ints([int(flag)], what="files of an earlier attempt"))
 
 
 def broadcast_text(text: str, source: int, *, what: str) -> str:
-    """The text that rank `source` gives, on every rank."""
+    """Sends the text of rank `source` to every rank; the text of other ranks is ignored. Collective."""
     if world_size() == 1:
         return text
     data = text.encode() if rank() == source else b""
@@ -221,10 +283,17 @@ def broadcast_text(text: str, source: int, *, what: str) -> str:
 
 @contextmanager
 def agreed(what: str) -> Iterator[None]:
-    """Runs a block without collectives on every rank; an error on one rank becomes an error on all of them.
+    """Makes an error on one rank an error on all ranks. Every rank must enter the block. Its end is collective.
 
-    The failing rank raises its own error (a PassingError in place of an OSError), the others one that names the rank: a
-    PassingError if running again may help.
+    The block itself must not contain collectives.
+
+    Args:
+        what: what the block does, such as "write the masks", for error messages.
+
+    Raises:
+        PassingError: this rank had an OSError, or another rank had an error after which running again may help.
+        DcftError: another rank had an error after which running again cannot help.
+        Exception: this rank had any other error, which is raised unchanged. Errors of other ranks name the rank.
     """
     error: Exception | None = None
     try:
@@ -234,8 +303,9 @@ def agreed(what: str) -> Iterator[None]:
     except Exception as caught:
         error = caught
     if world_size() > 1:
+        # 0: no error; 1: running again may help; 2: it cannot
         outcome = 0 if error is None else 2 if isinstance(error, DcftError) and error.exit_code == 2 else 1
-        outcomes = [found for (found,) in all_gather_ints([outcome], what=what)]
+        outcomes = [code for (code,) in all_gather_ints([outcome], what=what)]
         if any(outcomes):
             worst = outcomes.index(max(outcomes))
             message = broadcast_text(str(error) if error else "", worst, what=what)

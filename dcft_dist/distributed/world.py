@@ -1,4 +1,4 @@
-"""The ranks of a run: started by torchrun, or a single process."""
+"""Joins the ranks of a run, which torchrun started; without torchrun, the run is a single process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ from .collectives import explained
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks; `device` is where its weights live."""
+    """This process among the ranks.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world_size: number of ranks.
+        device: device of this rank's weights.
+    """
 
     rank: int
     world_size: int
@@ -25,17 +31,22 @@ class World:
 
     @property
     def is_first(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
 
 @contextmanager
 def joined_world(timeout_s: float) -> Iterator[World]:
-    """Joins the process group that torchrun's environment describes (without it: a group of one) for the block.
+    """Joins the process group for the block, as torchrun's environment variables describe it.
 
-    GPUs use NCCL, one per rank; otherwise gloo. `timeout_s` is the time after which any collective gives up.
+    Without torchrun the group has one rank. With GPUs, each rank uses one of them. GPU tensors use NCCL,
+    CPU tensors use gloo.
+
+    Args:
+        timeout_s: seconds after which a collective gives up.
 
     Raises:
-        WorldError: the ranks did not meet, or there are more ranks than GPUs on this node.
+        WorldError: the ranks did not meet, or this node has more ranks than GPUs.
     """
     alone = "RANK" not in os.environ
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -50,8 +61,8 @@ def joined_world(timeout_s: float) -> Iterator[World]:
         if alone:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            # torchrun keeps its store when it starts ranks again (torch 2.13), and gloo would look for peers at their old
-            # addresses for minutes: each start has its own keys.
+            # torchrun keeps its store when it restarts ranks (torch 2.13). With the old keys, gloo would look for minutes
+            # for peers at their old addresses. So each start uses its own keys.
             store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
             store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timeout)
@@ -59,4 +70,4 @@ def joined_world(timeout_s: float) -> Iterator[World]:
         raise WorldError(f"rank {os.environ.get('RANK', 0)} could not join the other ranks: {error}") from error
     with explained("training"):
         yield World(dist.get_rank(), dist.get_world_size(), device)
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that may be gone
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that may have died

@@ -1,5 +1,5 @@
-"""How a model is sharded: one file for each engine, behind two views of the same weights.
+"""How a model is sharded over ranks: one file for each engine, and two views of the weights that every engine offers.
 
-`find_engine(model)` (in `engines.find`) returns the engine. `engine.leaves()` has the unsharded gradients and
-`engine.shards()` this rank's part of each weight. Everything else in the package is written against these two views.
+`find_engine(model)` (in `engines.find`) returns the engine. `engine.leaves()` lists the tensors that receive unsharded
+gradients. `engine.shards()` lists this rank's part of each weight. Scoring, selection and penalty use only these two views.
 """

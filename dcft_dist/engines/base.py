@@ -1,8 +1,10 @@
-"""The two views of a model's weights that scores, selection and penalty are written against.
+"""The base class of all engines. `Engine` lists what a new engine must implement.
 
-`leaves()`: the autograd leaves that receive unsharded gradients on this rank, with the parameters inside them.
-`shards()`: this rank's local part of every weight, its reduced gradient, and the part of it that this rank *owns*;
-owned boxes cover every weight exactly once over all ranks.
+Scoring, selection and penalty see a model through two views:
+
+- `leaves()`: the autograd leaves that receive unsharded gradients on this rank, and the weights inside each leaf.
+- `shards()`: this rank's part of every weight, its reduced gradient, and the range of elements that this rank *owns*.
+  Over all ranks, the owned ranges cover every weight exactly once.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ _PENALTY = "_dcft_dist_penalty"
 
 @dataclass(frozen=True)
 class Segment:
-    """One weight inside a leaf: where its elements start in the flattened leaf, and which of its cells they are.
+    """One weight inside a leaf.
 
-    `box` is the whole weight, except under tensor parallelism, where a leaf holds one rank's part of it.
+    Attributes:
+        name: canonical name of the weight.
+        offset: index of the weight's first element in the flattened leaf.
+        box: the elements of the weight that the leaf contains: all of them, or under tensor parallelism this rank's part.
     """
 
     name: str
@@ -38,7 +43,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Leaf:
-    """An autograd leaf that receives an unsharded gradient, and the parameters it consists of."""
+    """An autograd leaf that receives an unsharded gradient.
+
+    Attributes:
+        tensor: the leaf; a hook on it sees the gradient.
+        segments: the trainable weights inside the leaf.
+    """
 
     tensor: Tensor
     segments: tuple[Segment, ...]
@@ -48,9 +58,14 @@ class Leaf:
 class Shard:
     """This rank's part of one weight.
 
-    `parameter` is what the optimizer steps, and may hold other weights too: this one's values on this rank are the
-    elements `span` of it (None: all). `local` is those values (shares memory), laid out row-major as `box`; `owned` is
-    the sub-range `[begin, end)` of them that belongs to this rank alone.
+    Attributes:
+        name: canonical name of the weight.
+        parameter: the tensor that the optimizer steps. It may contain other weights too.
+        local: the weight's values on this rank, in row-major order of `box`. Shares memory with `parameter`.
+        box: the elements of the weight that `local` contains.
+        owned: the range `[begin, end)` of `local`, flattened, that belongs to this rank alone.
+        owned_box: the same range as elements of the weight.
+        span: the range `[begin, end)` of the weight's values in the flattened `parameter`; None: the whole parameter.
     """
 
     name: str
@@ -63,29 +78,64 @@ class Shard:
 
     @property
     def gradient(self) -> Tensor | None:
-        """The reduced gradient, laid out as `local` (maybe flat); None if no gradient has reached this weight."""
+        """The reduced gradient, in the order of `local` but possibly flat; None if no gradient has reached this weight."""
         return self.within(self.parameter.grad) if self.parameter.grad is not None else None
 
     def within(self, tensor: Tensor) -> Tensor:
-        """This weight's part of a tensor that is laid out like `parameter`: its gradient, its optimizer's state."""
+        """This weight's part of a tensor with the layout of `parameter`, such as its gradient or optimizer state.
+
+        Args:
+            tensor: a tensor or DTensor with the shape of `parameter`.
+
+        Returns:
+            A view of the part on this rank; flat if `span` is set.
+        """
         values = local_tensor(tensor)
         return values if self.span is None else values.view(-1)[slice(*self.span)]
 
 
-ENGINES: dict[str, type[Engine]] = {}  # name in a configuration -> engine; filled as engines are defined
+ENGINES: dict[str, type[Engine]] = {}  # name in a configuration -> engine class; each `Engine` subclass adds itself
 
 
 class Engine(ABC):
-    """How one kind of (sharded) model keeps its weights and gradients.
+    """How one kind of model stores its weights and gradients on the ranks.
 
-    A new engine is a subclass in one file. Scores, selection and penalty need `recognises`, `leaves` and `shards`; the
-    trainer needs `wrap_module` too, and a `Prepared` where training is not that of a plain module.
+    To write a new engine, put one subclass into one file. The subclass registers itself when the file is imported,
+    and files in `dcft_dist/engines` are imported without being listed. A configuration names the engine by one of its
+    `kinds`, or by its import path (`package.module:Class`).
+    `engines/replicated.py` is a short example.
+
+    Every engine implements:
+        - `kinds`, `name`, and `__init__(model)`, which calls `super().__init__(model, module, names)`.
+        - `recognises`, `leaves` and `shards`. These are enough for scoring, selection and penalty if each backward
+          ends in a mean of the gradients over ranks, and if parameters keep the shape of their weights.
+
+    The trainer (`dcft train`) also needs:
+        - `wrap_module`; or `wrap`, if the wrapper takes the optimizer too.
+        - `prepared`, a subclass of `Prepared`, if a training step differs from that of a plain module.
+        - `shards_weights`, if the engine can shard a model that is still on the meta device.
+
+    Override the other methods where their default is wrong for the engine:
+        - `backward` and `reduce_gradients`, if a backward does not end in the mean over ranks; `expect`, if the wrapper
+          must know which backward of a score batch is the last; `scoring_model`, if scoring must bypass the wrapper.
+        - `full_shapes`, if parameters do not have the shape of their weights.
+        - `gradients_aside` and `clear_gradients`, if gradients also live outside `module.parameters()`.
+        - `stepped`, if an optimizer steps other tensors than the module's parameters; `holds`, if weights can be moved
+          to new storage without a change of those tensors.
+        - `settle`, if a forward leaves unsharded weights behind; `publish`, if the model computes with copies.
+        - `own_optimizer` and `clips_inside`, if the engine steps and clips by itself.
 
     Attributes:
-        kinds: names that the engine has in a configuration.
+        kinds: the engine's names in a configuration.
         name: the kind of this instance.
-        model, module: the wrapped and the unwrapped model.
-        takes_plain_modules: whether `recognises` is true of modules that nothing has wrapped.
+        takes_plain_modules: True if `recognises` accepts modules that nothing has wrapped. `find_engine` asks such an
+            engine last.
+        prepared: the class that the trainer uses to run a training step.
+        own_optimizer: the only optimizer that can step this engine's weights; None: any optimizer can.
+        clips_inside: True if the engine clips gradients inside its own step.
+        model: the wrapped model.
+        module: the unwrapped model; the same object as `model` if the engine shards it in place.
+        names: canonical names of the weights.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ()
@@ -93,10 +143,16 @@ class Engine(ABC):
     prepared: ClassVar[type[Prepared]] = Prepared
 
     name: str
-    own_optimizer: torch.optim.Optimizer | None = None  # the engine steps with this one alone
-    clips_inside = False  # True: gradients are clipped inside the engine's own step
+    own_optimizer: torch.optim.Optimizer | None = None
+    clips_inside = False
 
     def __init__(self, model: nn.Module, module: nn.Module, names: ParameterNames) -> None:
+        """
+        Args:
+            model: the wrapped model.
+            module: the unwrapped model; its `named_parameters()` define the canonical names.
+            names: canonical names of the weights.
+        """
         self.model = model
         self.module = module
         self.names = names
@@ -108,105 +164,129 @@ class Engine(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, model: nn.Module) -> bool:
-        """Whether `model` is wrapped in the way of this engine."""
+        """Whether this engine handles `model` as it is wrapped now."""
 
     @abstractmethod
     def leaves(self) -> list[Leaf]:
-        """Leaves of all trainable weights, in the same order on every rank. Collective where weights are sharded."""
+        """The leaves of all trainable weights, in the same order on every rank. Collective where weights are sharded."""
 
     @abstractmethod
     def shards(self) -> list[Shard]:
-        """The local part of every weight, frozen ones included, in model order. Local."""
+        """This rank's part of every weight, frozen weights included, in model order. No communication."""
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Unsharded shape of every weight by canonical name."""
+        """The unsharded shape of every weight, by canonical name."""
         return {name: tuple(p.shape) for name, p in self.names.parameters.items()}
 
     # -- wrapping, for the trainer ------------------------------------------------------------------------------------
 
     @classmethod
     def shards_weights(cls, options: WrapOptions) -> bool:
-        """Whether a model without memory is sharded first and gets its memory then."""
+        """Whether the engine can shard a model on the meta device first and allocate its memory afterwards."""
         return False
 
     @classmethod
     def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
-        """The wrapped model, before there is an optimizer."""
+        """Wraps `model` before the optimizer exists.
+
+        Args:
+            model: the plain model. Its weights may be on the meta device only if `shards_weights(options)` is True.
+            options: how to wrap it.
+
+        Returns:
+            The wrapped model, with memory for its weights.
+        """
         return model
 
     @classmethod
     def wrap(cls, model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimizer) -> Prepared:
-        """The wrapped model with the optimizer that `make_optimizer` makes of its weights."""
+        """Wraps `model` and creates its optimizer.
+
+        Args:
+            model: as for `wrap_module`.
+            options: how to wrap it.
+            make_optimizer: called with (name, parameter, whether the weight has two or more dimensions) of every weight.
+        """
         wrapped = cls.wrap_module(model, options)
         engine = cls(wrapped)  # type: ignore[call-arg]
         shapes = engine.full_shapes()
         weights = [(name, p, len(shapes[name]) > 1) for name, p in engine.names.parameters.items()]
         return cls.prepared(options, wrapped, make_optimizer(weights))
 
-    # -- scoring ----------------------------------------------------------------------------------------------------
+    # -- scoring ------------------------------------------------------------------------------------------------------
 
     def scoring_model(self) -> nn.Module:
-        """The module to run while scoring: its backward must leave `reduce_gradients` everything it needs."""
+        """The module to run while scoring. After its backward, `reduce_gradients` must be able to form the mean."""
         return self.model
 
     def expect(self, last: bool) -> None:
-        """Before the forward of one item while scoring: whether it is the last of its score batch."""
+        """Called while scoring, before the forward of each item.
+
+        Args:
+            last: whether the item is the last one of its score batch.
+        """
         return None
 
     def backward(self, loss: Tensor) -> None:
-        """The backward of one item while scoring."""
+        """Runs the backward of one item while scoring; `loss` is a scalar."""
         loss.backward()
 
     def reduce_gradients(self) -> None:
-        """Completes the mean of the gradients over ranks after the backwards of one score batch.
+        """Completes the mean of the gradients over ranks after all backwards of one score batch. May be collective.
 
-        Here nothing is left to do: each backward ended in the engine's own mean over ranks.
+        The default does nothing: it assumes that each backward ended in a mean over ranks.
         """
         return None
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:
-        """Empties all gradients for the block and puts the former ones back after it."""
+        """Removes all gradients for the block and restores the old ones after it."""
         holders = self._gradient_holders()
-        kept = [(p, p.grad) for p in holders]
+        old_gradients = [(p, p.grad) for p in holders]
         self.clear_gradients()
         try:
             yield
         finally:
-            for parameter, gradient in kept:
+            for parameter, gradient in old_gradients:
                 parameter.grad = gradient
 
     def clear_gradients(self) -> None:
+        """Sets all gradients to None."""
         for parameter in self._gradient_holders():
             parameter.grad = None
 
     def _gradient_holders(self) -> list[Tensor]:
+        """All tensors with a `.grad` that a backward may fill."""
         return list(self.module.parameters())
 
-    # -- what is trained ----------------------------------------------------------------------------------------------
+    # -- training -----------------------------------------------------------------------------------------------------
 
     def stepped(self) -> dict[int, list[str]]:
-        """id of each tensor an optimizer may step -> names of the weights in it, as the model is now."""
-        found: dict[int, list[str]] = {}
+        """The tensors that an optimizer may step, as the model is now. The names are the same on every rank.
+
+        Returns:
+            id of each tensor -> canonical names of the weights in it.
+        """
+        names_by_id: dict[int, list[str]] = {}
         for name, parameter in self.names.parameters.items():
-            found.setdefault(id(parameter), []).append(name)
-        return found
+            names_by_id.setdefault(id(parameter), []).append(name)
+        return names_by_id
 
     def holds(self) -> bool:
-        """Whether the weights are still kept as this engine found them, as far as `stepped` does not tell."""
+        """Whether the weights are still stored as when this engine was created. Only for changes `stepped` cannot show."""
         return True
 
     def settle(self) -> None:
-        """Drops unsharded copies of the weights that a forward without backward may have left behind."""
+        """Frees unsharded copies of the weights, which a forward without backward may leave behind."""
         return None
 
     def publish(self) -> None:
-        """Makes the next forward use the shards as they are now, after they were changed by hand. Collective."""
+        """Makes the next forward use the current shards. Call it after you changed shards in place. Collective."""
         self.settle()
 
     @property
     def penalty(self) -> Any:
-        """The penalty attached to the unwrapped module, if any; the module keeps it alive."""
+        """The penalty attached to the unwrapped module, or None. The module keeps the penalty alive."""
         return getattr(self.module, _PENALTY, None)
 
     @penalty.setter
@@ -215,25 +295,33 @@ class Engine(ABC):
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """The values on this rank: a DTensor's local tensor, any other tensor itself (no copy)."""
+    """The values on this rank, without a copy: the local tensor of a DTensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
 
 
 def flat_shard(
-    name: str, parameter: Tensor, values: Tensor, numel: int, start: int, share: tuple[int, int], **more: Any
+    name: str, parameter: Tensor, values: Tensor, numel: int, start: int, share: tuple[int, int], **fields: Any
 ) -> Shard:
-    """A shard of a flat range: `values` are the weight's elements from `start` on.
+    """Builds the shard of a rank that stores a flat range of a weight.
 
-    `share`: (index, count) of this rank among those that hold the same range; each owns an equal part of it.
+    Args:
+        name: canonical name of the weight.
+        parameter: the tensor that the optimizer steps.
+        values: the weight's elements on this rank.
+        numel: number of elements of the whole weight.
+        start: flat index in the weight of the first of `values`.
+        share: (index, count) of this rank among the ranks that store the same range. Each owns an equal part of it.
+        fields: other fields of `Shard`, such as `span`.
     """
     box = Box.flat(numel, start, values.numel())
-    return Shard(name, parameter, values, box, *box.share(*share), **more)
+    return Shard(name, parameter, values, box, *box.share(*share), **fields)
 
 
 def check_materialised(names: ParameterNames) -> None:
-    """
+    """Checks that no weight is on the meta device.
+
     Raises:
-        EngineError: a weight has no values yet.
+        EngineError: a weight is on the meta device, so it has no values yet.
     """
     if any(p.is_meta for p in names.parameters.values()):
         raise EngineError("the model has meta parameters: materialise them (to_empty, then load) before this call")

@@ -1,8 +1,10 @@
-"""FSDP1 (`FullyShardedDataParallel`): each unit's weights are one flat parameter, of which a rank keeps a range.
+"""The engine for FSDP1 (`FullyShardedDataParallel`).
 
-The flat parameter is the autograd leaf that receives the unsharded gradient of all weights of its unit; hooks on the
-original parameters never fire, with `use_orig_params` either way. Weights may straddle ranks, and the flat parameter has
-padding between and behind them.
+FSDP1 flattens the weights of each unit into one flat parameter, and each rank stores a range of it. A weight may be split
+between ranks. The flat parameter has padding between and after the weights.
+
+The flat parameter is the autograd leaf: it receives the unsharded gradient of all weights of its unit. Hooks on the
+original parameters never fire, whether `use_orig_params` is True or False.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from .prepared import Prepared, WrapOptions
 
 
 class PreparedFSDP1(Prepared):
-    """Reduces with the last micro-batch only; clips by FSDP's own method, which knows the shards."""
+    """A training step that reduces gradients only with the last micro-batch, and clips with FSDP's own method."""
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -51,7 +53,7 @@ class PreparedFSDP1(Prepared):
 
 
 class FSDP1Engine(Engine):
-    """Weights flattened and sharded by `FullyShardedDataParallel`, in any of its sharding strategies."""
+    """Weights flattened and sharded by `FullyShardedDataParallel`, with any of its sharding strategies."""
 
     kinds = ("fsdp1",)
     name = "fsdp1"
@@ -60,39 +62,39 @@ class FSDP1Engine(Engine):
     def __init__(self, model: nn.Module) -> None:
         self._units = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel)]
         self._handles = [h for h in map(fsdp1_handle, self._units) if h is not None]
-        self._where: dict[str, tuple[Any, int]] = {}  # name -> flat parameter, place in it
+        self._positions: dict[str, tuple[Any, int]] = {}  # name -> (flat parameter, number of the weight in it)
         super().__init__(model, model, ParameterNames(self._named(model)))
-        outside = [n for n, p in self.names.parameters.items() if n not in self._where and p.requires_grad]
+        outside = [n for n, p in self.names.parameters.items() if n not in self._positions and p.requires_grad]
         if outside or not isinstance(model, FullyShardedDataParallel):
             raise EngineError(
-                "wrap the root module in FullyShardedDataParallel too: nothing reduces the gradients of "
-                f"{listing(outside) or 'a model whose root is not wrapped'}"
+                f"nothing reduces the gradients of {listing(outside) or 'a model whose root is not wrapped'}: "
+                "wrap the root module in FullyShardedDataParallel too"
             )
         self._shares = {id(h.flat_param): _share(u, h) for u in self._units if (h := fsdp1_handle(u)) is not None}
         check_materialised(self.names)
         self.settle()
 
     def _named(self, model: nn.Module) -> Iterator[tuple[str, Hashable, Any]]:
-        """All weights in the order of the unwrapped model's `named_parameters`, whatever registers them now."""
+        """(name, identity, parameter) of all weights, in the order of the unwrapped model's `named_parameters`."""
         slots: dict[int, list[tuple[str, Hashable, Any, Any]]] = {}
         for handle in self._handles:
             flat = handle.flat_param
             originals = fsdp1_original_parameters(flat)
-            places: dict[tuple[int, str], int] = {}
+            indices: dict[tuple[int, str], int] = {}
             for i, (module, slot, *_) in enumerate(fsdp1_members(flat)):
-                places[id(module), slot] = i
+                indices[id(module), slot] = i
                 holder = flat if originals is None else originals[i]
                 slots.setdefault(id(module), []).append((slot, (id(flat), i), holder, (flat, i)))
             for module, slot, first_module, first_slot in fsdp1_shared(flat):
-                i = places[id(first_module), first_slot]
+                i = indices[id(first_module), first_slot]
                 holder = flat if originals is None else originals[i]
                 slots.setdefault(id(module), []).append((slot, (id(flat), i), holder, (flat, i)))
         flats = {id(h.flat_param) for h in self._handles}
         for prefix, module in model.named_modules(remove_duplicate=False):
             known = slots.get(id(module), [])
-            for slot, identity, holder, where in known:
+            for slot, identity, holder, position in known:
                 name = clean(f"{prefix}.{slot}" if prefix else slot)
-                self._where.setdefault(name, where)
+                self._positions.setdefault(name, position)
                 yield name, identity, holder
             for slot, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if id(parameter) not in flats and slot not in {k[0] for k in known}:
@@ -109,24 +111,24 @@ class FSDP1Engine(Engine):
     @classmethod
     def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
         bf16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        how: dict[str, Any] = {
+        fsdp_options: dict[str, Any] = {
             "device_mesh": mesh_of(options),
             "sharding_strategy": ShardingStrategy.HYBRID_SHARD if options.replicas > 1 else ShardingStrategy.FULL_SHARD,
             "mixed_precision": bf16 if options.bf16 else None,
             "cpu_offload": CPUOffload(options.offload),
             "device_id": options.device,
-            "param_init_fn": Materialiser(options.device).one,  # of modules on the meta device
-            "use_orig_params": True,  # so that parameter groups may differ within a unit
+            "param_init_fn": Materialiser(options.device).one,  # gives modules on the meta device memory
+            "use_orig_params": True,  # parameter groups may then differ within a unit
         }
         blocks = set(map(id, options.blocks))
         for parent in list(model.modules()):
             for slot, child in list(parent.named_children()):
                 if id(child) in blocks:
-                    setattr(parent, slot, FullyShardedDataParallel(child, **how))
-        return FullyShardedDataParallel(model, **how)
+                    setattr(parent, slot, FullyShardedDataParallel(child, **fsdp_options))
+        return FullyShardedDataParallel(model, **fsdp_options)
 
     def leaves(self) -> list[Leaf]:
-        names = {self._where[n][0:2]: n for n in self.names.parameters if n in self._where}
+        names = {self._positions[n][0:2]: n for n in self.names.parameters if n in self._positions}
         leaves = []
         for handle in self._handles:
             flat = handle.flat_param
@@ -143,27 +145,27 @@ class FSDP1Engine(Engine):
         members = {id(h.flat_param): fsdp1_members(h.flat_param) for h in self._handles}
         shards = []
         for name, holder in self.names.parameters.items():
-            if name not in self._where:  # frozen, and outside every unit
+            if name not in self._positions:  # frozen and outside every unit
                 share = (collectives.rank(), collectives.world_size())
                 shards.append(flat_shard(name, holder, holder.detach(), holder.numel(), 0, share))
                 continue
-            flat, i = self._where[name]
-            _, _, shape, _, at, start, size = members[id(flat)][i]
-            values = fsdp1_shard(flat).detach().view(-1)[at : at + size]
-            span = (at, at + size) if holder is flat else None
+            flat, i = self._positions[name]
+            _, _, shape, _, begin, start, size = members[id(flat)][i]
+            values = fsdp1_shard(flat).detach().view(-1)[begin : begin + size]
+            span = (begin, begin + size) if holder is flat else None
             shards.append(flat_shard(name, holder, values, prod(shape), start, self._shares[id(flat)], span=span))
         return shards
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         shapes = super().full_shapes()
-        for name in self.names.parameters.keys() & self._where.keys():
-            flat, i = self._where[name]
+        for name in self.names.parameters.keys() & self._positions.keys():
+            flat, i = self._positions[name]
             shapes[name] = fsdp1_members(flat)[i][2]
         return shapes
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:
-        unsharded = [h for h in self._handles if h.uses_sharded_strategy and _holds_unsharded_gradient(h)]
+        unsharded = [h for h in self._handles if h.uses_sharded_strategy and _has_unsharded_gradient(h)]
         if unsharded:
             raise EngineError("gradients are being accumulated without synchronisation: score at a step boundary")
         with super().gradients_aside():
@@ -174,13 +176,17 @@ class FSDP1Engine(Engine):
             fsdp1_reshard(handle)
 
     def _gradient_holders(self) -> list[Tensor]:
-        # With use_orig_params the flat parameter keeps a gradient of its own, of which the original ones are views.
+        # With use_orig_params, the original parameters' gradients are views of the flat parameter's gradient.
         flats: list[Tensor] = [h.flat_param for h in self._handles]
         return [*flats, *(p for p in self.names.parameters.values() if not any(p is f for f in flats))]
 
 
 def _share(unit: Any, handle: Any) -> tuple[int, int]:
-    """(index, count) of this rank among those that hold the same shard."""
+    """(index, count) of this rank among the ranks that store the same shard.
+
+    Raises:
+        EngineError: FSDP's process groups leave out some ranks.
+    """
     ranks = collectives.world_size()
     if not handle.uses_sharded_strategy:
         count, index = handle.process_group.size(), handle.process_group.rank()
@@ -194,6 +200,6 @@ def _share(unit: Any, handle: Any) -> tuple[int, int]:
     return index, count
 
 
-def _holds_unsharded_gradient(handle: Any) -> bool:
+def _has_unsharded_gradient(handle: Any) -> bool:
     gradient = handle.flat_param.grad
     return gradient is not None and gradient.shape != fsdp1_shard(handle.flat_param).shape

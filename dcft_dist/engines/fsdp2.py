@@ -1,8 +1,10 @@
-"""FSDP2 (`torch.distributed.fsdp.fully_shard`): every parameter is a DTensor, sharded over the dimensions of a mesh.
+"""The engine for FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-Unsharded gradients appear on FSDP's *unsharded parameter*, an autograd leaf that exists between all-gather and reshard
-and stays the same object for the life of the model. Hooks on the sharded DTensor parameters never fire. Under tensor
-parallelism the unsharded parameter is itself a DTensor: this rank's part along the tensor-parallel dimension.
+Every parameter is a DTensor, sharded over the dimensions of a device mesh. The autograd leaf is FSDP's *unsharded
+parameter*: it receives the unsharded gradient. The model shows it only between all-gather and reshard, but it stays the
+same object as long as the model lives. Hooks on the sharded DTensor parameters never fire.
+
+Under tensor parallelism the unsharded parameter is itself a DTensor: this rank's part along the tensor-parallel dimension.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from .prepared import Prepared, WrapOptions
 
 
 class PreparedFSDP2(Prepared):
-    """Reduces with the last micro-batch only."""
+    """A training step that reduces gradients only with the last micro-batch."""
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -47,14 +49,14 @@ class PreparedFSDP2(Prepared):
 
 
 class FSDP2Engine(Engine):
-    """Weights sharded by `fully_shard` over a mesh of all ranks: data-parallel, hybrid (HSDP), with tensor parallelism."""
+    """Weights sharded by `fully_shard` over a mesh of all ranks. Hybrid sharding (HSDP) and tensor parallelism work too."""
 
     kinds = ("fsdp2",)
     name = "fsdp2"
     prepared = PreparedFSDP2
 
     def __init__(self, model: nn.Module) -> None:
-        _settle(model)
+        _reshard_all(model)
         super().__init__(model, model, ParameterNames.of(model))
         parameters = self.names.parameters
         plain = [n for n, p in parameters.items() if not isinstance(p, DTensor) and p.requires_grad]
@@ -83,35 +85,35 @@ class FSDP2Engine(Engine):
     def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         pinned = CPUOffloadPolicy(pin_memory=options.device.type == "cuda")
-        how: dict[str, Any] = {
+        fsdp_options: dict[str, Any] = {
             "mesh": mesh_of(options),
             "mp_policy": bf16 if options.bf16 else MixedPrecisionPolicy(),
             "offload_policy": pinned if options.offload else OffloadPolicy(),
         }
         for block in options.blocks:
-            fully_shard(block, **how)
-        fully_shard(model, **how)
+            fully_shard(block, **fsdp_options)
+        fully_shard(model, **fsdp_options)
         if any(p.is_meta for p in model.parameters()):
             fsdp2_materialise(model, torch.device("cpu") if options.offload else options.device)
             Materialiser(options.device).move_buffers(model)
         return model
 
     def leaves(self) -> list[Leaf]:
-        by_slot: dict[tuple[int, str], str] = {}
+        by_slot: dict[tuple[int, str], str] = {}  # (id of module, attribute) -> canonical name
         for name, canonical in self.names.aliases.items():
-            owner, _, leaf = name.rpartition(".")
-            by_slot[(id(_submodule(self.module, owner)), leaf)] = canonical
-        sharded = {id(p) for p in self.names.parameters.values()}
-        found: dict[str, Leaf] = {}
+            owner, _, slot = name.rpartition(".")
+            by_slot[(id(_submodule(self.module, owner)), slot)] = canonical
+        sharded_ids = {id(p) for p in self.names.parameters.values()}
+        leaves: dict[str, Leaf] = {}
         for unit in _units(self.module):
             with _unsharded(unit):
                 for sub in unit.modules():
                     for slot, tensor in sub.named_parameters(recurse=False, remove_duplicate=False):
-                        if id(tensor) in sharded or not tensor.requires_grad:
+                        if id(tensor) in sharded_ids or not tensor.requires_grad:
                             continue
                         name = by_slot[(id(sub), slot)]
-                        found.setdefault(name, Leaf(tensor, (Segment(name, 0, _box(tensor)),)))
-        return [found[name] for name in self.names.parameters if name in found]
+                        leaves.setdefault(name, Leaf(tensor, (Segment(name, 0, _box(tensor)),)))
+        return [leaves[name] for name in self.names.parameters if name in leaves]
 
     def shards(self) -> list[Shard]:
         shards = []
@@ -126,9 +128,10 @@ class FSDP2Engine(Engine):
         return shards
 
     def stepped(self) -> dict[int, list[str]]:
-        now = {id(p) for unit in _units(self.module) for p in fsdp2_sharded(unit)}
-        known = {id(p): [name] for name, p in self.names.parameters.items() if not isinstance(p, DTensor) or id(p) in now}
-        return {**{key: [] for key in now}, **known}
+        current = {id(p) for unit in _units(self.module) for p in fsdp2_sharded(unit)}
+        weights = self.names.parameters.items()
+        named = {id(p): [name] for name, p in weights if not isinstance(p, DTensor) or id(p) in current}
+        return {**{key: [] for key in current}, **named}
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:
@@ -139,26 +142,34 @@ class FSDP2Engine(Engine):
             yield
 
     def settle(self) -> None:
-        _settle(self.module)
+        _reshard_all(self.module)
 
     def _gradient_holders(self) -> list[Any]:
-        # What the module shows depends on whether it is unsharded just now; sharded parameters are never replaced.
+        # `parameters()` shows sharded or unsharded parameters, depending on the moment. The sharded ones stay the same.
         return list(self.names.parameters.values())
 
 
 def _units(model: nn.Module) -> list[Any]:
+    """The modules that `fully_shard` was called on."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 
-def _settle(model: nn.Module) -> None:
-    """As long as unsharded weights are there, `parameters()` shows them, and the next forward uses them even if the
-    shards have been changed; a forward without backward leaves the root's behind."""
+def _reshard_all(model: nn.Module) -> None:
+    """Frees the unsharded weights of all units.
+
+    While unsharded weights exist, `parameters()` shows them, and the next forward uses them even if the shards changed.
+    A forward without backward leaves the unsharded weights of the root module behind.
+    """
     for unit in _units(model):
         unit.reshard()
 
 
 def mesh_of(options: WrapOptions) -> DeviceMesh:
-    """All ranks in a row, or, with replicas, a row of ranks for each replica."""
+    """The device mesh of all ranks for FSDP.
+
+    Returns:
+        A mesh of shape `(ranks,)`; with replicas, of shape `(replicas, ranks // replicas)`.
+    """
     ranks, device = dist.get_world_size(), options.device.type
     if options.replicas == 1:
         return init_device_mesh(device, (ranks,))
@@ -166,7 +177,7 @@ def mesh_of(options: WrapOptions) -> DeviceMesh:
 
 
 def _box(tensor: Any) -> Box:
-    """This rank's cells of a weight."""
+    """The elements of a weight on this rank; a plain tensor has all of them."""
     if not isinstance(tensor, DTensor):
         return Box.whole(tuple(tensor.shape))
     return _layout_of(tensor)[0]
@@ -176,13 +187,20 @@ def _layout_of(tensor: DTensor) -> tuple[Box, tuple[int, int], Box]:
     return _layout(collectives.rank(), tuple(tensor.shape), tensor.device_mesh, tensor.placements)
 
 
-@lru_cache(maxsize=4096)  # asked for every weight around every step, and slow: it would keep a GPU waiting
+@lru_cache(maxsize=4096)  # slow, and called for every weight around every step: without the cache a GPU waits
 def _layout(
     rank: int, shape: tuple[int, ...], mesh: DeviceMesh, placements: tuple[Placement, ...]
 ) -> tuple[Box, tuple[int, int], Box]:
-    """This rank's cells of such a weight, and which of them it owns among the ranks that hold the same.
+    """The elements of a weight on this rank, and which of them it owns among the ranks that store the same elements.
 
-    `rank`: meshes of the same ranks are equal, whichever of them this process is.
+    Args:
+        rank: this rank. Only the cache needs it: meshes of the same ranks are equal on every rank.
+        shape: unsharded shape of the weight.
+        mesh: device mesh of the DTensor.
+        placements: how the DTensor is placed, one entry per dimension of the mesh.
+
+    Returns:
+        `box`, `owned` and `owned_box` of a `Shard`.
     """
     size, start = local_shape_and_offset(shape, mesh, placements)
     box, index, count = Box(shape, start, size), 0, 1
@@ -195,6 +213,7 @@ def _layout(
 
 @contextmanager
 def _unsharded(unit: Any) -> Iterator[None]:
+    """All-gathers a unit's weights for the block. Collective."""
     unit.unshard()
     try:
         yield
@@ -203,15 +222,15 @@ def _unsharded(unit: Any) -> Iterator[None]:
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:
-    """`get_submodule` for a cleaned path: steps through the wrappers whose prefixes were removed from it."""
-    for part in path.split(".") if path else ():
-        module = getattr(_bare(module), part)
-    return _bare(module)
+    """Like `get_submodule`, for a path without wrapper prefixes: skips activation-checkpoint and compile wrappers."""
+    for slot in path.split(".") if path else ():
+        module = getattr(_unwrapped(module), slot)
+    return _unwrapped(module)
 
 
-def _bare(module: nn.Module) -> nn.Module:
+def _unwrapped(module: nn.Module) -> nn.Module:
     for attribute in ("_checkpoint_wrapped_module", "_orig_mod"):
         inner = getattr(module, attribute, None)
         if isinstance(inner, nn.Module):
-            return _bare(inner)
+            return _unwrapped(inner)
     return module

@@ -1,4 +1,4 @@
-"""Models without memory: their weights on the meta device, everything else as it is made. And with it again."""
+"""Builds models with their weights on the meta device, and gives the weights memory later."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Modules made in the block have their weights on the meta device; tied weights stay tied.
+    """Puts the weights of modules that are built in the block on the meta device. Tied weights stay tied.
 
-    Buffers keep their values: those that no file has (rotary frequencies, position indices) could not be read again. A
-    weight is allocated, not yet written, when a module registers it, so at no time is there more than one in memory.
-    Where a library then moves its module to a device, only the data type changes.
+    Buffers keep memory and values. Some of them (rotary frequencies, position indices) are in no file, so they could not
+    be loaded later. A weight has memory until its module registers it, so at most one weight is in memory at a time.
+    Inside the block, `Module.to` changes the data type but not the device.
     """
     register, move = nn.Module.register_parameter, nn.Module.to
-    known = WeakTensorKeyDictionary()  # weight that was registered -> what stands for it; does not keep it alive
+    on_meta_device = WeakTensorKeyDictionary()  # registered weight -> its meta parameter; does not keep the weight alive
 
-    def register_without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
-            if parameter not in known:
-                known[parameter] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-            parameter = known[parameter]
+            if parameter not in on_meta_device:
+                on_meta_device[parameter] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+            parameter = on_meta_device[parameter]
         register(module, name, parameter)
 
     def to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        dtypes = [getattr(a, "dtype", a) for a in (*args, *kwargs.values())]  # `to` also takes a tensor to be like
+        dtypes = [getattr(a, "dtype", a) for a in (*args, *kwargs.values())]  # `to` also takes the dtype of a tensor
         return next((move(module, d) for d in dtypes if isinstance(d, torch.dtype)), module)
 
-    nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     nn.Module.to = to  # type: ignore[method-assign, assignment]
     try:
         yield
@@ -42,36 +42,38 @@ def on_meta() -> Iterator[None]:
 
 
 class Materialiser:
-    """Gives weights on the meta device memory, without values; the others, and buffers, are moved. Ties are kept.
+    """Gives weights on the meta device memory, without values. Moves other weights and buffers to the device.
 
-    (`Module.to_empty` unties weights, and wipes buffers that have their values.)
+    Tied weights stay tied. (`Module.to_empty` would untie them, and would overwrite the values of buffers.)
     """
 
     def __init__(self, device: torch.device) -> None:
+        """`device`: device of the weights and buffers."""
         self._device = device
-        self._made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # id -> the weight without memory, and with it
+        # id of a meta parameter -> (it, its replacement with memory); a stored parameter's id cannot be used again
+        self._replacements: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
 
     def __call__(self, module: nn.Module) -> None:
-        """For a module and all within it."""
-        for part in module.modules():
-            self.one(part)
+        """Handles the weights and buffers of a module and of all its submodules."""
+        for submodule in module.modules():
+            self.one(submodule)
 
     @torch.no_grad()
     def one(self, module: nn.Module) -> None:
-        """For a module's own weights and buffers."""
+        """Handles the weights and buffers of one module, without its submodules."""
         for slot, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if parameter.is_meta:
-                if id(parameter) not in self._made:
-                    self._made[id(parameter)] = parameter, self._empty(parameter)
-                setattr(module, slot, self._made[id(parameter)][1])
+                if id(parameter) not in self._replacements:
+                    self._replacements[id(parameter)] = parameter, self._empty(parameter)
+                setattr(module, slot, self._replacements[id(parameter)][1])
             elif parameter.device != self._device:
                 parameter.data = parameter.data.to(self._device)
         self._move_own_buffers(module)
 
     def move_buffers(self, module: nn.Module) -> None:
-        """Buffers alone, of a module and all within it."""
-        for part in module.modules():
-            self._move_own_buffers(part)
+        """Moves the buffers of a module and of all its submodules; leaves weights alone."""
+        for submodule in module.modules():
+            self._move_own_buffers(submodule)
 
     def _move_own_buffers(self, module: nn.Module) -> None:
         for slot, buffer in module.named_buffers(recurse=False):

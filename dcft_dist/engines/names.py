@@ -1,7 +1,7 @@
-"""Parameter names: canonical names, tied aliases, and patterns over them.
+"""Parameter names: canonical names, aliases of tied weights, and patterns that match names.
 
-The canonical name of a weight is its first occurrence in the unwrapped model's `named_parameters()`; every other name
-of the same weight is an alias of it.
+The canonical name of a weight is the first name it has in the unwrapped model's `named_parameters()`. All other names
+of the same weight are aliases.
 """
 
 from __future__ import annotations
@@ -21,13 +21,20 @@ Patterns = str | Iterable[str]
 
 
 class ParameterNames:
-    """Canonical names of a module's weights: `parameters` by name, `aliases` (every name -> its canonical name).
+    """Canonical names and aliases of a model's weights.
 
-    `parameters` holds what the weight lives in; under FSDP1 that may be one flat parameter for many names.
+    Attributes:
+        parameters: canonical name -> the parameter that contains the weight. Under FSDP1, many names may share one flat
+            parameter.
+        aliases: every name, canonical names included -> canonical name.
     """
 
     def __init__(self, named: Iterable[tuple[str, Hashable, nn.Parameter]]) -> None:
-        """`named`: (name, identity of the weight, parameter) in the order of `named_parameters(remove_duplicate=False)`."""
+        """
+        Args:
+            named: (name, identity, parameter) of each weight, in the order of `named_parameters(remove_duplicate=False)`.
+                Names with equal identities belong to the same weight.
+        """
         self.parameters: dict[str, nn.Parameter] = {}
         self.aliases: dict[str, str] = {}
         first: dict[Hashable, str] = {}
@@ -39,24 +46,28 @@ class ParameterNames:
 
     @classmethod
     def of(cls, module: nn.Module) -> ParameterNames:
+        """The names in a module whose parameters are its weights."""
         return cls((name, id(p), p) for name, p in module.named_parameters(remove_duplicate=False))
 
     @property
     def trainable(self) -> list[str]:
+        """Canonical names of the weights that require a gradient, in model order."""
         return [name for name, p in self.parameters.items() if p.requires_grad]
 
     def match(self, patterns: Patterns, *, what: str) -> list[str]:
-        """Canonical names matched by any pattern, in model order.
+        """Canonical names that match at least one pattern, in model order.
 
-        A pattern is a shell-style glob over the whole name, or the name of a module or parameter (`"head"` matches
-        `head.weight` and `head.bias`).
+        Args:
+            patterns: one pattern or several. A pattern is the name of a module or parameter (`"head"` matches
+                `head.weight` and `head.bias`), or a shell-style glob over the whole name.
+            what: name of the option that the patterns come from, for error messages.
 
         Raises:
-            PatternError: a pattern matches nothing.
+            PatternError: a pattern matches no parameter, or `patterns` has the wrong type.
         """
-        wanted = as_patterns(patterns, what=what)
-        found: set[str] = set()
-        for pattern in wanted:
+        requested = as_patterns(patterns, what=what)
+        matched: set[str] = set()
+        for pattern in requested:
             hits = {c for n, c in self.aliases.items() if fnmatchcase(n, pattern) or fnmatchcase(n, f"{pattern}.*")}
             if not hits:
                 known = {part for name in self.aliases for part in _ancestors(name)}
@@ -64,45 +75,54 @@ class ParameterNames:
                     f"{what} pattern {pattern!r} matches no parameter{did_you_mean(pattern, known)}; "
                     f"the model has {listing(self.parameters)}"
                 )
-            found |= hits
-        return [name for name in self.parameters if name in found]
+            matched |= hits
+        return [name for name in self.parameters if name in matched]
 
 
 def as_patterns(patterns: Patterns, *, what: str) -> tuple[str, ...]:
-    """One pattern or several, as a tuple.
+    """Turns one pattern, or a list, tuple or set of patterns, into a tuple.
+
+    Args:
+        patterns: the patterns.
+        what: name of the option that they come from, for error messages.
 
     Raises:
-        PatternError: something else was given.
+        PatternError: `patterns` has another type.
     """
-    given = (patterns,) if isinstance(patterns, str) else patterns
-    if not isinstance(given, list | tuple | set | frozenset) or not all(isinstance(p, str) for p in given):
+    several = (patterns,) if isinstance(patterns, str) else patterns
+    if not isinstance(several, list | tuple | set | frozenset) or not all(isinstance(p, str) for p in several):
         raise PatternError(
             f"{what} must be a name or pattern such as 'classifier', a list of them, or () for none, "
             f"not {type(patterns).__name__}"
         )
-    return tuple(given)
+    return tuple(several)
 
 
 def _ancestors(name: str) -> Iterable[str]:
+    """`a`, `a.b` and `a.b.c` for `a.b.c`."""
     parts = name.split(".")
     return (".".join(parts[: i + 1]) for i in range(len(parts)))
 
 
 def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
-    """Canonical names of the weights of linear and convolution layers (attention projections included).
+    """Canonical names of the weights of linear and convolution layers, biases left out, in model order.
 
-    Counted as linear: `nn.Linear`, the projections of `nn.MultiheadAttention`, and the transposed linear layer that
-    transformers calls `Conv1D`.
+    Linear layers are `nn.Linear`, the input projections of `nn.MultiheadAttention` (its output projection is an
+    `nn.Linear`), and the transposed linear layer that transformers calls `Conv1D`.
+
+    Args:
+        module: the unwrapped model.
+        names: its canonical names.
     """
-    found: set[str] = set()
+    matrices: set[str] = set()
     for prefix, sub in module.named_modules(remove_duplicate=False):
-        wanted: tuple[str, ...] = ()
+        slots: tuple[str, ...] = ()
         if isinstance(sub, (nn.Linear, *_CONVOLUTIONS)) or type(sub).__name__ == "Conv1D":
-            wanted = ("weight",)
+            slots = ("weight",)
         elif isinstance(sub, nn.MultiheadAttention):
-            wanted = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        for name in wanted:
-            full = clean(f"{prefix}.{name}" if prefix else name)
+            slots = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        for slot in slots:
+            full = clean(f"{prefix}.{slot}" if prefix else slot)
             if full in names.aliases:
-                found.add(names.aliases[full])
-    return [name for name in names.parameters if name in found]
+                matrices.add(names.aliases[full])
+    return [name for name in names.parameters if name in matrices]

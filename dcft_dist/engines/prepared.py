@@ -1,4 +1,4 @@
-"""A wrapped model with its optimizer, and one way to train it under every engine."""
+"""A wrapped model with its optimizer, and one interface to train it under every engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Weight = tuple[str, nn.Parameter, bool]  # name, parameter, whether it is a matrix (or has more dimensions)
+Weight = tuple[str, nn.Parameter, bool]  # name, parameter, whether the weight has two or more dimensions
 MakeOptimizer = Callable[[list[Weight]], torch.optim.Optimizer]
 
 
@@ -20,15 +20,16 @@ class WrapOptions:
 
     Attributes:
         engine: name of a built-in engine, or the import path of an `Engine` (`package.module:Class`).
-        device: where this rank's weights live.
-        blocks: modules that are sharded one by one.
-        bf16: compute in bfloat16; weights, or their masters, and the reduction stay in float32.
-        replicas: number of groups of ranks that each hold all shards (hybrid sharding).
-        offload: keep shards or optimizer partitions in CPU memory.
-        zero_stage: ZeRO stage of DeepSpeed.
-        micro_batch, accumulation: samples of a forward on one rank, forwards of a step.
+        device: device on which this rank computes.
+        blocks: modules that FSDP shards one by one, each as its own unit.
+        bf16: compute in bfloat16. Weights (or their master copies) and the reduction of gradients stay in float32.
+        replicas: number of groups of ranks that each store all shards (hybrid sharding).
+        offload: keep shards (FSDP) or optimizer partitions (DeepSpeed) in CPU memory.
+        zero_stage: ZeRO stage of DeepSpeed, 0 to 3.
+        micro_batch: samples in one forward on one rank.
+        accumulation: forwards in one optimizer step.
         clip_grad_norm: largest gradient norm; None: no clipping.
-        import_roots: folders that an engine's import path is searched in first.
+        import_roots: folders in which an engine's import path is searched first.
     """
 
     engine: str
@@ -46,32 +47,46 @@ class WrapOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A wrapped model and the torch optimizer that steps its weights. Here are the ways of a plain module."""
+    """A wrapped model, the torch optimizer that steps its weights, and the parts of a training step.
+
+    The methods fit a plain module. An engine whose training step differs has a subclass.
+
+    Attributes:
+        options: the options that the model was wrapped with.
+        model: the wrapped model.
+        optimizer: the torch optimizer.
+    """
 
     options: WrapOptions
     model: Any
     optimizer: torch.optim.Optimizer
 
     def computing(self) -> Any:
-        """The context of a forward. Nothing is to be done where the engine casts by itself."""
+        """Context for a forward. Does nothing here; a subclass may cast to bfloat16."""
         return nullcontext()
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of a micro-batch: gradients are reduced over ranks with the last one only."""
+        """Context for forward and backward of one micro-batch. Gradients are reduced over ranks only if `last`.
+
+        Args:
+            last: whether this is the last micro-batch of the optimizer step.
+        """
         yield
 
     def backward(self, loss: Tensor) -> None:
-        """`loss` is already divided by the number of micro-batches."""
+        """Runs the backward of a scalar loss that is already divided by the number of micro-batches."""
         loss.backward()
 
     def clip(self) -> None:
-        """Clips gradients to the norm that the options give, if they give one."""
+        """Clips gradients to the norm `options.clip_grad_norm`, if it is set."""
         if self.options.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad_norm)
 
     def step(self) -> None:
+        """Steps the optimizer."""
         self.optimizer.step()
 
     def zero_grad(self) -> None:
+        """Clears the gradients."""
         self.optimizer.zero_grad()

@@ -1,6 +1,6 @@
-"""Engines that keep whole weights on every rank: a plain module (`single`) and DistributedDataParallel (`ddp`).
+"""The engine for whole weights on every rank: a plain module (`single`) or DistributedDataParallel (`ddp`).
 
-A plain module under an initialised process group counts as replicated too: its score gradients are averaged over ranks.
+A plain module in an initialised process group also counts as replicated: its score gradients are averaged over ranks.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from .prepared import Prepared, WrapOptions
 
 
 class PreparedReplica(Prepared):
-    """Casts by autocast; DDP reduces with the last micro-batch only."""
+    """A training step with autocast. DDP reduces gradients only with the last micro-batch."""
 
     def computing(self) -> Any:
         return torch.autocast(self.options.device.type, torch.bfloat16, enabled=self.options.bf16)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        waits = isinstance(self.model, DistributedDataParallel) and not last
-        with self.model.no_sync() if waits else nullcontext():
+        skip_reduction = isinstance(self.model, DistributedDataParallel) and not last
+        with self.model.no_sync() if skip_reduction else nullcontext():
             yield
 
 
 class ReplicatedEngine(Engine):
-    """Whole weights on every rank; the leaf is the parameter, and rank r owns the r-th flat slice of each weight."""
+    """Whole weights on every rank. Each parameter is a leaf, and rank r owns the r-th flat slice of each weight."""
 
     kinds = ("single", "ddp")
     takes_plain_modules = True
@@ -66,8 +66,8 @@ class ReplicatedEngine(Engine):
     def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
         if options.engine == "single":
             return model
-        # Without find_unused_parameters DDP re-builds its buckets after the first step, and a resumed run would sum in
-        # another order.
+        # Without find_unused_parameters, DDP rebuilds its buckets after the first step. A resumed run would then sum
+        # gradients in another order.
         return DistributedDataParallel(model, find_unused_parameters=True)
 
     def leaves(self) -> list[Leaf]:
@@ -82,19 +82,19 @@ class ReplicatedEngine(Engine):
         return [flat_shard(name, p, p.detach(), p.numel(), 0, share) for name, p in self.names.parameters.items()]
 
     def stepped(self) -> dict[int, list[str]]:
-        # The module's weights as they are now: others than in `names` if it was sharded or re-built since, or the same
-        # objects with a part of their values each (FSDP1 with use_orig_params).
+        # The module's weights as they are now. If the module was sharded or rebuilt since, they are not those in `names`,
+        # or they are the same objects with only a part of the values (FSDP1 with use_orig_params).
         now = {id(p): (clean(name), p.shape) for name, p in self.module.named_parameters()}
         return {key: [name] for key, (name, shape) in now.items() if self._shapes.get(key, shape) == shape}
 
     def scoring_model(self) -> nn.Module:
-        return self.module  # below DDP
+        return self.module  # the module inside DDP
 
     def backward(self, loss: Tensor) -> None:
         if self.name == "single":
             loss.backward()
             return
-        # DDP's reducer counts what arrives at the parameters; autograd.grad passes by it and leaves it as it was.
+        # DDP's reducer counts the gradients that reach the parameters. autograd.grad does not trigger it.
         weights = [p for p in self.names.parameters.values() if p.requires_grad]
         for weight, gradient in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
             if gradient is not None:
@@ -111,9 +111,10 @@ class ReplicatedEngine(Engine):
 
 
 def _refuse_other_wrappers(model: nn.Module) -> None:
-    """
+    """Checks that the model is a plain module or DDP.
+
     Raises:
-        EngineError: the model is no plain module, or has no parameters.
+        EngineError: the model is wrapped or sharded in another way, or has no parameters.
     """
     if isinstance(model, nn.DataParallel):
         raise EngineError("DataParallel is not supported: use DistributedDataParallel, fully_shard or DeepSpeed")

@@ -1,4 +1,4 @@
-"""Puts a model and its optimizer under an engine, for the trainer. Users with a loop of their own wrap models themselves."""
+"""Wraps a model and its optimizer in an engine, for the trainer. With your own training loop you wrap the model yourself."""
 
 from __future__ import annotations
 
@@ -17,18 +17,25 @@ log = logging.getLogger(__name__)
 
 
 def prepare(model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimizer) -> Prepared:
-    """Wraps `model`: each block is a unit of its own, and so is the rest. Weights, or their masters, are in float32.
+    """Wraps `model` for training and creates its optimizer.
 
-    Weights on the meta device get memory without values: after sharding, or before it where the engine does not shard.
+    Each block becomes its own unit, and the rest of the model another one. Weights (or their master copies) are in
+    float32. Weights on the meta device get memory without values: after sharding if the engine can shard them first.
+
+    Args:
+        model: the plain model; its weights may be on the meta device.
+        options: the engine and how it wraps the model.
+        make_optimizer: called with (name, parameter, whether the weight has two or more dimensions) of every weight.
 
     Raises:
-        EngineError: an unknown engine; one that takes a single rank on several; replicas that do not divide the ranks.
+        EngineError: the engine is unknown; `single` runs on several ranks; or the ranks cannot be split evenly into
+            `options.replicas` groups.
     """
     ranks, engine = dist.get_world_size(), engine_named(options.engine, options.import_roots)
     if options.engine == "single" and ranks > 1:
-        raise EngineError(f"engine 'single' on {ranks} ranks: use another engine, or start one rank")
+        raise EngineError(f"engine 'single' on {ranks} ranks: use another engine, or start only one rank")
     if ranks % options.replicas:
-        raise EngineError(f"{options.replicas} replicas do not divide {ranks} ranks")
+        raise EngineError(f"{options.replicas} replicas do not divide {ranks} ranks: choose a divisor of {ranks}")
     if not engine.shards_weights(options) or not any(p.is_meta for p in model.parameters()):
         Materialiser(options.device)(model)
     _avoid_wrong_gradients(model, options)
@@ -36,17 +43,18 @@ def prepare(model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimize
 
 
 def shards_weights(options: WrapOptions) -> bool:
-    """Whether the engine can take a model without memory and shard it first."""
+    """Whether the engine of `options` can shard a model on the meta device first and allocate its memory afterwards."""
     return engine_named(options.engine, options.import_roots).shards_weights(options)
 
 
 def _avoid_wrong_gradients(model: nn.Module, options: WrapOptions) -> None:
-    """Turns oneDNN off for this process where its gradients are wrong.
+    """Switches oneDNN off for this process where its gradients may be wrong.
 
-    On CPUs with AVX-512 the bfloat16 gradient of a 3-d convolution's weight reads unwritten memory if the image has two
-    voxels along its first axis, as at the bottom of a U-Net (oneDNN 3.12, torch 2.13). torch's own kernel is right.
+    On CPUs with AVX-512, oneDNN's bfloat16 gradient of a 3-d convolution's weight reads uninitialised memory. This happens
+    if the image has two voxels along its first axis, as at the bottom of a U-Net (oneDNN 3.12, torch 2.13). torch's own
+    kernel is right.
     """
-    convolves = any(isinstance(m, nn.Conv3d | nn.ConvTranspose3d) for m in model.modules())
-    if options.bf16 and options.device.type == "cpu" and convolves and torch.backends.mkldnn.is_available():
+    has_conv3d = any(isinstance(m, nn.Conv3d | nn.ConvTranspose3d) for m in model.modules())
+    if options.bf16 and options.device.type == "cpu" and has_conv3d and torch.backends.mkldnn.is_available():
         torch.backends.mkldnn.set_flags(False)
-        log.warning("bf16 on the CPU: without oneDNN, whose gradients of 3-d convolutions may be wrong; this is slow")
+        log.warning("bf16 on the CPU: oneDNN is off because its gradients of 3-d convolutions may be wrong; this is slow")

@@ -1,8 +1,11 @@
-"""DeepSpeed engines, ZeRO stages 0 to 3: the optimizer steps flat fp32 partitions, the model holds (parts of) its copies.
+"""The engine for DeepSpeed, ZeRO stages 0 to 3.
 
-Tensor hooks on the engine's module parameters get the whole gradient before DeepSpeed's own reduction, in every stage. The
-reduced gradient lives in `.grad` of the flat partitions, and only while the inner optimizer steps. So a score batch
-is a DeepSpeed step whose inner optimizer reads instead of writing: DeepSpeed itself then clears what it has accumulated.
+DeepSpeed's optimizer steps flat fp32 partitions. The model stores copies of them, in stage 3 only this rank's part.
+
+In every stage, tensor hooks on the module's parameters see the whole gradient before DeepSpeed reduces it. The reduced
+gradient exists only while the inner optimizer steps, in `.grad` of the flat partitions. So a score batch runs one
+DeepSpeed step in which the inner optimizer reads gradients instead of changing weights. After it, DeepSpeed itself clears
+the gradients it accumulated.
 """
 
 from __future__ import annotations
@@ -47,19 +50,19 @@ log = logging.getLogger(__name__)
 @cache
 def _warn_of_clipping() -> None:
     log.warning(
-        "DeepSpeed clips gradients to a norm of 1.0, which it and Accelerate also do where nobody asked for it: to train "
-        'without clipping, write "gradient_clipping": 0.0 into DeepSpeed\'s configuration'
+        "DeepSpeed clips gradients to a norm of 1.0, which is also the default of DeepSpeed and Accelerate: to train "
+        'without clipping, set "gradient_clipping": 0.0 in DeepSpeed\'s configuration'
     )
 
 
 class PreparedZero(Prepared):
-    """DeepSpeed does it all by itself: it counts micro-batches, reduces, clips, steps and clears the gradients."""
+    """A training step in which DeepSpeed counts micro-batches, and reduces, clips and clears the gradients by itself."""
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         yield
         if not last:
-            self.model.step()  # counts the micro-batch
+            self.model.step()  # DeepSpeed counts the micro-batch; nothing is stepped yet
 
     def backward(self, loss: Tensor) -> None:
         self.model.backward(loss, scale_wrt_gas=False)
@@ -75,7 +78,7 @@ class PreparedZero(Prepared):
 
 
 class ZeroEngine(Engine):
-    """A DeepSpeedEngine with an optimizer. Each rank owns its partition; in stage 0 a slice of every weight."""
+    """A DeepSpeedEngine with an optimizer. Each rank owns its partition, or in stage 0 a slice of every weight."""
 
     kinds = ("deepspeed",)
     name = "deepspeed"
@@ -92,21 +95,23 @@ class ZeroEngine(Engine):
         self.clips_inside = model.gradient_clipping() > 0
         if model.gradient_clipping() == 1.0:
             _warn_of_clipping()
-        self._names = {id(p): name for name, p in self.names.parameters.items()}
-        self._flats = zero_partitions(model.optimizer, self.stage)
-        self._held: list[tuple[Any, Tensor | None]] = []
-        known = {id(part.parameter) for flat in self._flats for part in flat.parts}
-        missed = [n for n in self.names.trainable if id(self.names.parameters[n]) not in known]
-        if missed:
-            raise EngineError(f"DeepSpeed's optimizer does not step {listing(missed)}: freeze them, or pass them to it")
+        self._names_by_id = {id(p): name for name, p in self.names.parameters.items()}
+        self._partitions = zero_partitions(model.optimizer, self.stage)
+        self._flat_gradients: list[tuple[Any, Tensor | None]] = []  # flat partition, its `.grad` before a score batch
+        stepped = {id(part.parameter) for flat in self._partitions for part in flat.parts}
+        unstepped = [n for n in self.names.trainable if id(self.names.parameters[n]) not in stepped]
+        if unstepped:
+            raise EngineError(
+                f"DeepSpeed's optimizer does not step {listing(unstepped)}: freeze them, or pass them to the optimizer"
+            )
         ranks = collectives.world_size()
-        sizes = [n for p in self.names.parameters.values() if (n := zero3_group_size(p)) not in (None, ranks)]
-        if sizes:
-            raise EngineError(f"ZeRO partitions over {sizes[0]} of {ranks} ranks: MiCS is not supported")
+        wrong_sizes = [n for p in self.names.parameters.values() if (n := zero3_group_size(p)) not in (None, ranks)]
+        if wrong_sizes:
+            raise EngineError(f"ZeRO partitions weights over {wrong_sizes[0]} of {ranks} ranks: MiCS is not supported")
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
-        deepspeed = sys.modules.get("deepspeed")  # a model is no DeepSpeedEngine where nobody has imported it
+        deepspeed = sys.modules.get("deepspeed")  # not imported: `model` cannot be a DeepSpeedEngine
         return deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine)
 
     @classmethod
@@ -134,33 +139,33 @@ class ZeroEngine(Engine):
         ]
 
     def shards(self) -> list[Shard]:
-        ranks, shapes = (collectives.rank(), collectives.world_size()), self.full_shapes()
-        found: dict[str, Shard] = {}
-        for flat in self._flats:
+        rank_and_count, shapes = (collectives.rank(), collectives.world_size()), self.full_shapes()
+        shards: dict[str, Shard] = {}
+        for flat in self._partitions:
             for part in flat.parts:
-                name = self._names[id(part.parameter)]
+                name = self._names_by_id[id(part.parameter)]
                 span = (part.offset, part.offset + part.numel)
                 values = flat.tensor.detach().view(-1)[slice(*span)]
-                share = ranks if flat.replicated else (0, 1)
-                found[name] = flat_shard(name, flat.tensor, values, prod(shapes[name]), part.first, share, span=span)
+                share = rank_and_count if flat.replicated else (0, 1)
+                shards[name] = flat_shard(name, flat.tensor, values, prod(shapes[name]), part.first, share, span=span)
         for name, p in self.names.parameters.items():
-            if name not in found:  # frozen
+            if name not in shards:  # frozen
                 values, first = zero3_partition(p) or (p.detach().view(-1), 0)
-                share = (0, 1) if zero3_group_size(p) else ranks
-                found[name] = flat_shard(name, p, values, prod(shapes[name]), first, share)
-        return [found[name] for name in self.names.parameters]
+                share = (0, 1) if zero3_group_size(p) else rank_and_count
+                shards[name] = flat_shard(name, p, values, prod(shapes[name]), first, share)
+        return [shards[name] for name in self.names.parameters]
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: zero_shape(p) for name, p in self.names.parameters.items()}
 
     def stepped(self) -> dict[int, list[str]]:
-        # All of a group's names, whether or not this rank's partition has any of their cells: the same on every rank.
-        return {id(flat.tensor): [self._names[id(part.parameter)] for part in flat.parts] for flat in self._flats}
+        # All names of a group, even if this rank's partition has no element of them: the same names on every rank.
+        return {id(flat.tensor): [self._names_by_id[id(part.parameter)] for part in flat.parts] for flat in self._partitions}
 
     def holds(self) -> bool:
-        return zero_steps(self.model.optimizer, self._flats)
+        return zero_steps(self.model.optimizer, self._partitions)
 
-    # -- scoring ----------------------------------------------------------------------------------------------------
+    # -- scoring ------------------------------------------------------------------------------------------------------
 
     def expect(self, last: bool) -> None:
         self.model.set_gradient_accumulation_boundary(last)
@@ -170,47 +175,47 @@ class ZeroEngine(Engine):
 
     def reduce_gradients(self) -> None:
         if self.model.optimizer is self.own_optimizer:
-            return  # stage 0 in float32: the reduced gradients are those of the parameters
-        read: list[tuple[Any, Tensor]] = []
-        zero_step_that_reads(self.model.optimizer, self.own_optimizer, read)
-        if not read:
+            return  # stage 0 in float32: the parameters' own gradients are the reduced ones
+        gradients: list[tuple[Any, Tensor]] = []
+        zero_step_that_reads(self.model.optimizer, self.own_optimizer, gradients)
+        if not gradients:
             raise ScoreError("the gradients of a score batch overflowed: lower the loss scale (fp16.initial_scale_power)")
-        self._held = [(flat, flat.grad) for flat, _ in read]
-        for flat, gradient in read:
+        self._flat_gradients = [(flat, flat.grad) for flat, _ in gradients]
+        for flat, gradient in gradients:
             flat.grad = gradient
 
     def clear_gradients(self) -> None:
         super().clear_gradients()
-        for flat, gradient in self._held:
+        for flat, gradient in self._flat_gradients:
             flat.grad = gradient
-        self._held = []
+        self._flat_gradients = []
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:
         if not self.model.managed_gradient_accumulation():
             raise EngineError("scoring needs managed_gradient_accumulation = true in DeepSpeed's configuration")
-        waiting = zero_gradients_wait(self.model.optimizer)
-        if waiting or self.model.micro_steps % self.model.gradient_accumulation_steps():
+        pending = zero_gradients_wait(self.model.optimizer)
+        if pending or self.model.micro_steps % self.model.gradient_accumulation_steps():
             raise EngineError("gradients are being accumulated: score at a step boundary")
         with super().gradients_aside(), zero_undisturbed(self.model):
             yield
 
     def publish(self) -> None:
-        zero_publish(self.model.optimizer, self._flats)
+        zero_publish(self.model.optimizer, self._partitions)
 
 
 def _config(options: WrapOptions) -> dict[str, Any]:
-    """DeepSpeed's configuration."""
+    """The configuration for `deepspeed.initialize`."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": options.micro_batch,
         "gradient_accumulation_steps": options.accumulation,
-        "gradient_clipping": options.clip_grad_norm or 0.0,  # its default would be 1.0
+        "gradient_clipping": options.clip_grad_norm or 0.0,  # DeepSpeed's default is 1.0
         "zero_optimization": {"stage": options.zero_stage},
         "bf16": {"enabled": options.bf16},
-        "zero_allow_untested_optimizer": True,  # any of torch's: the default list has few
+        "zero_allow_untested_optimizer": True,  # accept any torch optimizer: DeepSpeed's own list is short
         "zero_force_ds_cpu_optimizer": False,
     }
-    if options.bf16 and options.zero_stage:  # as the other engines do; stage 0 cannot
+    if options.bf16 and options.zero_stage:  # reduce in float32, as the other engines do; stage 0 cannot
         config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     if options.offload:
         pinned = options.device.type == "cuda"
@@ -219,7 +224,7 @@ def _config(options: WrapOptions) -> dict[str, Any]:
 
 
 def _in_bf16(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Casts a model's inputs, as FSDP does by itself; DeepSpeed does so for float16 alone."""
+    """Forward pre-hook that casts inputs to bfloat16. FSDP does so by itself; DeepSpeed does so only for float16."""
 
     def cast(value: Any) -> Any:
         return value.to(torch.bfloat16) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -1,4 +1,4 @@
-"""A finished run's model, used on other data: metrics, predictions, answers, masks, deltas.
+"""Uses a finished run's model on other data: metrics, predictions, answers, masks and deltas.
 
-`load_adapted(run, overrides, world)` (in `inference.load`) reads the exported model.
+`load_adapted(run, overrides, world)` (in `inference.load`) reads the exported model into a `TaskModel`.
 """

@@ -1,8 +1,8 @@
-"""What fine-tuning changed, as one file: delta + pre-trained weights = adapted weights, bit for bit.
+"""What fine-tuning changed, in one file: delta + pre-trained weights = adapted weights, bit for bit.
 
-Where most weights were frozen (sparse fine-tuning of the set, BitFit) it is a small part of the model: a bit for each weight
-that says whether it changed, and the changed ones' values. Weights that the pre-trained model does not have (a new head) are
-stored whole.
+A delta stores one bit for each weight (changed or not) and the values of the changed weights. It is small where most
+weights were frozen (sparse fine-tuning of the set, BitFit). Weights that the pre-trained model does not have (a new head)
+are stored whole.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights and persistent buffers of a model by name, and the names of those that start afresh on a new task."""
+    """The weights and persistent buffers of a model, in memory on the CPU.
+
+    Attributes:
+        pretrained: the model with its head.
+        tensors: name -> weight or buffer.
+        fresh: names of the weights that are newly initialised for the task: the head, and `LoadReport.fresh`.
+    """
 
     pretrained: Pretrained
     tensors: dict[str, Tensor]
@@ -41,10 +47,14 @@ class Weights:
 
     @classmethod
     def before(cls, config: Config, facts: Mapping[str, Any]) -> Self:
-        """The pre-trained model of a configuration.
+        """Builds and loads the pre-trained model of a configuration.
 
         Args:
-            facts: see `kinds.facts_of`.
+            config: configuration of the run.
+            facts: what the objective needs to know of the training labels; see `objectives.make.label_facts`.
+
+        Raises:
+            DcftError: the model cannot be built, or its weights cannot be read.
         """
         _, pretrained = build_for_task(config, facts)
         fresh = set(pretrained.head_names)
@@ -54,7 +64,16 @@ class Weights:
         return cls._of(pretrained, fresh)
 
     def after(self, config: Config, facts: Mapping[str, Any], folder: Path) -> Self:
-        """The adapted model in a folder that a run of the configuration has exported."""
+        """Builds and loads the adapted model of a run.
+
+        Args:
+            config: configuration of the run.
+            facts: as in `before`.
+            folder: the exported model of the run.
+
+        Raises:
+            CheckpointError: the export is damaged, or belongs to another model.
+        """
         _, pretrained = build_for_task(config, facts)
         Materialiser(_CPU)(pretrained.module)
         pretrained.load(pretrained.module, folder)
@@ -67,7 +86,7 @@ class Weights:
         return cls(pretrained, weights | persistent_buffers(pretrained.module), fresh)
 
     def checksum(self) -> str:
-        """SHA-256 of what was pre-trained."""
+        """SHA-256 of the pre-trained weights: all but `fresh`."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors.keys() - self.fresh):
             digest.update(name.encode())
@@ -76,10 +95,19 @@ class Weights:
 
 
 def write_delta(config: Config, facts: Mapping[str, Any], adapted: Path, target: Path) -> tuple[int, int]:
-    """Writes the delta of a run's exported model; returns how many weights changed, and of how many.
+    """Writes the delta of a run's exported model.
+
+    Args:
+        config: configuration of the run.
+        facts: what the objective needs to know of the training labels; see `objectives.make.label_facts`.
+        adapted: folder with the exported model.
+        target: file to write.
+
+    Returns:
+        (number of changed weights, number of all weights).
 
     Raises:
-        CheckpointError: the export is damaged, or of another model.
+        CheckpointError: the export is damaged, or belongs to another model.
     """
     before = Weights.before(config, facts)
     after = before.after(config, facts, adapted)
@@ -90,7 +118,7 @@ def write_delta(config: Config, facts: Mapping[str, Any], adapted: Path, target:
         else:
             mask = (_bytes(before.tensors[name]) != _bytes(value)).any(-1)
             stored[f"{name}|bits"] = torch.from_numpy(pack(mask))
-            number = int((before.tensors[name] != value).sum())  # a zero may have lost its sign, and is stored, not counted
+            number = int((before.tensors[name] != value).sum())  # a zero that lost its sign is stored, but not counted
             stored[f"{name}|values"] = value.reshape(-1)[mask]
         changed, total = changed + number, total + value.numel()
     write_atomic(target, save(stored, {"base": before.checksum(), "run": config.name}))
@@ -98,17 +126,23 @@ def write_delta(config: Config, facts: Mapping[str, Any], adapted: Path, target:
 
 
 def apply_delta(config: Config, facts: Mapping[str, Any], delta: Path, folder: Path) -> None:
-    """Writes the adapted model into a folder, as a run exports it.
+    """Rebuilds the adapted model from a delta, and writes it into a folder as a run exports it.
+
+    Args:
+        config: configuration of the run.
+        facts: what the objective needs to know of the training labels; see `objectives.make.label_facts`.
+        delta: file that `write_delta` wrote.
+        folder: folder to write.
 
     Raises:
-        CheckpointError: the delta is damaged, or of other pre-trained weights than the configuration's.
+        CheckpointError: the delta is damaged, or was made from other pre-trained weights.
     """
     try:
         stored = load_file(delta)
         with safe_open(delta, framework="pt") as opened:
             base = opened.metadata()["base"]
     except (OSError, SafetensorError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{delta} is no delta, or damaged: {error}") from error
+        raise CheckpointError(f"{delta} is not a delta, or is damaged: {error}") from error
     weights = Weights.before(config, facts)
     if base != weights.checksum():
         raise CheckpointError(f"{delta} was made from other pre-trained weights than those of {config.name}")
@@ -120,15 +154,16 @@ def apply_delta(config: Config, facts: Mapping[str, Any], delta: Path, folder: P
 
 @torch.no_grad()
 def _change(tensor: Tensor, name: str, stored: Mapping[str, Tensor], delta: Path) -> None:
+    """Applies the stored changes to the tensor `name`, in place."""
     if (whole := stored.get(f"{name}|whole")) is not None and whole.shape == tensor.shape:
         tensor.copy_(whole)
         return
     bits, values = stored.get(f"{name}|bits"), stored.get(f"{name}|values")
     if bits is None or values is None or len(bits) != num_bytes(tensor.numel()) or popcount(bits.numpy()) != len(values):
-        raise CheckpointError(f"{delta} is damaged, or of another model: {name}")
+        raise CheckpointError(f"{delta} is damaged, or belongs to another model: {name}")
     tensor.view(-1)[unpack(bits.numpy(), tensor.numel())] = values
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """[weights, bytes of a weight]: what is compared, so that -0 and 0 differ and NaN equals itself."""
+    """The bytes of a tensor: [weights, bytes of a weight]. Comparing bytes, -0 differs from 0 and NaN equals itself."""
     return tensor.detach().contiguous().reshape(-1, 1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""The adapted model of a finished run, put to use on other data: metrics and predictions."""
+"""Loads the adapted model of a finished run, to use it on other data."""
 
 from __future__ import annotations
 
@@ -19,36 +19,46 @@ from ..errors import ConfigError, RunError, listing
 from ..runs.folder import RunFolder
 from ..train.task_model import TaskModel, build_for_task
 
-# What may differ from the run: the data, and how they are gone through.
+# Keys of the data's source: if one of them is overridden, the run's own values of all of them are dropped.
 _SOURCES = ("data.path", "data.train", "data.validation", "data.test", "data.build")
 
 
+# What may differ from the run: the data, and how the model goes through them.
 _FREE = ("--data.", "--engine", "--sharding.", "--import_roots", "--test_resamples", "--train.evaluation_batch")
 
 
 def load_adapted(run: Path, overrides: Sequence[str], world: World) -> TaskModel:
-    """Reads the exported model of a run. Collective.
+    """Reads the exported model of a finished run. Collective.
+
+    Args:
+        run: folder of the run.
+        overrides: command-line words that change the run's configuration, such as `--data.path` and its value; only the
+            data, the engine and a few settings of the evaluation may change.
+        world: the joined ranks; with one rank the engine is `single`.
+
+    Returns:
+        The model under its engine, with an optimizer that changes nothing.
 
     Raises:
-        RunError: there is no finished run with its model there.
-        ConfigError: an override is of something else than the data and the engine.
+        RunError: the folder has no finished run, or the run has no exported model.
+        ConfigError: an override may not change, or the data are missing.
     """
     folder = RunFolder(run)
-    odd = [word for word in overrides if word.startswith("--") and not word.startswith(_FREE)]
-    if odd:
-        raise ConfigError(f"{listing(odd)}: a finished run takes other data, not other settings")
-    given = [key for key in _SOURCES if any(word.split("=")[0] == f"--{key}" for word in overrides)]
+    unknown = [word for word in overrides if word.startswith("--") and not word.startswith(_FREE)]
+    if unknown:
+        raise ConfigError(f"{listing(unknown)}: a finished run takes other data, not other settings")
+    new_sources = [key for key in _SOURCES if any(word.split("=")[0] == f"--{key}" for word in overrides)]
     config, facts = folder.finished()
     if any(word.startswith("--data.") for word in overrides) and config.task.name != "own":
-        raise ConfigError(f"{run} is of the task {config.task.name}: it has its own data")
-    if given:  # of the run's own data nothing may be left over
+        raise ConfigError(f"--data.*: {run} has the task {config.task.name}, which brings its own data: leave --data out")
+    if new_sources:  # drop the run's own sources, or both would be mixed
         config, facts = folder.finished(overrides, _SOURCES)
     elif config.task.name == "own":
         raise ConfigError(f"which data? Give one of {', '.join(f'--{key}' for key in _SOURCES)}, as in the configuration")
     else:
         config, facts = folder.finished(overrides)
     if not folder.model.is_dir():
-        raise RunError(f"{run} has no model any more")
+        raise RunError(f"{folder.model} is missing: it was deleted, or the run had checkpoint.keep_last = 0")
     objective, pretrained = build_for_task(config, facts)
     engine = config.engine if world.world_size > 1 else "single"
     options = WrapOptions(
@@ -65,7 +75,15 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> TaskModel
 
 
 def read_examples(adapted: TaskModel, split: Split) -> Examples:
-    """The examples as the model takes them, checked first unless `data.check` is off. Collective."""
+    """The split as inputs of the model. Collective.
+
+    Args:
+        adapted: the finished run's model.
+        split: the examples.
+
+    Raises:
+        DataError: an input cannot be read (checked unless `data.check` is off).
+    """
     processor = adapted.pretrained.processor
     with collectives.agreed("read the data"):
         if adapted.config.data.check:
@@ -78,6 +96,11 @@ def _no_optimizer(weights: Sequence[tuple[str, nn.Parameter, bool]]) -> torch.op
 
 
 def identify(split: Split, indices: Sequence[int]) -> dict[str, list[Any]]:
-    """The columns that tell which examples these are."""
+    """The columns `input` and `group`, which identify examples in a table.
+
+    Args:
+        split: the examples.
+        indices: which of them, in the order of the rows.
+    """
     inputs = [name_of(split.inputs[i], str(i)) for i in indices]
     return {"input": inputs, "group": [split.groups[i] for i in indices]}

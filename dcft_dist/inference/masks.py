@@ -1,4 +1,4 @@
-"""What a finished run's model makes of volumes and images: a file of classes for each, on the grid of its image."""
+"""Segmentation masks from a finished run's model: one file for each volume or image, on the grid of that image."""
 
 from __future__ import annotations
 
@@ -24,15 +24,20 @@ from .load import identify, read_examples
 
 @torch.no_grad()
 def write_masks(adapted: TaskModel, split: Split, folder: Path | None) -> dict[str, list[Any]]:
-    """Writes the masks. Collective.
+    """Segments each image and writes its mask: `.nii.gz` for volumes, `.png` for flat images. Collective.
+
+    Args:
+        adapted: the finished run's model.
+        split: the images.
+        folder: folder for the masks.
 
     Returns:
-        Columns of a table: input, group, file of the mask; millilitres of each class but the background, or pixels if images
-        are flat.
+        Columns of a table: input, group, file of the mask, and the extent of each class except the background: millilitres
+        for volumes, pixels for flat images.
 
     Raises:
-        ConfigError: no folder is given.
-        DataError: an image cannot be read; there is a file already where a mask would go.
+        ConfigError: `folder` is None.
+        DataError: an image cannot be read, or the file of a mask exists already.
     """
     processor, world, names = adapted.pretrained.processor, adapted.world, adapted.facts["names"]
     if folder is None or not isinstance(processor, VolumeProcessor):
@@ -40,15 +45,15 @@ def write_masks(adapted: TaskModel, split: Split, folder: Path | None) -> dict[s
     deep = len(adapted.config.data.patch) == 3
     examples, files, sizes = read_examples(adapted, split), _files(split, folder, deep), list[list[float]]()
     with collectives.agreed("write the masks"):
-        if there := [str(file) for file in files if file.exists()]:
-            raise DataError(f"{listing(there, 3)}: there already, and nothing is overwritten: give another --masks")
+        if existing := [str(file) for file in files if file.exists()]:
+            raise DataError(f"{listing(existing, 3)} would be overwritten: give another folder with --masks")
     model = adapted.prepared.model.eval()
     for batch in evaluation_batches(examples, world.rank, world.world_size, 1, world.device):
         with adapted.prepared.computing():
-            found = adapted.objective.whole(partial(adapted.pretrained.outputs, model), batch)
+            scores = adapted.objective.whole(partial(adapted.pretrained.outputs, model), batch)
         with collectives.agreed("write the masks"):
             for i in batch["index"][batch["real"]].tolist():
-                mask, affine = processor.reader.as_in_file(split.inputs[i], found[0].argmax(0))
+                mask, affine = processor.reader.as_in_file(split.inputs[i], scores[0].argmax(0))
                 write_atomic(files[i], _nifti(mask, affine) if mask.ndim == 3 else _png(mask))
                 voxel = abs(float(np.linalg.det(affine[:3, :3]))) / 1000 if mask.ndim == 3 else 1.0
                 counts = np.bincount(mask.ravel(), minlength=len(names))
@@ -57,13 +62,13 @@ def write_masks(adapted: TaskModel, split: Split, folder: Path | None) -> dict[s
     rows = rows[rows[:, 0].argsort()]
     indices, volumes = rows[:, 0].long().tolist(), rows[:, 1:].T.tolist()
     unit = "ml" if deep else "pixels"
-    extent = {f"{unit}({name})": [round(v, 6) for v in of] for name, of in zip(names[1:], volumes, strict=True)}
+    extent = {f"{unit}({name})": [round(v, 6) for v in values] for name, values in zip(names[1:], volumes, strict=True)}
     return {**identify(split, indices), "mask": [str(files[i]) for i in indices], **extent}
 
 
 def _files(split: Split, folder: Path, deep: bool) -> list[Path]:
-    """A name for each image: its own, with a number before it where two have the same."""
-    names = [Path(name_of(place, "")).name.removesuffix(".gz") for place in split.inputs]
+    """The file of each mask, named after its image. If two images have the same name, all names start with a number."""
+    names = [Path(name_of(source, "")).name.removesuffix(".gz") for source in split.inputs]
     stems = [name.removesuffix(".nii") if deep else Path(name).stem for name in names]
     if len(set(stems)) < len(stems):
         stems = [f"{i:05d}_{stem}" for i, stem in enumerate(stems)]

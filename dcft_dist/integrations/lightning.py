@@ -1,4 +1,4 @@
-"""DCFT in Lightning's Trainer, with its DDP and FSDP2 (`ModelParallelStrategy`) strategies:
+"""A callback for DCFT in Lightning's Trainer, with the strategies DDP and FSDP2 (`ModelParallelStrategy`).
 
 Trainer(strategy="ddp", callbacks=[DCFTCallback(loss_fn, head="classifier")]).fit(module, loader)
 """
@@ -20,20 +20,22 @@ from ..method.penalty import Penalty
 from ..method.score_batches import LossFn
 from .recipe import SET_FILE, Recipe
 
-try:  # Lightning is published under two names
+try:  # Lightning is published as two packages
     _lightning: Any = importlib.import_module("lightning.pytorch")
 except ImportError:
     _lightning = importlib.import_module("pytorch_lightning")
 
 
 class DCFTCallback(_lightning.Callback):  # type: ignore[misc]
-    """Scores, selects and puts the penalty in force when training starts.
+    """Scores weights, selects the fundamental set and attaches the penalty when training starts.
 
-    The set lies in `default_root_dir/fundamental.safetensors` and within each checkpoint (as the bytes of that file);
-    training that goes on from a checkpoint takes the set from there. Warm up a new head before (`warm_up_head`).
+    The callback saves the set to `default_root_dir/fundamental.safetensors`, and the bytes of this file in each
+    checkpoint. Training that resumes from a checkpoint uses the set of the checkpoint. Warm up a new head before training
+    (`warm_up_head`).
 
     Attributes:
-        fundamental, penalty: from the start of training on.
+        fundamental: the set; None before training starts, unless you passed one.
+        penalty: the attached penalty; None outside training.
     """
 
     def __init__(
@@ -48,10 +50,15 @@ class DCFTCallback(_lightning.Callback):  # type: ignore[misc]
     ) -> None:
         """
         Args:
-            loss_fn: `loss_fn(pl_module, batch)` -> mean loss of a batch that is on the module's device. Not
-                `training_step`, which logs.
-            fundamental: a set to use; nothing is scored.
-            head, fraction, factor, num_batches, options (`score`, `select`, `penalty`): see `Recipe`.
+            loss_fn: `loss_fn(pl_module, batch)` -> mean loss of a batch that is on the module's device. Do not pass
+                `training_step`, because it logs.
+            head: names or patterns of the new task head, which is never scored.
+            fraction: fraction of the eligible weights that become fundamental, in [0, 1].
+            factor: multiplier of fundamental weights, in [0, 1]: 0 freezes them, 1 means no penalty.
+            num_batches: batches to score on, per rank.
+            fundamental: a set to use; the callback then scores nothing.
+            options: `score`, `select` and `penalty`: dictionaries of further arguments of `score_importance`,
+                `select_fundamental` and `attach_penalty`.
         """
         super().__init__()
         self.loss_fn = loss_fn
@@ -62,11 +69,14 @@ class DCFTCallback(_lightning.Callback):  # type: ignore[misc]
         self._restored: torch.Tensor | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raises:
-        EngineError: the module has no optimizer, or several.
+        """Finds the set and attaches the penalty.
+
+        Raises:
+            EngineError: the module has no optimizer, or several.
+            ScoreError: the training data is not a single DataLoader, or some rank has fewer than `num_batches` batches.
         """
         if len(trainer.optimizers) != 1:
-            raise EngineError(f"the module has {len(trainer.optimizers)} optimizers: the callback needs one")
+            raise EngineError(f"the module has {len(trainer.optimizers)} optimizers: the callback needs exactly one")
         self._file = Path(trainer.default_root_dir) / SET_FILE
         model = trainer.strategy.model
         if self._restored is not None:
@@ -78,34 +88,41 @@ class DCFTCallback(_lightning.Callback):  # type: ignore[misc]
         elif self.fundamental is not None:
             self.fundamental.save(self._file)
         else:
-            self.fundamental = self._make(trainer, pl_module, model)
+            self.fundamental = self._make_set(trainer, pl_module, model)
         self.penalty = self.recipe.attach(model, self.fundamental, trainer.optimizers[0])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Removes the penalty."""
         if self.penalty is not None:
             self.penalty.remove()
             self.penalty = None
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Removes the penalty."""
         self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
+        """The bytes of the set's file, for a checkpoint."""
         if self._file is None:
             return {}
         return {"fundamental": torch.frombuffer(bytearray(self._file.read_bytes()), dtype=torch.uint8)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the set from a checkpoint."""
         self._restored = state_dict.get("fundamental")
 
-    def _make(self, trainer: Any, pl_module: Any, model: Any) -> FundamentalSet:
+    def _make_set(self, trainer: Any, pl_module: Any, model: Any) -> FundamentalSet:
         loader = trainer.train_dataloader
         if not hasattr(loader, "__iter__"):
-            raise ScoreError("the training data are no single loader: pass fundamental=, a set made with score_importance")
+            raise ScoreError(
+                "the training data is not a single DataLoader: make a set with score_importance and select_fundamental, "
+                "and pass it as fundamental="
+            )
 
         def batches() -> Any:
             return (trainer.strategy.batch_to_device(batch) for batch in loader)
 
-        def loss_fn(given: Any, batch: Any) -> Any:
+        def loss_fn(_model: Any, batch: Any) -> Any:
             with trainer.precision_plugin.forward_context():
                 return self.loss_fn(pl_module, batch)
 

@@ -1,4 +1,4 @@
-"""Score, select and attach in one go, for training loops that belong to someone else: the callbacks use it."""
+"""Score, select and attach in two calls: what the callbacks for other libraries share."""
 
 from __future__ import annotations
 
@@ -28,11 +28,13 @@ class Recipe:
     """What to score, select and penalise.
 
     Attributes:
-        head: patterns of the new task head (see `score_importance`).
-        fraction: of the eligible weights, those that are fundamental.
-        factor: multiplier of the fundamental weights.
-        num_batches: micro-batches of each rank to score on.
-        score, select, penalty: further options of `score_importance`, `select_fundamental` and `attach_penalty`, by name.
+        head: names or patterns of the new task head, which is never scored; `()` for none.
+        fraction: fraction of the eligible weights that become fundamental, in [0, 1].
+        factor: multiplier of fundamental weights, in [0, 1]: 0 freezes them, 1 means no penalty.
+        num_batches: micro-batches to score on, per rank.
+        score: further arguments of `score_importance`, by name.
+        select: further arguments of `select_fundamental`, by name.
+        penalty: further arguments of `attach_penalty`, by name.
     """
 
     head: Patterns
@@ -46,23 +48,32 @@ class Recipe:
     def make_set(
         self, model: nn.Module, batches: Callable[[], Iterable[Any]], loss_fn: LossFn, file: str | Path
     ) -> FundamentalSet:
-        """Scores `model` on the first `num_batches` of `batches()`, selects, saves the set to `file`. Collective.
+        """Scores `model` on the first `num_batches` batches, selects the set and saves it. Collective.
 
-        Random states are as before, so training sees the batches it would have seen.
+        Random states are restored afterwards, so training sees the same batches as without scoring.
+
+        Args:
+            model: the wrapped model.
+            batches: returns an iterable of this rank's batches.
+            loss_fn: as for `score_importance`.
+            file: where to save the set.
+
+        Returns:
+            The set, read back from `file`.
 
         Raises:
-            ScoreError: there are fewer batches on some rank.
+            ScoreError: some rank has fewer than `num_batches` batches.
         """
         with random_states_kept():
             items = list(itertools.islice(iter(batches()), self.num_batches))
             least = min(n for (n,) in collectives.all_gather_ints([len(items)], what="count of batches to score on"))
             if least < self.num_batches:
-                raise ScoreError(f"there are only {least} batches a rank to score on: set num_batches to at most that")
+                raise ScoreError(f"there are only {least} batches per rank to score on: set num_batches to at most {least}")
             scores = score_importance(model, items, loss_fn, head=self.head, **self.score)
         select_fundamental(scores, self.fraction, **self.select).save(file)
         with collectives.agreed("load the fundamental set"):
             return FundamentalSet.load(file)
 
     def attach(self, model: nn.Module, fundamental: FundamentalSet, optimizer: torch.optim.Optimizer) -> Penalty:
-        """`attach_penalty` with these choices. Collective."""
+        """Calls `attach_penalty` with `factor` and the options `penalty`. Collective."""
         return attach_penalty(model, fundamental, self.factor, optimizer=optimizer, **self.penalty)

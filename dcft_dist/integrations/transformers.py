@@ -1,4 +1,4 @@
-"""DCFT in the Trainer of transformers:
+"""A callback for DCFT in the Trainer of transformers.
 
 trainer = Trainer(model, args, train_dataset=data)
 trainer.add_callback(DCFTCallback(trainer, head="classifier"))
@@ -27,13 +27,15 @@ log = logging.getLogger(__name__)
 
 
 class DCFTCallback(TrainerCallback):
-    """Scores, selects and puts the penalty in force when training begins, under whatever engine the Trainer runs.
+    """Scores weights, selects the fundamental set and attaches the penalty when training begins, under any engine.
 
-    The set lies in `output_dir/fundamental.safetensors` and in each checkpoint's folder. Training that goes on from a
-    checkpoint takes the set it finds there, and scores nothing. Warm up a new head before (`warm_up_head`).
+    The callback saves the set to `output_dir/fundamental.safetensors` and to the folder of each checkpoint. Training that
+    resumes from a checkpoint uses the set it finds there and scores nothing. Warm up a new head before training
+    (`warm_up_head`).
 
     Attributes:
-        fundamental, penalty: from the beginning of training on.
+        fundamental: the set; None before training begins, unless you passed one.
+        penalty: the attached penalty; None outside training.
     """
 
     def __init__(
@@ -48,10 +50,15 @@ class DCFTCallback(TrainerCallback):
     ) -> None:
         """
         Args:
-            trainer: the one this callback is added to; its data, loss and wrapped model are used.
-            fundamental: a set to use; nothing is scored.
-            head, fraction, factor, num_batches, options (`score`, `select`, `penalty`): see `Recipe`. A batch is
-                `per_device_train_batch_size` samples of a rank; its loss is that of `trainer.compute_loss`.
+            trainer: the Trainer that you add this callback to. Scoring uses its data, its wrapped model and the loss of
+                `trainer.compute_loss`.
+            head: names or patterns of the new task head, which is never scored.
+            fraction: fraction of the eligible weights that become fundamental, in [0, 1].
+            factor: multiplier of fundamental weights, in [0, 1]: 0 freezes them, 1 means no penalty.
+            num_batches: batches to score on, per rank, of `per_device_train_batch_size` samples each.
+            fundamental: a set to use; the callback then scores nothing.
+            options: `score`, `select` and `penalty`: dictionaries of further arguments of `score_importance`,
+                `select_fundamental` and `attach_penalty`.
         """
         self.trainer = trainer
         self.recipe = Recipe(head, fraction, factor, num_batches, **options)
@@ -59,28 +66,33 @@ class DCFTCallback(TrainerCallback):
         self.penalty: Penalty | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Raises:
-        FundamentalSetError: training goes on from a checkpoint, and there is no set beside it.
+        """Finds the set and attaches the penalty.
+
+        Raises:
+            FundamentalSetError: training resumes from a checkpoint, and there is no set beside it.
+            ScoreError: some rank has fewer than `num_batches` batches.
         """
         self.on_train_end(args, state, control)  # an earlier train() may have ended in an exception
         model = self.trainer.model_wrapped
         if self.fundamental is None:
-            self.fundamental = self._find(args, state) if state.global_step else self._make(model, args)
+            self.fundamental = self._load_set(args, state) if state.global_step else self._make_set(model, args)
         elif not state.global_step:
             self.fundamental.save(_output(args) / SET_FILE)
         self.penalty = self.recipe.attach(model, self.fundamental, torch_optimizer(self.trainer.optimizer))
         log.info("%s, %s", self.fundamental, self.penalty)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Saves the set beside the checkpoint."""
         if self.fundamental is not None:
             self.fundamental.save(_checkpoint(args, state) / SET_FILE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Removes the penalty."""
         if self.penalty is not None:
             self.penalty.remove()
             self.penalty = None
 
-    def _make(self, model: nn.Module, args: TrainingArguments) -> FundamentalSet:
+    def _make_set(self, model: nn.Module, args: TrainingArguments) -> FundamentalSet:
         loader: Any = self.trainer.get_train_dataloader()
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
@@ -90,19 +102,19 @@ class DCFTCallback(TrainerCallback):
         try:
             return self.recipe.make_set(model, lambda: loader, loss_fn, _output(args) / SET_FILE)
         finally:
-            loader.end()  # Accelerate would go on thinking that this loader is being read
+            loader.end()  # otherwise Accelerate believes that the loader is still in use
 
     @staticmethod
-    def _find(args: TrainingArguments, state: TrainerState) -> FundamentalSet:
+    def _load_set(args: TrainingArguments, state: TrainerState) -> FundamentalSet:
         folder = _checkpoint(args, state)
-        places = [folder / SET_FILE, _output(args) / SET_FILE]
+        files = [folder / SET_FILE, _output(args) / SET_FILE]
         with collectives.agreed("find the fundamental set"):
-            for place in places if folder.is_dir() else ():  # else it goes on from a checkpoint of another directory
-                if place.exists():
-                    return FundamentalSet.load(place)
+            for file in files if folder.is_dir() else ():  # without the folder, the checkpoint is in another directory
+                if file.exists():
+                    return FundamentalSet.load(file)
             raise FundamentalSetError(
-                f"training goes on at step {state.global_step}, but there is no fundamental set at {places[0]} (nor at "
-                f"{places[1]}): pass the one of the checkpoint as fundamental=FundamentalSet.load(...)"
+                f"training resumes at step {state.global_step}, but there is no fundamental set at {files[0]} or at "
+                f"{files[1]}: pass the set of the checkpoint as fundamental=FundamentalSet.load(...)"
             )
 
 

@@ -1,4 +1,4 @@
-"""The method itself: score every weight, select one global fundamental set, penalise it.
+"""The method: score every weight, select the fundamental set, penalise its weights during fine-tuning.
 
-`score_importance`, `select_fundamental` and `attach_penalty` are the three calls; all are importable from `dcft_dist`.
+The three calls are `score_importance`, `select_fundamental` and `attach_penalty`. Import them from `dcft_dist`.
 """

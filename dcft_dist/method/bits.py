@@ -1,6 +1,6 @@
-"""Boxes inside weights, and one bit per weight: the geometry and the packing that everything else shares.
+"""Packed masks: one bit per weight, and the bits of one box within a weight.
 
-Bit `i` of a packed array is bit `i % 8` (least significant first) of byte `i // 8`, `i` being the flat row-major index.
+The bit of flat row-major index `i` is bit `i % 8` (least significant first) of byte `i // 8`.
 """
 
 from __future__ import annotations
@@ -17,43 +17,47 @@ from ..engines.box import Box
 Packed = NDArray[np.uint8]
 
 
-CHUNK = 1 << 20  # elements handled at a time: bounds the extra memory of a pass over the weights
+CHUNK = 1 << 20  # elements processed at a time: limits the extra memory of a pass over the weights
 
 
-STEP = {"cpu": 1 << 18, "cuda": 1 << 22}  # where speed counts: what stays in a core's cache, what keeps a GPU busy
+STEP = {"cpu": 1 << 18, "cuda": 1 << 22}  # elements, for speed: fits in a core's cache; keeps a GPU busy
 
 
 def step_of(device: torch.device) -> int:
+    """Elements to process at a time on this device, where speed matters."""
     return STEP.get(device.type, CHUNK)
 
 
 def pack(mask: Tensor) -> Packed:
-    """A boolean tensor of any shape -> ceil(numel / 8) bytes."""
+    """Packs a boolean tensor of any shape into ceil(numel / 8) bytes."""
     flat = mask.detach().reshape(-1)
     if flat.device.type == "cpu":
         return np.packbits(flat.numpy(), bitorder="little")
-    rows = torch.nn.functional.pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)  # there: an eighth to send
-    places = torch.arange(8, dtype=torch.uint8, device=flat.device)
-    return (rows << places).sum(1, dtype=torch.uint8).cpu().numpy()
+    # Packed on the GPU, so that only an eighth of the bytes is copied to the CPU.
+    rows = torch.nn.functional.pad(flat.view(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
+    bit_positions = torch.arange(8, dtype=torch.uint8, device=flat.device)
+    return (rows << bit_positions).sum(1, dtype=torch.uint8).cpu().numpy()
 
 
 def unpack(packed: Packed, numel: int) -> Tensor:
-    """The first `numel` bits as a flat boolean tensor."""
+    """Returns the first `numel` bits as a flat boolean tensor on the CPU."""
     return torch.from_numpy(np.unpackbits(packed, count=numel, bitorder="little").view(np.bool_))
 
 
 def popcount(packed: Packed) -> int:
+    """Number of bits that are set."""
     whole = len(packed) // 8 * 8  # eight bytes at a time
-    words, rest = np.ascontiguousarray(packed[:whole]).view(np.uint64), packed[whole:]
-    return int(np.bitwise_count(words).sum(dtype=np.int64)) + int(np.bitwise_count(rest).sum(dtype=np.int64))
+    words, tail = np.ascontiguousarray(packed[:whole]).view(np.uint64), packed[whole:]
+    return int(np.bitwise_count(words).sum(dtype=np.int64)) + int(np.bitwise_count(tail).sum(dtype=np.int64))
 
 
 def num_bytes(numel: int) -> int:
+    """Bytes that `numel` packed bits take."""
     return (numel + 7) // 8
 
 
 def cut(packed: Packed, box: Box) -> Packed:
-    """The bits of one box out of the packed bits of the whole weight, packed again from the box's first cell on."""
+    """Cuts the bits of one box out of the packed bits of the whole weight; bit 0 is the box's first cell."""
     if box.numel == 0:
         return np.zeros(0, dtype=np.uint8)
     first = box.first
@@ -69,7 +73,7 @@ def cut(packed: Packed, box: Box) -> Packed:
 
 
 def paste(piece: Packed, box: Box, whole: Packed) -> None:
-    """Sets in `whole` (packed bits of the whole weight) the bits of one box; the other bits stay."""
+    """Sets the bits of one box in `whole`, the packed bits of the whole weight. Clears no bit."""
     if box.numel == 0:
         return
     bits = unpack(piece, box.numel)

@@ -1,8 +1,9 @@
-"""Scores of a model that has been trained on the task first, and is then taken back to where it was.
+"""Scores a model after training it on the task, and then restores its weights.
 
-The public code of DCFT scores while it prunes: in rounds, the model is trained, scored, and the lowest weights are set to
-zero and stay there, along a cubic schedule (Zhu and Gupta 2017), until the share that is wanted is left. Fine-tuning then
-starts from the pre-trained weights. One round is a plain fine-tuning that is scored at its end.
+The public code of DCFT scores during gradual pruning. Each round trains the model, scores it, and sets the lowest weights to
+zero. Those weights stay zero. The share of remaining weights follows a cubic schedule (Zhu and Gupta 2017) down to the
+requested fraction. Fine-tuning then starts from the pre-trained weights. With one round, nothing is pruned: the model is
+fine-tuned as usual and scored at the end.
 """
 
 from __future__ import annotations
@@ -29,25 +30,29 @@ def scores_after_training(
     train: Callable[[int], None],
     score: Callable[[], Scores],
 ) -> Scores:
-    """Scores at the end of the last round; pruned weights have score 0 if the criterion multiplies by w. Collective.
+    """Trains, scores and prunes in rounds, and returns the scores of the last round. Collective.
+
+    Pruned weights have score 0 if the criterion multiplies by the weight.
 
     Args:
-        model, optimizer: their weights are put back, and the optimizer's state is emptied.
-        rounds: of training and scoring; between two of them all but the share `kept` of the eligible weights become zero.
-        fraction: share that the schedule ends at.
-        train: trains during a round, given its index.
-        score: scores the model as it is.
+        model: prepared for training; its weights are restored at the end.
+        optimizer: steps the model's weights; its state is emptied at the end.
+        rounds: number of rounds of training and scoring. After each round but the last, only the share
+            `kept(fraction, turn, rounds)` of the eligible weights, with the highest scores, remains; the others become zero.
+        fraction: share of the eligible weights at which the schedule ends, in [0, 1].
+        train: trains the model for one round; its argument is the index of the round, from 0.
+        score: scores the model with its current weights.
     """
     engine = find_engine(model)
     start = [(shard, shard.local.detach().clone()) for shard in engine.shards()]
     chosen: FundamentalSet | None = None
     try:
         for turn in range(rounds):
-            # Zeros stay: of pruned weights no part of a step is applied.
-            sparse = (
+            # Pruned weights stay zero: rest_factor 0 discards their steps.
+            pruned = (
                 attach_penalty(model, chosen, 1.0, optimizer=optimizer, level="update", rest_factor=0.0) if chosen else None
             )
-            with sparse or nullcontext():
+            with pruned or nullcontext():
                 train(turn)
             scores = score()
             if turn + 1 < rounds:
@@ -63,7 +68,13 @@ def scores_after_training(
 
 
 def kept(fraction: float, turn: int, rounds: int) -> float:
-    """Share of the eligible weights that is left after a round (the last one: `fraction`)."""
+    """Share of the eligible weights that remains after a round; `fraction` after the last one.
+
+    Args:
+        fraction: share at which the schedule ends.
+        turn: index of the round, from 0.
+        rounds: number of rounds.
+    """
     return fraction + (1 - fraction) * (1 - (turn + 1) / rounds) ** 3
 
 

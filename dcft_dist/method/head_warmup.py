@@ -1,4 +1,8 @@
-"""Head warm-up: a random head makes the body's gradients meaningless, and so does one that has memorised the data."""
+"""Head warm-up: trains the new head before the model is scored.
+
+A random head makes the body's gradients meaningless. So does a head that has memorised the training data. The warm-up
+therefore stops on the validation loss.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,13 @@ from .score_batches import LossFn
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What a head warm-up did: mean losses by epoch; the head kept is the one of `best_epoch` (0: as it was given)."""
+    """Record of a head warm-up.
+
+    Attributes:
+        train_losses: mean training loss of each epoch, the first entry being epoch 1.
+        validation_losses: mean validation loss before the training (entry 0) and after each epoch.
+        best_epoch: the epoch with the lowest validation loss, from which the model has its head; 0: the head is unchanged.
+    """
 
     train_losses: tuple[float, ...]
     validation_losses: tuple[float, ...]
@@ -37,28 +47,35 @@ def warm_up_head(
     max_epochs: int = 100,
     patience: int = 3,
 ) -> WarmUp:
-    """Trains the head alone with AdamW, the body frozen and in eval mode, and keeps the head of the best validation loss.
+    """Trains only the head with AdamW, and keeps the head with the lowest validation loss. Collective.
 
-    To be called before wrapping or sharding. Where the body's features are at hand, pass the head alone as the model and
-    the features as batches: the body then runs once. Collective: gradients are averaged over ranks.
+    Call it before wrapping or sharding. The body is frozen and the whole model is in eval mode; both are undone at the
+    end. Gradients are averaged over ranks. To run the body only once, compute its features first, and then pass the head
+    alone as `model` and the features as batches.
 
     Args:
-        model: a plain module, the same on every rank; its head's weights are changed in place.
-        batches: this rank's training batches, as many on every rank, gone through in this order each epoch.
-        loss_fn: `loss_fn(model, batch)` -> mean loss, or (sum, count).
-        head: patterns of the head's parameters.
-        validation: this rank's validation batches.
+        model: a plain module, the same on every rank; the head's weights are changed in place.
+        batches: list of this rank's training batches. Every rank needs the same number. Each epoch uses them in this order.
+        loss_fn: `loss_fn(model, batch)` returns the mean loss over the batch as a scalar tensor, or `(sum, count)`: the sum
+            of the losses and the number of samples. Use the latter if batches differ in size.
+        head: patterns of the head's parameters: the name of a module or parameter ("classifier"), a glob over whole
+            parameter names ("*.head.*"), or a list of these.
+        validation: list of this rank's validation batches. Every rank needs the same number.
         lr: learning rate of AdamW (weight decay 0).
-        max_epochs, patience: stop after this many epochs, or when the validation loss has not improved for `patience`.
+        max_epochs: number of epochs at most; 0 leaves the head as it is.
+        patience: stop after this many epochs in a row without a lower validation loss.
+
+    Returns:
+        The losses of all epochs, and the epoch that the head comes from (`WarmUp`).
 
     Raises:
         EngineError: the model is already wrapped or sharded.
         PatternError: a head pattern matches nothing.
-        ScoreError: there are no batches, or the ranks have unequal numbers of them.
+        ScoreError: `batches` or `validation` is empty or not a list, or the ranks have unequal numbers of batches.
     """
     engine = find_engine(model)
     if engine.name != "single":
-        raise EngineError(f"warm up the head before wrapping the model (it is prepared for {engine.name})")
+        raise EngineError(f"the model is already prepared for {engine.name}: warm up the head before wrapping or sharding")
     _check_batches(batches, validation)
     names = set(engine.names.match(head, what="head"))
     weights = [p for n, p in engine.names.parameters.items() if n in names]
@@ -78,11 +95,11 @@ def warm_up_head(
 
 def _check_batches(batches: Sequence[Any], validation: Sequence[Any]) -> None:
     if not all(isinstance(b, Sequence) for b in (batches, validation)):
-        raise ScoreError("batches and validation must be lists: they are gone through in every epoch")
+        raise ScoreError("batches and validation must be lists: every epoch iterates over them")
     counts = collectives.all_gather_ints([len(batches), len(validation)], what="count of warm-up batches")
     if len({tuple(c) for c in counts}) > 1 or 0 in counts[0]:
         raise ScoreError(
-            f"every rank must have the same number of training and validation batches, at least one; they have {counts}"
+            f"the ranks have {counts} [training, validation] batches: every rank needs the same numbers, at least one each"
         )
 
 

@@ -1,19 +1,8 @@
-"""Importance scores: how much the downstream loss would rise if a weight were removed, estimated on shards.
+"""Importance scores: estimates of how much the downstream loss rises if a weight is removed, computed on shards.
 
-With g the gradient of the mean loss of one score batch (averaged over ranks) and w the weight, over score batches b:
-
-    taylor          |mean_b(g_b) w|                         first-order Taylor (Molchanov et al. 2017, 2019)
-    taylor_squared  mean_b((g_b w)^2)                       with batches of one sample, the diagonal empirical-Fisher form of
-                                                            the second-order term (Theis et al. 2018)
-    removal         -mean_b(g_b) w + 1/2 mean_b(g_b^2) w^2  signed: both Taylor terms, the Hessian by the Fisher
-    fisher          mean_b(g_b^2)                           the default: of those tried, the best set to hold
-                                                            (docs/results/evidence.md); FISH mask (Sung et al. 2021)
-    obs             w^2 / (2 [F^-1]_ii)                     optimal brain surgeon, blockwise Fisher (see `obs`)
-    magnitude       |w|                                     control
-    random          hash(seed, name, flat index)            control
-
-The empirical Fisher is not the Hessian, and squares depend on the score batch: all these are heuristics, and the size of
-the score batch is part of the criterion. Scores take 4 bytes for each weight that a rank owns, nothing else of that size.
+`score_importance` lists the criteria. The empirical Fisher matrix is not the Hessian, and squared gradients depend on the
+size of the score batch. All criteria are therefore heuristics, and the size of the score batch is part of the criterion.
+Scores take 4 bytes per weight that a rank owns, and nothing else of that size is allocated.
 """
 
 from __future__ import annotations
@@ -40,7 +29,7 @@ from .scores import Scores, ScoreShard
 Criterion = Literal["taylor", "taylor_squared", "removal", "fisher", "obs", "magnitude", "random"]
 
 
-# Per score batch: (g, w) -> what is averaged over the batches.
+# Per score batch: (gradient g, weight w) -> the term whose mean over the batches is taken.
 _TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "taylor": lambda g, w: g,
     "taylor_squared": lambda g, w: (g * w).square_(),
@@ -63,31 +52,55 @@ def score_importance(
     damping: float = 1e-2,
     limit_bytes: int = 2 << 30,
 ) -> Scores:
-    """Scores every eligible weight of `model` on the downstream loss. Collective.
+    """Scores every eligible weight: how much would the downstream loss rise if the weight were removed? Collective.
+
+    The model runs in eval mode. Its modes, buffers, gradients and random states are restored at the end. Warm up the head
+    first (`warm_up_head`): a random head makes the scores meaningless.
+
+    A pattern is the name of a module or parameter ("classifier"), or a glob over whole parameter names
+    ("blocks.*.mlp.*"). Names are those of the unwrapped model. Pass one pattern or a list of them.
 
     Args:
-        model: a plain module (the same on every rank), a DistributedDataParallel, an FSDP2-sharded module, a
+        model: a plain module (with the same weights on every rank), a DistributedDataParallel, an FSDP2-sharded module, a
             FullyShardedDataParallel, or a DeepSpeedEngine.
-        batches: this rank's items, as many on every rank; `accumulation` consecutive items on all ranks are one score
-            batch. `magnitude` and `random` need none (None).
-        loss_fn: `loss_fn(model, batch)` -> the mean loss over the batch's samples (equal sample counts on every rank),
-            or `(sum, count)`. The model it is given is in eval mode (under DDP it is the wrapped module).
-        head: patterns of the new task head, which is never scored; `()` says that there is none.
-        criterion: see the module's text.
-        eligible: patterns of the weights to score; None for the weights of linear and convolution layers outside
-            `head`. Frozen weights are never scored.
-        accumulation: items per score batch and rank.
-        seed: seed of `random`.
-        block, damping: of `obs`: consecutive weights of a block; what is added to the diagonal of the Fisher matrix.
-        limit_bytes: of `obs`: memory for gradients; with less, `batches` (then a list) are gone through more often.
+        batches: this rank's items. Every rank needs the same number, a multiple of `accumulation`. None for "magnitude"
+            and "random"; a list for "obs", which may need several passes over it.
+        loss_fn: `loss_fn(model, batch)` returns the mean loss over the batch's samples as a scalar tensor, or
+            `(sum, count)`: the sum of the losses and the number of samples. Use the latter if ranks have unequal numbers of
+            samples. Under DDP it receives the unwrapped module. None for "magnitude" and "random".
+        head: patterns of the new task head, which is never scored; `()` if the model has none.
+        criterion: how a weight w is scored. g_b is the gradient of the mean loss of score batch b over all ranks. mean_b is
+            the mean over the score batches.
+
+            - "fisher" (default): mean_b(g_b^2). The diagonal of the empirical Fisher matrix, as in FISH mask (Sung et al.
+              2021). Of the criteria tried, penalising its set worked best (docs/results/evidence.md).
+            - "taylor": |mean_b(g_b) w|. The first-order Taylor term of the removal (Molchanov et al. 2017, 2019).
+            - "taylor_squared": mean_b((g_b w)^2). With batches of one sample, this is the second-order term with the
+              diagonal of the empirical Fisher matrix as the Hessian (Theis et al. 2018).
+            - "removal": -mean_b(g_b) w + 1/2 mean_b(g_b^2) w^2. Both Taylor terms, with that diagonal as the Hessian.
+              Signed: a negative score means that removal should lower the loss.
+            - "obs": w^2 / (2 [F^-1]_ii), F being the empirical Fisher matrix in blocks plus `damping` on its diagonal.
+              Optimal brain surgeon (Hassibi and Stork 1993; Kurtic et al. 2022).
+            - "magnitude": |w|. A control: uses no data.
+            - "random": hash(seed, name, flat index), uniform in [0, 1). A control: uses no data.
+        eligible: patterns of the weights to score. None: the weights of all linear and convolution layers. Weights of the
+            head and frozen weights are never scored.
+        accumulation: items per score batch on each rank. A score batch is `accumulation` consecutive items of all ranks.
+        seed: seed of "random".
+        block: for "obs": number of consecutive weights in a block of the Fisher matrix.
+        damping: for "obs": added to the diagonal of the Fisher matrix, above 0.
+        limit_bytes: for "obs": memory for gradients on each rank, in bytes. If it is too small for all weights at once,
+            the weights are scored in several passes over `batches`.
 
     Returns:
-        The scores, 4 bytes for each weight this rank owns. Modes, buffers, gradients and random states are left as found.
+        The scores (`Scores`): 4 bytes for each weight that this rank owns.
 
     Raises:
-        ScoreError: no eligible weights, no batches, ranks with unequal numbers of items, a loss that is no finite scalar.
+        ScoreError: an unknown criterion, no eligible weights, no batches, or a loss that is not a finite scalar. Also if
+            the ranks have unequal numbers of items, or if a penalty is attached, or if a plain module has other weights on
+            another rank.
         PatternError: a pattern matches nothing.
-        EngineError: the model is wrapped in an unsupported way.
+        EngineError: the model is wrapped in an unsupported way, or "obs" has blocks that are split between ranks.
     """
     engine = find_engine(model)
     _check_arguments(criterion, accumulation, engine)
@@ -98,7 +111,7 @@ def score_importance(
             values.copy_(weight.abs()) if criterion == "magnitude" else _fill_random(values, shard.owned_box, name, seed)
         return scores
     if batches is None or loss_fn is None:
-        raise ScoreError(f"criterion {criterion!r} needs batches and a loss function")
+        raise ScoreError(f"criterion {criterion!r} needs batches and loss_fn")
     if criterion == "obs":
         return _score_obs(engine, scores, batches, loss_fn, accumulation, block, damping, limit_bytes)
     return _score_gradients(engine, scores, batches, loss_fn, accumulation)
@@ -107,54 +120,60 @@ def score_importance(
 def _check_arguments(criterion: str, accumulation: int, engine: Engine) -> None:
     known = get_args(Criterion)
     if criterion not in known:
-        raise ScoreError(f"unknown criterion {criterion!r}{did_you_mean(criterion, known)}; there are {', '.join(known)}")
+        raise ScoreError(f"unknown criterion {criterion!r}{did_you_mean(criterion, known)}; use one of {', '.join(known)}")
     if accumulation < 1:
         raise ScoreError(f"accumulation must be at least 1, not {accumulation}")
     if engine.penalty is not None:
-        raise ScoreError("a penalty is attached to this model and would scale the gradients: remove it before scoring")
+        raise ScoreError("the penalty attached to this model would scale the gradients: remove it before scoring")
     if engine.name == "single" and collectives.world_size() > 1:
         _check_replicas(engine)
 
 
 def _check_replicas(engine: Engine) -> None:
-    """A plain module on several ranks must be the same on each; DDP has seen to that itself."""
+    """A plain module must have the same weights on every rank. DDP ensures that itself.
+
+    Raises:
+        ScoreError: the sums of some weights differ between ranks.
+    """
     sums = torch.stack([p.detach().double().sum().cpu() for p in engine.names.parameters.values()])
-    both = collectives.all_reduce(torch.cat([sums, -sums]), "max", what="comparison of the replicas")
-    differ = [n for n, d in zip(engine.names.parameters, both[: len(sums)] + both[len(sums) :], strict=True) if d != 0]
-    if differ:
-        raise ScoreError(f"the ranks have different values in {listing(differ)}: start from the same weights, or use DDP")
+    extremes = collectives.all_reduce(torch.cat([sums, -sums]), "max", what="comparison of the replicas")
+    spreads = extremes[: len(sums)] + extremes[len(sums) :]  # highest minus lowest sum
+    differing = [name for name, spread in zip(engine.names.parameters, spreads, strict=True) if spread != 0]
+    if differing:
+        raise ScoreError(f"the ranks have different values in {listing(differing)}: start from the same weights, or use DDP")
 
 
 def _empty_scores(engine: Engine, head: Patterns, eligible: Patterns | None, criterion: str) -> Scores:
-    """Sorts the weights into head, frozen, eligible and unscored, and makes room for the scores of the eligible ones."""
+    """Divides the weights into head, frozen, eligible and unscored, and allocates the scores of the eligible ones."""
     names = engine.names
     head_patterns = as_patterns(head, what="head")
-    heads = set(names.match(head_patterns, what="head"))
-    wanted = matrix_names(engine.module, names) if eligible is None else names.match(eligible, what="eligible")
+    head_names = set(names.match(head_patterns, what="head"))
+    requested = matrix_names(engine.module, names) if eligible is None else names.match(eligible, what="eligible")
     frozen = tuple(n for n, p in names.parameters.items() if not p.requires_grad)
-    chosen = [n for n in wanted if n not in heads and n not in frozen]
-    if not chosen:
+    scored = [n for n in requested if n not in head_names and n not in frozen]
+    if not scored:
         raise ScoreError(
             "no eligible weights: none of the matched weights is trainable and outside the head "
-            f"(matched {listing(wanted) or 'nothing'}; head {listing(head_patterns) or 'none'}; {len(frozen)} frozen)"
+            f"(matched {listing(requested) or 'nothing'}; head {listing(head_patterns) or 'none'}; {len(frozen)} frozen)"
         )
     shapes = engine.full_shapes()
     local = {s.name: s for s in engine.shards()}
     return Scores(
         criterion=criterion,
-        shapes={n: shapes[n] for n in chosen},
+        shapes={n: shapes[n] for n in scored},
         shards={
             n: ScoreShard(local[n].owned_box, torch.zeros(local[n].owned_box.numel, device=local[n].local.device))
-            for n in chosen
+            for n in scored
         },
         head=head_patterns,
-        unscored=tuple(n for n in names.parameters if n not in heads and n not in chosen),
+        unscored=tuple(n for n in names.parameters if n not in head_names and n not in scored),
         frozen=frozen,
         num_weights=sum(prod(shape) for shape in shapes.values()),
     )
 
 
 def _owned(engine: Engine, scores: Scores) -> Iterator[tuple[str, Shard]]:
+    """Name and shard of every scored weight, in model order."""
     for shard in engine.shards():
         if shard.name in scores.shards:
             yield shard.name, shard
@@ -170,7 +189,7 @@ def _score_gradients(engine: Engine, scores: Scores, batches: Iterable[Any], los
             num_batches += 1
             for name, shard in _owned(engine, scores):
                 gradient = shard.gradient
-                if gradient is None:  # no path from this weight to the loss
+                if gradient is None:  # the loss does not depend on this weight
                     continue
                 values, span = scores.shards[name].values, slice(*shard.owned)
                 _add_term(values, gradient.reshape(-1)[span], shard.local.reshape(-1)[span], scale, term)
@@ -195,9 +214,9 @@ def _score_obs(
     limit_bytes: int,
 ) -> Scores:
     if not isinstance(batches, Sequence) or len(batches) < accumulation:
-        raise ScoreError("criterion 'obs' needs its batches as a list, with at least one score batch")
+        raise ScoreError("criterion 'obs' needs its batches as a list with at least one score batch")
     if block < 1 or damping <= 0:
-        raise ScoreError(f"obs needs block >= 1 and damping > 0, not {block} and {damping}")
+        raise ScoreError(f"criterion 'obs' needs block >= 1 and damping > 0, not {block} and {damping}")
     losses: list[float] = []
 
     def gradients() -> Iterator[dict[str, Tensor]]:
@@ -233,7 +252,7 @@ def _add_term(
 
 
 def _fill_random(values: Tensor, box: Box, name: str, seed: int) -> None:
-    """Uniform values in [0, 1) with 24 bits, a function of (seed, name, flat index) alone: a SplitMix64 counter hash."""
+    """Uniform values in [0, 1) with 24 bits, by a SplitMix64 counter hash of (seed, name, flat index)."""
     key = seed_of(seed, name, bits=64)
     key -= (key >> 63) << 64  # as a signed integer
     for begin in range(0, box.numel, CHUNK):
@@ -245,5 +264,5 @@ def _fill_random(values: Tensor, box: Box, name: str, seed: int) -> None:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's own keeps the sign)."""
+    """Logical right shift of int64; torch's `>>` keeps the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,6 +1,7 @@
-"""The two products of `multiplier` as Triton kernels, which read packed bits where the torch path unpacks them first.
+"""The two operations of `Multipliers` as Triton kernels, for GPUs.
 
-Imported on GPUs with Triton alone (torch's CUDA builds bring it). Each is one pass over the weights.
+A kernel reads the packed bits directly, in one pass over the weights. The torch code unpacks them first. Only code that runs
+on a GPU with Triton imports this module; torch's CUDA builds include Triton.
 """
 
 from __future__ import annotations
@@ -9,16 +10,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # cells of one program
+BLOCK = 4096  # cells per program
 
 
 def scale(gradient: Tensor, octets: Tensor, factor: float, rest: float, out: Tensor) -> None:
-    """out <- m * gradient, m being `factor` where the bit is set and `rest` elsewhere; flat, computed in float32."""
+    """out <- m * gradient, where m is `factor` if the bit is set and `rest` if not.
+
+    Args:
+        gradient: flat, float32 or a shorter floating-point type.
+        octets: packed bits, uint8 [ceil(numel / 8)].
+        factor: multiplier of fundamental weights.
+        rest: multiplier of the other weights.
+        out: flat, of the size of `gradient`; may be `gradient`. Products are computed in float32 and rounded once.
+    """
     _scale[_grid(out)](gradient, octets, out, out.numel(), factor, rest, BLOCK=BLOCK)
 
 
 def shorten(start: Tensor, octets: Tensor, factor: float, rest: float, new: Tensor) -> None:
-    """new <- start + m * (new - start), flat, float32, in place: exactly `start` where m is 0, `new` where it is 1."""
+    """new <- start + m * (new - start), in place: exactly `start` where m is 0, exactly `new` where m is 1.
+
+    Args:
+        start: flat float32 weights before the step.
+        octets: packed bits, uint8 [ceil(numel / 8)].
+        factor: m where the bit is set (fundamental weights).
+        rest: m where it is not.
+        new: flat float32 weights after the step, changed in place.
+    """
     _shorten[_grid(new)](start, octets, new, new.numel(), factor, rest, BLOCK=BLOCK)
 
 
@@ -26,7 +43,7 @@ def _grid(cells: Tensor) -> tuple[int]:
     return (triton.cdiv(cells.numel(), BLOCK),)
 
 
-# Without annotations: Triton looks up their names as it compiles, and finds only its own.
+# The kernels have no annotations: Triton would look up their names while compiling, and knows only its own.
 
 
 @triton.jit
@@ -51,6 +68,6 @@ def _shorten(source, octets, target, numel, factor, rest, BLOCK: tl.constexpr):
     m = _multipliers(octets, cells, inside, factor, rest)
     old = tl.load(source + cells, mask=inside, other=0)
     new = tl.load(target + cells, mask=inside, other=0)
-    # As torch.lerp: from the nearer end, so that both ends are exact.
+    # Like torch.lerp, start from the nearer end, so that both ends are exact.
     value = tl.where(m < 0.5, old + m * (new - old), new - (new - old) * (1.0 - m))
     tl.store(target + cells, value, mask=inside)

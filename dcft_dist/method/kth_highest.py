@@ -1,9 +1,10 @@
-"""The k-th highest of values that are spread over ranks: exact, in about one pass, with little memory.
+"""Finds the k-th highest of values spread over ranks: exactly, in about one pass, with little memory.
 
-A round draws a random sample of the values in question and reads off it two limits that the k-th lies between with near
-certainty. One pass counts the values that reach each limit, and keeps those between them if they are few. The counts of all
-ranks then say, exactly, between which limits the k-th is. Chance only decides how soon this ends (Floyd and Rivest's SELECT,
-CACM 18(3), 1975, over ranks): mostly after one round over all values and one or two over the few that were kept.
+The search works in rounds. A round draws a random sample of the candidate values. From the sample it takes two limits, which
+almost certainly enclose the k-th highest value. One pass counts the values that reach each limit, and stores those between
+the limits if they are few. The counts of all ranks then show exactly between which limits the k-th highest value lies.
+Chance only decides the number of rounds: mostly one over all values, and one or two over the few stored ones. This is Floyd
+and Rivest's SELECT (CACM 18(3), 1975), over ranks.
 """
 
 from __future__ import annotations
@@ -21,18 +22,24 @@ from torch import Tensor
 from ..distributed import collectives
 from .bits import step_of
 
-SAMPLE = 1 << 16  # values that a round looks at, of all ranks together: 256 KiB in one collective
+SAMPLE = 1 << 16  # sampled values per round, of all ranks together: 256 KiB in one collective
 
 
-ROOM = 1 << 22  # values that a rank keeps at most: 16 MiB, twice that for a moment
+ROOM = 1 << 22  # values that a rank stores at most: 16 MiB, briefly twice that
 
 
-DRAWS = 1 << 20  # positions that a rank looks at to find its part of a sample
+DRAWS = 1 << 20  # positions that a rank draws at most for its part of a sample
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The k-th highest value, how many are higher, and how many are equal to it (itself included)."""
+    """The k-th highest value.
+
+    Attributes:
+        value: the k-th highest value.
+        above: number of values that are higher.
+        ties: number of values that are equal to it, itself included.
+    """
 
     value: float
     above: int
@@ -40,10 +47,11 @@ class Threshold:
 
 
 def kth_highest(arrays: Sequence[Tensor], k: int) -> Threshold:
-    """The k-th highest of all ranks' values, which are finite; 0.0 and -0.0 are one value. Collective.
+    """Finds the k-th highest of the values of all ranks. Collective.
 
     Args:
-        arrays: this rank's values: flat float32 tensors, any number, of any size.
+        arrays: this rank's values, as any number of flat float32 tensors of any size. All values must be finite. 0.0 and
+            -0.0 count as equal.
         k: from 1 to the number of values of all ranks.
     """
     search = _Search(arrays, k)
@@ -51,36 +59,43 @@ def kth_highest(arrays: Sequence[Tensor], k: int) -> Threshold:
         search.narrow()
     if search.inside > SAMPLE:
         return Threshold(search.low + 0.0, search.above, search.inside)
-    found = np.sort(search.sample())
-    value = found[len(found) - (k - search.above)]
-    return Threshold(float(value) + 0.0, search.above + int((found > value).sum()), int((found == value).sum()))
+    candidates = np.sort(search.sample())
+    value = candidates[len(candidates) - (k - search.above)]
+    above, ties = int((candidates > value).sum()), int((candidates == value).sum())
+    return Threshold(float(value) + 0.0, search.above + above, ties)
 
 
 def comparable(values: Tensor) -> Any:
-    """The same memory: a numpy array on the CPU, where numpy compares three times as fast as torch; else the tensor."""
+    """A numpy view of a CPU tensor, since numpy compares three times as fast as torch there; else the tensor itself."""
     return values.numpy() if values.device.type == "cpu" else values
 
 
 def pieces(values: Tensor) -> Iterator[Any]:
-    """A flat tensor, `comparable`, in steps that suit its device."""
-    held, step = comparable(values), step_of(values.device)
-    return (held[begin : begin + step] for begin in range(0, len(held), step))
+    """Yields consecutive pieces of a flat tensor, made `comparable`, in a size that suits its device."""
+    array, step = comparable(values), step_of(values.device)
+    return (array[begin : begin + step] for begin in range(0, len(array), step))
 
 
 def is_finite(values: Any) -> Any:
+    """Elementwise test of a tensor or a numpy array for finite values."""
     return torch.isfinite(values) if isinstance(values, Tensor) else np.isfinite(values)
 
 
 def how_many(mask: Any) -> Any:
-    """An integer, or what will be one: a GPU is not waited for."""
+    """Number of True values: an integer, or a tensor with one element, which does not wait for a GPU."""
     return mask.sum() if isinstance(mask, Tensor) else int(np.count_nonzero(mask))
 
 
 class _Search:
-    """The k-th highest value is in [low, high), and `above` values reach `high`: the same on every rank.
+    """The state of the search: the k-th highest value is in [low, high). Except for `held`, it is the same on every rank.
 
-    `held` are the values of this rank that are looked at, `at_low` and `at_high` how many of each rank's held values reach
-    the limits. `exact`: no rank holds others than those between the limits.
+    Attributes:
+        k: which value to find; 1 is the highest.
+        low, high: the limits.
+        above: number of values that are `high` or higher.
+        held: this rank's values that can still be candidates; at first all.
+        at_low, at_high: per rank, the number of its held values that are at least `low`, and at least `high`.
+        exact: True if no rank holds values outside the limits.
     """
 
     def __init__(self, arrays: Sequence[Tensor], k: int) -> None:
@@ -94,39 +109,40 @@ class _Search:
 
     @property
     def inside(self) -> int:
+        """Number of candidates: values of all ranks in [low, high)."""
         return sum(self.at_low) - sum(self.at_high)
 
     def narrow(self) -> None:
-        """One round. The new interval is a part of the old one: some value of the old one is outside it."""
+        """Runs one round. The new interval lies within the old one and excludes at least one of its values. Collective."""
         limits, least, most = self._limits()
-        counts, kept = self._count(limits, least, most)
-        table = collectives.all_gather_ints([*counts, int(kept is not None)], what="selection: counts")
-        gone = self.above - sum(self.at_high)  # values that reach `high` and that no rank holds any more
+        counts, between = self._count(limits, least, most)
+        table = collectives.all_gather_ints([*counts, int(between is not None)], what="selection: counts")
+        dropped = self.above - sum(self.at_high)  # values that reach `high` and that no rank holds any more
         lows, highs = [(self.low, self.at_low)], [(self.high, self.at_high)]
         for limit, *at in zip(limits, *(row[:-1] for row in table), strict=True):
-            (lows if gone + sum(at) >= self.k else highs).append((limit, at))
+            (lows if dropped + sum(at) >= self.k else highs).append((limit, at))
         (self.low, self.at_low), (self.high, self.at_high) = max(lows), min(highs)
-        self.above = gone + sum(self.at_high)
-        inner = (self.low, self.high) == (least, most)
-        self.exact = inner and all(row[-1] for row in table)
-        if self.exact and kept is not None:
-            self.held = [kept]
+        self.above = dropped + sum(self.at_high)
+        as_expected = (self.low, self.high) == (least, most)
+        self.exact = as_expected and all(row[-1] for row in table)
+        if self.exact and between is not None:
+            self.held = [between]
             self.at_low = [a - b for a, b in zip(self.at_low, self.at_high, strict=True)]
             self.at_high = [0] * len(self.at_low)
 
     def _limits(self) -> tuple[list[float], float, float]:
-        """Limits to count at, ascending, and the two between which the k-th value should be."""
+        """Limits to count at, ascending, and the two of them that should enclose the k-th highest value."""
         sample = np.sort(self.sample())[::-1]
-        share = (self.k - self.above) / self.inside  # of the values in question that are as high
-        place = share * len(sample)
-        margin = 4 * sqrt(place * (1 - share)) + 1  # four standard deviations
-        first, last = floor(place - margin), ceil(place + margin)
-        if first < 0 and last >= len(sample) > 0:  # too few to say much: any new limit is a step
-            first = last = min(int(place), len(sample) - 1)
+        share = (self.k - self.above) / self.inside  # of the candidates that are at least the k-th highest
+        center = share * len(sample)
+        margin = 4 * sqrt(center * (1 - share)) + 1  # four standard deviations
+        first, last = floor(center - margin), ceil(center + margin)
+        if first < 0 and last >= len(sample) > 0:  # the sample is too small to estimate: any new limit helps
+            first = last = min(int(center), len(sample) - 1)
         most = float(sample[first]) if first >= 0 else self.high
         least = float(sample[last]) if last < len(sample) else self.low
         limits = {least, most}
-        for limit in (least, most):  # a value that is frequent, or that is no new limit, gets an interval of its own
+        for limit in (least, most):  # a frequent value, or one equal to the old limit, gets its own interval
             if limit == self.low or int((sample == limit).sum()) > 1:
                 limits.add(_next(limit))
         if _next(least) in limits:
@@ -134,47 +150,53 @@ class _Search:
         return sorted(limits), least, most
 
     def _count(self, limits: list[float], least: float, most: float) -> tuple[list[int], Tensor | None]:
-        """How many held values reach each limit, and those between `least` and `most`, or None if that are too many."""
-        counts, kept, room = [0] * len(limits), list[Tensor](), ROOM
+        """Counts the held values that reach each limit.
+
+        Returns:
+            The counts, and the held values in [least, most), or None if there are more than `ROOM` of them.
+        """
+        counts, parts, room = [0] * len(limits), list[Tensor](), ROOM
         for piece in (piece for array in self.held for piece in pieces(array)):
             reached = [piece >= limit for limit in limits]
             counts = [n + how_many(mask) for n, mask in zip(counts, reached, strict=True)]
             if room >= 0:
-                kept.append(torch.as_tensor(piece[reached[limits.index(least)] ^ reached[limits.index(most)]]))
-                room -= len(kept[-1])
-        between = torch.cat(kept) if kept else torch.zeros(0)
+                parts.append(torch.as_tensor(piece[reached[limits.index(least)] ^ reached[limits.index(most)]]))
+                room -= len(parts[-1])
+        between = torch.cat(parts) if parts else torch.zeros(0)
         return [int(n) for n in counts], between if room >= 0 else None
 
     def sample(self) -> NDArray[np.float32]:
-        """Values between the limits, of all ranks by their shares: all if they are at most SAMPLE. Collective."""
+        """Random candidates of all ranks, in proportion to their numbers; all candidates if at most `SAMPLE`. Collective."""
         own = [a - b for a, b in zip(self.at_low, self.at_high, strict=True)]
         sizes = own if self.inside <= SAMPLE else [ceil(SAMPLE * n / self.inside) for n in own]
         me = collectives.rank()
-        found = self._all() if self.inside <= SAMPLE else self._draw(sizes[me], own[me])
-        mine = torch.full((sizes[me],), torch.nan)
-        mine[: len(found)] = found
+        drawn = self._all() if self.inside <= SAMPLE else self._draw(sizes[me], own[me])
+        mine = torch.full((sizes[me],), torch.nan)  # NaN fills up a rank that drew too few
+        mine[: len(drawn)] = drawn
         bits = collectives.all_gather_uneven(mine.view(torch.int32), sizes, what="selection: sample")
         values: NDArray[np.float32] = bits.view(torch.float32).numpy()
         return values[~np.isnan(values)]
 
     def _all(self) -> Tensor:
-        pieces_ = [p[(p >= self.low) & (p < self.high)] for array in self.held for p in pieces(array)]
-        return torch.cat([torch.zeros(0), *(torch.as_tensor(p).cpu() for p in pieces_)])
+        """All of this rank's candidates."""
+        candidates = [p[(p >= self.low) & (p < self.high)] for array in self.held for p in pieces(array)]
+        return torch.cat([torch.zeros(0), *(torch.as_tensor(p).cpu() for p in candidates)])
 
     def _draw(self, size: int, own: int) -> Tensor:
-        """`size` random ones of this rank's `own` held values between the limits; fewer if few of those held are."""
+        """Draws `size` of this rank's `own` candidates at random; fewer if few of the held values are candidates."""
         ends = np.cumsum([0, *(len(array) for array in self.held)])
         draws = size if self.exact else min(DRAWS, ceil(1.5 * size * ends[-1] / max(own, 1)))
-        places = np.sort(self._random.integers(max(ends[-1], 1), size=draws if size else 0))
-        parts = np.split(places, np.searchsorted(places, ends[1:-1]))
-        found = [_take(*what) for what in zip(self.held, parts, ends, strict=False) if len(what[1])]
-        among = torch.cat([torch.zeros(0), *found])
-        among = among[(among >= self.low) & (among < self.high)]
-        return among[torch.from_numpy(self._random.permutation(len(among))[:size])]
+        positions = np.sort(self._random.integers(max(ends[-1], 1), size=draws if size else 0))
+        parts = np.split(positions, np.searchsorted(positions, ends[1:-1]))
+        taken = [_take(*arguments) for arguments in zip(self.held, parts, ends, strict=False) if len(arguments[1])]
+        values = torch.cat([torch.zeros(0), *taken])
+        values = values[(values >= self.low) & (values < self.high)]
+        return values[torch.from_numpy(self._random.permutation(len(values))[:size])]
 
 
-def _take(values: Tensor, places: NDArray[np.int64], begin: int) -> Tensor:
-    return values[torch.from_numpy(places - begin).to(values.device)].cpu()
+def _take(values: Tensor, positions: NDArray[np.int64], begin: int) -> Tensor:
+    """Values on the CPU; `begin` is the position of the first element of `values`."""
+    return values[torch.from_numpy(positions - begin).to(values.device)].cpu()
 
 
 def _next(value: float) -> float:

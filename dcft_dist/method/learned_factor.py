@@ -1,10 +1,14 @@
-"""A factor that is learned while training goes on, from held-out data.
+"""Learns the penalty factor from held-out data during training.
 
-With D the step that the optimizer proposes for the fundamental weights and w' the weights reached, the loss on held-out data
-would change with the factor by dL(w')/d factor = <grad L(w'), D>: one dot product on the shards and one all-reduce. The
-derivative is divided by its own running size, so `rate` is about the change of the factor.
+D is the step that the optimizer proposes for the fundamental weights, and w' are the weights after the step. The loss on
+held-out data changes with the factor by
 
-It is greedy: it sees what a step does at once, not what it does in the end, and a step that helps now may hurt later.
+    dL(w')/d factor = <grad L(w'), D>
+
+This takes one dot product on the shards and one all-reduce. The slope is divided by its own running root mean square, so one
+update changes the factor by about `rate`.
+
+The method is greedy. It measures the immediate effect of a step, and a step that helps now may hurt later.
 """
 
 from __future__ import annotations
@@ -21,29 +25,48 @@ from ..errors import PenaltyError
 from .penalty import Penalty
 from .score_batches import LossFn, backward_batch, undisturbed
 
-_DECAY = 0.9  # of the running mean of squares
+_DECAY = 0.9  # of the running mean of squared slopes
 
 
 class LearnedFactor:
-    """Changes the factor of `penalty` (update level) by `update`, to be called after optimizer steps. Collective.
+    """Learns the factor of a penalty from held-out data; call `update` after optimizer steps.
+
+    The method is greedy: it measures the immediate effect of a step on the held-out loss.
 
     Attributes:
-        slope: the last derivative of the held-out loss with respect to the factor.
+        slope: the derivative of the held-out loss with respect to the factor at the last update; NaN before the first.
     """
 
     def __init__(self, model: nn.Module, penalty: Penalty, loss_fn: LossFn, rate: float = 0.05) -> None:
+        """Makes the penalty store the proposed steps, which takes as much memory as a second set of weights.
+
+        Args:
+            model: the model that the penalty is attached to.
+            penalty: what `attach_penalty(..., level="update")` returned.
+            loss_fn: `loss_fn(model, batch)` returns the mean loss as a scalar tensor, or `(sum, count)`.
+            rate: change of the factor in one update, about.
+
+        Raises:
+            PenaltyError: the penalty is not at the update level.
+        """
         if penalty.level != "update":
-            raise PenaltyError("a factor is learned at the update level alone: use attach_penalty(..., level='update')")
+            raise PenaltyError("a factor can be learned only at the update level: use attach_penalty(..., level='update')")
         penalty.keep_proposal = True
         self._model, self._penalty, self._loss_fn, self._rate = model, penalty, loss_fn, rate
         self._size, self._count = 0.0, 0
         self.slope = float("nan")
 
     def update(self, items: Sequence[Any]) -> float:
-        """Moves the factor against the slope on `items`, this rank's part of a held-out batch; returns the new factor.
+        """Changes the factor by one step against the slope, within [0, 1]. Call it after `optimizer.step`. Collective.
+
+        Args:
+            items: this rank's part of a held-out batch, with the same number of items on every rank.
+
+        Returns:
+            The new factor.
 
         Raises:
-            PenaltyError: there has been no step yet.
+            PenaltyError: the optimizer has not made a step yet.
         """
         if not self._penalty.proposal:
             raise PenaltyError("no step has been proposed yet: call update after optimizer.step")
@@ -56,10 +79,11 @@ class LearnedFactor:
         return self._penalty.factor
 
     def state(self) -> dict[str, float]:
-        """What a run that goes on needs."""
+        """State for a checkpoint: the factor, and the running statistics of the slope."""
         return {"factor": self._penalty.factor, "size": self._size, "count": self._count}
 
     def load_state(self, state: dict[str, float]) -> None:
+        """Restores what `state` returned. Call it on every rank."""
         self._penalty.set_factor(state["factor"])
         self._size, self._count = state["size"], int(state["count"])
 
@@ -68,10 +92,10 @@ class LearnedFactor:
         with undisturbed(engine):
             _, scale = backward_batch(engine, items, self._loss_fn)
             for shard in engine.shards():
-                way, gradient = self._penalty.proposal.get(shard.name), shard.gradient
-                if way is not None and gradient is not None:
+                proposed, gradient = self._penalty.proposal.get(shard.name), shard.gradient
+                if proposed is not None and gradient is not None:
                     span = slice(*shard.owned)
-                    dot = (gradient.reshape(-1)[span].double() * way.reshape(-1)[span].double()).sum()
+                    dot = (gradient.reshape(-1)[span].double() * proposed.reshape(-1)[span].double()).sum()
                     total += scale * dot.cpu()
             engine.clear_gradients()
-        return collectives.reduce_numbers([total], what="slope of the factor")[0]
+        return collectives.reduce_numbers([total], what="slope of the held-out loss")[0]

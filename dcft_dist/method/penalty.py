@@ -1,15 +1,8 @@
-"""The penalty: fundamental weights move only `factor` of their step; all others move as usual.
+"""The penalty: fundamental weights move only by `factor` times their step; all other weights move as usual.
 
-Two multipliers act over the fundamental set: `factor` on its members and `rest_factor` on the other eligible weights; a
-third, `unscored_factor`, on weights that are neither eligible nor head. The head is never touched. Two levels:
-
-gradient   the gradient is multiplied. `before`: by an out-of-place hook on the autograd leaf that receives the unsharded
-           gradient, hence before the reduce-scatter or all-reduce. `after`: once per optimizer step on the reduced shard.
-update     the gradient is left alone; around `optimizer.step` the weights keep only the multiplied part of the step that
-           was proposed, decay included: w <- w_old + m (w_new - w_old), a learning rate for each weight.
-
-Optimizers that divide by the gradient's own scale cancel a constant gradient penalty (docs/results/displacement.md: at
-factor 0.1 the penalised weights move 0.10 of their way under SGD, but 1.00 under Adam), hence the level `auto`.
+`attach_penalty` explains the multipliers, the levels and where the gradient is multiplied. Optimizers that divide by the
+gradient's own scale cancel a constant gradient penalty. Measured at factor 0.1: relative to no penalty, the penalised
+weights move 0.10 as far under SGD, but 1.00 under Adam (docs/results/displacement.md). Level "auto" avoids this.
 """
 
 from __future__ import annotations
@@ -64,33 +57,59 @@ def attach_penalty(
     unscored_factor: float = 1.0,
     mask_placement: Placement = "replicated",
 ) -> Penalty:
-    """Puts the penalty in force on `model`, prepared for training (wrapped, sharded). Collective.
+    """Attaches the penalty to a model that is prepared for training (wrapped, sharded). Collective.
+
+    From then on the gradient or the step of every weight is multiplied by a number m:
+
+    - fundamental weights: m = `factor`
+    - other eligible weights: m = `rest_factor`
+    - unscored weights (neither eligible nor head): m = `unscored_factor`
+    - the head: m = 1, always
+    - frozen weights: skipped, and listed in `Penalty.frozen`
 
     Args:
         model: a plain module, a DistributedDataParallel, an FSDP2-sharded module, a FullyShardedDataParallel, or a
-            DeepSpeedEngine, made by hand or by Accelerate; attach after wrapping or sharding.
-        fundamental: the set; its names and shapes must be the model's.
-        factor: multiplier of fundamental weights, in [0, 1].
-        optimizer: steps the model's weights. May be left out for the gradient level before the reduction alone, and
-            for a DeepSpeedEngine, which has its own. What Accelerate or DeepSpeed made of an optimizer is unwrapped.
-        level: `gradient`, `update`, or `auto`: gradient for `torch.optim.SGD` without weight decay, update for all else.
-        where: place of the gradient level: `before` or `after` the reduction.
+            DeepSpeedEngine, prepared by you or by Accelerate. Attach the penalty after wrapping or sharding. Weights must
+            be stored in float32 or float64; computing in bfloat16 is fine.
+        fundamental: the fundamental set; its names and shapes must be those of the model.
+        factor: multiplier of fundamental weights, in [0, 1]; 1 means no penalty.
+        optimizer: the optimizer that steps the model's weights. Required for level "update" and for where "after". Not
+            needed for a DeepSpeedEngine, which has its own. Wrappers by Accelerate or DeepSpeed are unwrapped.
+        level: what is multiplied.
+
+            - "gradient": the gradient, before the optimizer sees it.
+            - "update": the step that the optimizer has made, weight decay included: w <- w_old + m (w_new - w_old). This
+              acts like a learning rate per weight. During the step, the old weights of the shard are kept in memory.
+            - "auto" (default): "gradient" for `torch.optim.SGD` without weight decay, or if no optimizer is passed;
+              "update" for all other optimizers. Adam and its relatives cancel a penalty on the gradient.
+        where: for level "gradient": when the gradient is multiplied. Both choices give the same numbers up to rounding.
+
+            - "before" (default): before the reduction over ranks (reduce-scatter or all-reduce), by a hook on the autograd
+              leaf that receives the unsharded gradient.
+            - "after": after the reduction, once per optimizer step, on this rank's shard.
         rest_factor: multiplier of eligible weights that are not fundamental, in [0, 1].
         unscored_factor: multiplier of weights that are neither eligible nor head, in [0, 1].
-        mask_placement: for the gradient level before the reduction, which needs the bits of whole weights. `replicated`:
-            each rank holds all, an eighth of a byte a weight, and sends nothing. `sharded`: each rank holds its part, and
-            the bits of a leaf are gathered when its gradient is ready (1/32 of the traffic of a float32 gradient); every
-            rank's backward must then reach the same weights in the same order. No effect elsewhere: a shard needs its own.
+        mask_placement: where the bits of the set are stored, for level "gradient" with where "before", which needs the bits
+            of whole weights. Otherwise it has no effect: each rank stores the bits of its own shard.
+
+            - "replicated" (default): each rank stores all bits, 1/8 byte per weight. Nothing is sent.
+            - "sharded": each rank stores an equal part. The bits of a leaf are gathered when its gradient is ready, which
+              costs 1/32 of the traffic of a float32 gradient. The backward must reach the same weights in the same order
+              on every rank. Not available with tensor parallelism.
 
     Returns:
-        A handle: `calls`, `set_factor`, `remove`; also a context manager that removes the penalty at its end. The model
-        keeps the penalty in force also where the handle is dropped.
+        A handle (`Penalty`), also usable as a context manager that removes the penalty at the end of the block. The
+        penalty stays attached even if you drop the handle.
 
     Raises:
-        FundamentalSetError: names or shapes of the set that the model does not have.
-        PenaltyError: a factor out of range, a penalty already attached, an optimizer that does not step the model, weights
-            stored in half precision. At an optimizer step: a hook that did not fire, which all ranks find together at the
-            first, and at each `in_force`; other steps check what a rank can tell alone and send nothing.
+        FundamentalSetError: the set has names or shapes that the model does not have.
+        PenaltyError: a factor outside [0, 1], an unknown choice, or weights stored in half precision. Also if a penalty is
+            already attached, or if the optimizer is missing or does not step the model's weights.
+        EngineError: the model is wrapped in an unsupported way.
+
+    A later `optimizer.step` raises PenaltyError if the penalty was not applied, for example because a hook was lost. The
+    first step of a weight, and each call of `Penalty.in_force`, check this over all ranks. Other steps check what one rank
+    can see alone, and send nothing.
     """
     engine = find_engine(model)
     with collectives.agreed("attach penalty"):
@@ -113,13 +132,13 @@ def attach_penalty(
 def _read_bits(
     engine: Engine, fundamental: FundamentalSet, boxes: dict[str, Box], unscored: float
 ) -> dict[str, Packed | None]:
-    """Bits of every weight that a multiplier acts on, as far as they lie in this rank's boxes. Collective."""
+    """Reads the bits of this rank's boxes, for every weight that a multiplier acts on. Collective."""
     names = engine.names
     head = set(names.match(fundamental.info.head, what="head")) if fundamental.info.head else set()
     trained = set(names.trainable) - head
     bits: dict[str, Packed | None] = {}
-    for given in fundamental.names:  # every name, on every rank, in this order: reading may be collective
-        name, packed = names.aliases[given], fundamental.packed(given)
+    for alias in fundamental.names:  # all names in the same order on every rank, since reading may be collective
+        name, packed = names.aliases[alias], fundamental.packed(alias)
         if name in trained:
             bits[name] = cut(packed, boxes[name])
     if unscored != 1.0:
@@ -127,18 +146,27 @@ def _read_bits(
     return bits
 
 
-# -- the penalty in force -----------------------------------------------------------------------------------------------
+# -- the attached penalty -----------------------------------------------------------------------------------------------
 
 
 class Penalty:
-    """A penalty in force. Made by `attach_penalty`.
+    """Handle of an attached penalty, returned by `attach_penalty`.
+
+    As a context manager it removes the penalty at the end of the block. The penalty stays attached even if you drop the
+    handle. A copy or a pickle of the model has no penalty.
 
     Attributes:
-        level, where: what was chosen.
-        calls: per parameter name, how often its gradient or its step has been multiplied on this rank.
-        frozen: names that are skipped since they are not trained.
-        keep_proposal: True: after each step at the update level `proposal` has what the optimizer proposed for the
-            fundamental weights of each shard, zero for others. Takes the memory of another set of weights.
+        level: "gradient" or "update"; level "auto" has been resolved.
+        where: "before" or "after" the reduction; used at the gradient level only.
+        factor: current multiplier of the fundamental weights (read-only; change it with `set_factor`).
+        calls: parameter name -> how often this rank has multiplied the weight's gradient or step.
+        frozen: names of the weights that were not trained when the penalty was attached.
+        mask_bytes: memory that this rank uses for the bits of the set, in bytes.
+        watch: set it to True to measure the effect of the penalty, for `in_force`.
+        keep_proposal: set it to True to store `proposal` after each step at the update level. This takes as much memory
+            as a second set of weights.
+        proposal: parameter name -> the step that the optimizer proposed for this rank's shard of the weight, with zeros
+            where it is not fundamental.
     """
 
     def __init__(
@@ -150,18 +178,31 @@ class Penalty:
         where: Where,
         optimizer: Optimizer | None,
     ) -> None:
-        self._told = optimizer is not None  # whether it was known, and warned of, when the level was chosen
-        self._given = weakref.ref(optimizer) if optimizer is not None else None
+        """Installs the hooks. Use `attach_penalty`, which checks its arguments first.
+
+        Args:
+            engine: the engine of the model.
+            multipliers: the multipliers of all penalised weights.
+            leaves: autograd leaves to hook; used at the gradient level before the reduction.
+            level: what is multiplied.
+            where: before or after the reduction, at the gradient level.
+            optimizer: the optimizer passed to `attach_penalty`, if any.
+
+        Raises:
+            EngineError: a penalised weight belongs to no leaf.
+        """
+        self._optimizer_known = optimizer is not None  # choose_level has warned about a known optimizer
+        self._attached_optimizer = weakref.ref(optimizer) if optimizer is not None else None
         self.level, self.where = level, where
         self.calls: Counter[str] = Counter()
         self._engine, self._multipliers = engine, multipliers
         self._seen = PenaltyWatch(engine, multipliers.bits)
         self.frozen = self._seen.frozen
         self._handles: list[Any] = []
-        self._scaled: set[str] = set()  # weights whose reduced gradient has been multiplied for the coming step
+        self._scaled: set[str] = set()  # weights whose reduced gradient is already multiplied for the next step
         self._old: list[tuple[Shard, Tensor]] = []
-        self._stepping: Optimizer | None = None
-        self._stepped: set[str] = set()  # weights that it steps
+        self._stepping: Optimizer | None = None  # the optimizer that is in its step
+        self._stepped: set[str] = set()  # penalised weights that it steps
         self.keep_proposal = False
         self.proposal: dict[str, Tensor] = {}
         if self.frozen:
@@ -171,25 +212,29 @@ class Penalty:
         self._hook_optimizers()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_nothing, ())  # a copy or a pickle of the model is without penalty, as it is without hooks
+        return (_nothing, ())  # a copy or a pickle of the model has no hooks, and therefore no penalty
 
     def __repr__(self) -> str:
-        place = f", {self.where} the reduction" if self.level == "gradient" else ""
-        return f"Penalty(factor {self.factor:g} on the {self.level}{place}, {len(self._multipliers.bits)} weight tensors)"
+        timing = f", {self.where} the reduction" if self.level == "gradient" else ""
+        return f"Penalty(factor {self.factor:g} on the {self.level}{timing}, {len(self._multipliers.bits)} weight tensors)"
 
     @property
     def factor(self) -> float:
+        """Current multiplier of the fundamental weights; change it with `set_factor`."""
         return self._multipliers.factor
 
     @property
     def mask_bytes(self) -> int:
-        """What this rank keeps of the set: a bit for each weight that it holds or, before the reduction, for all; of the
-        latter its part if they are sharded."""
+        """Memory that this rank uses for the bits of the set, in bytes.
+
+        One bit per penalised weight of this rank's shard. At the gradient level before the reduction: one bit per penalised
+        weight of the model, or this rank's part of these bits with mask_placement "sharded".
+        """
         return sum(packed.numel() for packed in self._multipliers.bits.values() if packed is not None)
 
     @property
     def watch(self) -> bool:
-        """True: measure what is applied over what is proposed, for `in_force`. Costs another pass over the weights."""
+        """Whether to measure the effect of the penalty, for `in_force`. Costs one more pass over the weights per step."""
         return self._multipliers.watch
 
     @watch.setter
@@ -197,7 +242,10 @@ class Penalty:
         self._multipliers.watch = on
 
     def set_factor(self, factor: float) -> None:
-        """Changes the multiplier of the fundamental weights from the next backward or step on. Call on every rank.
+        """Changes the multiplier of the fundamental weights, from the next backward or step on. Call it on every rank.
+
+        Args:
+            factor: the new multiplier, in [0, 1], the same on every rank.
 
         Raises:
             PenaltyError: the factor is outside [0, 1].
@@ -206,27 +254,31 @@ class Penalty:
         self._multipliers.set_factor(factor)
 
     def apply(self) -> None:
-        """With `where="after"`: multiplies the reduced gradients now, once per step, so that a clipping that follows sees
-        the penalised gradients. Without this call it happens at the start of `optimizer.step`. Else it does nothing.
+        """Multiplies the reduced gradients now, so that you can clip penalised gradients. Only for where "after".
+
+        Call it after the last backward and before clipping. Without this call, the gradients are multiplied at the start of
+        `optimizer.step`. Each gradient is multiplied once per step in any case. Otherwise the call does nothing.
 
         Raises:
-            PenaltyError: the engine clips inside its own step, before gradients can be reached after the reduction.
+            PenaltyError: the engine (DeepSpeed) clips inside its own step, before the reduced gradients can be reached.
         """
         if self.level == "gradient" and self.where == "after" and self._engine.clips_inside:
             raise PenaltyError(
-                "DeepSpeed clips inside its step, before a penalty that comes after the reduction: use where='before' to "
-                "clip penalised gradients, or leave apply() out to clip plain ones"
+                "DeepSpeed clips inside its step, before a penalty with where='after' can be applied: use where='before' to "
+                "clip penalised gradients, or do not call apply() to clip plain ones"
             )
         self._scale_reduced(list(self._multipliers.bits))
 
     def in_force(self) -> float:
-        """Norm of what was applied over norm of what was proposed, for the fundamental weights, since last asked.
+        """Measures the penalty and checks it over all ranks. Collective; call it when you log.
 
-        At the update level of the steps, at the gradient level of the gradients where they are multiplied. NaN where
-        nothing was proposed, or `watch` is off. Collective.
+        Returns:
+            Norm applied divided by norm proposed, over the fundamental weights, since the last call. The norms are those
+            of the steps at the update level, and of the gradients at the gradient level. With one factor throughout, it
+            equals the factor. NaN if `watch` is off, or if nothing was proposed.
 
         Raises:
-            PenaltyError: the ranks have different factors, or a weight that holds a gradient was multiplied on no rank.
+            PenaltyError: the ranks have different factors, or a weight has a gradient that no rank multiplied.
         """
         self._seen.agree(self.factor)
         m = self._multipliers
@@ -235,7 +287,7 @@ class Penalty:
         return float((applied / proposed) ** 0.5) if proposed else float("nan")
 
     def remove(self) -> None:
-        """Takes all hooks off; the model trains on without penalty. May be called more than once."""
+        """Removes all hooks; training continues without the penalty. May be called more than once."""
         _watching.pop(self._number, None)
         for handle in self._handles:
             handle.remove()
@@ -260,15 +312,15 @@ class Penalty:
                 self._handles.append(leaf.tensor.register_hook(self._leaf_hook(segments, count)))
                 self._handles.append(leaf.tensor.register_post_accumulate_grad_hook(count.reach))
         if missed := self._seen.unhooked():
-            raise EngineError(f"no autograd leaf was found for {listing(missed)}")
+            raise EngineError(f"no autograd leaf receives the gradient of {listing(missed)}")
 
     def _leaf_hook(self, segments: list[Segment], count: LeafCount) -> Callable[[Tensor], Tensor]:
         multipliers, calls = self._multipliers, self.calls
         cells = sum(s.box.numel for s in segments)
 
         def hook(gradient: Tensor) -> Tensor:
-            # Out of place: autograd may have given the same memory to other leaves.
-            plain = local_tensor(gradient) is gradient and not torch.is_grad_enabled()  # enabled: create_graph
+            # Out of place, since other leaves may share this memory. Gradients are enabled under create_graph.
+            plain = local_tensor(gradient) is gradient and not torch.is_grad_enabled()
             if plain and gradient.is_contiguous() and gradient.numel() == cells:
                 scaled, source = torch.empty_like(gradient), gradient.detach().view(-1)
                 flat = scaled.view(-1)
@@ -287,32 +339,33 @@ class Penalty:
     # -- around optimizer.step --------------------------------------------------------------------------------------
 
     def _hook_optimizers(self) -> None:
-        """Watches every optimizer: also one that was not passed, several that share the weights, one made too early."""
+        """Watches every optimizer: one that was not passed, one created too early, several that share the weights."""
         _watch_optimizers()
         self._number = next(_numbers)
         _watching[self._number] = self
         self._handles.append(self._engine.module.register_forward_pre_hook(_ForwardHook(self)))
 
     def on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Called before a step of any optimizer; returns other arguments for it, or None."""
+        """Called before a step of any optimizer; returns new arguments for the step, or None to leave them."""
         if not self._before_step(optimizer):
             return None
-        given = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
-        if not given:
-            return self._gradients_are_there()
-        instead = {id(given[0]): self._closure(optimizer, given[0])}
-        return tuple(instead.get(id(a), a) for a in args), {k: instead.get(id(a), a) for k, a in kwargs.items()}
+        closures = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
+        if not closures:
+            return self._gradients_ready()
+        wrapped = {id(closures[0]): self._closure(optimizer, closures[0])}
+        return tuple(wrapped.get(id(a), a) for a in args), {k: wrapped.get(id(a), a) for k, a in kwargs.items()}
 
     def _before_step(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer steps weights that are penalised, or should be."""
-        nested = getattr(self._stepping, "optim", None) is optimizer  # the inner one of ZeroRedundancyOptimizer
+        """Called when a step begins. Returns whether the optimizer steps weights that are penalised, or should be."""
+        nested = getattr(self._stepping, "optim", None) is optimizer  # inside a ZeroRedundancyOptimizer
         names = set() if nested else self._seen.stepped_by(optimizer)
         if not self._seen.concerns(optimizer, names):
-            if self._given is not None and self._given() is optimizer and self._seen.has_lost(optimizer):
+            passed = self._attached_optimizer is not None and self._attached_optimizer() is optimizer
+            if passed and self._seen.has_lost(optimizer):
                 raise alone(
                     PenaltyError(
-                        f"rank {collectives.rank()}: {type(optimizer).__name__}, given to attach_penalty, steps none of the "
-                        "weights that it stepped then: attach the penalty after deepspeed.initialize, or after wrapping"
+                        f"rank {collectives.rank()}: the {type(optimizer).__name__} passed to attach_penalty no longer "
+                        "steps any weight of the model: attach the penalty after deepspeed.initialize, or after wrapping"
                     )
                 )
             return False
@@ -320,15 +373,15 @@ class Penalty:
         self._stepping, self._stepped, self._old = optimizer, names, []
         return True
 
-    def _gradients_are_there(self) -> None:
-        """Between the last backward and the step proper."""
+    def _gradients_ready(self) -> None:
+        """Checks and multiplies the gradients, or saves the old weights, right before the optimizer steps."""
         self._seen.check(self._stepped, self.factor)
         self._scale_reduced([n for n in self._multipliers.bits if n in self._stepped])
         if self.level == "update":
             self._old = [(s, s.local.clone()) for s in self._shards(self._stepped) if s.gradient is not None]
 
     def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
-        """The closure of `optimizer.step(closure)`, which computes the gradients inside the step."""
+        """Wraps the closure of `optimizer.step(closure)`, which computes the gradients inside the step."""
         evaluations, names = 0, self._stepped
 
         def evaluate() -> Any:
@@ -336,24 +389,24 @@ class Penalty:
             evaluations += 1
             if evaluations > 1 and (self.level == "update" or self.where == "after"):
                 raise PenaltyError(
-                    f"{type(optimizer).__name__} evaluates its closure more than once in a step, where only a gradient "
-                    "penalty before the reduction is the same each time: use level='gradient', where='before'"
+                    f"{type(optimizer).__name__} evaluates its closure more than once per step, which only a gradient "
+                    "penalty before the reduction supports: use level='gradient', where='before'"
                 )
             loss = closure()
             self._stepping, self._stepped = optimizer, names  # the closure may have stepped another optimizer
-            self._gradients_are_there()
+            self._gradients_ready()
             return loss
 
         return evaluate
 
     def _warn_if_cancelled(self, optimizer: Optimizer) -> None:
-        """Once, about an optimizer that `attach_penalty` was not told of."""
-        if self.level == "gradient" and not self._told and not isinstance(optimizer, torch.optim.SGD):
+        """Warns once about an optimizer that was not passed to `attach_penalty`."""
+        if self.level == "gradient" and not self._optimizer_known and not isinstance(optimizer, torch.optim.SGD):
             log.warning(CANCELLED, type(optimizer).__name__)
-        self._told = True
+        self._optimizer_known = True
 
     def on_stepped(self, optimizer: Optimizer) -> None:
-        """Called after a step of any optimizer."""
+        """Called after a step of any optimizer: at the update level, shortens the step."""
         if self._stepping is not optimizer:
             return
         self._stepping = None
@@ -368,9 +421,11 @@ class Penalty:
         self._seen.after_step(self._stepped)
 
     def _shards(self, names: set[str]) -> list[Shard]:
+        """This rank's shards of these weights, in model order."""
         return [shard for shard in self._engine.shards() if shard.name in names]
 
     def _scale_reduced(self, names: list[str]) -> None:
+        """At the gradient level after the reduction: multiplies the gradients of these weights, once per step."""
         if self.level == "update" or self.where == "before":
             return
         for shard in self._shards(set(names) - self._scaled):
@@ -380,12 +435,12 @@ class Penalty:
                 self._scaled.add(shard.name)
 
     def on_forward(self) -> None:
-        """New gradients are on their way, and what was multiplied for a skipped step does not count."""
+        """Called before a forward in training: new gradients follow, so those of a skipped step no longer count."""
         self._scaled.clear()
         self._seen.forwards += 1
 
 
-# In the order in which they were attached, which is the same on every rank: they meet in collectives.
+# Penalties in the order in which they were attached. It must be the same on every rank, since they call collectives.
 _watching: weakref.WeakValueDictionary[int, Penalty] = weakref.WeakValueDictionary()
 
 
@@ -394,14 +449,17 @@ _numbers = itertools.count()
 
 @cache
 def _watch_optimizers() -> None:
-    """Once for the process: hooks that go with their penalty might go while torch is walking through its hooks."""
+    """Registers hooks on all optimizers, once per process.
+
+    A hook per penalty could be removed together with its penalty while torch iterates over its hooks.
+    """
 
     def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         changed = None
         for penalty in list(_watching.values()):
-            found = penalty.on_step(optimizer, args, kwargs)
-            if found is not None:
-                changed = args, kwargs = found
+            new_arguments = penalty.on_step(optimizer, args, kwargs)
+            if new_arguments is not None:
+                changed = args, kwargs = new_arguments
         return changed
 
     def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -413,7 +471,7 @@ def _watch_optimizers() -> None:
 
 
 class _ForwardHook:
-    """Tells the penalty of a forward in training."""
+    """Notifies the penalty when a forward in training begins. A copy or a pickle of the hook does nothing."""
 
     def __init__(self, penalty: Penalty) -> None:
         self._penalty = weakref.ref(penalty)

@@ -1,4 +1,8 @@
-"""Composite ranks over scores that are spread over ranks: exact cuts, found without gathering the scores."""
+"""Finds exact cuts through scores that are spread over ranks, without gathering the scores.
+
+`selection` explains the composite rank of a weight and how the cuts are found. A cell is one element of a weight. The
+position of a cell (canonical position) counts the elements of all weights, in UTF-8 order of the names, then by flat index.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +22,19 @@ from .bits import CHUNK, Packed, num_bytes, pack, popcount, step_of
 from .kth_highest import comparable, how_many, is_finite, kth_highest, pieces
 from .scores import Scores, ScoreShard
 
-Keep = Callable[["Chunk"], Tensor]  # which cells of a chunk take part
+Keep = Callable[["Chunk"], Tensor]  # boolean mask of the cells of a chunk that take part
 
 
 Group = Callable[["Chunk"], Tensor]  # the group of each cell of a chunk (int64)
 
 
-FEW = 256  # equal scores whose places are simply gathered
+FEW = 256  # up to this many equal scores, their positions are simply gathered
 
 
-FAN = 64  # places that are tried at once where the cut goes through equal scores
+FAN = 64  # positions tried at once if the cut goes through equal scores
 
 
-_SCORE_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the 32-bit score key
+_SCORE_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the digits of the 32-bit score key
 
 
 _POSITION_BITS = 55
@@ -41,54 +45,73 @@ _POSITION_DIGITS = ((44, 11), (33, 11), (22, 11), (11, 11), (0, 11))
 
 @dataclass(frozen=True)
 class Chunk:
-    """Some consecutive cells of one score shard. `tensor` numbers the weight in model order."""
+    """Consecutive cells of one score shard.
+
+    Attributes:
+        tensor: number of the weight, in model order.
+        name: canonical name of the weight.
+        begin, end: range of the shard's cells.
+        shard: this rank's scores of the weight.
+        base: canonical position of the weight's first element.
+    """
 
     tensor: int
     name: str
     begin: int
     end: int
     shard: ScoreShard
-    base: int  # canonical position of the weight's first element
+    base: int
 
     @property
     def values(self) -> Tensor:
+        """Scores of the cells, flat float32."""
         return self.shard.values[self.begin : self.end]
 
     def key(self) -> Tensor:
-        """Scores as integers in [0, 2^32) that sort the same way; -0.0 and 0.0 are one value."""
+        """Scores as integers in [0, 2^32) with the same order; -0.0 and 0.0 get the same integer."""
         bits = (self.values + 0.0).view(torch.int32).to(torch.int64)
         return torch.where(bits >= 0, bits + (1 << 31), ~bits & 0x7FFFFFFF)
 
     def place(self) -> Tensor:
-        """Canonical positions, counted so that an earlier weight has the larger value."""
+        """Canonical positions, counted backwards: an earlier cell has the larger value."""
         index = self.shard.box.flat_index(self.begin, self.end, self.shard.values.device)
         return (1 << _POSITION_BITS) - 1 - (index + self.base)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Per group the lowest composite rank that is selected: cells with (key, place) >= it are."""
+    """Selects, in each group, the cells with a (key, place) of at least that of the group's lowest selected cell.
+
+    Attributes:
+        key: per group the lowest selected score key (`Chunk.key`).
+        place: per group the lowest selected place (`Chunk.place`) among cells with that key; 0 selects all of them.
+    """
 
     key: Tensor
     place: Tensor
 
     def selects(self, chunk: Chunk, group: Tensor | None = None) -> Tensor:
+        """Boolean mask of the selected cells; `group` is the group of each cell (None: group 0)."""
         key = chunk.key()
-        limit, place = (self.key[0], self.place[0]) if group is None else (self.key[group], self.place[group])
+        limit, lowest_place = (self.key[0], self.place[0]) if group is None else (self.key[group], self.place[group])
         chosen = key >= limit
-        if bool((place > 0).any()):
-            chosen &= (key > limit) | (chunk.place() >= place)
+        if bool((lowest_place > 0).any()):
+            chosen &= (key > limit) | (chunk.place() >= lowest_place)
         return chosen
 
 
 @dataclass(frozen=True)
 class GlobalCut:
-    """The cut through the whole model: scores above `value` are selected, and those equal to it at places before `end`."""
+    """The cut through the whole model.
+
+    Selects the scores above `value`, and the scores equal to `value` at canonical positions before `end`.
+    """
 
     value: float
     end: int
 
     def selects(self, chunk: Chunk) -> Tensor:
+        """Boolean mask of the selected cells."""
         ties = min(max(chunk.shard.box.num_before(self.end - chunk.base) - chunk.begin, 0), chunk.end - chunk.begin)
         values = comparable(chunk.values)
         if ties == len(values):
@@ -99,11 +122,12 @@ class GlobalCut:
 
 
 def by_tensor(chunk: Chunk) -> Tensor:
+    """A `Group` with one group per weight."""
     return torch.full((chunk.end - chunk.begin,), chunk.tensor, dtype=torch.int64, device=chunk.shard.values.device)
 
 
 class Ranking:
-    """The composite ranks of all scores: chunk-wise access for this rank, collective selection over all."""
+    """The composite ranks of all scores: access to this rank's cells in chunks, and collective selection."""
 
     def __init__(self, scores: Scores) -> None:
         self.names = list(scores.shapes)
@@ -117,86 +141,97 @@ class Ranking:
         self._device = next((s.values.device for s in scores.shards.values()), torch.device("cpu"))
 
     def chunks(self) -> Iterator[Chunk]:
+        """This rank's cells, in model order."""
         for tensor, name in enumerate(self.names):
             shard = self._shards[name]
             for begin in range(0, shard.box.numel, CHUNK):
                 yield Chunk(tensor, name, begin, min(begin + CHUNK, shard.box.numel), shard, self._base[name])
 
     def require_finite(self) -> None:
+        """Checks that all scores are finite. Collective.
+
+        Raises:
+            ScoreError: some scores are NaN or infinite.
+        """
         values = [self._shards[name].values for name in self.names]
         finite = [sum(how_many(is_finite(part)) for part in pieces(v)) for v in values]
         bad = torch.tensor([v.numel() - int(n) for v, n in zip(values, finite, strict=True)], dtype=torch.int64)
         bad = collectives.all_reduce(bad, what="selection: finite scores")
         if bad.any():
-            where = [f"{name} ({n})" for name, n in zip(self.names, bad.tolist(), strict=True) if n]
-            raise ScoreError(f"scores are NaN or infinite in {listing(where)}: lower the learning rate or check the data")
+            bad_names = [f"{name} ({n})" for name, n in zip(self.names, bad.tolist(), strict=True) if n]
+            raise ScoreError(
+                f"scores are NaN or infinite in {listing(bad_names)}: lower the learning rate or check the data"
+            )
 
     def line(self, k: int) -> GlobalCut:
-        """The cut that selects exactly the k highest. Collective."""
+        """The cut that selects exactly the k highest scores of the whole model. Collective."""
         if k == 0:
             return GlobalCut(torch.inf, 0)
-        found = kth_highest([self._shards[name].values for name in self.names], k)
-        wanted = k - found.above
-        return GlobalCut(found.value, self._total if wanted == found.ties else self._end(found.value, wanted, found.ties))
+        kth = kth_highest([self._shards[name].values for name in self.names], k)
+        selected = k - kth.above  # of the cells equal to the k-th highest
+        return GlobalCut(kth.value, self._total if selected == kth.ties else self._end(kth.value, selected, kth.ties))
 
-    def _end(self, value: float, wanted: int, total: int) -> int:
-        """Before which place there are exactly `wanted` of the `total` cells with this score. Collective."""
+    def _end(self, value: float, selected: int, total: int) -> int:
+        """Position that has exactly `selected` of the `total` cells with this score before it. Collective."""
         ties = {name: [int(how_many(v == value)) for v in pieces(self._shards[name].values)] for name in self.names}
         if total <= FEW:
-            return self._places(value, ties)[wanted - 1] + 1
+            return self._positions(value, ties)[selected - 1] + 1
         table = torch.tensor([sum(ties[name]) for name in self._base], dtype=torch.int64)
         sums = collectives.all_reduce(table, what="selection: ties").cumsum(0).tolist()
-        at = bisect_left(sums, wanted)
-        name, wanted = list(self._base)[at], wanted - (sums[at - 1] if at else 0)
-        values, box, until = self._shards[name].values, self._shards[name].box, np.cumsum([0, *ties[name]])
+        at = bisect_left(sums, selected)
+        name, selected = list(self._base)[at], selected - (sums[at - 1] if at else 0)
+        values, box, ties_before = self._shards[name].values, self._shards[name].box, np.cumsum([0, *ties[name]])
         step = step_of(values.device)
 
         def before(flat: int) -> int:
             cells = box.num_before(flat)
             whole = cells // step
-            return int(until[whole]) + int(sum(how_many(v == value) for v in pieces(values[whole * step : cells])))
+            return int(ties_before[whole]) + int(sum(how_many(v == value) for v in pieces(values[whole * step : cells])))
 
-        low, high = 0, prod(box.grid)  # fewer than `wanted` before low, at least as many before high
+        low, high = 0, prod(box.grid)  # fewer than `selected` ties before `low`, at least as many before `high`
         while high - low > 1:
-            places = sorted({low + (high - low) * i // FAN for i in range(1, FAN)} - {low})
-            table = torch.tensor([before(flat) for flat in places], dtype=torch.int64)
-            at = bisect_left(collectives.all_reduce(table, what="selection: place of a tie").tolist(), wanted)
-            low, high = [low, *places][at], [*places, high][at]
+            indices = sorted({low + (high - low) * i // FAN for i in range(1, FAN)} - {low})
+            table = torch.tensor([before(flat) for flat in indices], dtype=torch.int64)
+            at = bisect_left(collectives.all_reduce(table, what="selection: position of a tie").tolist(), selected)
+            low, high = [low, *indices][at], [*indices, high][at]
         return self._base[name] + high
 
-    def _places(self, value: float, ties: dict[str, list[int]]) -> list[int]:
-        """The places of the cells with this score, of all ranks; `ties`: how many are in each piece of this rank's."""
-        found: list[int] = []
+    def _positions(self, value: float, ties: dict[str, list[int]]) -> list[int]:
+        """Sorted positions of the cells with this score, of all ranks. Collective.
+
+        `ties` is, per weight, the number of these cells in each piece of this rank's scores.
+        """
+        own_positions: list[int] = []
         for name in self.names:
             shard = self._shards[name]
             for i, part in enumerate(pieces(shard.values)):
                 if ties[name][i]:
                     cells = (torch.as_tensor(part == value).nonzero().view(-1) + i * step_of(shard.values.device)).tolist()
-                    found += [int(shard.box.flat_index(cell, cell + 1)) + self._base[name] for cell in cells]
-        sizes = [n for (n,) in collectives.all_gather_ints([len(found)], what="selection: ties")]
-        mine = torch.tensor(found, dtype=torch.int64)
-        return sorted(collectives.all_gather_uneven(mine, sizes, what="selection: places of ties").tolist())
+                    own_positions += [int(shard.box.flat_index(cell, cell + 1)) + self._base[name] for cell in cells]
+        sizes = [n for (n,) in collectives.all_gather_ints([len(own_positions)], what="selection: ties")]
+        mine = torch.tensor(own_positions, dtype=torch.int64)
+        return sorted(collectives.all_gather_uneven(mine, sizes, what="selection: positions of ties").tolist())
 
     def cut(self, counts: Sequence[int], group: Group | None = None, keep: Keep | None = None) -> Cut:
         """The cut that selects exactly `counts[g]` cells in each group g. Collective.
 
         Args:
-            counts: how many to select in each group; not more than the group has cells.
-            group: the group of each cell; None puts all in group 0.
-            keep: cells that take part; None for all.
+            counts: number of cells to select in each group, at most the number of cells of the group.
+            group: returns the group of each cell; None puts all cells into group 0.
+            keep: returns which cells take part; None for all.
         """
         remaining = torch.tensor(list(counts), dtype=torch.int64, device=self._device)
-        none = remaining == 0
+        empty = remaining == 0
         key, ties = torch.zeros_like(remaining), torch.zeros_like(remaining)
         for shift, bits in _SCORE_DIGITS:
             digit, remaining, ties = self._digit(key, None, shift, bits, remaining, group, keep)
             key = (key << bits) | digit
         place = torch.zeros_like(key)
-        if bool(((ties != remaining) & ~none).any()):
+        if bool(((ties != remaining) & ~empty).any()):
             for shift, bits in _POSITION_DIGITS:
                 digit, remaining, _ = self._digit(key, place, shift, bits, remaining, group, keep)
                 place = (place << bits) | digit
-        key[none] = 1 << 32  # above every score
+        key[empty] = 1 << 32  # above every score
         return Cut(key, place)
 
     def _digit(
@@ -209,15 +244,19 @@ class Ranking:
         group: Group | None,
         keep: Keep | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Finds the next digit of the cut: (digit, how many cells with it are still to select, how many have it)."""
+        """Finds the next digit of the cut in each group, of the key or, if `place` is set, of the place. Collective.
+
+        Returns:
+            The digit, the number of cells with this digit that are still to select, and the number of cells with it.
+        """
         base = 1 << bits
         histogram = torch.zeros(len(key) * base, dtype=torch.int64, device=self._device)
         for chunk in self.chunks():
             value = chunk.key() if place is None else chunk.place()
             groups = group(chunk) if group else None
             prefix = key if place is None else place
-            wanted = prefix[0] if groups is None else prefix[groups]
-            match = (value >> (shift + bits)) == wanted
+            expected = prefix[0] if groups is None else prefix[groups]
+            match = (value >> (shift + bits)) == expected
             if place is not None:
                 match &= chunk.key() == (key[0] if groups is None else key[groups])
             if keep is not None:
@@ -229,19 +268,26 @@ class Ranking:
         histogram = collectives.all_reduce(histogram, what="selection: histogram").view(len(key), base)
         from_top = histogram.flip(1).cumsum(1).flip(1)  # cells with this digit or a higher one
         digit = ((from_top >= remaining.unsqueeze(1)).sum(1) - 1).clamp_(min=0)
-        here = histogram.gather(1, digit.unsqueeze(1)).squeeze(1)
-        above = from_top.gather(1, digit.unsqueeze(1)).squeeze(1) - here
-        return digit, remaining - above, here
+        with_digit = histogram.gather(1, digit.unsqueeze(1)).squeeze(1)
+        above = from_top.gather(1, digit.unsqueeze(1)).squeeze(1) - with_digit
+        return digit, remaining - above, with_digit
 
     def count(self, keep: Keep, group: Group, num_groups: int) -> list[int]:
-        """How many cells with `keep` each group has, over all ranks. Collective."""
+        """Number of cells of each group, over all ranks, for which `keep` is True. Collective."""
         counts = torch.zeros(num_groups, dtype=torch.int64, device=self._device)
         for chunk in self.chunks():
             counts += torch.bincount(group(chunk)[keep(chunk)], minlength=num_groups)
         return [int(n) for n in collectives.all_reduce(counts, what="selection: counts").tolist()]
 
     def collect(self, selects: Keep) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
-        """This rank's bits by name, and how many are selected in each weight over all ranks. Collective."""
+        """Packs the selection of this rank, and counts it over all ranks. Collective.
+
+        Args:
+            selects: returns the boolean mask of the selected cells of a chunk.
+
+        Returns:
+            By name: this rank's owned box and its packed bits; and the number of selected cells over all ranks.
+        """
         packed = {name: np.empty(num_bytes(self._shards[name].box.numel), dtype=np.uint8) for name in self.names}
         for chunk in self.chunks():  # chunks start at multiples of 8
             packed[chunk.name][chunk.begin // 8 : num_bytes(chunk.end)] = pack(selects(chunk))

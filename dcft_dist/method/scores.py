@@ -1,4 +1,4 @@
-"""Scores in a file, to select from more than once: one safetensors file, whole float32 tensors under the weights' names."""
+"""Scores in memory, spread over ranks, and in a file: one safetensors file with a whole float32 tensor per weight."""
 
 from __future__ import annotations
 
@@ -23,7 +23,12 @@ from ..files import TensorFile, is_altered
 
 @dataclass(frozen=True)
 class ScoreShard:
-    """Scores of the cells of one owned box: `values` is flat float32, in the box's row-major order."""
+    """This rank's scores of one weight.
+
+    Attributes:
+        box: the cells of the weight that this rank owns.
+        values: their scores, flat float32, in the box's row-major order.
+    """
 
     box: Box
     values: Tensor
@@ -31,16 +36,21 @@ class ScoreShard:
 
 @dataclass(frozen=True)
 class Scores:
-    """Importance of every eligible weight, spread over the ranks.
+    """Importance scores of every eligible weight, spread over the ranks; what `score_importance` returns.
+
+    Pass them to `select_fundamental`, or write them to a file with `save_scores`.
 
     Attributes:
-        criterion: the criterion that made them.
-        shapes: full shape by canonical name, in model order, of the eligible weights.
-        shards: this rank's scores by name; over all ranks the boxes cover each weight exactly once.
-        head, unscored, frozen: head patterns; names that are neither eligible nor head; names that are not trained.
+        criterion: the criterion of the scores, such as "fisher" (`score_importance` lists all).
+        shapes: canonical name -> full shape of every eligible weight, in model order.
+        shards: canonical name -> this rank's scores. Over all ranks the boxes cover each weight exactly once.
+        head: patterns of the head.
+        unscored: names of the weights that are neither eligible nor head.
+        frozen: names of the weights that are not trained.
         num_weights: number of weights of the whole model, head included.
-        num_batches: score batches used.
-        loss: mean loss over the score batches (NaN for criteria that need none).
+        num_batches: number of score batches used; 0 for "magnitude" and "random".
+        loss: mean loss over the score batches; NaN for "magnitude" and "random".
+        extra: further provenance, as JSON values; `select_fundamental` copies it into the set.
     """
 
     criterion: str
@@ -56,6 +66,7 @@ class Scores:
 
     @property
     def num_eligible(self) -> int:
+        """Number of eligible weights of the whole model."""
         return sum(prod(shape) for shape in self.shapes.values())
 
 
@@ -63,7 +74,16 @@ _FIELDS = ("criterion", "head", "unscored", "frozen", "num_weights", "num_batche
 
 
 def save_scores(scores: Scores, path: str | os.PathLike[str]) -> None:
-    """Writes the scores of all ranks to one file, 4 bytes a weight; no rank holds more than one whole tensor. Collective."""
+    """Writes the scores of all ranks to one safetensors file, 4 bytes per eligible weight. Collective.
+
+    Rank 0 writes a temporary file and renames it at the end. No rank needs memory for more than one whole tensor at a time.
+    `load_scores` reads the file under any engine and any number of ranks. You can then select again, for example with
+    another fraction, without scoring again.
+
+    Args:
+        scores: what `score_importance` returned.
+        path: the file to write; an existing file is replaced.
+    """
     about = {key: getattr(scores, key) for key in _FIELDS}
     about["loss"] = None if math.isnan(scores.loss) else scores.loss
     writer: TensorFile | None = None
@@ -82,31 +102,42 @@ def save_scores(scores: Scores, path: str | os.PathLike[str]) -> None:
 
 
 def load_scores(path: str | os.PathLike[str], model: nn.Module) -> Scores:
-    """The scores for a model under any engine and number of ranks; each rank reads what it owns. Collective.
+    """Reads scores that `save_scores` wrote. Each rank reads what it owns. Collective.
+
+    The engine and the number of ranks may differ from those that wrote the file.
+
+    Args:
+        path: the file; it must be readable on every rank.
+        model: the model to select weights of, prepared in any supported way (plain, DDP, FSDP, DeepSpeed). Its weights
+            must have the names and shapes of the scored ones.
+
+    Returns:
+        The scores.
 
     Raises:
-        ScoreError: the file is missing or damaged, or the model has other weights.
+        ScoreError: the file is missing, damaged or altered, or the model has other weights.
+        EngineError: the model is wrapped in an unsupported way.
     """
     engine = find_engine(model)
     full, local = engine.full_shapes(), {s.name: s for s in engine.shards()}
     with collectives.agreed(f"read {path}"):
         try:
             if collectives.rank() == 0 and is_altered(Path(path)):
-                raise ScoreError(f"{path} was altered after it was written")
+                raise ScoreError(f"{path} was altered after it was written: score again, or restore the file")
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["scores"])
                 names = list(file.keys())
                 shapes = {n: tuple(file.get_slice(n).get_shape()) for n in full if n in set(names)}
-                odd = [n for n in names if n not in full or full[n] != shapes[n]]
-                if odd:
-                    raise ScoreError(f"{path} has scores of {odd[0]}, which this model has not, or in another shape")
+                unknown = [n for n in names if n not in full or full[n] != shapes[n]]
+                if unknown:
+                    raise ScoreError(f"{path} has scores of {unknown[0]}, which this model lacks or has in another shape")
                 shards = {
                     n: ScoreShard(box, cells(file.get_slice(n), box).to(local[n].local.device))
                     for n in shapes
                     for box in [local[n].owned_box]
                 }
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ScoreError(f"{path} is damaged, or no file of scores: {error}") from error
+            raise ScoreError(f"{path} is missing, damaged, or not a file of scores: {error}") from error
     for key in ("head", "unscored", "frozen"):
         about[key] = tuple(about[key])
     about["loss"] = float("nan") if about["loss"] is None else about["loss"]

@@ -1,14 +1,17 @@
-"""Exact top-k over scores that are spread over ranks, without gathering them.
+"""Selects the exact k highest scores, which are spread over ranks, without gathering them.
 
-Every weight has a composite rank: first its score, then its canonical position (names in UTF-8 order, then flat index;
-earlier is higher). Composite ranks are all different, so "the k highest" is one set, whatever the sharding.
+Every element of a weight has a composite rank: first its score, then its canonical position. Positions follow the parameter
+names in UTF-8 order, then the flat index; an earlier element ranks higher. All composite ranks differ. The k highest are
+therefore one unique set, for every sharding.
 
-Over the whole model, that cut is found by `threshold.kth_highest` in about one pass; where equal scores straddle it, the
-position by a search in the one weight where it lies. Where each weight or magnitude bin has a cut of its own (`per_tensor`,
-floor and cap, the random controls), all cuts are found at once, digit by digit from the top (radix selection): each rank
-histograms one digit of its own weights that match the digits found so far, the histograms are all-reduced, and the digit of
-the k-th is read off. Three digits (11 + 11 + 10 bits) hold the score: IEEE-754 bit patterns, mapped so that they sort as
-integers. Five more of 11 bits hold the position and are needed only where equal scores straddle the k-th place.
+A cut through the whole model comes from `kth_highest`, in about one pass. If equal scores lie on both sides of the cut, a
+search in one weight finds the position of the cut.
+
+With scope "per_tensor", a floor or a cap, and for the random controls, each tensor or magnitude bin has its own cut. All
+these cuts are found at once, digit by digit from the top (radix selection). Each rank makes a histogram of one digit, over
+its elements that match the digits found so far. The histograms are all-reduced, and the sum gives the digit of the k-th
+highest element. Three digits (11 + 11 + 10 bits) make up the score: its IEEE-754 bit pattern, mapped so that it sorts as an
+integer. Five more digits of 11 bits make up the position. They are needed only if equal scores lie on both sides of a cut.
 """
 
 from __future__ import annotations
@@ -29,20 +32,29 @@ Scope = Literal["global", "per_tensor"]
 def select_fundamental(
     scores: Scores, fraction: float = 0.10, *, scope: Scope = "global", floor: float = 0.0, cap: float = 1.0
 ) -> FundamentalSet:
-    """The exact set of the highest scores: k = round(fraction x eligible) of them (Python's round). Collective.
+    """Selects the fundamental set: exactly the weights with the highest scores. Collective.
+
+    If scores are equal, the parameter name that comes first in UTF-8 order wins, then the lower flat index. The set is
+    therefore the same for every number of ranks. The extra memory is one bit per weight that the rank owns, and less than
+    64 MiB.
 
     Args:
-        scores: from `score_importance`.
+        scores: what `score_importance` or `load_scores` returned.
         fraction: share of the eligible weights to select, in [0, 1].
-        scope: `global`: the k highest of the whole model. `per_tensor`: round(fraction x numel) of each tensor.
-        floor, cap: at least / at most round(floor x numel) / round(cap x numel) of each tensor.
+        scope: among which weights the scores are compared.
 
-    Ties are decided by parameter name in UTF-8 order, then flat index, so that the set has exactly k members and is the
-    same for every number of ranks. Extra memory is one bit for each owned weight, and less than 64 MiB.
+            - "global" (default): selects the k = round(fraction x eligible) highest scores of the whole model.
+            - "per_tensor": selects the round(fraction x numel) highest scores of each tensor.
+        floor: lowest share of each tensor that is selected, in [0, 1]: at least round(floor x numel) weights.
+        cap: highest share of each tensor that is selected, in [0, 1]: at most round(cap x numel) weights. Floor and cap
+            keep a global selection from emptying or filling a layer. All roundings are Python's `round`.
+
+    Returns:
+        The fundamental set. Each rank stores the bits of the weights that it owns.
 
     Raises:
-        SelectionError: a fraction out of range, or a floor and cap that cannot be met together with k.
-        ScoreError: NaN or infinite scores (naming the parameters), or no scores at all.
+        SelectionError: a share outside [0, 1], an unknown scope, or a floor and cap that do not allow the fraction.
+        ScoreError: some scores are NaN or infinite (the message names the parameters), or there are no scores.
     """
     _check(scores, fraction, scope, floor, cap)
     ranking = Ranking(scores)
@@ -71,29 +83,34 @@ def select_fundamental(
 
 def _check(scores: Scores, fraction: float, scope: str, floor: float, cap: float) -> None:
     if not isinstance(scores, Scores):
-        raise SelectionError(f"scores must be what score_importance returns, not {type(scores).__name__}")
+        raise SelectionError(
+            f"scores must be a Scores object, not {type(scores).__name__}: pass the result of score_importance"
+        )
     if scope not in get_args(Scope):
         raise SelectionError(f"unknown scope {scope!r}{did_you_mean(scope, get_args(Scope))}; use 'global' or 'per_tensor'")
-    for what, value in (("fraction", fraction), ("floor", floor), ("cap", cap)):
+    for name, value in (("fraction", fraction), ("floor", floor), ("cap", cap)):
         if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-            raise SelectionError(f"{what} must lie between 0 and 1, not {value}")
+            raise SelectionError(f"{name} must lie between 0 and 1, not {value}")
     if floor > cap:
         raise SelectionError(f"floor {floor} is above cap {cap}")
     if scores.num_eligible == 0:
-        raise ScoreError("the score set is empty: there is nothing to select from")
+        raise ScoreError("the scores are empty: score at least one weight before the selection")
 
 
 def _chooser(
     ranking: Ranking, sizes: list[int], fraction: float, scope: str, floor: float, cap: float
 ) -> tuple[Keep, GlobalCut | None]:
-    """What decides whether a cell is selected, and the cut of the whole model where there is one."""
+    """Returns the function that selects cells, and the cut through the whole model if there is a single one. Collective."""
     low, high = [round(floor * n) for n in sizes], [round(cap * n) for n in sizes]
     if scope == "per_tensor":
-        wanted = [round(fraction * n) for n in sizes]
-        bad = [name for name, a, k, b in zip(ranking.names, low, wanted, high, strict=True) if not a <= k <= b]
-        if bad:
-            raise SelectionError(f"fraction {fraction} per tensor is outside floor {floor} and cap {cap} in {listing(bad)}")
-        per_tensor = ranking.cut(wanted, by_tensor)
+        counts = [round(fraction * n) for n in sizes]
+        bad_names = [name for name, a, k, b in zip(ranking.names, low, counts, high, strict=True) if not a <= k <= b]
+        if bad_names:
+            raise SelectionError(
+                f"fraction {fraction} per tensor is outside floor {floor} and cap {cap} in {listing(bad_names)}: choose a "
+                "fraction between them"
+            )
+        per_tensor = ranking.cut(counts, by_tensor)
         return lambda chunk: per_tensor.selects(chunk, by_tensor(chunk)), None
     total = round(fraction * sum(sizes))
     if not sum(low) <= total <= sum(high):
@@ -107,6 +124,7 @@ def _chooser(
     must, may = ranking.cut(low, by_tensor), ranking.cut(high, by_tensor)
 
     def contested(chunk: Chunk) -> Tensor:
+        """Cells that the cap allows and the floor does not already select."""
         group = by_tensor(chunk)
         return may.selects(chunk, group) & ~must.selects(chunk, group)
 

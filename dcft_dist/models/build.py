@@ -1,4 +1,4 @@
-"""The pre-trained models of a run: those that install as a package, and the user's."""
+"""Builds the pre-trained model of a run: a packaged one, or the user's."""
 
 from __future__ import annotations
 
@@ -18,11 +18,16 @@ from .pretrained import HEAD, Classifier, ExportPart, Pretrained, find_blocks
 
 
 def build_model(config: Config, num_outputs: int) -> Pretrained:
-    """The model with a head drawn from the seed.
+    """The pre-trained model with its head, not wrapped. A new head is drawn from the seed.
+
+    Args:
+        config: configuration of the run.
+        num_outputs: number of outputs of the head.
 
     Raises:
         DataError: the package with the weights is not installed.
-        ConfigError: more layers are asked for than there are; see `custom_model` too.
+        ConfigError: `model.num_layers` exceeds the model's layers; for `model.build` see `custom_model`.
+        CheckpointError: the weights do not fit the model that `model.build` makes.
     """
     if config.model.name == "own":
         return custom_model(config, num_outputs, make_processor(config))
@@ -47,10 +52,14 @@ def build_model(config: Config, num_outputs: int) -> Pretrained:
 
 
 def check_model(config: Config) -> None:
-    """
+    """Checks that the model's code and weights exist, without building it.
+
+    Args:
+        config: configuration of the run.
+
     Raises:
         DataError: the package with the weights is not installed.
-        ConfigError: there is nothing at `model.build` or `model.weights`.
+        ConfigError: `model.build` cannot be imported, or `model.weights` does not exist.
     """
     if config.model.name == "own":
         find_object(str(config.model.build), config.import_roots, "model.build")

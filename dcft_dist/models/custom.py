@@ -1,4 +1,4 @@
-"""The user's model: `[model]` with `build`, `args` and `weights`."""
+"""The user's model, from `build`, `args` and `weights` in the section `[model]`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from .pretrained import HEAD, Classifier, ExportPart, Pretrained, find_blocks
 _OBJECT = "object:"
 
 
-_HEADS = ("head", "classifier", "fc", "score")  # of timm, transformers, torchvision
+_HEADS = ("head", "classifier", "fc", "score")  # names of the head in timm, transformers and torchvision
 
 
-_DECODERS = {  # of MONAI: what the pre-training of the encoder leaves random
+_DECODERS = {  # MONAI: the weights that pre-training of the encoder leaves random
     "SwinUNETR": ("encoder*", "decoder*", "out"),
     "UNETR": ("encoder*", "decoder*", "out"),
     "SegResNet": ("up_layers", "up_samples", "conv_final"),
@@ -42,15 +42,23 @@ _WIDTHS = ("hidden_size", "num_features", "embed_dim", "hidden_dim")
 
 
 def custom_model(config: Config, num_outputs: int, processor: Processor, *, read: bool = True) -> Pretrained:
-    """`read`: otherwise the model is only built, and its weights are not looked for (`dcft plan`).
+    """The user's model with its head, not wrapped.
+
+    With `model.weights` it is on the meta device, and `Pretrained.loading` reads the weights later.
+
+    Args:
+        config: configuration of the run; its section `model` is used.
+        num_outputs: number of outputs of the head.
+        processor: turns a split into inputs of the model.
+        read: False: only build the model and ignore its weights (`dcft plan`).
 
     Raises:
         ConfigError: the model cannot be built, or keys of `[model]` do not fit it.
-        CheckpointError: its weights do not fit it (see `Loading`).
+        CheckpointError: the weights do not fit the model (see `Loading`).
     """
     settings = config.model
     reads = read and settings.weights is not None
-    has_weights = settings.weights is None and read  # the callable itself gives a model with its weights
+    has_weights = settings.weights is None and read  # `build` returns a model with its weights
     with nullcontext() if has_weights else on_meta(), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         built = _part(_build(config, num_outputs, processor), settings.part)
@@ -67,10 +75,10 @@ def custom_model(config: Config, num_outputs: int, processor: Processor, *, read
             unused=settings.unused,
             resize=[prefix + p for p in settings.resize],
         )
-        place = Path(str(settings.weights))
+        weights = Path(str(settings.weights))
         loading = Loading(
             module,
-            place,
+            weights,
             allowed=allowed,
             part=settings.part,
             rename=settings.rename,
@@ -99,96 +107,101 @@ def _build(config: Config, num_outputs: int, processor: Processor) -> nn.Module:
     except Exception as error:
         raise ConfigError(f"model.build: {settings.build} fails: {type(error).__name__}: {error}") from error
     if not isinstance(built, nn.Module):
-        raise ConfigError(f"model.build: {settings.build} gives a {type(built).__name__}, not a torch.nn.Module")
-    _fits_text(getattr(built, "config", None), config, processor)
-    _says_float32(getattr(built, "config", None))  # or transformers would read the export as the file was
-    return built.float()  # masters in float32, whatever the file has
+        raise ConfigError(f"model.build: {settings.build} returns a {type(built).__name__}, not a torch.nn.Module")
+    _fit_to_text(getattr(built, "config", None), config, processor)
+    _set_float32(getattr(built, "config", None))  # or transformers would read the export in the file's old dtype
+    return built.float()  # float32 master weights, whatever dtype the file has
 
 
 def _argument(value: Any, num_outputs: int, roots: Sequence[str]) -> Any:
-    """`num_outputs`, and what an import path leads to (`object:torch.nn.SiLU`); all else is as it is given."""
+    """Replaces "num_outputs" by the number and `object:torch.nn.SiLU` by the imported object, also in lists and tables."""
     if value == "num_outputs":
         return num_outputs
     if isinstance(value, str) and value.startswith(_OBJECT):
         return find_object(value.removeprefix(_OBJECT), roots, "model.args")
     if isinstance(value, list):
-        return [_argument(one, num_outputs, roots) for one in value]
+        return [_argument(item, num_outputs, roots) for item in value]
     return {k: _argument(v, num_outputs, roots) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def _fits_text(described: Any, config: Config, processor: Processor) -> None:
-    """A model of transformers is told which token fills up, if it knows none.
+def _fit_to_text(model_config: Any, config: Config, processor: Processor) -> None:
+    """Sets the padding token in the configuration of a transformers model, if it has none.
 
     Raises:
-        ConfigError: it has fewer positions than texts may have tokens.
+        ConfigError: the model has fewer positions than texts may have tokens.
     """
     if not isinstance(processor, TextProcessor | AnswerProcessor):
         return
-    positions, tokens = getattr(described, "max_position_embeddings", None), config.task.max_tokens
+    positions, tokens = getattr(model_config, "max_position_embeddings", None), config.task.max_tokens
     if isinstance(positions, int) and tokens > positions:
         raise ConfigError(f"task.max_tokens = {tokens}, but the model has {positions} positions")
-    if hasattr(described, "pad_token_id") and described.pad_token_id is None:
-        described.pad_token_id = pad_id(processor.tokenizer)
+    if hasattr(model_config, "pad_token_id") and model_config.pad_token_id is None:
+        model_config.pad_token_id = pad_id(processor.tokenizer)
 
 
 def _part(built: nn.Module, path: str | None) -> nn.Module:
+    """The submodule at `model.part`, or the whole model."""
     if path is None:
         return built
     modules = dict(built.named_modules())
     if path not in modules:
-        raise ConfigError(f"model.part: {path!r} is no part of the model{did_you_mean(path, modules)}")
-    found: nn.Module = modules[path]
-    return found
+        raise ConfigError(f"model.part: {path!r} is not a submodule of the model{did_you_mean(path, modules)}")
+    part: nn.Module = modules[path]
+    return part
 
 
-def _says_float32(config: Any) -> None:
+def _set_float32(config: Any) -> None:
+    """Sets the dtype to float32 in a configuration of transformers, and in its parts."""
     if getattr(config, "dtype", None) is not None:
         config.dtype = torch.float32
     for name in getattr(config, "sub_configs", None) or ():
-        _says_float32(getattr(config, name, None))
+        _set_float32(getattr(config, name, None))
 
 
 def _from_config(make: Any, settings: Model, args: dict[str, Any]) -> Any:
-    """A model class of transformers, from the configuration beside its weights."""
+    """Builds a model class of transformers from the configuration in the folder of its weights."""
     from transformers import AutoConfig
 
     if settings.weights and not Path(settings.weights).exists():
         raise ConfigError(f"model.weights: {missing_weights_advice(settings.weights)}")
     if not settings.weights or not (Path(settings.weights) / "config.json").is_file():
-        raise ConfigError(f"model.weights: {settings.weights} is no folder with a config.json, which {settings.build} needs")
-    place = str(settings.weights)
-    found, rest = AutoConfig.from_pretrained(place, local_files_only=True, return_unused_kwargs=True, **args)
-    return make.from_config(found, **rest)
+        raise ConfigError(f"model.weights: {settings.build} needs a folder with a config.json, not {settings.weights}")
+    folder = str(settings.weights)
+    config, other_args = AutoConfig.from_pretrained(folder, local_files_only=True, return_unused_kwargs=True, **args)
+    return make.from_config(config, **other_args)
 
 
 def _width(module: nn.Module) -> int:
+    """Width of the features, as the model or its configuration says it."""
     for holder in (getattr(module, "config", None), module):
         for name in _WIDTHS:
             if isinstance(value := getattr(holder, name, None), int):
                 return value
-    raise ConfigError("model.width: the model does not say how wide its features are")
+    raise ConfigError("model.width: the model does not say how wide its features are: give the number")
 
 
 def _head(settings: Model, module: nn.Module) -> tuple[str, ...]:
+    """Patterns of the head's weights: `model.head`, or the usual names of a head."""
     if settings.head is not None:
         return tuple(settings.head)
     if type(module).__module__.startswith("monai.") and type(module).__name__ in _DECODERS:
         return _DECODERS[type(module).__name__]
-    last: Any = getattr(module, "get_classifier", lambda: None)  # of timm
+    get_classifier: Any = getattr(module, "get_classifier", lambda: None)  # of timm
     modules = {id(part): name for name, part in module.named_modules() if next(part.parameters(), None) is not None}
-    if name := modules.get(id(last())):
-        return (name,)  # ConvNeXt's `head` also holds a norm that is pre-trained
+    if name := modules.get(id(get_classifier())):
+        return (name,)  # not `head`, which in ConvNeXt also has a pre-trained norm
     children = [name for name, child in module.named_children() if next(child.parameters(), None) is not None]
     for name in _HEADS:
         if name in children:
             return (name,)
     raise ConfigError(
-        f"model.head: which weights are new for the task? The model has {listing(children)}; [] if none are; "
-        "model.features puts a head on it"
+        f"model.head: no head found among {listing(children)}: name the weights that are new for the task ([] for none), or "
+        "set model.features to put a new head on"
     )
 
 
 def _blocks(settings: Model, module: nn.Module) -> list[nn.Module]:
+    """The modules to shard one by one: those that `model.blocks` names, or the repeated layers."""
     if settings.blocks is None:
         return find_blocks(module)
     modules = dict(module.named_modules())
@@ -199,6 +212,7 @@ def _blocks(settings: Model, module: nn.Module) -> list[nn.Module]:
 
 
 def _translate(built: nn.Module) -> Translate | None:
+    """How transformers renames the tensors of a file for this model; None for models of other libraries."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(built, transformers.PreTrainedModel):
         return None
@@ -206,10 +220,11 @@ def _translate(built: nn.Module) -> Translate | None:
 
 
 def _stem(built: nn.Module, part: str) -> str:
-    """What transformers' class for a part's configuration puts before its names, such as `vision_encoder.`.
+    """The prefix that an export of a part needs before its names, such as `vision_encoder.`.
 
-    Where several would do, as the decoder of an encoder and decoder has all names of the encoder, the one that the part is
-    called by. "" where there is none: such parts are read by `load_state_dict`.
+    It is the prefix in transformers' class for the part's configuration. Several prefixes may fit, as a decoder may have all
+    names of the encoder: then it is the one that `part` ends with. "" if there is none: `load_state_dict` reads such
+    exports.
     """
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(built, transformers.PreTrainedModel):
@@ -217,7 +232,7 @@ def _stem(built: nn.Module, part: str) -> str:
     try:
         with on_meta():
             known = set(transformers.AutoModel.from_config(built.config).state_dict())
-    except ValueError:  # there is no such class
+    except ValueError:  # transformers has no class for this configuration
         return ""
     names = list(built.state_dict())
     ends = sorted(name.removesuffix(names[0]) for name in known if name.endswith(names[0]))
@@ -226,6 +241,6 @@ def _stem(built: nn.Module, part: str) -> str:
 
 
 def _describe(built: nn.Module) -> Callable[[Path], None]:
-    """transformers' models are read again with their configuration."""
+    """Writes the configuration that transformers needs to read an export of its models; nothing for other models."""
     save = getattr(getattr(built, "config", None), "save_pretrained", None)
     return save if callable(save) else lambda folder: None

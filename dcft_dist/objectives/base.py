@@ -1,7 +1,7 @@
-"""What a model is trained for: its loss, what is kept of each example that is evaluated, and the metrics made of that.
+"""The base class of objectives: the loss, the record of each evaluated example, and the metrics computed from records.
 
-What is kept of an example does not depend on the others, and metrics are made of all examples in their order. So they
-are the same for every number of ranks, and can be made again of a resampled test set.
+A record does not depend on other examples, and metrics are computed from the records of all examples in order. So metrics
+are the same for any number of ranks, and can be computed again on a resampled test set.
 """
 
 from __future__ import annotations
@@ -18,60 +18,85 @@ from ..errors import ConfigError
 
 Metrics = dict[str, float]
 
-
 LOWER_IS_BETTER = ("loss", "ece", "mae", "rmse", "perplexity", "hd95")
 
 
 def oriented(name: str, value: float) -> float:
-    """A metric's value, or its negative, so that the higher is the better."""
+    """Returns the value of a metric, negated if lower is better, so that higher is always better.
+
+    Args:
+        name: name of the metric.
+        value: value of the metric.
+    """
     return -value if name in LOWER_IS_BETTER else value
 
 
 class Objective(ABC):
-    """`num_outputs`: of the head. `best`: the metric that chooses the epoch, if the configuration says none. `width`: of
-    records."""
+    """The loss and the metrics of a kind of task.
+
+    Attributes:
+        num_outputs: number of outputs of the head.
+        best: the metric that chooses the best epoch if the configuration names none.
+        width: number of values in a record.
+    """
 
     num_outputs: int
     best: str
     width: int
 
     def whole(self, call: Callable[[dict[str, Tensor]], Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Outputs for a batch of whole examples in an evaluation. `call`: the model. Collective."""
+        """Returns the model's outputs for a batch of whole examples in an evaluation. Collective.
+
+        Args:
+            call: runs the model on a batch.
+            batch: tensors [size, ...] by name.
+        """
         return call(batch)
 
     def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """Mean loss of a batch."""
+        """Returns the mean loss of a batch.
+
+        Args:
+            outputs: the model's outputs [size, ...].
+            labels: labels [size, ...].
+        """
         return self.losses(outputs.float(), labels).mean()
 
     def check(self, outputs: Tensor) -> None:
-        """
+        """Checks the shape of the model's outputs.
+
         Raises:
             ConfigError: outputs are not [size, num_outputs].
         """
         if outputs.ndim != 2 or outputs.shape[1] != self.num_outputs:
             raise ConfigError(
-                f"the model gives outputs of shape {list(outputs.shape)}, not [size, {self.num_outputs}]: say the number in "
-                'model.args, such as num_classes = "num_outputs" (num_labels in transformers), or use model.features'
+                f"the model returns outputs of shape {list(outputs.shape)}, not [size, {self.num_outputs}]: set the number "
+                'in model.args, such as num_classes = "num_outputs" (num_labels in transformers), or use model.features'
             )
 
     @abstractmethod
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """[size]: the loss of each example."""
+        """Returns the loss of each example, [size]."""
 
     def records(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """[size, width] of float64: what is kept of each example."""
+        """Returns the record of each example, [size, width] of float64."""
         return outputs.double()
 
     @abstractmethod
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
-        """Of records [size, width] and labels [size, ...] of all examples; what is not defined for them is left out."""
+        """Computes the metrics of all examples; leaves out those that are not defined for them.
+
+        Args:
+            records: [size, width].
+            labels: [size, ...].
+        """
 
     def names(self, labels: Tensor) -> list[str]:
-        """Of the metrics that examples with these labels would have."""
+        """Returns the names of the metrics that are defined for examples with these labels."""
         return list(self.metrics(self._some_records(len(labels)), labels))
 
     def resampled(self, records: Tensor, labels: Tensor) -> Metrics:
-        """The metrics of some of the examples; what cannot be computed of them is left out."""
+        """Computes the metrics of a resample; leaves out those that cannot be computed for it."""
         return self.metrics(records, labels)
 
     def _some_records(self, number: int) -> Tensor:
@@ -79,35 +104,51 @@ class Objective(ABC):
 
     @abstractmethod
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
-        """Columns of a table of predictions; `names`: of classes or findings."""
+        """Returns the columns of a table of predictions.
+
+        Args:
+            records: [size, width].
+            names: names of the classes or findings.
+        """
 
     def chance(self) -> Metrics:
-        """Loss, and metrics, of a model that knows nothing; {} if that depends on the data."""
+        """Returns loss and metrics of a model that guesses; {} if they depend on the data."""
         return {}
 
 
 def intervals(
     objective: Objective, records: Tensor, labels: Tensor, groups: Sequence[str], resamples: int, seed: int = 0
 ) -> dict[str, list[float]] | None:
-    """Metric -> [low, high], which hold 95 % of it over resampled groups of examples (patients; percentile bootstrap).
+    """Computes 95 % confidence intervals of the metrics by a percentile bootstrap over groups, such as patients. Collective.
 
-    None without resamples. Collective: each rank makes its part of them; the groups drawn do not depend on it.
+    Each rank computes a part of the resamples. The groups drawn do not depend on the number of ranks.
+
+    Args:
+        objective: computes the metrics.
+        records: [size, width].
+        labels: [size, ...].
+        groups: group of each example; groups are resampled as a whole.
+        resamples: number of bootstrap resamples.
+        seed: seed of the resamples.
+
+    Returns:
+        [low, high] of each metric; None if `resamples` is 0.
     """
     if not resamples:
         return None
     members: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
-    parts = [torch.tensor(part) for part in members.values()]
+    indices_of_groups = [torch.tensor(indices) for indices in members.values()]
     names = list(objective.metrics(records, labels))
-    found = torch.zeros(resamples, len(names), dtype=torch.float64)
-    with collectives.agreed("intervals"):
+    values = torch.zeros(resamples, len(names), dtype=torch.float64)
+    with collectives.agreed("confidence intervals"):
         for number in range(collectives.rank(), resamples, collectives.world_size()):
-            draw = torch.Generator().manual_seed((seed << 32) + number)
-            chosen = torch.randint(len(parts), (len(parts),), generator=draw).tolist()
-            index = torch.cat([parts[i] for i in chosen])
-            values = objective.resampled(records[index], labels[index])
-            found[number] = torch.tensor([values.get(name, float("nan")) for name in names])
-    found = collectives.all_reduce(found, what="intervals")
+            generator = torch.Generator().manual_seed((seed << 32) + number)
+            drawn = torch.randint(len(indices_of_groups), (len(indices_of_groups),), generator=generator).tolist()
+            indices = torch.cat([indices_of_groups[i] for i in drawn])
+            metrics = objective.resampled(records[indices], labels[indices])
+            values[number] = torch.tensor([metrics.get(name, float("nan")) for name in names])
+    values = collectives.all_reduce(values, what="confidence intervals")
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {name: column.nanquantile(ends).tolist() for name, column in zip(names, found.T, strict=True)}
+    return {name: column.nanquantile(ends).tolist() for name, column in zip(names, values.T, strict=True)}

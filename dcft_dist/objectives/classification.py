@@ -1,4 +1,4 @@
-"""The objectives of classification and regression."""
+"""The objectives of classification: one of several classes (`SingleLabel`), or several findings (`MultiLabel`)."""
 
 from __future__ import annotations
 
@@ -11,67 +11,85 @@ from torch.nn import functional
 
 from .base import Metrics, Objective
 
-Measure = Callable[[Tensor, Tensor], Tensor]  # of chances and labels 1 or 0 [size]
+Measure = Callable[[Tensor, Tensor], Tensor]  # (probabilities [size], labels 1 or 0 [size]) -> value
 
 
 class SingleLabel(Objective):
-    """One of several classes: cross-entropy. Labels [size] are class indices; records are logits."""
+    """One of several classes: cross-entropy.
+
+    Outputs are logits [size, classes], labels [size] are class indices, records are the logits.
+    """
 
     best = "accuracy"
 
     def __init__(self, num_classes: int, class_weights: Sequence[float] | None = None) -> None:
-        """`class_weights`: of the losses; 1 on the average over training examples, so that a batch's mean needs no other."""
+        """Prepares the objective.
+
+        Args:
+            num_classes: number of classes.
+            class_weights: weight of each class in the loss. Their average over the training examples is 1, so that the mean
+                over a batch needs no further weights. None: all classes weigh 1.
+        """
         self.num_outputs = self.width = num_classes
         self._weights = None if class_weights is None else torch.tensor(class_weights)
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        plain = functional.cross_entropy(outputs, labels, reduction="none")
-        return plain if self._weights is None else plain * self._weights.to(plain.device)[labels]
+        unweighted = functional.cross_entropy(outputs, labels, reduction="none")
+        return unweighted if self._weights is None else unweighted * self._weights.to(unweighted.device)[labels]
 
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
-        from torchmetrics.functional import classification as tm  # late: a second to import
+        from torchmetrics.functional import classification as tm  # imported here, because it takes a second
 
-        predicted, chances = records.argmax(-1), records.softmax(-1)
+        predicted, probabilities = records.argmax(-1), records.softmax(-1)
         classes: Any = {"num_classes": self.num_outputs}
         recall = tm.multiclass_recall(predicted, labels, average="none", **classes)
-        there = torch.bincount(labels, minlength=self.num_outputs) > 0
-        first = int(self.num_outputs == 2)  # of two classes one column says all
+        present = torch.bincount(labels, minlength=self.num_outputs) > 0
+        first = int(self.num_outputs == 2)  # the second of two columns says everything
         return {
             "loss": float(functional.cross_entropy(records, labels)),
             "accuracy": float(tm.multiclass_accuracy(predicted, labels, average="micro", **classes)),
             "macro_f1": float(tm.multiclass_f1_score(predicted, labels, average="macro", **classes)),
-            "balanced_accuracy": float(recall[there].mean()),
+            "balanced_accuracy": float(recall[present].mean()),
             **_ranking(
-                chances[:, first:], functional.one_hot(labels, self.num_outputs)[:, first:], _SINGLE if first else {}
+                probabilities[:, first:], functional.one_hot(labels, self.num_outputs)[:, first:], _SINGLE if first else {}
             ),
-            "ece": float(tm.multiclass_calibration_error(chances, labels, n_bins=15, **classes)),
+            "ece": float(tm.multiclass_calibration_error(probabilities, labels, n_bins=15, **classes)),
         }
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
-        return {"predicted": records.argmax(-1).tolist(), **_shares(records.softmax(-1), names)}
+        return {"predicted": records.argmax(-1).tolist(), **_probability_columns(records.softmax(-1), names)}
 
     def chance(self) -> Metrics:
         return {"loss": float(torch.tensor(float(self.num_outputs)).log()), "accuracy": 1 / self.num_outputs}
 
 
 class MultiLabel(Objective):
-    """Several findings, each there or not: binary cross-entropy. Labels [size, findings] of 0, 1, or NaN for unknown."""
+    """Several findings, each present or absent: binary cross-entropy.
+
+    Outputs are logits [size, findings], records are the logits. Labels [size, findings] are 0, 1, or NaN for unknown.
+    """
 
     best = "auroc"
 
     def __init__(self, num_findings: int) -> None:
+        """Prepares the objective.
+
+        Args:
+            num_findings: number of findings.
+        """
         self.num_outputs = self.width = num_findings
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         known = ~labels.isnan()
         each = functional.binary_cross_entropy_with_logits(outputs, labels.nan_to_num(), reduction="none")
-        return (each * known).sum(-1) / self.num_outputs  # not over what is known: a batch's mean then needs no weights
+        # Divided by all findings, not by the known ones, so that the mean over a batch needs no weights.
+        return (each * known).sum(-1) / self.num_outputs
 
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
         known = ~labels.isnan()
         correct = ((records > 0) == (labels > 0.5))[known]
-        there = torch.where(known, labels.nan_to_num(), -1).long()
-        means = _ranking(records.sigmoid(), there, each=_SINGLE | _DECIDED)
+        targets = torch.where(known, labels.nan_to_num(), -1).long()
+        means = _ranking(records.sigmoid(), targets, each=_SINGLE | _DECIDED)
         return {
             "loss": float(self.losses(records, labels.double()).mean()),
             "label_accuracy": float(correct.double().mean()),
@@ -79,58 +97,65 @@ class MultiLabel(Objective):
         }
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
-        return _shares(records.sigmoid(), names)
+        return _probability_columns(records.sigmoid(), names)
 
 
-def _shares(chances: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
+def _probability_columns(probabilities: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
     return {
-        f"p({name})": [float(f"{p:.6g}") for p in column] for name, column in zip(names, chances.T.tolist(), strict=True)
+        f"p({name})": [float(f"{p:.6g}") for p in column]
+        for name, column in zip(names, probabilities.T.tolist(), strict=True)
     }
 
 
-def _ranking(chances: Tensor, there: Tensor, each: Mapping[str, Measure]) -> Metrics:
-    """Means over columns that have both kinds: areas under the ROC and precision-recall curves, and `each`.
+def _ranking(probabilities: Tensor, targets: Tensor, each: Mapping[str, Measure]) -> Metrics:
+    """Averages measures over the columns that have positive and negative examples.
 
-    `there`: 1, 0, or -1 for unknown.
+    The measures are the areas under the ROC and precision-recall curves, and those of `each`.
+
+    Args:
+        probabilities: [size, columns].
+        targets: [size, columns] of 1, 0, or -1 for unknown.
+        each: further measures by name.
     """
     from torchmetrics.functional import classification as tm
 
     measures: dict[str, Measure] = {"auroc": tm.binary_auroc, "auprc": tm.binary_average_precision, **each}
-    found: dict[str, list[float]] = {}
-    for column in range(chances.shape[1]):
-        known = there[:, column] >= 0
-        wanted = there[known, column]
-        if 0 < int(wanted.sum()) < len(wanted):
+    values_of: dict[str, list[float]] = {}
+    for column in range(probabilities.shape[1]):
+        known = targets[:, column] >= 0
+        labels = targets[known, column]
+        if 0 < int(labels.sum()) < len(labels):
             for name, measure in measures.items():
-                found.setdefault(name, []).append(float(measure(chances[known, column], wanted)))
-    return {name: sum(values) / len(values) for name, values in found.items()}
+                values_of.setdefault(name, []).append(float(measure(probabilities[known, column], labels)))
+    return {name: sum(values) / len(values) for name, values in values_of.items()}
 
 
-def _sensitivity(chances: Tensor, wanted: Tensor) -> Tensor:
+def _sensitivity(probabilities: Tensor, labels: Tensor) -> Tensor:
     from torchmetrics.functional import classification as tm
 
-    found: Tensor = tm.binary_sensitivity_at_specificity(chances, wanted, min_specificity=0.95)[0]
-    return found
+    sensitivity: Tensor = tm.binary_sensitivity_at_specificity(probabilities, labels, min_specificity=0.95)[0]
+    return sensitivity
 
 
-def _balanced(chances: Tensor, wanted: Tensor) -> Tensor:
-    said = chances > 0.5
-    return (said[wanted == 1].double().mean() + (~said)[wanted == 0].double().mean()) / 2
+def _balanced(probabilities: Tensor, labels: Tensor) -> Tensor:
+    predicted = probabilities > 0.5
+    return (predicted[labels == 1].double().mean() + (~predicted)[labels == 0].double().mean()) / 2
 
 
-def _f1(chances: Tensor, wanted: Tensor) -> Tensor:
+def _f1(probabilities: Tensor, labels: Tensor) -> Tensor:
     from torchmetrics.functional import classification as tm
 
-    return tm.binary_f1_score(chances, wanted)
+    return tm.binary_f1_score(probabilities, labels)
 
 
-def _calibration(chances: Tensor, wanted: Tensor) -> Tensor:
+def _calibration(probabilities: Tensor, labels: Tensor) -> Tensor:
     from torchmetrics.functional import classification as tm
 
-    return tm.binary_calibration_error(chances, wanted, n_bins=15)
+    return tm.binary_calibration_error(probabilities, labels, n_bins=15)
 
 
+# For two classes and for findings: measures that depend on the ranking alone.
 _SINGLE: dict[str, Measure] = {"sensitivity_at_95_specificity": _sensitivity}
 
-
+# For findings: measures at the threshold 0.5, and calibration.
 _DECIDED: dict[str, Measure] = {"macro_f1": _f1, "balanced_accuracy": _balanced, "ece": _calibration}

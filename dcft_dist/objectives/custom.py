@@ -1,4 +1,4 @@
-"""The user's loss and metrics, by import path: `task.loss` and `task.metrics`."""
+"""The user's own loss and metrics, named by import path in `task.loss` and `task.metrics`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from ..errors import ConfigError, listing
 from ..imports import find_function
 from .base import LOWER_IS_BETTER, Metrics, Objective
 
-Measure = Callable[[Tensor, Tensor], Metrics]  # records [size, width], labels [size, ...] -> value by name
-Call = Callable[[dict[str, Tensor]], Tensor]
+Measure = Callable[[Tensor, Tensor], Metrics]  # (records [size, width], labels [size, ...]) -> value by name
+Call = Callable[[dict[str, Tensor]], Tensor]  # runs the model on a batch
 
 
 class CustomObjective(Objective):
-    """A built-in objective with the user's loss, or with further metrics. Everything else is that objective's."""
+    """A built-in objective with the user's loss, or with the user's metrics in addition to the built-in ones.
+
+    Everything else comes from the built-in objective.
+    """
 
     def __init__(self, builtin: Objective, config: Config) -> None:
-        """
+        """Imports the user's functions.
+
+        Args:
+            builtin: the built-in objective of the task's kind.
+            config: names the functions in `task.loss` and `task.metrics`.
+
         Raises:
-            ConfigError: an import path leads to nothing that can be called.
+            ConfigError: an import path leads to no function.
         """
         self._builtin = builtin
         self.num_outputs, self.best, self.width = builtin.num_outputs, builtin.best, builtin.width
@@ -35,7 +43,7 @@ class CustomObjective(Objective):
         ]
         self._chooses_epoch = [config.train.metric] if config.train.metric else []
 
-    # -- the built-in objective's ------------------------------------------------------------------------------------
+    # -- from the built-in objective ---------------------------------------------------------------------------------
 
     def whole(self, call: Call, batch: dict[str, Tensor]) -> Tensor:
         return self._builtin.whole(call, batch)
@@ -52,10 +60,11 @@ class CustomObjective(Objective):
     def chance(self) -> Metrics:
         return self._builtin.chance()
 
-    # -- the user's --------------------------------------------------------------------------------------------------
+    # -- from the user -----------------------------------------------------------------------------------------------
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """
+        """Returns the loss of each example, [size].
+
         Raises:
             ConfigError: the user's loss does not return one value for each example.
         """
@@ -65,15 +74,17 @@ class CustomObjective(Objective):
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
             returned = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ConfigError(
-                f"task.loss: {self._loss_path} gives {returned} for {len(outputs)} examples, not [{len(outputs)}], "
-                "the loss of each: reduction = 'none'"
+                f"task.loss: {self._loss_path} returns {returned} for {len(outputs)} examples, not [{len(outputs)}]: "
+                "return the loss of each example, such as with reduction = 'none'"
             )
         return losses
 
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
-        """
+        """Computes the built-in metrics and the user's; leaves out those that are NaN.
+
         Raises:
-            ConfigError: the user's metrics are no numbers by name, or have names that exist already.
+            ConfigError: the user's function fails or does not return numbers by name. Or it returns a name that exists
+                already, or a name for which lower is better.
         """
         return self._with_custom(records, labels, strict=True)
 
@@ -81,8 +92,10 @@ class CustomObjective(Objective):
         return self._with_custom(records, labels, strict=False)
 
     def names(self, labels: Tensor) -> list[str]:
-        """Tries the user's functions on made-up records. If one fails there, the metric that chooses the epoch is taken
-        to be one of its own."""
+        """Returns the names of the metrics, from a trial of the user's functions on random records.
+
+        If a function fails on them, it is assumed to return the metric that chooses the epoch (`train.metric`).
+        """
         names, records = self._builtin.names(labels), self._some_records(len(labels))
         for _, measure in self._measures:
             try:
@@ -100,9 +113,11 @@ class CustomObjective(Objective):
                 if not strict:
                     continue
                 raise ConfigError(f"task.metrics: {path} fails: {type(error).__name__}: {error}") from error
-            if twice := sorted(custom.keys() & metrics.keys()):
-                raise ConfigError(f"task.metrics: {path} gives {listing(twice)}, which there is already")
+            if duplicates := sorted(custom.keys() & metrics.keys()):
+                raise ConfigError(f"task.metrics: {path} returns {listing(duplicates)}, which exists already: rename it")
             if lower := sorted(custom.keys() & set(LOWER_IS_BETTER)):
-                raise ConfigError(f"task.metrics: {path} gives {listing(lower)}, of which less is better: another name")
+                raise ConfigError(
+                    f"task.metrics: {path} returns {listing(lower)}, a name for which lower is better: rename it"
+                )
             metrics |= {name: value for name, value in custom.items() if not math.isnan(value)}
         return metrics

@@ -15,47 +15,48 @@ from .base import Metrics, Objective
 
 
 class CausalLanguage(Objective):
-    """The next token of the answer: cross-entropy, the mean over an example's tokens, then over examples.
+    """Prediction of the next token of the answer: cross-entropy, averaged over the tokens of an example, then over examples.
 
-    Outputs are logits [size, tokens, vocabulary], labels [size, tokens]. Records: sum of the losses of the tokens, their
-    number, how many were right.
+    Outputs are logits [size, tokens, vocabulary], labels [size, tokens]. A record contains the sum of the token losses, the
+    number of tokens, and the number of correct tokens.
     """
 
     best, num_outputs, width = "perplexity", 0, 3
 
     def check(self, outputs: Tensor) -> None:
-        """
+        """Checks the shape of the model's outputs.
+
         Raises:
             ConfigError: outputs are not [size, tokens, vocabulary].
         """
         if outputs.ndim != 3:
-            raise ConfigError(f"the model gives outputs of shape {list(outputs.shape)}, not [size, tokens, vocabulary]")
+            raise ConfigError(f"the model returns outputs of shape {list(outputs.shape)}, not [size, tokens, vocabulary]")
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        each, wanted = _token_losses(outputs, labels)
-        return each.sum(-1) / (wanted != IGNORED).sum(-1)
+        token_losses, targets = _token_losses(outputs, labels)
+        return token_losses.sum(-1) / (targets != IGNORED).sum(-1)
 
     def records(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        each, wanted = _token_losses(outputs, labels)
-        right = (outputs[:, :-1].argmax(-1) == wanted).sum(-1)
-        return torch.stack([each.double().sum(-1), (wanted != IGNORED).sum(-1), right], 1).double()
+        token_losses, targets = _token_losses(outputs, labels)
+        correct = (outputs[:, :-1].argmax(-1) == targets).sum(-1)
+        return torch.stack([token_losses.double().sum(-1), (targets != IGNORED).sum(-1), correct], 1).double()
 
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
-        losses, number, right = records.unbind(-1)
+        losses, number, correct = records.unbind(-1)
         return {
             "loss": float((losses / number).mean()),
             "perplexity": float((losses.sum() / number.sum()).exp()),
-            "token_accuracy": float(right.sum() / number.sum()),
-            "exact": float((right == number).double().mean()),
+            "token_accuracy": float(correct.sum() / number.sum()),
+            "exact": float((correct == number).double().mean()),
         }
 
     def predictions(self, records: Tensor, names: Sequence[str]) -> dict[str, list[Any]]:
-        losses, number, right = records.unbind(-1)
-        return {"tokens": number.long().tolist(), "right": right.long().tolist(), "loss": (losses / number).tolist()}
+        losses, number, correct = records.unbind(-1)
+        return {"tokens": number.long().tolist(), "right": correct.long().tolist(), "loss": (losses / number).tolist()}
 
 
 def _token_losses(outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[size, tokens - 1]: loss of each next token (0 where it is ignored), and the labels."""
-    wanted = labels[:, 1:]
-    each = functional.cross_entropy(outputs[:, :-1].transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
-    return each, wanted
+    """Returns the loss (0 where it is ignored) and the label of each next token, both [size, tokens - 1]."""
+    targets = labels[:, 1:]
+    losses = functional.cross_entropy(outputs[:, :-1].transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+    return losses, targets

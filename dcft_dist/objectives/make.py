@@ -1,4 +1,4 @@
-"""From the kind of a task to its objective."""
+"""Builds the objective of a task from its kind."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ from .segmentation import Segmentation
 
 
 def label_facts(config: Config, names: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
-    """What an objective needs to know of the training data, as JSON."""
+    """Collects what an objective needs to know of the training data.
+
+    Args:
+        config: kind of the task, and its class weights.
+        names: names of the classes or findings, or of the predicted number.
+        labels: training labels.
+
+    Returns:
+        Facts that JSON can store. Always `names`. For regression `mean`, `std` and `grades`: [lowest, highest] if the labels
+        are grades, which are whole numbers with a range below 20; else None. With `class_weights = "balanced"` the
+        `class_weights`.
+    """
     task = config.task
     if task.kind == "regression":
         numbers = torch.tensor(labels, dtype=torch.float64)
@@ -33,12 +44,22 @@ def label_facts(config: Config, names: Sequence[str], labels: Sequence[Any]) -> 
 
 
 def make_objective(config: Config, facts: Mapping[str, Any]) -> Objective:
-    """What a task is trained for, from what `label_facts` found."""
-    kind = _of_kind(config, facts)
-    return CustomObjective(kind, config) if config.task.loss or config.task.metrics else kind
+    """Builds the objective of a configuration.
+
+    Args:
+        config: `task.kind` chooses the objective. `single_label`: `SingleLabel`. `multi_label`: `MultiLabel`.
+            `regression`: `Regression`. `causal_lm`: `CausalLanguage`. `segmentation`: `Segmentation`. With `task.loss` or
+            `task.metrics`, a `CustomObjective` around it.
+        facts: result of `label_facts`.
+
+    Raises:
+        ConfigError: `task.loss` or `task.metrics` lead to no function.
+    """
+    builtin = _builtin(config, facts)
+    return CustomObjective(builtin, config) if config.task.loss or config.task.metrics else builtin
 
 
-def _of_kind(config: Config, facts: Mapping[str, Any]) -> Objective:
+def _builtin(config: Config, facts: Mapping[str, Any]) -> Objective:
     task = config.task
     if task.kind == "causal_lm":
         return CausalLanguage()

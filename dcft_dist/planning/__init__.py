@@ -1,4 +1,4 @@
-"""What a run would need and do, before it takes a GPU hour.
+"""Plans before a run: memory and traffic of each rank (`dcft plan`), and the role of each weight (`dcft inspect`).
 
-`plan(request)` (in `planning.memory`) returns the memory and traffic of each rank.
+`forecast(request)` (in `planning.memory`) returns the memory and traffic of the rank with the largest shards.
 """

@@ -1,4 +1,4 @@
-"""What a run would do to each weight of a model, before anyone spends a GPU hour: `dcft inspect`."""
+"""The role of each weight in a run, shown before the run starts: `dcft inspect`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ GROUPS = ("eligible", "unscored", "head", "frozen")
 
 @dataclass(frozen=True)
 class WeightRow:
-    """Weights of the same name but for numbers, and of the same shape and group."""
+    """Weights that share shape and group, and whose names differ only in numbers.
+
+    Attributes:
+        name: their common name, with the numbers as a range: `blocks.[0-11].weight`.
+        shape: shape of each weight.
+        group: `eligible`, `unscored`, `head` or `frozen`.
+        number: how many weights there are.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -26,49 +33,77 @@ class WeightRow:
 
     @property
     def num_weights(self) -> int:
+        """Number of scalar weights in all of them."""
         return self.number * prod(self.shape)
 
 
 def groups_of(pretrained: Pretrained, eligible: Sequence[str] | None) -> dict[str, str]:
-    """Name of each weight -> `eligible` (may become fundamental), `unscored`, `head` or `frozen`.
+    """Group of each weight.
+
+    Args:
+        pretrained: the model with its head.
+        eligible: patterns of the weights to score; None: weights of linear and convolution layers outside the head.
+
+    Returns:
+        Name -> `eligible` (may become fundamental), `unscored` (trained, but never scored), `head` or `frozen`.
 
     Raises:
         PatternError: a pattern matches nothing.
     """
     names, head = ParameterNames.of(pretrained.module), set(pretrained.head_names)
     scored = set(names.match(eligible, what="eligible") if eligible else matrix_names(pretrained.module, names))
-    found = {}
+    groups = {}
     for name, parameter in names.parameters.items():
         trained = "head" if name in head else "eligible" if name in scored else "unscored"
-        found[name] = trained if parameter.requires_grad else "frozen"
-    return found
+        groups[name] = trained if parameter.requires_grad else "frozen"
+    return groups
 
 
 def lines_of(pretrained: Pretrained, eligible: Sequence[str] | None) -> list[WeightRow]:
-    """One line for weights that are alike, in the order of the model."""
+    """Summarises similar weights in rows, in the order of the model.
+
+    Args:
+        pretrained: the model with its head.
+        eligible: as for `groups_of`.
+
+    Raises:
+        PatternError: a pattern matches nothing.
+    """
     parameters = ParameterNames.of(pretrained.module).parameters
     numbers: dict[tuple[str, tuple[int, ...], str], list[tuple[str, ...]]] = defaultdict(list)
     for name, group in groups_of(pretrained, eligible).items():
         key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), tuple(parameters[name].shape), group)
         numbers[key].append(tuple(re.findall(r"(?<![^.])\d+(?![^.])", name)))
-    return [WeightRow(_filled(name, found), shape, group, len(found)) for (name, shape, group), found in numbers.items()]
+    return [WeightRow(_filled(name, rows), shape, group, len(rows)) for (name, shape, group), rows in numbers.items()]
 
 
 def _filled(name: str, numbers: Sequence[tuple[str, ...]]) -> str:
-    """With the numbers that there are in the place of each star: `0-11`, or `0,2` where there are gaps."""
+    """Replaces each star in a name by the numbers that occur there: `[0-11]`, or `[0,2]` if there are gaps."""
     for values in zip(*numbers, strict=True):
-        wanted = sorted(set(map(int, values)))
-        whole = wanted == list(range(wanted[0], wanted[-1] + 1))
-        text = f"{wanted[0]}-{wanted[-1]}" if whole and len(wanted) > 2 else ",".join(map(str, wanted))
-        name = name.replace("*", text if len(wanted) == 1 else f"[{text}]", 1)
+        indices = sorted(set(map(int, values)))
+        contiguous = indices == list(range(indices[0], indices[-1] + 1))
+        text = f"{indices[0]}-{indices[-1]}" if contiguous and len(indices) > 2 else ",".join(map(str, indices))
+        name = name.replace("*", text if len(indices) == 1 else f"[{text}]", 1)
     return name
 
 
 def inspection(pretrained: Pretrained, config: Config) -> str:
-    """Weights by name, shape and group; totals; units of sharding; what became of the file's tensors."""
+    """The text of `dcft inspect`.
+
+    Args:
+        pretrained: the model with its head; what the method freezes is frozen.
+        config: configuration of the run.
+
+    Returns:
+        Lines with the shape, group and name of the weights; totals by group; the blocks that are sharded one by one; and a
+        summary of the tensors in the file of weights.
+
+    Raises:
+        PatternError: a pattern in `importance.eligible` matches nothing.
+    """
     lines = lines_of(pretrained, config.importance.eligible)
     width = max(len(line.name) for line in lines)
-    rows = [f"{_plain(line):>24}  {line.group:<9} {line.name:<{width}}" for line in lines]
+    rows = [f"{_shape_text(line):>24}  {line.group:<9} {line.name:<{width}}" for line in lines]
     total = sum(line.num_weights for line in lines)
     sums = {group: sum(line.num_weights for line in lines if line.group == group) for group in GROUPS}
     parts = [f"{group} {number:,} ({number / total:.1%})" for group, number in sums.items() if number]
@@ -77,10 +112,12 @@ def inspection(pretrained: Pretrained, config: Config) -> str:
     return "\n".join([*rows, "", f"{total:,} weights: {'; '.join(parts)}", *wrapped, *loaded])
 
 
-def _plain(line: WeightRow) -> str:
+def _shape_text(line: WeightRow) -> str:
+    """Number and shape of a row: `12 x 384x384`."""
     shape = "x".join(map(str, line.shape)) or "1"
     return f"{line.number} x {shape}" if line.number > 1 else shape
 
 
 def _kinds(blocks: Iterable[object]) -> str:
+    """Names of the blocks' classes."""
     return ", ".join(dict.fromkeys(type(block).__name__ for block in blocks)) or "no kind"

@@ -1,8 +1,9 @@
-"""What a model needs on each of N GPUs, found without any: the code runs as rank 0 of N on tensors without memory.
+"""Forecasts the memory and traffic of a model on N GPUs, without GPUs. The code runs as rank 0 of N on fake tensors.
 
-Wrapping, scoring, attaching and steps are the real ones, on torch's fake process group. Only the selection is not run,
-since it looks at values: its bits are there (none set), and what it needs besides does not depend on the number of
-weights (`threshold`).
+Fake tensors have shapes but no memory, and torch's fake process group replaces the other ranks. Wrapping, scoring, attaching
+the penalty and training steps run unchanged. Only the selection does not run, because it reads values. An empty set takes
+its place, with mask bits of the right size. The other memory of a selection does not depend on the number of weights
+(`kth_highest`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from .planned_models import Planned, Request, planned
 GIB = 2**30
 
 
+# Kind of memory in a forecast -> names of torch's memory tracker.
 KINDS = {
     "parameters": ("Sharded Param", "Unsharded Param", "Buffer"),
     "gradients": ("Sharded Grad", "Unsharded Grad"),
@@ -48,8 +50,20 @@ KINDS = {
 
 @dataclass
 class Forecast:
-    """Bytes of rank 0, which has the largest shards. `*_step`: by kind at the peak of a step (under ZeRO-3 "other" is all
-    that is neither a weight nor an optimizer's state); `sent`: by collective."""
+    """Memory and traffic of rank 0, which has the largest shards. All sizes are in bytes.
+
+    Attributes:
+        request: what was planned.
+        weights: number of weights of the whole model.
+        eligible: number of eligible weights of the whole model.
+        plain_step, dcft_step: memory by kind at the peak of a training step, without and with the penalty. Kinds: those of
+            `KINDS`, and `other`. Under ZeRO-3 only `parameters`, `optimizer` and `other` are told apart.
+        score_peak: peak memory of scoring.
+        scores: memory of the scores.
+        bits: memory of the penalty's mask.
+        sent_plain, sent_dcft, sent_score: traffic by collective of a step without the penalty, of a step with it, and of
+            scoring one batch.
+    """
 
     request: Request
     weights: int = 0
@@ -64,33 +78,40 @@ class Forecast:
     sent_score: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """The forecast as JSON types, with the peaks and whether the model fits."""
         peaks = {"plain_peak": self.plain_peak, "dcft_peak": self.dcft_peak, "peak": self.peak, "fits": self.fits}
         return {**asdict(self), **peaks}
 
     @property
     def plain_peak(self) -> int:
+        """Peak memory of a step without the penalty, in bytes."""
         return sum(self.plain_step.values())
 
     @property
     def dcft_peak(self) -> int:
+        """Peak memory of a step with the penalty, in bytes."""
         return sum(self.dcft_step.values()) + self.bits
 
     @property
     def peak(self) -> int:
-        """Of scoring or of a step: scores are gone when steps begin."""
+        """Peak memory of scoring or of a step with the penalty, in bytes. Steps begin after the scores are deleted."""
         return max(self.score_peak, self.dcft_peak)
 
     @property
     def fits(self) -> bool:
+        """Whether the peak fits into the memory of one GPU."""
         return self.peak <= self.request.memory_gib * GIB
 
 
 def forecast(request: Request) -> Forecast:
-    """Runs the code as rank 0 of `request.ranks`, and tells what it needs. No process group may be there.
+    """Forecasts memory and traffic on fake tensors. Needs a process without a process group.
+
+    Args:
+        request: model, ranks, engine and sizes.
 
     Raises:
-        ConfigError: a size below 1, an unknown model, or one whose loss is not known.
-        EngineError: replicas that do not divide the ranks.
+        ConfigError: a size is below 1, `replicas` are requested under ZeRO-3, or the model is unknown or cannot be planned.
+        EngineError: the replicas do not divide the ranks.
     """
     for key in ("ranks", "gpus_per_node", "micro_batch", "length", "replicas"):
         if getattr(request, key) < 1:
@@ -103,12 +124,17 @@ def forecast(request: Request) -> Forecast:
 
 
 def table(found: Forecast) -> str:
-    """The plan as text."""
-    r = found.request
+    """The forecast as text, the output of `dcft plan`.
+
+    Args:
+        found: the forecast.
+    """
+    request = found.request
     lines = [
-        f"{r.model}: {found.weights:,} weights, {found.eligible:,} eligible; {r.engine} on {r.ranks} ranks "
-        f"({ceil(r.ranks / r.gpus_per_node)} nodes), {r.replicas} replicas, {'bf16' if r.bf16 else 'fp32'}, "
-        f"micro-batch {r.micro_batch}, penalty on the {r.level}" + (f", {r.where}" if r.level == "gradient" else ""),
+        f"{request.model}: {found.weights:,} weights, {found.eligible:,} eligible; {request.engine} on "
+        f"{request.ranks} ranks ({ceil(request.ranks / request.gpus_per_node)} nodes), {request.replicas} replicas, "
+        f"{'bf16' if request.bf16 else 'fp32'}, micro-batch {request.micro_batch}, penalty on the {request.level}"
+        + (f", {request.where}" if request.level == "gradient" else ""),
         "",
         f"{'GiB on a rank':<28}{'plain step':>12}{'with DCFT':>12}",
     ]
@@ -122,15 +148,23 @@ def table(found: Forecast) -> str:
         lines.append(f"{name:<28}" + "".join(f"{size:>12.3f}" for size in sizes))
     share = 100 * (found.peak / found.plain_peak - 1)
     verdict = "fits into" if found.fits else "does not fit into"
-    lines += ["", f"needs {found.peak / GIB:.2f} GiB, {share:+.1f} % for DCFT: {verdict} {r.memory_gib:g} GiB"]
+    lines += ["", f"needs {found.peak / GIB:.2f} GiB, {share:+.1f} % for DCFT: {verdict} {request.memory_gib:g} GiB"]
     return "\n".join(lines)
 
 
 def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
-    """The same on the ranks that are there, on tensors made inside `memory()`."""
-    mode, found, what = memory(), Forecast(request), planned(request)
-    prepared, head, loss_of = _prepared(what, request, mode), what.head, what.loss
-    found.weights = sum(prod(shape) for shape in find_engine(prepared.model).full_shapes().values())
+    """Measures memory and traffic on the ranks of the existing process group. Collective.
+
+    Args:
+        request: model, ranks, engine and sizes.
+        memory: makes the context in which tensors are created: fake tensors, or `nullcontext` for real ones.
+
+    Raises:
+        ConfigError, EngineError: as `forecast`.
+    """
+    mode, result, planned_model = memory(), Forecast(request), planned(request)
+    prepared, head, loss_of = _prepared(planned_model, request, mode), planned_model.head, planned_model.loss
+    result.weights = sum(prod(shape) for shape in find_engine(prepared.model).full_shapes().values())
 
     def steps(number: int) -> None:
         for _ in range(number):
@@ -139,15 +173,15 @@ def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
             prepared.step()
 
     with mode:
-        batch = what.make_batch()
-        with _measured(prepared) as (peak, found.sent_score):
-            scores = score_importance(prepared.model, [batch], loss_of, head=head, eligible=what.eligible)
-        found.score_peak = sum(peak.values())
-        found.scores = sum(4 * s.values.numel() for s in scores.shards.values())
-        found.eligible, chosen = scores.num_eligible, _empty_set(scores)
+        batch = planned_model.make_batch()
+        with _measured(prepared) as (peak, result.sent_score):
+            scores = score_importance(prepared.model, [batch], loss_of, head=head, eligible=planned_model.eligible)
+        result.score_peak = sum(peak.values())
+        result.scores = sum(4 * s.values.numel() for s in scores.shards.values())
+        result.eligible, chosen = scores.num_eligible, _empty_set(scores)
         del scores
         steps(1)
-        with _measured(prepared) as (found.plain_step, found.sent_plain):
+        with _measured(prepared) as (result.plain_step, result.sent_plain):
             steps(1)
         penalty = attach_penalty(
             prepared.model,
@@ -157,24 +191,24 @@ def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
             where=request.where,
             mask_placement=request.mask_placement,
         )
-        found.bits = penalty.mask_bytes
+        result.bits = penalty.mask_bytes
         steps(1)
-        with _measured(prepared) as (found.dcft_step, found.sent_dcft):
+        with _measured(prepared) as (result.dcft_step, result.sent_dcft):
             steps(1)
         penalty.remove()
-    return found
+    return result
 
 
-def _prepared(what: Planned, request: Request, mode: Any) -> Prepared:
-    """The model under the engine, its weights numbers where there is memory for them."""
-    device, zero3 = torch.device("cpu"), request.engine == "zero3"  # a fake of one: sizes are the same
-    how = WrapOptions("deepspeed" if zero3 else "fsdp2", device, what.blocks, request.bf16, request.replicas)
-    how = replace(how, zero_stage=3, micro_batch=request.micro_batch)
-    if not zero3:  # FSDP2 asks for a mesh of ranks, which has to have values
+def _prepared(planned_model: Planned, request: Request, mode: Any) -> Prepared:
+    """The model wrapped by the engine. Weights with memory are filled with a number."""
+    device, zero3 = torch.device("cpu"), request.engine == "zero3"  # fake CPU tensors have the sizes of GPU tensors
+    options = WrapOptions("deepspeed" if zero3 else "fsdp2", device, planned_model.blocks, request.bf16, request.replicas)
+    options = replace(options, zero_stage=3, micro_batch=request.micro_batch)
+    if not zero3:  # `prepare` then runs outside `mode`: FSDP2 makes a mesh of ranks, which needs real values
         with mode:
-            Materialiser(device)(what.model)
+            Materialiser(device)(planned_model.model)
     with mode if zero3 else nullcontext():
-        prepared = prepare(what.model, how, what.make_optimizer)
+        prepared = prepare(planned_model.model, options, planned_model.make_optimizer)
     engine = find_engine(prepared.model)
     with torch.no_grad(), mode:
         for shard in engine.shards():
@@ -185,7 +219,7 @@ def _prepared(what: Planned, request: Request, mode: Any) -> Prepared:
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Tensors without memory are the CPU's, to torch; a GPU's are handled in larger pieces."""
+    """Fake tensors count as CPU tensors. In this block they are processed in pieces of the size used on a GPU."""
     step = STEP["cpu"]
     STEP["cpu"] = STEP["cuda"]
     try:
@@ -195,20 +229,21 @@ def _as_on_a_gpu() -> Iterator[None]:
 
 
 def _empty_set(scores: Scores) -> FundamentalSet:
+    """A fundamental set without members, with mask bits for every scored weight."""
     info = SetInfo(shapes=scores.shapes, counts=dict.fromkeys(scores.shapes, 0), fraction=0.1, head=scores.head)
     return FundamentalSet(info, lambda name: np.zeros(num_bytes(prod(info.shapes[name])), dtype=np.uint8))
 
 
 @contextmanager
 def _measured(prepared: Prepared) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Bytes by kind at the peak of the block, and bytes given to each kind of collective in it; filled at its end."""
+    """Measures a block: memory by kind at its peak, and traffic by collective, in bytes. Filled when the block ends."""
     tracker, sent = memory_tracker(prepared.model, prepared.optimizer), _Sent()
     peak: dict[str, int] = {}
     traffic: dict[str, int] = {}
     with tracker, sent:
         yield peak, traffic
-    seen = next(iter(tracker.get_tracker_snapshot("peak").values()))
-    by_name = {str(getattr(kind, "value", kind)): size for kind, size in seen.items()}
+    snapshot = next(iter(tracker.get_tracker_snapshot("peak").values()))
+    by_name = {str(getattr(kind, "value", kind)): size for kind, size in snapshot.items()}
     total = by_name.pop("Total")
     if prepared.options.engine == "deepspeed":
         states = [value for state in prepared.optimizer.state.values() for value in _tensors(list(state.values()))]
@@ -220,7 +255,7 @@ def _measured(prepared: Prepared) -> Iterator[tuple[dict[str, int], dict[str, in
 
 
 class _Sent(TorchDispatchMode):
-    """Counts the bytes of the larger side of every collective."""
+    """Counts the bytes of each collective: those of its largest tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -233,10 +268,10 @@ class _Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _tensors(given: Any) -> list[Tensor]:
-    if isinstance(given, list | tuple):
-        return [t for part in given for t in _tensors(part)]
-    return [given] if isinstance(given, Tensor) else []
+def _tensors(nested: Any) -> list[Tensor]:
+    if isinstance(nested, list | tuple):
+        return [t for item in nested for t in _tensors(item)]
+    return [nested] if isinstance(nested, Tensor) else []
 
 
 def _size(tensors: list[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""What `dcft plan` can plan: a model with a batch and a loss, made where tensors need no memory."""
+"""The models that `dcft plan` can plan, each with a batch and a loss, built on tensors without memory."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, words
     return "LlamaConfig", {**sizes, "num_key_value_heads": kv_heads, "vocab_size": words}
 
 
-# Name -> class of transformers' configuration, and sizes: ViT-L/16, ViT-H/14, ViT-g/14 (DINOv2), Llama 3.2 1B (its head
-# not tied), Llama 2 7B, Llama 3 70B.
+# Name -> class of transformers' configuration, and sizes. In this order: ViT-L/16, ViT-H/14, ViT-g/14 (DINOv2), Llama 3.2
+# 1B (with an untied head), Llama 2 7B, Llama 3 70B.
 MODELS = {
     "vit_large": _vit(1024, 24, 16, 16),
     "vit_huge": _vit(1280, 32, 16, 14),
@@ -47,8 +47,24 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What is planned. `model`: see `planned`. `length`: tokens of a sample of text; `memory_gib`: of one GPU; `replicas`:
-    of hybrid sharding; `words`: further words of a configuration, as on the command line."""
+    """What to plan.
+
+    Attributes:
+        model: `vit_large`, `vit_huge`, `vit_giant`, `decoder_1b`, `decoder_7b` or `decoder_70b`; a folder with a
+            transformers `config.json`; or a configuration file (`.toml`).
+        ranks: number of GPUs.
+        engine: `fsdp2`, or `zero3` (DeepSpeed).
+        gpus_per_node: number of GPUs in a node; only the printed number of nodes depends on it.
+        micro_batch: samples in one forward pass of a rank.
+        length: tokens in a sample of text.
+        level: level of the penalty, `update` or `gradient`.
+        where: gradient level: multiply `before` or `after` the reduction over ranks.
+        mask_placement: gradient level before the reduction: `replicated` or `sharded` mask bits.
+        bf16: True: compute in bfloat16; False: in float32.
+        replicas: number of groups of ranks, each with a full copy of the weights (hybrid sharding).
+        memory_gib: memory of one GPU in GiB.
+        words: overrides of a configuration file, as on the command line.
+    """
 
     model: str
     ranks: int
@@ -67,7 +83,17 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """A model on the meta device, its head, what is sharded one by one, and how to make a micro-batch and its loss."""
+    """A model to plan.
+
+    Attributes:
+        model: the model, on the meta device.
+        head: patterns of the head's weights.
+        blocks: modules to shard one by one.
+        make_batch: makes one micro-batch, a dictionary of tensors.
+        loss: (model, micro-batch) -> scalar loss.
+        make_optimizer: makes the optimizer for a list of weights.
+        eligible: patterns of the weights to score; None: weights of linear and convolution layers outside the head.
+    """
 
     model: nn.Module
     head: str | tuple[str, ...]
@@ -81,38 +107,50 @@ class Planned:
 
 
 def is_configuration(model: str) -> bool:
+    """Whether `Request.model` names a configuration file."""
     return model.endswith(".toml")
 
 
 def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
-    """A request with what is not None of `given`; a configuration says the rest that it can."""
-    known: dict[str, Any] = {}
+    """Builds a request. Given values override those of the configuration.
+
+    Args:
+        model: as in `Request`.
+        words: overrides of a configuration file, as on the command line; otherwise empty.
+        given: other fields of `Request`. None: take the value of the configuration, or else the default of `Request`.
+
+    Raises:
+        ConfigError: the configuration is wrong, or there are words without a configuration file.
+    """
+    configured: dict[str, Any] = {}
     if is_configuration(model):
         config = load_config(model, list(words))
         zero3 = config.engine == "deepspeed" and config.sharding.zero_stage == 3
-        known = {
+        configured = {
             "engine": "zero3" if zero3 else "fsdp2",
             "micro_batch": config.train.micro_batch,
             "length": config.task.max_tokens,
             "level": config.level,
         }
-        known |= {"where": config.penalty.where, "bf16": config.train.precision == "bf16"}
-        known |= {
+        configured |= {"where": config.penalty.where, "bf16": config.train.precision == "bf16"}
+        configured |= {
             "mask_placement": config.penalty.mask_placement,
             "replicas": config.sharding.replicas,
             "words": tuple(words),
         }
     elif words:
-        raise ConfigError(f"unknown words {' '.join(words)}: only a configuration file takes others")
-    return Request(**{"model": model, **known, **{key: value for key, value in given.items() if value is not None}})
+        raise ConfigError(f"unknown words {' '.join(words)}: only a configuration file accepts overrides")
+    return Request(**{"model": model, **configured, **{key: value for key, value in given.items() if value is not None}})
 
 
 def planned(request: Request) -> Planned:
-    """A model of `MODELS`, of the folder of a transformers configuration, or of a configuration file, with values that do
-    not matter.
+    """Builds the model of a request, with placeholder values.
+
+    Args:
+        request: its `model` says which model.
 
     Raises:
-        ConfigError: it is not known, or of a kind whose loss is not.
+        ConfigError: the model is unknown, cannot be planned, or is neither a causal language model nor an image classifier.
     """
     return _configured(request) if is_configuration(request.model) else _of_transformers(request)
 
@@ -123,20 +161,18 @@ def planned(request: Request) -> Planned:
 def _configured(request: Request) -> Planned:
     config = load_config(request.model, list(request.words))
     if config.model.name != "own":
-        raise ConfigError(
-            f"{request.model}: only a model that is built (model.build) can be planned, not {config.model.name}"
-        )
+        raise ConfigError(f"{request.model}: only a model from model.build can be planned, not {config.model.name}")
     if config.method not in ("dcft", "equal_displacement", "full") or config.sharding.offload:
-        what = "sharding.offload" if config.sharding.offload else f"method {config.method!r}"
-        raise ConfigError(f"{request.model}: {what} cannot be planned")
+        unsupported = "sharding.offload" if config.sharding.offload else f"method {config.method!r}"
+        raise ConfigError(f"{request.model}: {unsupported} cannot be planned")
     if config.data.modality == "own":
-        raise ConfigError(f"{request.model}: batches of data.collate cannot be planned: their sizes are not known")
+        raise ConfigError(f"{request.model}: batches of data.collate cannot be planned: their sizes are unknown")
     labels = config.data.label if isinstance(config.data.label, list) else [config.data.label]
     names = labels if config.task.kind == "multi_label" else config.data.classes or ["no", "yes"]
     objective = make_objective(config, {"names": names, "mean": 0.0, "std": 1.0, "grades": None})
-    nothing_to_process: Any = None
+    no_processor: Any = None
     with without_initialising():
-        pretrained = custom_model(config, objective.num_outputs, nothing_to_process, read=False)
+        pretrained = custom_model(config, objective.num_outputs, no_processor, read=False)
 
     def batch() -> dict[str, Tensor]:
         inputs = _inputs(config, request)
@@ -144,7 +180,7 @@ def _configured(request: Request) -> Planned:
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         outputs = pretrained.outputs(model, batch)
-        if config.task.kind == "segmentation":  # MONAI's Dice loss reads numbers from tensors, which have none here
+        if config.task.kind == "segmentation":  # MONAI's Dice loss reads values, which these tensors do not have
             return functional.cross_entropy(outputs.float(), batch["labels"][:, 0])
         return objective.loss(outputs, batch["labels"])
 
@@ -154,6 +190,7 @@ def _configured(request: Request) -> Planned:
 
 
 def _inputs(config: Config, request: Request) -> dict[str, Tensor]:
+    """Placeholder inputs of a micro-batch, with the shapes that the configuration asks for."""
     size = request.micro_batch
     if config.data.modality == "text" or config.task.kind == "causal_lm":
         ids = torch.zeros(size, request.length, dtype=torch.int64)
@@ -165,6 +202,7 @@ def _inputs(config: Config, request: Request) -> dict[str, Tensor]:
 
 
 def _labels(config: Config, request: Request, outputs: int, batch: dict[str, Tensor]) -> Tensor:
+    """Placeholder labels of a micro-batch for the kind of task."""
     if config.task.kind == "causal_lm":
         return batch["input_ids"]
     if config.task.kind == "segmentation":
@@ -181,13 +219,13 @@ def _of_transformers(request: Request) -> Planned:
     model = _model(request.model)
     lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
     if not lists:
-        raise ConfigError(f"{request.model}: no list of blocks to shard one by one")
+        raise ConfigError(f"{request.model}: the model has no list of blocks to shard one by one")
     blocks, batch = max(lists, key=len), partial(_batch, model, request)
     return Planned(model, _head(model), blocks, batch, lambda model, batch: model(**batch).loss)
 
 
 def _model(name: str) -> nn.Module:
-    """A model of `MODELS`, or of the folder of a transformers configuration, with values that do not matter."""
+    """A model of `MODELS`, or one from a folder with a transformers configuration, with placeholder values."""
     import transformers
     from transformers.models.auto import modeling_auto
 
@@ -197,7 +235,7 @@ def _model(name: str) -> nn.Module:
     elif (Path(name) / "config.json").is_file():
         config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
     else:
-        raise ConfigError(f"unknown model {name!r}{did_you_mean(name, MODELS)}: there are {', '.join(MODELS)}, or a folder "
+        raise ConfigError(f"unknown model {name!r}{did_you_mean(name, MODELS)}: use {', '.join(MODELS)}, or a folder "
                           "with a transformers config.json")  # fmt: skip
     if config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         auto: Any = transformers.AutoModelForCausalLM
@@ -212,15 +250,16 @@ def _model(name: str) -> nn.Module:
 
 
 def _head(model: Any) -> str:
-    """The name of the classifier, or of the layer that gives the words' scores."""
+    """The name of the classifier, or of the layer that computes scores over the vocabulary."""
     last = getattr(model, "classifier", None) or model.get_output_embeddings()
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     if last not in names:
-        raise ConfigError(f"{type(model).__name__}: neither a classifier nor an output embedding, so the head is not known")
+        raise ConfigError(f"{type(model).__name__}: no classifier and no output embedding, so its head is unknown")
     return names[last]
 
 
 def _batch(model: nn.Module, request: Request) -> dict[str, Tensor]:
+    """A placeholder micro-batch of images or tokens, with labels."""
     config: Any = model.config
     if model.main_input_name == "pixel_values":
         side = getattr(config, "image_size", 224)

@@ -1,4 +1,4 @@
-"""Tables over several finished runs, and the table of a removal check."""
+"""Markdown tables: a comparison of several finished runs, and the removal check of one run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from .render import shown_value, summary_of
 
 
 def removal_table(run: Path) -> str:
-    """The removal check of a run as Markdown: rise of the validation loss, and accuracy, by set and share removed."""
+    """The removal check of a run as a Markdown table: one row for each kind of set, one column for each share removed.
+
+    A cell has the rise of the validation loss, and the value of the first metric.
+
+    Raises:
+        DataError: the directory contains no finished run, or the run did no removal check.
+    """
     check = summary_of(run)["removal"]
     if not check:
-        raise DataError(f"{run} made no removal check")
+        raise DataError(f"{run} did no removal check: set removal.fractions and run again")
     fractions = sorted({row["fraction"] for row in check["removed"]})
     base, chance = check["base"], check["chance"]
     metric = shown_metrics(base)[0]
@@ -27,14 +33,23 @@ def removal_table(run: Path) -> str:
         "|---|" + "---|" * len(fractions),
     ]
     for kind, (label, _) in SETS.items():
-        found = {row["fraction"]: row for row in check["removed"] if row["set"] == kind}
-        cells = [f"{found[f]['loss'] - base['loss']:+.3f}, {found[f][metric]:.3f}" for f in fractions]
+        by_fraction = {row["fraction"]: row for row in check["removed"] if row["set"] == kind}
+        cells = [f"{by_fraction[f]['loss'] - base['loss']:+.3f}, {by_fraction[f][metric]:.3f}" for f in fractions]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def comparison(runs: Sequence[Path]) -> str:
-    """A table of finished runs (Markdown), and the caveats of their tasks."""
+    """A Markdown table of finished runs, with the caveats of their tasks and a list of the runs that are not finished.
+
+    The table also says where a linear probe beats a fine-tuned run.
+
+    Args:
+        runs: the run directories.
+
+    Raises:
+        DataError: none of the directories contains a finished run.
+    """
     finished = [run for run in runs if (run / "summary.json").exists()]
     summaries = [summary_of(run) for run in finished or runs]
     first, second = shown_metrics(summaries[0]["validation"])
@@ -42,18 +57,19 @@ def comparison(runs: Sequence[Path]) -> str:
         f"| run | method | test {first} | test {second} | validation {first} | best epoch | minutes |",
         "|---|---|---|---|---|---|---|",
     ]
-    for s in summaries:
-        minutes = sum(s["seconds"].values()) / 60
-        what = s["method"] + (
-            f" (factor {s['factor']:g}, {s['level']}, {s['optimizer']})"
-            if s["factor"] is not None
-            else f" ({s['optimizer']})"
+    for summary in summaries:
+        minutes = sum(summary["seconds"].values()) / 60
+        method = summary["method"] + (
+            f" (factor {summary['factor']:g}, {summary['level']}, {summary['optimizer']})"
+            if summary["factor"] is not None
+            else f" ({summary['optimizer']})"
         )
-        if s["method"] == "linear_probe":
-            what = "linear probe"
+        if summary["method"] == "linear_probe":
+            method = "linear probe"
+        test = summary["test"]
         lines.append(
-            f"| {s['name']} | {what} | {shown_value(s['test'], first)} | {shown_value(s['test'], second)} "
-            f"| {shown_value(s['validation'], first)} | {s['best_epoch']} | {minutes:.1f} |"
+            f"| {summary['name']} | {method} | {shown_value(test, first)} | {shown_value(test, second)} "
+            f"| {shown_value(summary['validation'], first)} | {summary['best_epoch']} | {minutes:.1f} |"
         )
     tested = [s for s in summaries if s["test"] and first in s["test"]]
     probes = [s["test"][first] for s in tested if s["method"] == "linear_probe"]
@@ -65,5 +81,9 @@ def comparison(runs: Sequence[Path]) -> str:
         lines.append(f"\nThe linear probe beats {', '.join(beaten)} here.")
     unfinished = [run.name for run in runs if run not in finished]
     lines += ["", f"Not finished: {', '.join(unfinished)}."] if unfinished else []
-    lines += ["", *dict.fromkeys(s["caveat"] for s in summaries), "One seed a row: differences of a few points are noise."]
+    lines += [
+        "",
+        *dict.fromkeys(summary["caveat"] for summary in summaries),
+        "One seed a row: differences of a few points are noise.",
+    ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The model card of an export: data, method, set and metrics, from the summary of its run."""
+"""The model card of an exported model: data, method, fundamental set and metrics, from the summary of its run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .render import results_of, template
 
 _KINDS = {
     "single_label": "One of {n} classes",
-    "multi_label": "{n} findings, each there or not",
+    "multi_label": "{n} findings, each present or absent",
     "regression": "A number",
     "causal_lm": "Answers to instructions",
     "segmentation": "One of {n} classes for each voxel",
@@ -19,7 +19,13 @@ _KINDS = {
 
 
 def write_card(folder: Path, config: Config, summary: dict[str, Any]) -> None:
-    """Writes `README.md` into the folder of an export."""
+    """Writes the model card as `README.md`.
+
+    Args:
+        folder: of the exported model.
+        config: of the run.
+        summary: of the run, the content of its `summary.json`.
+    """
     names = summary["labels"]["names"]
     base = config.model.weights or config.model.build or config.model.name
     facts = {

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn from a run's rows and summary."""
+"""The pictures of a report, drawn from the rows of `metrics.jsonl` and the summary of a run."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ SETS = {
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> tuple[str, str]:
-    """The two that say most: the one that chooses the epoch if the configuration says none, and another one."""
-    best = [name for name in ("accuracy", "macro_f1", "dice", "auroc", "mae", "token_accuracy") if name in metrics]
-    rest = [name for name in metrics if name not in best]
-    first, second, *_ = [*best, *rest, "loss"]
+    """The names of the two metrics that reports show where there is room for two only.
+
+    The first is the metric that chooses the epoch unless the configuration names another.
+    """
+    preferred = [name for name in ("accuracy", "macro_f1", "dice", "auroc", "mae", "token_accuracy") if name in metrics]
+    rest = [name for name in metrics if name not in preferred]
+    first, second, *_ = [*preferred, *rest, "loss"]
     return first, second
 
 
 def share_picture(chosen: FundamentalSet) -> Figure:
-    """Fundamental share of each eligible weight: one row a kind of weight, one column a layer."""
+    """Draws the fundamental share of each eligible weight: a row for each kind of weight, a column for each layer."""
     shares: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for name, shape in chosen.info.shapes.items():
         number = re.search(r"\.(\d+)\.", name)
@@ -77,6 +80,8 @@ def share_picture(chosen: FundamentalSet) -> Figure:
 
 
 def loss_curves(rows: Rows) -> Figure:
+    """Draws training and validation loss over the epochs."""
+
     def draw(axes: Axes) -> None:
         _line(axes, rows, "train/loss", "training", _REST, marker=".")
         _line(axes, rows, "validation/loss", "validation", _FUNDAMENTAL)
@@ -87,6 +92,8 @@ def loss_curves(rows: Rows) -> Figure:
 
 
 def metric_curves(rows: Rows, summary: dict[str, Any]) -> Figure:
+    """Draws two validation metrics over the epochs, and marks the tested epoch."""
+
     def draw(axes: Axes) -> None:
         for name, color in zip(shown_metrics(summary["validation"]), (_REST, "#3a9d5d"), strict=True):
             _line(axes, rows, f"validation/{name}", name, color)
@@ -97,6 +104,8 @@ def metric_curves(rows: Rows, summary: dict[str, Any]) -> Figure:
 
 
 def movement_curves(rows: Rows) -> Figure:
+    """Draws how far fundamental and other weights moved, as root mean square, over the epochs."""
+
     def draw(axes: Axes) -> None:
         _line(axes, rows, "movement/fundamental", "fundamental", _FUNDAMENTAL)
         _line(axes, rows, "movement/rest", "rest", _REST)
@@ -122,14 +131,19 @@ def _curves(draw: Callable[[Axes], None]) -> Figure:
 
 
 def removal_bars(check: dict[str, Any]) -> Figure:
+    """Draws the removal check: loss and first metric by share removed, a bar for each kind of set.
+
+    Args:
+        check: `"removal"` of the run's summary.
+    """
     fractions = sorted({row["fraction"] for row in check["removed"]})
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for place, key in enumerate(("loss", shown_metrics(check["base"])[0]), 1):
-        axes = figure.add_subplot(1, 2, place)
+    for panel, key in enumerate(("loss", shown_metrics(check["base"])[0]), 1):
+        axes = figure.add_subplot(1, 2, panel)
         for i, (kind, (label, color)) in enumerate(SETS.items()):
             values = {row["fraction"]: row[key] for row in check["removed"] if row["set"] == kind}
-            places = [n + (i - 2) * 0.16 for n, f in enumerate(fractions) if f in values]
-            axes.bar(places, [values[f] for f in fractions if f in values], 0.15, label=label, color=color)
+            positions = [n + (i - 2) * 0.16 for n, f in enumerate(fractions) if f in values]
+            axes.bar(positions, [values[f] for f in fractions if f in values], 0.15, label=label, color=color)
         if key in check["chance"]:
             axes.axhline(check["chance"][key], color=_CHANCE, linestyle="--")
         axes.axhline(check["base"][key], color=_CHANCE)

@@ -1,4 +1,4 @@
-"""What all reports share: templates, pictures as PNG, and a run's summary in words."""
+"""Helpers for all reports: templates, pictures as PNG, and a run's summary as text."""
 
 from __future__ import annotations
 
@@ -15,28 +15,41 @@ from .pictures import shown_metrics
 
 
 def shown_value(metrics: dict[str, float] | None, key: str) -> str:
+    """A metric as reports print it: `"not tested"` without metrics, `"-"` if this metric is missing."""
     if metrics is None:
         return "not tested"
     return f"{metrics[key]:.3f}" if key in metrics else "-"
 
 
 def summary_of(run: Path) -> dict[str, Any]:
+    """Reads `summary.json` of a finished run.
+
+    Raises:
+        DataError: the file is missing or unreadable.
+    """
     try:
         summary: dict[str, Any] = read_json(run / "summary.json")
     except (OSError, ValueError) as error:
-        raise DataError(f"{run} holds no finished run") from error
+        raise DataError(f"{run} contains no finished run: its summary.json is missing or unreadable") from error
     return summary
 
 
 def results_of(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(metric, validation, test, 95 % interval of the test) of all metrics, the one that chose the epoch first."""
-    first, spread = shown_metrics(s["validation"])[0], s.get("test_intervals") or {}
+    """The table of results: (metric, validation, test, 95 % interval of the test) for each metric, all as text.
+
+    The first row is the first of `shown_metrics`.
+
+    Args:
+        s: the summary of a run.
+    """
+    first, intervals = shown_metrics(s["validation"])[0], s.get("test_intervals") or {}
     names = sorted(s["validation"], key=lambda name: name != first)
-    ends = {name: f"{low:.3f} to {high:.3f}" for name, (low, high) in spread.items()}
-    return [(name, shown_value(s["validation"], name), shown_value(s["test"], name), ends.get(name, "")) for name in names]
+    ranges = {name: f"{low:.3f} to {high:.3f}" for name, (low, high) in intervals.items()}
+    return [(name, shown_value(s["validation"], name), shown_value(s["test"], name), ranges.get(name, "")) for name in names]
 
 
 def template(name: str) -> jinja2.Template:
+    """Loads a file of `templates/`. Values are escaped in HTML templates only."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     return jinja2.Environment(
         loader=loader, autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True
@@ -44,6 +57,7 @@ def template(name: str) -> jinja2.Template:
 
 
 def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""`report.html` of a run, self-contained, and tables over several runs; made from the files in the run directories."""
+"""Writes `report.html` of a run, one self-contained file, from the files in its run directory."""
 
 from __future__ import annotations
 
@@ -16,27 +16,34 @@ from .render import png, results_of, summary_of, template
 
 
 def write_report(run: Path, pictures: Path | None = None) -> Path:
-    """Makes `report.html` of a finished run and returns its path; with `pictures`, also a PNG of each picture there.
+    """Writes `report.html` into the directory of a finished run.
+
+    Args:
+        run: the run directory.
+        pictures: a folder for the pictures as PNG files; None: the pictures are in the report only.
+
+    Returns:
+        The path of `report.html`.
 
     Raises:
-        DataError: the directory holds no finished run.
+        DataError: the directory contains no finished run.
     """
-    summary, drawn = summary_of(run), []
+    summary, images = summary_of(run), []
     for slug, title, caption, figure in _pictures(run, summary):
         data = png(figure)
-        drawn.append((title, caption, base64.b64encode(data).decode()))
+        images.append((title, caption, base64.b64encode(data).decode()))
         if pictures:
             write_atomic(pictures / f"{slug}.png", data)
     path = run / "report.html"
     write_atomic(
         path,
-        template("report.html").render(summary=summary, results=results_of(summary), facts=_facts(summary), pictures=drawn),
+        template("report.html").render(summary=summary, results=results_of(summary), facts=_facts(summary), pictures=images),
     )
     return path
 
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:
-    """(file name, title, caption, figure) of each picture that the run has the data for."""
+    """(file name, title, caption, figure) of each picture for which the run has data."""
     rows = read_lines(run / "metrics.jsonl")
     yield "loss", "Loss", "Training loss of each logged step, validation loss of each epoch.", loss_curves(rows)
     caption = "Epoch 0 is the warmed-up head on the frozen body. The marked epoch was tested."
@@ -48,7 +55,7 @@ def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, st
         caption = "Root mean square change of an eligible weight."
         yield "movement", "Movement from the pre-trained weights", caption, movement_curves(rows)
     if summary["removal"]:
-        caption = "Validation with sets of weights set to zero; dashed: chance, solid grey: nothing removed."
+        caption = "Validation with sets of weights set to zero. Dashed line: chance. Solid grey line: nothing removed."
         yield "removal", "Removal check", caption, removal_bars(summary["removal"])
 
 

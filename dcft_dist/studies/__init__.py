@@ -1,4 +1,4 @@
-"""Studies: arms x seeds x settings, tuned on validation data, tested once, with intervals.
+"""Studies compare arms over seeds and settings: tuned on validation data, tested once, reported with intervals.
 
-`compare(file, folder, world, share, wait_s)` (in `studies.runner`) carries one out.
+`compare(file, folder, world, share, wait_s)` (in `studies.runner`) runs a study.
 """

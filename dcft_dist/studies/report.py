@@ -1,4 +1,4 @@
-"""The report of a study: whether to use the method, on one screen; then everything else. One self-contained HTML file."""
+"""The report of a study, one self-contained HTML file: first whether to use the method, then all tables and pictures."""
 
 from __future__ import annotations
 
@@ -26,19 +26,26 @@ _MEANING = {
 
 
 def write_study_report(folder: Path, pictures: Path | None = None) -> Path:
-    """Makes `report.html` of a study, finished or not, and returns its path; with `pictures`, also PNGs there.
+    """Writes `report.html` into a study's folder. The study does not have to be finished.
+
+    Args:
+        folder: the study's folder.
+        pictures: a folder for the pictures as PNG files; None: the pictures are in the report only.
+
+    Returns:
+        The path of `report.html`.
 
     Raises:
-        DataError: the folder holds no study, or one of which no cell has been tested.
+        DataError: the folder is not that of a study, or a setting has no tested cell yet.
     """
-    study, found = results(folder)
+    study, setting_results = results(folder)
     store = StudyFolder(load_study(folder / "study.toml"), folder)
     parts = []
-    for result in found:
-        if not any(a.correct for a in result.arms):
+    for result in setting_results:
+        if not any(arm.correct for arm in result.arms):
             raise DataError(f"{folder}: no cell of {result.setting} has been tested yet")
-        drawn = {"contrasts": contrast_picture(result), "tuning": tuning_picture(study, store, result.setting)}
-        images = {name: png(figure) for name, figure in drawn.items() if figure}
+        figures = {"contrasts": contrast_picture(result), "tuning": tuning_picture(study, store, result.setting)}
+        images = {name: png(figure) for name, figure in figures.items() if figure}
         for name, data in images.items():
             if pictures:
                 write_atomic(pictures / f"{result.setting}_{name}.png", data)
@@ -53,33 +60,35 @@ def write_study_report(folder: Path, pictures: Path | None = None) -> Path:
             }
         )
     path = folder / "report.html"
-    write_atomic(path, template("study.html").render(study=study, parts=parts, facts=_facts(found)))
+    write_atomic(path, template("study.html").render(study=study, parts=parts, facts=_facts(setting_results)))
     return path
 
 
 def answers(result: SettingResult) -> list[str]:
-    """What the deciding contrast says, and which arms come out on top, in words."""
+    """Sentences for the top of the report: what the deciding contrast says, and which arms have the highest accuracy."""
     texts = []
-    for d in result.differences:
-        if d.contrast.deciding and d.value:
+    for difference in result.differences:
+        contrast, value = difference.contrast, difference.value
+        if contrast.deciding and value:
             texts.append(
-                f"{_MEANING[d.verdict]}: {d.contrast.arm} minus {d.contrast.minus} is {_points(d.value)} points of "
-                f"test accuracy (95 % interval, {d.value.num_seeds} seeds)."
+                f"{_MEANING[difference.verdict]}: {contrast.arm} minus {contrast.minus} is {_points(value)} points of "
+                f"test accuracy (95 % interval, {value.num_seeds} seeds)."
             )
-        elif d.contrast.deciding:
-            texts.append(f"Undecided: {d.contrast.arm} and {d.contrast.minus} have fewer than two seeds in common.")
-    known = [a for a in result.arms if a.accuracy]
-    if known:
-        best = max(known, key=lambda a: a.accuracy.mean if a.accuracy else 0.0)
-        level = [a.arm for a in known if a is not best and _reaches_zero(best, a, result)]
+        elif contrast.deciding:
+            texts.append(f"Undecided: {contrast.arm} and {contrast.minus} have fewer than two seeds in common.")
+    tested = [arm for arm in result.arms if arm.accuracy]
+    if tested:
+        best = max(tested, key=lambda arm: arm.accuracy.mean if arm.accuracy else 0.0)
+        close = [arm.arm for arm in tested if arm is not best and _reaches_zero(best, arm, result)]
         texts.append(
-            f"The highest mean is that of {best.arm}, {100 * best.accuracy.mean:.1f} %"  # type: ignore[union-attr]
-            + (f"; not to be told apart from it: {', '.join(level)}." if level else "; every other arm is below it.")
+            f"{best.arm} has the highest mean, {100 * best.accuracy.mean:.1f} %"  # type: ignore[union-attr]
+            + (f"; the study does not separate it from: {', '.join(close)}." if close else "; every other arm is lower.")
         )
     return texts
 
 
 def _reaches_zero(best: ArmResult, other: ArmResult, result: SettingResult) -> bool:
+    """Whether the interval of the difference between the two arms reaches 0, or cannot be computed."""
     seeds = sorted(best.correct.keys() & other.correct.keys())
     if len(seeds) < 2:
         return True
@@ -94,25 +103,25 @@ def _points(value: Estimate) -> str:
 
 
 def contrast_picture(result: SettingResult) -> Figure:
-    """Left: accuracy of each arm, a dot a seed. Right: the contrasts with their intervals."""
-    arms = [a for a in result.arms if a.correct]
-    known = [d for d in result.differences if d.value]
-    figure = Figure(figsize=(10, 1.4 + 0.34 * max(len(arms), len(known))), layout="constrained")
+    """Draws, on the left, the accuracy of each arm, with one dot for each seed. On the right: contrasts and intervals."""
+    arms = [arm for arm in result.arms if arm.correct]
+    differences = [d for d in result.differences if d.value]
+    figure = Figure(figsize=(10, 1.4 + 0.34 * max(len(arms), len(differences))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
     for y, arm in enumerate(reversed(arms)):
-        seeds = [100 * float(row.mean()) for row in arm.correct.values()]
-        left.plot(seeds, [y] * len(seeds), "o", color="#2c6fbb", alpha=0.35, markersize=5)
+        accuracies = [100 * float(row.mean()) for row in arm.correct.values()]
+        left.plot(accuracies, [y] * len(accuracies), "o", color="#2c6fbb", alpha=0.35, markersize=5)
         if arm.accuracy:
             left.plot([100 * arm.accuracy.mean], [y], "|", color="black", markersize=14, markeredgewidth=2)
-    _label(left, [a.arm for a in arms], "test accuracy, %: a dot a seed, a bar the mean")
-    for y, d in enumerate(reversed(known)):
-        value, color = d.value, "#c0392b" if d.contrast.deciding else "#444444"
+    _label(left, [arm.arm for arm in arms], "test accuracy, %: dots are seeds, the bar is their mean")
+    for y, difference in enumerate(reversed(differences)):
+        value, color = difference.value, "#c0392b" if difference.contrast.deciding else "#444444"
         if value:
             right.plot([100 * value.low, 100 * value.high], [y, y], color=color, linewidth=2)
             right.plot([100 * value.mean], [y], "o", color=color)
     right.axvspan(-1, 1, color="#eeeeee", zorder=0)
     right.axvline(0, color="black", linewidth=1)
-    names = [f"{d.contrast.arm} - {d.contrast.minus}" for d in known]
+    names = [f"{d.contrast.arm} - {d.contrast.minus}" for d in differences]
     _label(right, names, "points, 95 % interval (red: deciding)")
     return figure
 
@@ -124,7 +133,10 @@ def _label(axes: Axes, names: list[str], text: str) -> None:
 
 
 def tuning_picture(study: Study, store: StudyFolder, setting: str) -> Figure | None:
-    """Validation accuracy of the tuning cells against the learning rate, a line for each arm and further value."""
+    """Draws the validation accuracy of the tuning cells over the learning rate: one panel for each arm that tunes it.
+
+    A panel has one line for each combination of the arm's other tuned values. None: no arm tunes its learning rate.
+    """
     key = "optimizer.lr"
     arms = [arm for arm in study.arms if any(key in dict(v) for v in study.grid(arm)) and len(study.grid(arm)) > 1]
     if not arms:
@@ -132,21 +144,21 @@ def tuning_picture(study: Study, store: StudyFolder, setting: str) -> Figure | N
     columns = min(len(arms), 3)
     figure = Figure(figsize=(3.4 * columns, 2.5 * -(-len(arms) // columns)), layout="constrained")
     axes = np.atleast_1d(figure.subplots(-(-len(arms) // columns), columns, sharey=True, squeeze=False)).ravel()
-    for place, arm in zip(axes, arms, strict=False):
+    for panel, arm in zip(axes, arms, strict=False):
         lines: dict[str, list[tuple[float, float]]] = {}
         for values, scores in store.tuning_scores(setting, arm).items():
             others = ", ".join(f"{k.rpartition('.')[2]} {shown(v)}" for k, v in values if k != key) or "all seeds"
             if scores and key in dict(values):
                 lines.setdefault(others, []).append((dict(values)[key], 100 * float(np.mean([*scores.values()]))))
         for label, points in lines.items():
-            place.plot(*zip(*sorted(points), strict=True), "o-", label=label)
-        place.set_xscale("log")
-        place.set(title=arm, xlabel="learning rate")
-        place.grid(alpha=0.3)
+            panel.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+        panel.set_xscale("log")
+        panel.set(title=arm, xlabel="learning rate")
+        panel.grid(alpha=0.3)
         if len(lines) > 1:
-            place.legend(frameon=False, fontsize=8)
-    for place in axes[len(arms) :]:
-        place.set_visible(False)
+            panel.legend(frameon=False, fontsize=8)
+    for panel in axes[len(arms) :]:
+        panel.set_visible(False)
     axes[0].set_ylabel("validation accuracy, %")
     return figure
 
@@ -155,11 +167,14 @@ def _text(value: Any) -> str:
     return ", ".join(f"{k} {v}" for k, v in value.items() if v is not None) if isinstance(value, dict) else str(value)
 
 
-def _facts(found: list[SettingResult]) -> list[tuple[str, str]]:
-    summaries: list[dict[str, Any]] = [s for r in found for a in r.arms for s in a.summaries.values()]
+def _facts(setting_results: list[SettingResult]) -> list[tuple[str, str]]:
+    summaries: list[dict[str, Any]] = [
+        summary for result in setting_results for arm in result.arms for summary in arm.summaries.values()
+    ]
 
     def every(key: str) -> str:
-        return "; ".join(sorted({_text(s[key]) for s in summaries}))
+        """The different values of a key in all summaries."""
+        return "; ".join(sorted({_text(summary[key]) for summary in summaries}))
 
     hours = sum(sum(s["seconds"].values()) for s in summaries) / 3600
     return [

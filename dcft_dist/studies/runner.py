@@ -1,12 +1,12 @@
-"""Carries out a study: prepares heads and scores, tunes every arm on validation data, then runs and tests it on fresh seeds.
+"""Runs a study: prepares heads and scores, tunes every arm on validation data, then trains and tests it on fresh seeds.
 
-    <folder>/prepared/  heads and scores, made once for all cells that share them
-    <folder>/examples/  group and label of each test example, by setting
-    <folder>/cells/     one file a cell, written when it is done; a study that was cut off goes on with the others
-    <folder>/runs/      the runs that are under way
+    <folder>/prepared/  heads and scores, computed once for all cells that share them
+    <folder>/examples/  group and label of each test example, one file for each setting
+    <folder>/cells/     one file for each finished cell; an interrupted study continues with the cells that have none
+    <folder>/runs/      the runs in progress
 
-Several processes may share a study out (`--share 2/8`, an array task each): each does every eighth cell, and waits at the
-end of a phase for the files of the others.
+Several processes can divide a study among them (`--share 2/8`, for example one array task each). Each process then runs
+every eighth cell. At the end of a phase it waits for the files of the others.
 """
 
 from __future__ import annotations
@@ -37,20 +37,29 @@ log = logging.getLogger(__name__)
 POLL_S = 5.0
 
 
-# Facts of a summary that another run of the same cell may change: all others must come out the same.
-_PASSING = ("seconds", "prepared_seconds", "peak_memory_gib", "date", "machine", "git_commit")
+# Keys of a summary that may differ when the same cell runs again. All other keys must be equal.
+_MAY_DIFFER = ("seconds", "prepared_seconds", "peak_memory_gib", "date", "machine", "git_commit")
 
 
 @dataclass(frozen=True)
 class CellShare:
-    """Which of a study's cells are this process's: those at places index, index + number, ..."""
+    """Which of a study's cells this process runs: those at positions `index`, `index + number`, and so on.
+
+    Attributes:
+        index: of this share, from 0.
+        number: of shares.
+    """
 
     index: int = 0
     number: int = 1
 
     @classmethod
     def parse(cls, text: str) -> CellShare:
-        """`2/8`: the second of eight."""
+        """Reads a share from text such as `2/8`, the second of eight.
+
+        Raises:
+            RunError: the text does not have this form.
+        """
         index, _, number = text.partition("/")
         if not (index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)):
             raise RunError(f"a share looks like 2/8, the second of eight, not {text!r}")
@@ -58,11 +67,19 @@ class CellShare:
 
 
 def compare(file: Path, folder: Path, world: World, share: CellShare, wait_s: float) -> None:
-    """Carries out this process's share of the study, or what is left of it.
+    """Runs this process's share of a study. Cells that already have a result are not run again.
+
+    Args:
+        file: the study's TOML file.
+        folder: where the results go.
+        world: the process group of this run.
+        share: which cells this process runs.
+        wait_s: at the end of a phase, seconds to wait for the cells of other shares.
 
     Raises:
-        ConfigError: the study, or one of its cells, is wrong, or a file in the folder is of another version of it.
-        UnfinishedError: cells of other shares were not there after `wait_s`.
+        ConfigError: the study, or the configuration of one of its cells, is wrong.
+        RunError: a result in the folder was computed with another version of the study.
+        UnfinishedError: cells of other shares were missing after `wait_s`.
     """
     study = load_study(file)
     write_atomic(folder / "study.toml", file.read_text())
@@ -78,31 +95,44 @@ def compare(file: Path, folder: Path, world: World, share: CellShare, wait_s: fl
 
 
 class Runner:
-    """Runs cells of a study, one after the other."""
+    """Runs the cells of a study one after the other; the arguments are those of `compare`."""
 
     def __init__(self, study: Study, folder: Path, world: World, share: CellShare, wait_s: float) -> None:
         self.study, self.folder, self.world, self.share, self.wait_s = study, folder, world, share, wait_s
         self.results = StudyFolder(study, folder)
 
     def prepare(self, cells: Iterable[Cell]) -> None:
-        """Makes the heads and scores that the cells start from."""
-        wanted = {}
+        """Computes the heads and scores that the cells start from.
+
+        A preparation can diverge if it trains before scoring. Its file `ready` then contains the error, else nothing.
+        """
+        configs = {}
         for cell in cells:
             config = make_preparation(make_config(self.study, cell, self.folder), self.folder)
-            wanted[config.name] = config
-        marks = {name: self.folder / "prepared" / name / "ready" for name in wanted}
-        for name in self._mine(wanted):
-            if not marks[name].exists():
+            configs[config.name] = config
+        ready_files = {name: self.folder / "prepared" / name / "ready" for name in configs}
+        for name in self._my_share(configs):
+            if not ready_files[name].exists():
                 log.info("preparing %s", name)
                 try:
-                    run(wanted[name], self.world)
-                    write_atomic(marks[name], "")
-                except DivergedError as error:  # while it trained before scoring
-                    write_atomic(marks[name], str(error))
-        self._wait_for(marks.values(), "preparations")
+                    run(configs[name], self.world)
+                    write_atomic(ready_files[name], "")
+                except DivergedError as error:
+                    write_atomic(ready_files[name], str(error))
+        self._wait_for(ready_files.values(), "preparations")
 
     def run_all(self, cells: Sequence[Cell], phase: str) -> None:
-        for number, cell in enumerate(mine := self._mine(cells), 1):
+        """Runs this process's share of the cells, and waits for the others.
+
+        Args:
+            cells: all cells of the phase.
+            phase: `"tuning"` or `"testing"`, for the log.
+
+        Raises:
+            RunError: a result in the folder was computed with another version of the study.
+            UnfinishedError: cells of other shares were missing after `wait_s`.
+        """
+        for number, cell in enumerate(mine := self._my_share(cells), 1):
             if not self.results.has(cell):
                 began = time.monotonic()
                 result = self.run_cell(cell)
@@ -114,17 +144,21 @@ class Runner:
                     number,
                     len(mine),
                     cell.name,
-                    _in_short(result),
+                    _outcome(result),
                     time.monotonic() - began,
                 )
             self.results.get(cell)
-        self._wait_for([self.results.file(cell) for cell in cells if not self.results.has(cell)], phase)
+        self._wait_for([self.results.file(cell) for cell in cells if not self.results.has(cell)], f"{phase} cells")
 
     def run_cell(self, cell: Cell) -> dict[str, Any]:
+        """Runs one cell and returns its result, as it is written to `cells/`.
+
+        A cell that diverges has a result too: the key `"diverged"` with the error, and neither summary nor epochs.
+        """
         config = make_config(self.study, cell, self.folder)
         source = self.folder / "prepared" / make_preparation(config, self.folder).name
         config = config.model_copy(update={"start_from": str(source)})
-        about = {
+        identity = {
             "cell": cell.name,
             "setting": cell.setting,
             "arm": cell.arm,
@@ -133,29 +167,32 @@ class Runner:
             "tuning": cell.tuning,
         }
         try:
-            if why := (source / "ready").read_text():
-                raise DivergedError(f"before scoring: {why}")
+            if message := (source / "ready").read_text():
+                raise DivergedError(f"before scoring: {message}")
             summary = run(config, self.world)
-        except DivergedError as error:  # a learning rate that is too high is a result
-            return {**about, "config": settings_of(config), "diverged": str(error)}
-        place = self.folder / "runs" / cell.name
-        rows = read_lines(place / "metrics.jsonl")
-        kept = ("validation/", "movement/")
+        except DivergedError as error:  # too high a learning rate is a result, not a failure
+            return {**identity, "config": settings_of(config), "diverged": str(error)}
+        run_folder = self.folder / "runs" / cell.name
+        rows = read_lines(run_folder / "metrics.jsonl")
+        prefixes = ("validation/", "movement/")
         return {
-            **about,
+            **identity,
             "config": settings_of(config),
             "summary": {key: value for key, value in summary.items() if key not in ("name", "removal")},
             "prepared_seconds": read_json(source / "progress.json")["seconds"],
-            "epochs": [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows if "validation/loss" in row],
+            "epochs": [{k: v for k, v in row.items() if k.startswith(prefixes)} for row in rows if "validation/loss" in row],
             "train_loss": _train_loss(rows),
             "in_force": _mean(
                 [row["penalty/applied_over_proposed"] for row in rows if "penalty/applied_over_proposed" in row]
             ),
-            "predicted": None if cell.tuning else self._predicted(cell, place / "predictions.csv"),
+            "predicted": None if cell.tuning else self._predicted(cell, run_folder / "predictions.csv"),
         }
 
     def _predicted(self, cell: Cell, file: Path) -> list[int]:
-        """The predicted class of each test example; what all cells of a setting share goes into one file."""
+        """The predicted class of each test example.
+
+        Groups and labels are the same for all cells of a setting, so they go into one file of `examples/`.
+        """
         with file.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
         examples = {"group": [row["group"] for row in rows], "label": [int(row["label"]) for row in rows]}
@@ -163,18 +200,18 @@ class Runner:
         if not shared.exists():
             write_atomic(shared, json.dumps(examples))
         elif read_json(shared) != examples:
-            raise RunError(f"the test data of {cell.name} are not those of {shared}: give them a setting of their own")
+            raise RunError(f"{cell.name} has other test data than {shared}: move it to a separate setting")
         return [int(row["predicted"]) for row in rows]
 
-    def _mine(self, items: Iterable[Any]) -> list[Any]:
+    def _my_share(self, items: Iterable[Any]) -> list[Any]:
         return list(items)[self.share.index :: self.share.number]
 
     def _wait_for(self, files: Iterable[Path], what: str) -> None:
-        missing, end = [f for f in files if not f.exists()], time.monotonic() + self.wait_s
+        missing, deadline = [f for f in files if not f.exists()], time.monotonic() + self.wait_s
         if missing:
             log.info("waiting for %d %s of the other shares", len(missing), what)
         while missing := [f for f in missing if not f.exists()]:
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise UnfinishedError(
                     f"after {self.wait_s:.0f} s these {what} of other shares are missing: {listing(map(str, missing))}"
                 )
@@ -185,48 +222,61 @@ class Runner:
 
 
 def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
-    """Runs a random part of the finished cells again, beside the folder; returns what came out otherwise."""
+    """Runs a random part of the finished cells again and compares their results with the stored ones.
+
+    The new runs go into a folder beside the study's, named `<folder>_again`. The cells are drawn with a fixed seed.
+
+    Args:
+        file: the study's TOML file.
+        folder: the study's folder.
+        world: the process group of this run.
+        part: fraction of the finished cells to run again; at least one cell runs.
+
+    Returns:
+        One line for each value that is different, with the cell, the value before and the value now.
+    """
     study = load_study(file)
-    kept = StudyFolder(study, folder)
-    final = final_cells(study, kept.choose_all()) if study.seeds else ()
-    done = [cell for cell in (*tuning_cells(study), *final) if kept.has(cell)]
+    stored = StudyFolder(study, folder)
+    final = final_cells(study, stored.choose_all()) if study.seeds else ()
+    done = [cell for cell in (*tuning_cells(study), *final) if stored.has(cell)]
     drawn = random.Random(0).sample(done, max(1, round(part * len(done))))
-    beside = folder.with_name(f"{folder.name}_again")
-    shutil.rmtree(beside, ignore_errors=True)  # nothing of a former time may be taken for this one
-    runner = Runner(study, beside, world, CellShare(), 0.0)
+    new_folder = folder.with_name(f"{folder.name}_again")
+    shutil.rmtree(new_folder, ignore_errors=True)  # no file of an earlier check may pass for one of this check
+    runner = Runner(study, new_folder, world, CellShare(), 0.0)
     runner.prepare(drawn)
     differences = []
-    here = machine()
+    this_machine = machine()
     for cell in drawn:
-        there = kept.get(cell).get("summary", {}).get("machine", here)
-        if there != here:
-            log.warning("%s was run on %s, this is %s: last digits may differ", cell.name, there, here)
-        changed = list(_otherwise(_lasting(completed(kept.get(cell))), _lasting(runner.run_cell(cell))))
-        log.info("%s: %s", cell.name, "DIFFERENT" if changed else "the same")
-        differences += [f"{cell.name}: {what}" for what in changed]
+        machine_before = stored.get(cell).get("summary", {}).get("machine", this_machine)
+        if machine_before != this_machine:
+            log.warning("%s was run on %s, this is %s: last digits may differ", cell.name, machine_before, this_machine)
+        changes = list(_changes(_reproducible(completed(stored.get(cell))), _reproducible(runner.run_cell(cell))))
+        log.info("%s: %s", cell.name, "DIFFERENT" if changes else "the same")
+        differences += [f"{cell.name}: {change}" for change in changes]
     return differences
 
 
-def _otherwise(before: Any, after: Any, place: str = "") -> Iterator[str]:
-    """What came out otherwise, with both values; a later version may say more."""
+def _changes(before: Any, after: Any, path: str = "") -> Iterator[str]:
+    """One line for each value that differs. Keys that only `after` has do not count: a later version may add some."""
     if isinstance(before, dict) and isinstance(after, dict):
         for key, value in before.items():
-            yield from _otherwise(value, after.get(key), f"{place}, {key}" if place else key)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after) and place == "epochs":
-        for epoch, (one, other) in enumerate(zip(before, after, strict=True)):
-            yield from _otherwise(one, other, f"epoch {epoch}")
-    elif before != after and not (before != before and after != after):  # both may be NaN
-        yield f"{place}: {before} before, {after} now" if not isinstance(before, list) else place
+            yield from _changes(value, after.get(key), f"{path}, {key}" if path else key)
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after) and path == "epochs":
+        for epoch, (row_before, row_after) in enumerate(zip(before, after, strict=True)):
+            yield from _changes(row_before, row_after, f"epoch {epoch}")
+    elif before != after and not (before != before and after != after):  # two NaNs are equal here
+        yield f"{path}: {before} before, {after} now" if not isinstance(before, list) else path
 
 
-def _lasting(result: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in result.items() if key not in _PASSING}
-    if "summary" in kept:
-        kept["summary"] = {key: value for key, value in kept["summary"].items() if key not in _PASSING}
-    return kept
+def _reproducible(result: dict[str, Any]) -> dict[str, Any]:
+    """The part of a result that must be the same when the cell runs again."""
+    reproducible = {key: value for key, value in result.items() if key not in _MAY_DIFFER}
+    if "summary" in reproducible:
+        reproducible["summary"] = {key: value for key, value in reproducible["summary"].items() if key not in _MAY_DIFFER}
+    return reproducible
 
 
-def _in_short(result: dict[str, Any]) -> str:
+def _outcome(result: dict[str, Any]) -> str:
     if "diverged" in result:
         return "diverged"
     summary = result["summary"]
@@ -235,7 +285,7 @@ def _in_short(result: dict[str, Any]) -> str:
 
 
 def _train_loss(rows: list[dict[str, Any]]) -> list[float]:
-    """Of each epoch, the mean over the steps that were logged."""
+    """For each epoch, the mean training loss over its logged steps."""
     epochs: dict[int, list[float]] = {}
     for row in rows:
         if "train/loss" in row:
@@ -244,6 +294,7 @@ def _train_loss(rows: list[dict[str, Any]]) -> list[float]:
 
 
 def _mean(values: list[float]) -> float | None:
+    """The mean of the values that are not NaN; None if there are none."""
     known = [v for v in values if v == v]
     return sum(known) / len(known) if known else None
 
@@ -252,7 +303,15 @@ def _mean(values: list[float]) -> float | None:
 
 
 def in_parallel(start: Callable[[str], Any], workers: int) -> int:
-    """Starts a process for each share and waits for all; stops the others where one fails. Returns an exit code."""
+    """Starts one process for each share and waits for all of them. If one fails, it stops the others.
+
+    Args:
+        start: starts the process of a share such as `"2/8"`, and returns its `subprocess.Popen`.
+        workers: number of processes.
+
+    Returns:
+        An exit code: 0 if all processes succeeded.
+    """
     processes = [start(f"{i + 1}/{workers}") for i in range(workers)]
     try:
         while any(p.poll() is None for p in processes):
@@ -268,5 +327,5 @@ def in_parallel(start: Callable[[str], Any], workers: int) -> int:
 
 
 def quiet() -> None:
-    """No progress bar for each of some hundred runs."""
+    """Turns off progress bars: a study has some hundred runs."""
     os.environ.setdefault("TQDM_DISABLE", "1")

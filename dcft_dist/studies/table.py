@@ -1,4 +1,7 @@
-"""What came out of a study: tables (Markdown, CSV, LaTeX) from the files of its cells; cells that are missing are shown."""
+"""Tables of a study's results (Markdown, CSV, LaTeX), from the files of its cells.
+
+Of a study that is not finished, the tables show how many cells are done.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,18 @@ Format = Literal["md", "csv", "tex"]
 
 @dataclass(frozen=True)
 class ArmResult:
-    """An arm in one setting. `correct`: [examples] of right or wrong by seed; `chosen`: None while tuning goes on."""
+    """The results of an arm in one setting.
+
+    Attributes:
+        arm: its name.
+        chosen: the chosen values; None while tuning is not finished.
+        at_edge: keys whose chosen value is the first or last of its grid.
+        correct: for each tested seed [examples], 1 for a right and 0 for a wrong prediction.
+        diverged: seeds whose run diverged.
+        summaries: for each tested seed, the summary of its run, with `"body"` (Euclidean distance that the body moved),
+            `"minutes"` of the run and `"prepared_minutes"` of its head and scores.
+        accuracy: test accuracy over seeds and examples; None with fewer than two tested seeds.
+    """
 
     arm: str
     chosen: Values | None
@@ -33,14 +47,21 @@ class ArmResult:
     accuracy: Estimate | None
 
     def loss(self, seed: int) -> float:
-        """Mean loss over the test examples."""
+        """Mean loss over the test examples, in the run of a seed."""
         return float(self.summaries[seed]["test"]["loss"])
 
 
 @dataclass(frozen=True)
 class Difference:
-    """`value`: of accuracies; `loss`: [seeds], of test losses. `verdict`: empty without an estimate; undecided where runs
-    diverged, since those left out are not like the others."""
+    """The difference between the two arms of a contrast, over the seeds that both have.
+
+    Attributes:
+        contrast: the two arms.
+        value: difference of the test accuracies; None with fewer than two common seeds.
+        loss: [seeds]; differences of the test losses.
+        verdict: see `contrast_verdict`; empty without a `value`. Where runs diverged it is `"undecided"`, because the seeds
+            that are left out are not like the others.
+    """
 
     contrast: Contrast
     value: Estimate | None
@@ -50,6 +71,16 @@ class Difference:
 
 @dataclass(frozen=True)
 class SettingResult:
+    """The results of all arms and contrasts in one setting.
+
+    Attributes:
+        setting: its name.
+        num_examples: of the test data.
+        groups: [num_examples]; the name of each test example's group.
+        arms: in the order of the study.
+        differences: one for each contrast of the study.
+    """
+
     setting: str
     num_examples: int
     groups: list[str]
@@ -58,34 +89,36 @@ class SettingResult:
 
     @property
     def num_groups(self) -> int:
+        """Number of different groups of test examples."""
         return len(set(self.groups))
 
 
 def results(folder: Path) -> tuple[Study, list[SettingResult]]:
-    """
+    """Reads a study and its results from the study's folder, one `SettingResult` for each setting.
+
     Raises:
-        DataError: the folder holds no study.
+        DataError: the folder is not that of a study, or its test examples are missing or belong to other test data.
     """
     if not (folder / "study.toml").is_file():
-        raise DataError(f"{folder} holds no study")
+        raise DataError(f"{folder} is not the folder of a study: it has no study.toml")
     study = load_study(folder / "study.toml")
-    found = StudyFolder(study, folder)
-    return study, [_setting(study, found, setting) for setting in study.settings]
+    store = StudyFolder(study, folder)
+    return study, [_setting(study, store, setting) for setting in study.settings]
 
 
 def _setting(study: Study, folder: StudyFolder, setting: str) -> SettingResult:
     examples = folder.examples(setting)
     groups, labels = examples["group"], np.asarray(examples["label"])
-    arms = [_arm(study, folder, setting, arm, groups, labels) for arm in study.arms]
-    by_name = {a.arm: a for a in arms}
+    arms = [_arm(study, folder, setting, name, groups, labels) for name in study.arms]
+    by_name = {result.arm: result for result in arms}
     differences = []
     for contrast in study.contrasts:
-        a, b = by_name[contrast.arm], by_name[contrast.minus]
-        seeds = sorted(a.correct.keys() & b.correct.keys())
-        value = estimate(np.stack([a.correct[s] - b.correct[s] for s in seeds]), groups) if len(seeds) > 1 else None
-        loss = np.array([a.loss(s) - b.loss(s) for s in seeds])
-        word = "" if value is None else "undecided" if a.diverged or b.diverged else contrast_verdict(value)
-        differences.append(Difference(contrast, value, loss, word))
+        arm, minus = by_name[contrast.arm], by_name[contrast.minus]
+        seeds = sorted(arm.correct.keys() & minus.correct.keys())
+        value = estimate(np.stack([arm.correct[s] - minus.correct[s] for s in seeds]), groups) if len(seeds) > 1 else None
+        loss = np.array([arm.loss(s) - minus.loss(s) for s in seeds])
+        verdict = "" if value is None else "undecided" if arm.diverged or minus.diverged else contrast_verdict(value)
+        differences.append(Difference(contrast, value, loss, verdict))
     return SettingResult(setting, len(labels), groups, arms, differences)
 
 
@@ -94,13 +127,13 @@ def _arm(
 ) -> ArmResult:
     try:
         chosen = folder.choose(setting, arm)
-    except DataError:  # tuning goes on
+    except DataError:  # tuning is not finished
         return ArmResult(arm, None, (), {}, (), {}, None)
     cells = {seed: folder.final(setting, arm, chosen, seed) for seed in study.seeds}
     diverged = tuple(seed for seed, cell in cells.items() if cell and "diverged" in cell)
     done = {seed: cell for seed, cell in cells.items() if cell and "summary" in cell}
     if any(len(cell["predicted"]) != len(labels) for cell in done.values()):
-        raise DataError(f"{folder.path / 'examples' / setting}.json is missing, or of other test data")
+        raise DataError(f"{folder.path / 'examples' / setting}.json is missing or belongs to other test data")
     correct = {seed: (np.asarray(cell["predicted"]) == labels).astype(np.float64) for seed, cell in done.items()}
     accuracy = estimate(np.stack(list(correct.values())), groups) if len(correct) > 1 else None
     summaries = {
@@ -117,8 +150,8 @@ def _minutes(seconds: dict[str, float]) -> float:
 
 
 def _edges(study: Study, arm: str, chosen: Values) -> tuple[str, ...]:
-    """Keys whose chosen value is the first or last of at least three: the grid may be too narrow there."""
-    found = []
+    """Keys whose chosen value is the first or last of at least three numbers: the grid may be too narrow there."""
+    keys = []
     for key, value in chosen:
         values = list({dict(combination)[key]: None for combination in study.grid(arm)})
         if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
@@ -126,45 +159,55 @@ def _edges(study: Study, arm: str, chosen: Values) -> tuple[str, ...]:
         else:
             continue
         if len(values) > 2 and value in (values[0], values[-1]):
-            found.append(key)
-    return tuple(found)
+            keys.append(key)
+    return tuple(keys)
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------------
 
 
 def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
+    """The table of arms: for each arm a row, from column name to text.
+
+    Args:
+        result: of one setting.
+        num_seeds: how many seeds the study tests.
+    """
     rows = []
-    for a in result.arms:
+    for arm in result.arms:
         chosen = ", ".join(
-            f"{key.rpartition('.')[2]} {shown(value)}{' (end of the grid)' if key in a.at_edge else ''}"
-            for key, value in a.chosen or ()
+            f"{key.rpartition('.')[2]} {shown(value)}{' (end of the grid)' if key in arm.at_edge else ''}"
+            for key, value in arm.chosen or ()
         )
-        s = list(a.summaries.values())
+        runs = list(arm.summaries.values())
         rows.append(
             {
-                "arm": a.arm,
-                "chosen": chosen if a.chosen is not None else "tuning is not finished",
-                "seeds": f"{len(a.correct)} of {num_seeds}" + (f", {len(a.diverged)} diverged" if a.diverged else ""),
-                "test accuracy": _percent(a.accuracy),
-                "test loss": f"{np.mean([x['test']['loss'] for x in s]):.3f}" if s else "",
-                "macro-F1": f"{100 * np.mean([x['test']['macro_f1'] for x in s]):.1f}" if s else "",
-                "validation accuracy": f"{100 * np.mean([x['validation']['accuracy'] for x in s]):.1f}" if s else "",
-                "best epoch": f"{np.mean([x['best_epoch'] for x in s]):.1f}" if s else "",
-                "way of the body": f"{np.mean([x['body'] for x in s]):.3g}" if s else "",
-                "Jaccard": f"{np.mean(shared):.2f}" if (shared := _shared(s)) else "",
-                "minutes": _time(s),
+                "arm": arm.arm,
+                "chosen": chosen if arm.chosen is not None else "tuning is not finished",
+                "seeds": f"{len(arm.correct)} of {num_seeds}" + (f", {len(arm.diverged)} diverged" if arm.diverged else ""),
+                "test accuracy": _percent(arm.accuracy),
+                "test loss": f"{np.mean([run['test']['loss'] for run in runs]):.3f}" if runs else "",
+                "macro-F1": f"{100 * np.mean([run['test']['macro_f1'] for run in runs]):.1f}" if runs else "",
+                "validation accuracy": f"{100 * np.mean([r['validation']['accuracy'] for r in runs]):.1f}" if runs else "",
+                "best epoch": f"{np.mean([run['best_epoch'] for run in runs]):.1f}" if runs else "",
+                "way of the body": f"{np.mean([run['body'] for run in runs]):.3g}" if runs else "",
+                "Jaccard": f"{np.mean(jaccards):.2f}" if (jaccards := _jaccards(runs)) else "",
+                "minutes": _time(runs),
             }
         )
     return rows
 
 
-def _shared(summaries: list[dict[str, Any]]) -> list[float]:
-    """Jaccard index of a control's set with the one that its criterion selects: so much of a contrast to it is lost."""
+def _jaccards(summaries: list[dict[str, Any]]) -> list[float]:
+    """Jaccard index of a control's set with the set that the criterion selects, for each run that has one.
+
+    A contrast to a control cannot show the effect of the weights that both sets share.
+    """
     return [s["jaccard_with_top"] for s in summaries if s.get("jaccard_with_top") is not None]
 
 
 def contrast_rows(result: SettingResult) -> list[dict[str, str]]:
+    """The table of contrasts: for each contrast a row, from column name to text."""
     return [
         {
             "contrast": f"{d.contrast.arm} minus {d.contrast.minus}" + (" (deciding)" if d.contrast.deciding else ""),
@@ -178,7 +221,10 @@ def contrast_rows(result: SettingResult) -> list[dict[str, str]]:
 
 
 def tuning_rows(study: Study, folder: StudyFolder, setting: str) -> list[dict[str, str]]:
-    """Best validation accuracy after epoch 0, in percent, mean over the tuning seeds: a column for each learning rate."""
+    """The table of tuning cells: a row for each arm and its other values, a column for each learning rate.
+
+    The numbers are the best validation accuracies after epoch 0, in percent, averaged over the tuning seeds.
+    """
     key = "optimizer.lr"
     rows: dict[tuple[str, str], dict[str, str]] = {}
     columns: dict[str, None] = {}
@@ -195,27 +241,28 @@ def tuning_rows(study: Study, folder: StudyFolder, setting: str) -> list[dict[st
 
 
 def development_rows(study: Study, folder: StudyFolder, setting: str) -> list[dict[str, str]]:
-    """Each arm at its best values: validation accuracy, and what it has over the first arm, paired by seed.
+    """The table of a study without tests: each arm at its best values.
 
-    An arm's values are chosen, and its mean is made, over the seeds that all of them have.
+    The table has the validation accuracy of the arm, and its difference to the first arm, paired by seed. Choice and mean
+    are over the seeds that all values of the arm have.
     """
     rows: list[dict[str, str]] = []
     first: dict[int, float] = {}
     for arm in study.arms:
         scores = folder.tuning_scores(setting, arm)
-        begun = [set(found) for found in scores.values() if found]
-        seeds = sorted(set.intersection(*begun)) if begun else []
-        sums = {values: sum(found[seed] for seed in seeds) for values, found in scores.items() if found}
+        seed_sets = [set(by_seed) for by_seed in scores.values() if by_seed]
+        seeds = sorted(set.intersection(*seed_sets)) if seed_sets else []
+        sums = {values: sum(by_seed[seed] for seed in seeds) for values, by_seed in scores.items() if by_seed}
         values = max(sums, key=sums.__getitem__) if seeds else ()
-        found = {seed: scores[values][seed] for seed in seeds}
-        over = np.array([found[seed] - first[seed] for seed in seeds if seed in first])
-        first = found if not rows else first
+        best = {seed: scores[values][seed] for seed in seeds}
+        over = np.array([best[seed] - first[seed] for seed in seeds if seed in first])
+        first = best if not rows else first
         rows.append(
             {
                 "arm": arm,
                 "best values": ", ".join(f"{k.rpartition('.')[2]} {shown(v)}" for k, v in values),
                 "seeds": str(len(seeds)),
-                "validation accuracy": f"{100 * np.mean([*found.values()]):.1f}" if found else "",
+                "validation accuracy": f"{100 * np.mean([*best.values()]):.1f}" if best else "",
                 f"over {next(iter(study.arms))} (standard error)": _with_error(over) if len(over) else "",
             }
         )
@@ -232,7 +279,10 @@ def _error(values: NDArray[np.float64]) -> float:
 
 
 def _time(summaries: list[dict[str, Any]]) -> str:
-    """Of a cell, and of its head and scores where that is known; the median, since some wait for other processes."""
+    """Minutes of a cell, and of its head and scores where known.
+
+    The numbers are medians, because some cells wait for other processes.
+    """
     if not summaries:
         return ""
     prepared = [s["prepared_minutes"] for s in summaries if s["prepared_minutes"]]
@@ -240,6 +290,7 @@ def _time(summaries: list[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
+    """A value as the tables print it: floats without trailing zeros."""
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -251,14 +302,22 @@ def _percent(value: Estimate | None, sign: bool = False) -> str:
 
 
 def table(folder: Path, form: Format) -> str:
-    """Every setting's arms, contrasts and tuning."""
-    study, found = results(folder)
+    """All tables of a study as one text: arms, contrasts and tuning of every setting.
+
+    Args:
+        folder: the study's folder.
+        form: `"md"` for Markdown, `"csv"` for comma-separated values, `"tex"` for LaTeX.
+
+    Raises:
+        DataError: the folder is not that of a study, or its test examples are missing or belong to other test data.
+    """
+    study, setting_results = results(folder)
     store, parts = StudyFolder(study, folder), []
     write = {"md": _markdown, "csv": _csv, "tex": _latex}[form]
     if not study.seeds:
         for setting in study.settings:
             parts.append(write(development_rows(study, store, setting), f"{setting}: development, validation data only"))
-    for result in found if study.seeds else ():
+    for result in setting_results if study.seeds else ():
         title = f"{result.setting}: {result.num_examples} test examples in {result.num_groups} groups"
         for rows in (arm_rows(result, len(study.seeds)), contrast_rows(result)):
             if rows:

@@ -1,4 +1,4 @@
-"""What all phases of a run share: its data, its model, and one way to compute losses and metrics."""
+"""The context that all phases of a run share: its folder, its data and its model."""
 
 from __future__ import annotations
 
@@ -34,13 +34,14 @@ from .task_model import TaskModel, build_for_task
 
 @dataclass(frozen=True)
 class RunContext(TaskModel):
-    """What all phases of a run share: its folder, its data, and its model under the engine.
+    """A `TaskModel` with what all phases of a run share besides: its folder and its data.
 
     Attributes:
-        writer: the run's folder.
-        head: a plain copy of the head, if it is one module.
+        writer: writes the run's folder.
+        task: the labelled examples of the three splits, as the task gives them.
+        head: a plain copy of the head if the head is one module, otherwise None.
         num_weights: number of weights of the whole model.
-        train, validation, test: the examples as the model takes them.
+        train, validation, test: the splits as inputs of the model.
     """
 
     writer: RunWriter
@@ -53,24 +54,28 @@ class RunContext(TaskModel):
 
     @property
     def metric(self) -> str:
-        """The metric that chooses the epoch."""
+        """Name of the validation metric that chooses the best epoch."""
         return self.config.train.metric or self.objective.best
 
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch; examples that do not fill a last global batch are left out."""
         return len(self.train) // self.config.train.global_batch
 
     def validate(self, when: str) -> Metrics:
         """Metrics on the validation data. Collective.
 
+        Args:
+            when: point of the run for the error message, such as "after epoch 3".
+
         Raises:
-            DivergedError: the loss is no number.
+            DivergedError: the validation loss is NaN or infinite.
         """
-        found = self.evaluate(self.validation).metrics
-        if not math.isfinite(found["loss"]):
+        metrics = self.evaluate(self.validation).metrics
+        if not math.isfinite(metrics["loss"]):
             why = "the learning rate is too high, or there is a NaN in the weights or the data"
-            raise DivergedError(f"the validation loss is {found['loss']} {when}: {why}")
-        return found
+            raise DivergedError(f"the validation loss is {metrics['loss']} {when}: {why}")
+        return metrics
 
     def micro_batches(
         self,
@@ -79,18 +84,41 @@ class RunContext(TaskModel):
         draw: int | None = None,
         device: torch.device | None = None,
     ) -> list[Batch]:
-        """This rank's part of a global batch. `draw`: which random variant of the examples."""
+        """This rank's part of a global batch, cut into micro-batches of equal size.
+
+        Args:
+            indices: the examples of the global batch, the same on every rank.
+            examples: the split that contains them.
+            draw: which random variant of the examples to train on: the number of the epoch, or 0 for no random variation.
+                None: whole examples, as in an evaluation.
+            device: where to put the micro-batches; None: this rank's device.
+        """
         world, size = self.world, micro_batch(self.config, len(indices), self.world.world_size)
         return micro_batches(indices, world.rank, world.world_size, size, examples, device or world.device, draw)
 
     def progress_bar(self, items: Any, what: str, **options: Any) -> Any:
+        """Yields `items` and shows their progress on rank 0.
+
+        Args:
+            items: the items to go through.
+            what: label of the bar, after the run's name.
+            **options: further arguments of `tqdm`.
+        """
         off = not self.world.is_first or bool(os.environ.get("TQDM_DISABLE"))
         return tqdm(items, desc=f"{self.config.name}: {what}", disable=off, mininterval=2.0, **options)
 
 
 @dataclass(frozen=True)
 class Materials:
-    """What a run is made of, before any engine. `facts`: of the labels, see `kinds.facts_of`."""
+    """Data, objective and model of a run, before an engine wraps the model.
+
+    Attributes:
+        task: the labelled examples of the three splits, as the task gives them.
+        facts: what the objective needs to know of the training labels; see `objectives.make.label_facts`.
+        objective: loss and metrics of the task.
+        pretrained: the model with its head.
+        examples: name of a split (`train`, `validation`, `test`) -> the split as inputs of the model.
+    """
 
     task: TaskData
     facts: dict[str, Any]
@@ -100,10 +128,13 @@ class Materials:
 
 
 def read_materials(config: Config, rank: int = 0, ranks: int = 1, read: bool = True) -> Materials:
-    """Reads the data, and builds the model without its weights.
+    """Reads the data and builds the model. The weights in `model.weights` are not read yet.
 
     Args:
-        read: whether this rank's part of the inputs is looked at.
+        config: configuration of the run.
+        rank: number of this rank.
+        ranks: number of all ranks.
+        read: True: this rank checks its part of the inputs (`Processor.check`).
 
     Raises:
         DcftError: see `load_task`, `build_model` and `Processor.check`.
@@ -111,9 +142,9 @@ def read_materials(config: Config, rank: int = 0, ranks: int = 1, read: bool = T
     task = load_task(config)
     facts = label_facts(config, task.class_names, task.train.labels)
     objective, pretrained = build_for_task(config, facts)
-    several = pretrained.head and pretrained.head_module() is None
-    if several and config.engine == "deepspeed" and config.head_warmup.max_epochs:
-        raise ConfigError("a head of several modules cannot be warmed up under deepspeed: head_warmup.max_epochs = 0")
+    head_has_several_modules = pretrained.head and pretrained.head_module() is None
+    if head_has_several_modules and config.engine == "deepspeed" and config.head_warmup.max_epochs:
+        raise ConfigError("a head of several modules cannot be warmed up under deepspeed: set head_warmup.max_epochs = 0")
     splits = {"train": task.train, "validation": task.validation, "test": task.test}
     examples = {name: pretrained.processor(split) for name, split in splits.items()}
     check_sizes(config, len(examples["train"]))
@@ -124,22 +155,32 @@ def read_materials(config: Config, rank: int = 0, ranks: int = 1, read: bool = T
 
 
 def check_classes(materials: Materials) -> None:
-    """Checks that each class but the background is in a training mask. Collective, after every rank has read its part.
+    """Checks that every class except the background occurs in a training mask. Collective.
+
+    Every rank must have checked its part of the inputs before (`read_materials` with `read=True`).
+
+    Args:
+        materials: data and model of the run.
 
     Raises:
-        DataError: a class is in no training mask.
+        DataError: a class occurs in no training mask.
     """
     seen = materials.pretrained.processor.classes_seen(materials.task.train)
-    if seen is None:  # labels are no masks
+    if seen is None:  # the labels are not masks
         return
     names = materials.task.class_names
-    counts = collectives.reduce_numbers([int(i in seen) for i in range(len(names))], what="classes of the masks")
+    counts = collectives.reduce_numbers([int(i in seen) for i in range(len(names))], what="classes in the training masks")
     if absent := [name for name, count in zip(names[1:], counts[1:], strict=True) if not count]:
-        raise DataError(f"no training mask has {listing(absent)}: leave it out of data.classes, or split otherwise")
+        raise DataError(f"no training mask has {listing(absent)}: leave it out of data.classes, or change the split")
 
 
 def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
-    """Reads the data, and puts the model with its pre-trained weights and an optimizer under the engine. Collective.
+    """Reads the data, wraps the pre-trained model with the engine, and makes its optimizer. Collective.
+
+    Args:
+        config: configuration of the run.
+        world: the joined ranks.
+        writer: writes the run's folder.
 
     Raises:
         DcftError: see `read_materials` and `prepare`.
@@ -168,17 +209,20 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
 
 
 def _check_metric(config: Config, objective: Objective, validation: Examples) -> None:
-    """
+    """Checks that the metric that chooses the best epoch is defined on the validation data.
+
     Raises:
-        ConfigError: the metric that is to choose the epoch is not defined on the validation data.
+        ConfigError: it is not defined there.
     """
     name, known = config.train.metric or objective.best, objective.names(torch.tensor(validation.labels))
     if name not in known:
-        raise ConfigError(f"train.metric: no {name!r} on the validation data{did_you_mean(name, known)}: {', '.join(known)}")
+        raise ConfigError(
+            f"train.metric: no {name!r} on the validation data{did_you_mean(name, known)}: choose one of {', '.join(known)}"
+        )
 
 
 def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
-    """Puts the model under the engine, with its pre-trained weights and an optimizer."""
+    """Wraps the model with the engine, loads its pre-trained weights, and makes its optimizer."""
     module, loading = pretrained.module, pretrained.loading
     options = _wrap_options(config, world, pretrained.blocks)
     if loading and not shards_weights(options):
@@ -210,6 +254,12 @@ def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module]) -> 
 
 
 def micro_batch(config: Config, global_batch: int, ranks: int) -> int:
-    """The largest micro-batch within the limit that divides a rank's share of a batch."""
+    """The largest size up to `train.micro_batch` that divides one rank's share of a global batch.
+
+    Args:
+        config: its `train.micro_batch` is the limit.
+        global_batch: examples of one step over all ranks.
+        ranks: number of ranks.
+    """
     share = global_batch // ranks
     return max(n for n in range(1, config.train.micro_batch + 1) if share % n == 0)

@@ -22,21 +22,26 @@ from .context import RunContext, micro_batch
 
 log = logging.getLogger(__name__)
 
-TrainSteps = Callable[[range, int, str], None]  # (steps, number of all steps, what for): trains without penalty
+TrainSteps = Callable[[range, int, str], None]  # (steps, number of all steps, label): trains without penalty
 
 
 def find_fundamental(run: RunContext, train: TrainSteps) -> FundamentalSet | None:
-    """Finds the set, or loads that of an earlier attempt. None: the run was only to score. Collective.
+    """Finds the fundamental set, or loads the set of an earlier attempt. Collective.
 
     Args:
-        train: for scores after a training.
+        run: the context of the run.
+        train: trains without penalty, as (steps, number of all steps, label); used if scoring follows a training
+            (`importance.after_epochs`).
+
+    Returns:
+        The set; None if the run ends after scoring (`until = "score"`).
     """
-    directory, settings = run.writer, run.config.selection
+    writer, settings = run.writer, run.config.selection
     wants_check = bool(run.config.removal.fractions) and settings.kind == "top"
-    done = directory.fundamental.exists() and (directory.removal.exists() or not wants_check)
-    if collectives.on_every_rank(done):
+    complete = writer.fundamental.exists() and (writer.removal.exists() or not wants_check)
+    if collectives.on_every_rank(complete):
         with collectives.agreed("load the fundamental set"):
-            return FundamentalSet.load(directory.fundamental)
+            return FundamentalSet.load(writer.fundamental)
     scores = _scores(run, train)
     if run.config.until == "score":
         return None
@@ -45,14 +50,14 @@ def find_fundamental(run: RunContext, train: TrainSteps) -> FundamentalSet | Non
         log.warning(
             "the loss while scoring (%.3f) is at chance level (%.3f): scores mean little", scores.loss, chance["loss"]
         )
-    directory.phase("select")
+    writer.phase("select")
     fundamental = _select(run, scores)
     if wants_check:
-        directory.phase("removal_check")
-        found = check_removal(run.model, scores, run.config.removal.fractions, lambda: _validate(run), run.config.seed)
+        writer.phase("removal_check")
+        check = check_removal(run.model, scores, run.config.removal.fractions, lambda: _validate(run), run.config.seed)
         if run.world.is_first:
-            write_json(directory.removal, {"chance": chance, **found})
-    fundamental.save(directory.fundamental)
+            write_json(writer.removal, {"chance": chance, **check})
+    fundamental.save(writer.fundamental)
     return fundamental
 
 
@@ -61,25 +66,25 @@ def _validate(run: RunContext) -> Metrics:
 
 
 def _select(run: RunContext, scores: Scores) -> FundamentalSet:
-    """The set, with what else is known of it."""
-    s, seed = run.config.selection, run.config.seed
-    about: dict[str, Any] = {}
-    fraction = s.fraction
+    """Selects the set, and stores with it how it was selected."""
+    selection, seed = run.config.selection, run.config.seed
+    extra: dict[str, Any] = {}
+    fraction = selection.fraction
     if fraction == "auto":
-        fraction, about["fraction_curve"] = choose_fraction(run.model, scores, lambda: _validate(run), seed)
+        fraction, extra["fraction_curve"] = choose_fraction(run.model, scores, lambda: _validate(run), seed)
         log.info("selection.fraction: %g of the eligible weights", fraction)
-    top = select_fundamental(scores, fraction, scope=s.scope, floor=s.floor, cap=s.cap)
-    chosen = control_set(run.model, scores, top, s.kind, seed)
-    if s.kind != "top" and scores.criterion != "random":  # a random set is found without scores: nothing was selected
-        about["jaccard_with_top"] = top.jaccard(chosen)
-    return chosen.with_extra(score_loss=None if math.isnan(scores.loss) else scores.loss, seed=seed, **about)
+    top = select_fundamental(scores, fraction, scope=selection.scope, floor=selection.floor, cap=selection.cap)
+    chosen = control_set(run.model, scores, top, selection.kind, seed)
+    if selection.kind != "top" and scores.criterion != "random":  # with random scores `top` is itself a random set
+        extra["jaccard_with_top"] = top.jaccard(chosen)
+    return chosen.with_extra(score_loss=None if math.isnan(scores.loss) else scores.loss, seed=seed, **extra)
 
 
 def _scores(run: RunContext, train: TrainSteps) -> Scores:
-    """Scores the weights, or reads the scores of an earlier run; kept in a file if they are what was asked for."""
+    """Scores the weights, or loads the scores of an earlier run. Saves them only if the run ends after scoring."""
     run.writer.phase("score")
-    settings, file, s = run.config.importance, run.writer.scores, run.config.selection
-    if s.kind == "random" and s.fraction != "auto" and run.config.until != "score":  # no scores are needed
+    settings, file, selection = run.config.importance, run.writer.scores, run.config.selection
+    if selection.kind == "random" and selection.fraction != "auto" and run.config.until != "score":  # no scores are needed
         return score_importance(
             run.model,
             None,
@@ -98,12 +103,12 @@ def _scores(run: RunContext, train: TrainSteps) -> Scores:
 
 
 def _score_after_training(run: RunContext, train: TrainSteps) -> Scores:
-    """Nothing of it is logged or saved: a run that is stopped meanwhile starts it again."""
+    """Scores after a training that logs and saves nothing: a run stopped meanwhile repeats this training."""
     settings, fraction = run.config.importance, run.config.selection.fraction
     total = settings.after_epochs * run.steps_per_epoch
 
-    def one_round(turn: int) -> None:
-        steps = range(turn * total // settings.rounds, (turn + 1) * total // settings.rounds)
+    def train_round(index: int) -> None:
+        steps = range(index * total // settings.rounds, (index + 1) * total // settings.rounds)
         train(steps, total, f"{settings.after_epochs // settings.rounds} epochs before scoring")
 
     return scores_after_training(
@@ -111,20 +116,20 @@ def _score_after_training(run: RunContext, train: TrainSteps) -> Scores:
         run.prepared.optimizer,
         rounds=settings.rounds,
         fraction=0.0 if fraction == "auto" else fraction,
-        train=one_round,
+        train=train_round,
         score=lambda: _score(run),
     )
 
 
 def _score(run: RunContext) -> Scores:
     settings, size = run.config.importance, run.config.importance.score_batch
-    wanted = order(run.config.seed, 0, len(run.train))[: settings.num_samples]
-    parts = [wanted[first : first + size] for first in range(0, len(wanted), size)]
-    items = (item for part in run.progress_bar(parts, "score") for item in run.micro_batches(part, run.train, draw=0))
+    indices = order(run.config.seed, 0, len(run.train))[: settings.num_samples]
+    batches = [indices[first : first + size] for first in range(0, len(indices), size)]
+    items = (item for batch in run.progress_bar(batches, "score") for item in run.micro_batches(batch, run.train, draw=0))
     ranks = run.world.world_size
     return score_importance(
         run.model,
-        list(items) if settings.criterion == "obs" else items,  # it goes through them more than once
+        list(items) if settings.criterion == "obs" else items,  # obs needs more than one pass
         run.loss,
         head=run.pretrained.head,
         criterion=settings.criterion,

@@ -1,8 +1,10 @@
 """One run from pre-trained weights to a tested model: warm up, score, select, check, fine-tune, test.
 
-Each phase leaves a file, and a run that is started again goes on after the last one that is complete. Data order and
-dropout are functions of (seed, step, micro-batch), not of a running state, so a run that was interrupted ends with the same
-bits as one that was not, and one on other ranks, with micro-batches of the same size, with the same numbers up to rounding.
+Each phase leaves a file. A run that is started again goes on after the last complete phase.
+
+Data order and dropout are functions of (seed, step, micro-batch), not of a running state. So an interrupted run ends with
+the same bits as an uninterrupted one. A run on another number of ranks, with micro-batches of the same size, ends with the
+same numbers up to rounding.
 """
 
 from __future__ import annotations
@@ -40,7 +42,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Best:
-    """The best epoch so far by the validation metric (ties: the earlier one); epoch 0 is the warmed-up head."""
+    """The best epoch so far by the validation metric; the earlier epoch wins a tie.
+
+    Attributes:
+        epoch: number of the epoch; 0 is the model before fine-tuning, with the warmed-up head.
+        value: its validation metric, negated if lower is better; None before the first validation.
+        step: optimizer steps done at the end of that epoch.
+    """
 
     epoch: int = 0
     value: float | None = None
@@ -48,7 +56,13 @@ class Best:
 
 
 class Trainer:
-    """The phases of a run, in the order of the methods."""
+    """Carries out the phases of a run, in order.
+
+    Attributes:
+        run: the context of the run; `config` and `writer` are its configuration and folder.
+        training: makes the optimizer steps.
+        step_seconds: wall-clock seconds of the last 50 steps.
+    """
 
     def __init__(self, run: RunContext) -> None:
         self.run, self.config, self.writer = run, run.config, run.writer
@@ -56,9 +70,16 @@ class Trainer:
         self.step_seconds: list[float] = []
 
     def carry_out(self, commit: str | None) -> dict[str, Any]:
-        """
+        """Carries out the phases that are not complete yet. Collective.
+
+        Args:
+            commit: git commit of the code that the run began with; None if unknown.
+
+        Returns:
+            The run's summary; its estimate with `train.max_steps`; {} if `until` ends the run before training.
+
         Raises:
-            Stopped: it was asked to.
+            Stopped: the run was asked to stop.
         """
         self.writer.phase("warm_up")
         warm_up_or_load(self.run)
@@ -74,44 +95,44 @@ class Trainer:
         return finish(self.run, fundamental, self._best_folder(best), self.training.penalty, commit)
 
     def _stop_between_phases(self) -> None:
-        if any(wanted for (wanted,) in collectives.all_gather_ints([int(stop_requested())], what="stop request")):
+        if any(requested for (requested,) in collectives.all_gather_ints([int(stop_requested())], what="stop request")):
             self.writer.phase("stopped")
             raise Stopped("between two phases")
 
     def fine_tune(self, fundamental: FundamentalSet | None) -> Best:
-        """Trains and validates; returns the best epoch, whose weights are in its folder."""
+        """Trains and validates. Returns the best epoch; its weights are in the folder `best_<step>`. Collective."""
         run, config, settings = self.run, self.config, self.config.train
         per_epoch = run.steps_per_epoch
         epochs = 0 if config.method == "linear_probe" else settings.epochs
         groups = GroupNorms(run.model, fundamental, run.pretrained.head)
         groups.remember_start()
         self.training.begin(begin(run.prepared, fundamental, config, run.pretrained.head))
-        self._print_plan(fundamental, epochs * per_epoch)
+        self._print_header(fundamental, epochs * per_epoch)
         self.writer.phase("train")
-        step, best, validated = self._resume()
-        first_new = step + (validated or step > 0)  # the row of a checkpoint's step was written before it
+        start, best, validated = self._resume()
+        first_new = start + (validated or start > 0)  # the log row of a checkpoint's step is older than the checkpoint
         writer = SummaryWriter(str(self.writer.tensorboard), purge_step=first_new) if run.world.is_first else None
-        if not validated and step % per_epoch == 0:
-            best = self._end_of_epoch(step, step // per_epoch, best, groups, writer, write=epochs > 0)
+        if not validated and start % per_epoch == 0:
+            best = self._end_of_epoch(start, start // per_epoch, best, groups, writer, write=epochs > 0)
         total = epochs * per_epoch
         end = min(total, settings.max_steps or total)
-        for done in run.progress_bar(range(step + 1, end + 1), "train", initial=step, total=end):
-            epoch, rest = divmod(done, per_epoch)
-            log_now = done % config.log_every == 0 or rest == 0
+        for step in run.progress_bar(range(start + 1, end + 1), "train", initial=start, total=end):
+            epoch, rest = divmod(step, per_epoch)
+            log_now = step % config.log_every == 0 or rest == 0
             began = time.monotonic()
-            values = self.training.step(done - 1, total, groups if log_now else None)
+            values = self.training.step(step - 1, total, groups if log_now else None)
             self.step_seconds = [*self.step_seconds[-49:], time.monotonic() - began]
             if log_now:
-                self._log(writer, done, values)
-                self.writer.phase("train", done, total, median(self.step_seconds))
+                self._log(writer, step, values)
+                self.writer.phase("train", step, total, median(self.step_seconds))
             if self.training.stopping:  # there may be no time to validate
-                self._save(done, best, validated=False)
-                self.writer.phase("stopped", done, total, median(self.step_seconds))
-                raise Stopped(f"at step {done}")
+                self._save(step, best, validated=False)
+                self.writer.phase("stopped", step, total, median(self.step_seconds))
+                raise Stopped(f"at step {step}")
             if rest == 0:
-                best = self._end_of_epoch(done, epoch, best, groups, writer)
-            elif config.checkpoint.every and done % config.checkpoint.every == 0:
-                self._save(done, best, validated=False)
+                best = self._end_of_epoch(step, epoch, best, groups, writer)
+            elif config.checkpoint.every and step % config.checkpoint.every == 0:
+                self._save(step, best, validated=False)
         if writer:
             writer.close()
         return best
@@ -127,29 +148,29 @@ class Trainer:
         writer: SummaryWriter | None,
         write: bool = True,
     ) -> Best:
-        """Validates; keeps the weights of the best epoch; saves a checkpoint to go on from."""
+        """Validates, saves the weights if the epoch is the best so far, and saves a checkpoint if `write`."""
         self.writer.phase("validate", step)
         average_buffers(self.run.model)
-        found = self.run.validate(f"after epoch {epoch}")
-        values = {f"validation/{key}": value for key, value in found.items()}
+        metrics = self.run.validate(f"after epoch {epoch}")
+        values = {f"validation/{key}": value for key, value in metrics.items()}
         values |= {f"movement/{key}": value for key, value in groups.movement().items()}
         self._log(writer, step, values | {"train/epoch": float(epoch)})
         self.writer.phase("checkpoint", step)
-        fell_back = epoch == 0 and self.config.method != "linear_probe" and not self.config.train.fall_back
-        value = self._judged(found)
-        if not fell_back and (best.value is None or value > best.value):
+        may_not_win = epoch == 0 and self.config.method != "linear_probe" and not self.config.train.fall_back
+        value = self._validation_value(metrics)
+        if not may_not_win and (best.value is None or value > best.value):
             best = Best(epoch, value, step)
-            save_checkpoint(self._best_folder(best), model_state(self.run.model), {"epoch": epoch, "validation": found})
+            save_checkpoint(self._best_folder(best), model_state(self.run.model), {"epoch": epoch, "validation": metrics})
         if write:
             self._save(step, best, validated=True)
         self.writer.phase("train", step)
         return best
 
-    def _judged(self, metrics: Metrics) -> float:
-        """The metric that chooses the epoch, the higher the better."""
+    def _validation_value(self, metrics: Metrics) -> float:
+        """The metric that chooses the epoch, negated if lower is better."""
         name = self.run.metric
-        if name not in metrics:  # of a segmentation, if no example has or is given any structure
-            raise RunError(f"train.metric: {name!r} is not defined on the validation data")
+        if name not in metrics:  # segmentation: no structure in any mask or prediction
+            raise RunError(f"train.metric: {name!r} is not defined on the validation data: choose another metric")
         return oriented(name, metrics[name])
 
     def _save(self, step: int, best: Best, validated: bool) -> None:
@@ -157,22 +178,22 @@ class Trainer:
             if self.run.world.is_first:
                 self._remove_old("best", best.step, self.config.checkpoint.keep_best)
             return
-        average_buffers(self.run.model)  # what goes on from here is then what would go on from the file
+        average_buffers(self.run.model)  # a resumed run then has the same buffers as this one
         state = model_state(self.run.model, self.run.prepared.optimizer)
-        about = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
-        about["data"] = self.run.task.checksum
-        about["factor"] = self.training.learned.state() if self.training.learned else None
-        save_checkpoint(self.writer.checkpoint(step), state, about)
-        if self.run.world.is_first:  # the new checkpoint is whole: older ones are no longer needed
+        progress = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
+        progress["data"] = self.run.task.checksum
+        progress["factor"] = self.training.learned.state() if self.training.learned else None
+        save_checkpoint(self.writer.checkpoint(step), state, progress)
+        if self.run.world.is_first:  # the new checkpoint is complete: older ones are no longer needed
             self._remove_old("step", step, self.config.checkpoint.keep_last)
             self._remove_old("best", best.step, self.config.checkpoint.keep_best)
 
     def _remove_old(self, kind: str, newest: int, keep: int) -> None:
-        """Keeps the checkpoints of the `keep` highest steps up to `newest`; later ones are of a future that was lost."""
+        """Keeps the last `keep` checkpoints up to step `newest`. Deletes older ones, and later ones of a lost attempt."""
         steps = sorted(int(folder.name[5:]) for folder in self.writer.checkpoints.glob(f"{kind}_*"))
-        kept = [step for step in steps if step <= newest][-keep:]
+        recent = [step for step in steps if step <= newest][-keep:]
         for step in steps:
-            if step not in kept:
+            if step not in recent:
                 shutil.rmtree(self.writer.checkpoints / f"{kind}_{step:08d}")
 
     def _set_checksum(self) -> str | None:
@@ -183,7 +204,7 @@ class Trainer:
         return self.writer.checkpoints / f"best_{best.step:08d}"
 
     def _resume(self) -> tuple[int, Best, bool]:
-        """(steps done, best epoch so far, whether the weights of this step were validated)."""
+        """Loads the newest checkpoint: (steps done, best epoch so far, whether this step was validated)."""
         latest = self.writer.latest_checkpoint() if self.config.train.max_steps is None else None
         if latest is None:
             self.writer.forget_after(-1)
@@ -203,26 +224,26 @@ class Trainer:
         return int(state["step"]), Best(**state["best"]), bool(state["validated"])
 
     def _estimate(self) -> dict[str, Any]:
-        """After `train.max_steps`: how long all steps would take. Nothing is tested."""
+        """After `train.max_steps`: estimates how long all steps would take. Tests nothing."""
         steps = self.config.train.epochs * self.run.steps_per_epoch
         seconds = median(self.step_seconds)
         hours = steps * seconds / 3600
-        begin, device = datetime.now(), "GPU" if self.run.world.device.type == "cuda" else "rank"
-        found = {
+        now, device = datetime.now(), "GPU" if self.run.world.device.type == "cuda" else "rank"
+        estimate = {
             "seconds_per_step": seconds,
             "steps": steps,
             "hours": hours,
             "device": device,
             "device_hours": hours * self.run.world.world_size,
             "preparation_seconds": sum(v for k, v in self.writer.seconds.items() if k != "train"),
-            "time": f"{begin:%Y-%m-%d %H:%M}",
-            "end": f"{begin + timedelta(hours=hours):%Y-%m-%d %H:%M}",
+            "time": f"{now:%Y-%m-%d %H:%M}",
+            "end": f"{now + timedelta(hours=hours):%Y-%m-%d %H:%M}",
         }
         self.writer.phase("done", self.config.train.max_steps or 0)
         if self.run.world.is_first:
-            write_json(self.writer.estimate, found)
-            print(estimate_text(found), flush=True)
-        return found
+            write_json(self.writer.estimate, estimate)
+            print(estimate_text(estimate), flush=True)
+        return estimate
 
     def _log(self, writer: SummaryWriter | None, step: int, values: dict[str, float]) -> None:
         self.writer.log(step, **values)
@@ -230,7 +251,7 @@ class Trainer:
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
 
-    def _print_plan(self, fundamental: FundamentalSet | None, steps: int) -> None:
+    def _print_header(self, fundamental: FundamentalSet | None, steps: int) -> None:
         run, penalty = self.run, self.training.penalty
         if not run.world.is_first:
             return

@@ -1,4 +1,4 @@
-"""The end of a run: the weights of the best epoch are tested, once, and exported; the summary is written."""
+"""The end of a run: tests the weights of the best epoch once, exports them, and writes the summary."""
 
 from __future__ import annotations
 
@@ -23,20 +23,26 @@ from .methods import merge_adapters
 def finish(
     run: RunContext, fundamental: FundamentalSet | None, best: Path, penalty: Penalty | None, commit: str | None
 ) -> dict[str, Any]:
-    """Returns the summary, which is also in `summary.json`. Collective.
+    """Tests and exports the best epoch, and writes `summary.json`. Collective.
 
     Args:
-        best: checkpoint of the best epoch.
-        commit: of the code that the run began with.
+        run: the context of the run.
+        fundamental: the run's fundamental set, if the method uses one.
+        best: folder of the checkpoint of the best epoch.
+        penalty: the attached penalty, if the method uses one.
+        commit: git commit of the code that the run began with; None if unknown.
+
+    Returns:
+        The summary, as in `summary.json`.
     """
-    config, directory = run.config, run.writer
-    directory.phase("test")
+    config, writer = run.config, run.writer
+    writer.phase("test")
     state = read_state(best)
     load_checkpoint(best, run.model)
-    test, spread = _test(run) if config.test else (None, None)
+    test, test_intervals = _test(run) if config.test else (None, None)
     if config.checkpoint.keep_last:
         _export(run, fundamental)
-    directory.phase("done", int(best.name.removeprefix("best_")))
+    writer.phase("done", int(best.name.removeprefix("best_")))
     extra = fundamental.info.extra if fundamental else {}
     summary = {
         "name": config.name,
@@ -59,13 +65,13 @@ def finish(
         "loading": run.pretrained.loading.report.to_json() if run.pretrained.loading else None,
         "validation": state["validation"],
         "test": test,
-        "test_intervals": spread,
+        "test_intervals": test_intervals,
         "labels": run.facts,
         "splits": {
             name: [len(split), len(set(split.groups))]
             for name, split in (("train", run.task.train), ("validation", run.task.validation), ("test", run.task.test))
         },
-        "seconds": directory.seconds,
+        "seconds": writer.seconds,
         "peak_memory_gib": peak_memory_gib(run.world.device),
         "versions": versions(),
         "machine": machine(),
@@ -74,28 +80,28 @@ def finish(
         "data_checksum": run.task.checksum,
         "weights_checksum": weights_checksum(run.model),
         "caveat": run.task.caveat,
-        "removal": read_json(directory.removal) if directory.removal.exists() else None,
+        "removal": read_json(writer.removal) if writer.removal.exists() else None,
     }
     if run.world.is_first:
-        write_json(directory.summary, summary)
+        write_json(writer.summary, summary)
     return summary
 
 
 def _test(run: RunContext) -> tuple[Metrics, dict[str, list[float]] | None]:
-    """Metrics on the test data, with intervals; the prediction for each example goes into a file."""
-    found = run.evaluate(run.test)
-    labels = [run.test.labels[i] for i in found.indices]
-    groups = [run.task.test.groups[i] for i in found.indices]
-    spread = intervals(run.objective, found.records, torch.tensor(labels), groups, run.config.test_resamples)
-    columns = {"group": groups, "label": labels, **run.objective.predictions(found.records, run.task.class_names)}
+    """Metrics on the test data and their 95 % intervals. Writes the prediction for each example to `predictions.csv`."""
+    evaluation = run.evaluate(run.test)
+    labels = [run.test.labels[i] for i in evaluation.indices]
+    groups = [run.task.test.groups[i] for i in evaluation.indices]
+    test_intervals = intervals(run.objective, evaluation.records, torch.tensor(labels), groups, run.config.test_resamples)
+    columns = {"group": groups, "label": labels, **run.objective.predictions(evaluation.records, run.task.class_names)}
     with collectives.agreed("write the predictions"):
         if run.world.is_first:
             write_atomic(run.writer.predictions, table_of(columns))
-    return found.metrics, spread
+    return evaluation.metrics, test_intervals
 
 
 def _export(run: RunContext, fundamental: FundamentalSet | None) -> None:
-    """The adapted model as a folder that its own library reads; its head, if that was put on; the fundamental set."""
+    """Writes the adapted model as a folder that its library reads, with its new head and the fundamental set."""
     folder = run.writer.model
     if run.config.method == "lora":
         merge_adapters(run.pretrained.module)

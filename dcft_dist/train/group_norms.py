@@ -1,4 +1,4 @@
-"""What the fundamental weights, the rest and the whole body do in training: norms of gradients, distance from the start."""
+"""Gradient norms, and distances from the start, of the fundamental weights, the other eligible ones, and the body."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from ..method.fundamental_set import FundamentalSet
 
 
 class GroupNorms:
-    """This rank's owned body weights, the eligible ones sorted into fundamental and rest. Making it is collective."""
+    """Measures three groups of weights: `fundamental`, `rest` (eligible, not fundamental) and `body` (all but the head).
+
+    Making one is collective.
+
+    Args:
+        model: the wrapped model.
+        fundamental: the fundamental set; None: the groups `fundamental` and `rest` are empty.
+        head: patterns of the head's weights.
+    """
 
     def __init__(self, model: nn.Module, fundamental: FundamentalSet | None, head: Patterns) -> None:
         self._engine = find_engine(model)
@@ -26,31 +34,39 @@ class GroupNorms:
         self._start: dict[str, Tensor] = {}
 
     def remember_start(self) -> None:
-        """Keeps a copy of the owned weights: `movement` is measured from here."""
+        """Copies the weights that this rank owns: `movement` measures from here."""
         self._start = {s.name: _owned(s, s.local).clone() for s in self._shards()}
 
     def gradient_norms(self) -> dict[str, float]:
-        """Euclidean norms of the reduced gradients: {"fundamental", "rest", "body"}. Collective."""
+        """Euclidean norms of the reduced gradients, by group: {"fundamental", "rest", "body"}. Collective."""
         inside, outside, body, *_ = self._sums(lambda s: _owned(s, s.gradient) if s.gradient is not None else None)
         return {"fundamental": inside**0.5, "rest": outside**0.5, "body": body**0.5}
 
     def movement(self) -> dict[str, float]:
-        """Change since the start: root mean square of {"fundamental", "rest"}, Euclidean norm of {"body"}. Collective."""
-        inside, outside, body, n, m = self._sums(lambda s: _owned(s, s.local) - self._start[s.name])
-        return {"fundamental": (inside / max(n, 1.0)) ** 0.5, "rest": (outside / max(m, 1.0)) ** 0.5, "body": body**0.5}
+        """Change since `remember_start`, by group. Collective.
+
+        Returns:
+            The root mean square for "fundamental" and "rest", the Euclidean norm for "body".
+        """
+        inside, outside, body, num_inside, num_outside = self._sums(lambda s: _owned(s, s.local) - self._start[s.name])
+        return {
+            "fundamental": (inside / max(num_inside, 1.0)) ** 0.5,
+            "rest": (outside / max(num_outside, 1.0)) ** 0.5,
+            "body": body**0.5,
+        }
 
     def _sums(self, values: Callable[[Shard], Tensor | None]) -> list[float]:
-        """Sums of squares over fundamental, rest and body, and the first two's numbers of weights."""
+        """Sums of squares over fundamental, rest and body; then the numbers of weights in fundamental and rest."""
         sums = torch.zeros(5, dtype=torch.float64)
         for shard in self._shards():
             value, mask = values(shard), self._masks.get(shard.name)
             if value is not None:
                 squares = value.double().square().cpu()
-                inside, all_ = squares[mask].sum() if mask is not None else squares.new_zeros(()), squares.sum()
-                n, size = (float(mask.sum()), mask.numel()) if mask is not None else (0.0, 0)
-                sums += torch.stack(
-                    [inside, all_ - inside if size else 0 * all_, all_, all_.new_tensor(n), all_.new_tensor(size - n)]
-                )
+                inside, total = squares[mask].sum() if mask is not None else squares.new_zeros(()), squares.sum()
+                selected, size = (float(mask.sum()), mask.numel()) if mask is not None else (0.0, 0)
+                outside = total - inside if size else 0 * total
+                counts = total.new_tensor(selected), total.new_tensor(size - selected)
+                sums += torch.stack([inside, outside, total, *counts])
         return [max(v, 0.0) for v in collectives.all_reduce(sums, what="norms").tolist()]
 
     def _shards(self) -> list[Shard]:

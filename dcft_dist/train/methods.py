@@ -1,4 +1,4 @@
-"""What tells the methods of the trainer apart: which weights are trained, and what happens around a step."""
+"""How the training methods differ: which weights they train, and what they do around an optimizer step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ from ..models.pretrained import Pretrained
 
 
 def choose_trained(pretrained: Pretrained, config: Config) -> None:
-    """Freezes what the method does not train, or puts adapters into the body; before the model is wrapped."""
+    """Freezes the weights that the method does not train, or inserts adapters into the body. Call it before wrapping.
+
+    `bitfit` freezes all but biases and head. `lora` inserts adapters and freezes the rest of the body. Other methods train
+    every weight.
+
+    Args:
+        pretrained: the model, changed in place.
+        config: its `method`, `lora` and `seed` are used.
+
+    Raises:
+        DataError: `lora` without the package peft.
+    """
     head = set(pretrained.head_names)
     if config.method == "bitfit":
         for name, parameter in pretrained.module.named_parameters():
@@ -26,20 +37,37 @@ def choose_trained(pretrained: Pretrained, config: Config) -> None:
 
 
 def depths(pretrained: Pretrained) -> dict[str, int]:
-    """Block of each body weight, counted from the top: what lies above all blocks counts with the last, what lies below them
-    comes after the first."""
+    """Depth of each body weight: its block, counted from the last one, for layer-wise learning rates.
+
+    Args:
+        pretrained: the model, not wrapped yet.
+
+    Returns:
+        Name -> depth: 0 for the last block, `len(blocks) - 1` for the first. Weights before all blocks, such as embeddings,
+        have `len(blocks)`. Other weights outside the blocks have 0.
+    """
     blocks, head = pretrained.blocks, set(pretrained.head_names)
     inside = {id(p): len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
-    found, depth = {}, len(blocks)
+    depth_of, depth = {}, len(blocks)
     for name, parameter in pretrained.module.named_parameters():
         if name not in head:
             depth = inside.get(id(parameter), 0 if depth < len(blocks) else depth)
-            found[name] = depth
-    return found
+            depth_of[name] = depth
+    return depth_of
 
 
 def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config, head: tuple[str, ...]) -> Penalty | None:
-    """Puts in force what the method does around each step; returns the penalty if that is it. Collective."""
+    """Attaches what the method does around each optimizer step. Collective.
+
+    Args:
+        prepared: the wrapped model and its optimizer.
+        fundamental: the fundamental set; None if the method uses none.
+        config: its `method`, `penalty` and `optimizer.pull_to_start` are used.
+        head: patterns of the head's weights.
+
+    Returns:
+        The attached penalty; None if the method uses none.
+    """
     settings, penalty = config.penalty, None
     factors = {"rest_factor": settings.rest_factor, "unscored_factor": settings.unscored_factor}
     if fundamental is not None and config.method == "equal_displacement":
@@ -70,13 +98,17 @@ def _insert_adapters(module: nn.Module, head: set[str], settings: Lora, seed: in
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         inject_adapter_in_model(config, module)
-    for name, parameter in module.named_parameters():  # peft has frozen all but its own
+    for name, parameter in module.named_parameters():  # peft froze everything but its adapters
         if name in head:
             parameter.requires_grad_(True)
 
 
 def merge_adapters(module: nn.Module) -> None:
-    """Adds the adapters to the weights they adapt, and takes them out: the body has its own names again."""
+    """Merges the LoRA adapters into the weights and removes them, so the weights have their original names again.
+
+    Args:
+        module: the unwrapped model, changed in place.
+    """
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(module.named_modules()):

@@ -1,4 +1,4 @@
-"""The trainer's optimizer, learning rate and randomness, each a function of the configuration and the step."""
+"""The trainer's optimizer, and the learning rate and penalty factor of each step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from ..engines.prepared import Weight
 def make_optimizer(
     weights: Iterable[Weight], config: Config, depths: Mapping[str, int], head: Collection[str]
 ) -> torch.optim.Optimizer:
-    """AdamW or SGD over what is trained; weight decay on matrices only. Each group keeps its peak rate as `peak_lr`.
+    """AdamW or SGD over the trainable weights, with weight decay on matrices only.
+
+    Each parameter group keeps its peak learning rate as `peak_lr`, and whether it belongs to the head as `in_head`.
 
     Args:
-        depths: block of each body weight, counted from the top (0: the last block), for layer-wise learning rates.
+        weights: (name, parameter, whether it is a matrix or has more dimensions).
+        config: its section `optimizer` is used.
+        depths: block of each body weight, counted from the last one (0), for layer-wise learning rates; see `depths` in
+            `train.methods`.
         head: names of the head's weights.
     """
     settings = config.optimizer
@@ -29,7 +34,7 @@ def make_optimizer(
         if parameter.requires_grad:
             depth = depths.get(name, 0) if settings.layer_decay < 1.0 else 0
             groups.setdefault((name in head, is_matrix, depth), []).append(parameter)
-    rows: list[dict[str, Any]] = [
+    param_groups: list[dict[str, Any]] = [
         {
             "params": parameters,
             "peak_lr": settings.head_lr if in_head and settings.head_lr else settings.lr * settings.layer_decay**depth,
@@ -39,27 +44,43 @@ def make_optimizer(
         for (in_head, is_matrix, depth), parameters in groups.items()
     ]
     if settings.name == "sgd":
-        return torch.optim.SGD(rows, lr=settings.lr, momentum=settings.momentum)
-    return torch.optim.AdamW(rows, lr=settings.lr)
+        return torch.optim.SGD(param_groups, lr=settings.lr, momentum=settings.momentum)
+    return torch.optim.AdamW(param_groups, lr=settings.lr)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, total: int) -> float:
-    """Linear warm-up, then cosine to `final_lr_fraction`; returns the body's rate."""
+    """Sets the learning rates of a step: linear warm-up, then cosine decay to `train.final_lr_fraction` of the peak.
+
+    Args:
+        optimizer: made by `make_optimizer`; its groups are changed.
+        config: its sections `train` and `optimizer` are used.
+        step: the step, counted from 0.
+        total: number of all steps.
+
+    Returns:
+        The learning rate of the last block (of the whole body without `optimizer.layer_decay`).
+    """
     settings = config.train
     warmup = settings.warmup_fraction * total
     if step < warmup:
-        share = (step + 1) / (warmup + 1)
+        scale = (step + 1) / (warmup + 1)
     else:
-        place = (step - warmup) / max(total - warmup, 1)
-        share = settings.final_lr_fraction + (1 - settings.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * place))
+        progress = (step - warmup) / max(total - warmup, 1)
+        scale = settings.final_lr_fraction + (1 - settings.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * share
-    return config.optimizer.lr * share
+        group["lr"] = group["peak_lr"] * scale
+    return config.optimizer.lr * scale
 
 
 def factor_at(penalty: PenaltySettings, step: int, total: int) -> float:
-    """The scheduled factor of a step (counted from 0): `factor` at the first, `final_factor` at the last."""
-    share = step / max(total - 1, 1)
+    """The scheduled penalty factor of a step: `factor` at the first step, `final_factor` at the last.
+
+    Args:
+        penalty: the section `[penalty]`; its `schedule` is `cosine`, anything else counts as `linear`.
+        step: the step, counted from 0.
+        total: number of all steps.
+    """
+    progress = step / max(total - 1, 1)
     if penalty.schedule == "cosine":
-        share = 0.5 * (1 - math.cos(math.pi * share))
-    return penalty.factor + (penalty.final_factor - penalty.factor) * share
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    return penalty.factor + (penalty.final_factor - penalty.factor) * progress

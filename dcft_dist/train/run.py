@@ -1,4 +1,4 @@
-"""A rank's whole life: joins the others, carries out the run, leaves word of how it ended."""
+"""One rank's entry point: join the other ranks, carry out the run, record how it ended."""
 
 from __future__ import annotations
 
@@ -26,10 +26,16 @@ log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> bool:
-    """Returns True when the run is done, and False when it has stopped because it was asked to.
+    """Joins the other ranks, carries out the run, and writes its report. Every rank calls it.
+
+    Args:
+        config: configuration of the run.
+
+    Returns:
+        True if the run is done, False if it stopped because it was asked to.
 
     Raises:
-        DcftError: see `trainer.run`.
+        DcftError: the ranks do not meet, earlier attempts failed in the same way, or an error of `run`.
     """
     folder, first = Path(config.runs_dir) / config.name, os.environ.get("RANK", "0") == "0"
     refuse_repetition(folder)
@@ -45,7 +51,7 @@ def train(config: Config) -> bool:
                 raise
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
-                from ..reports.model_card import write_card  # late: one rank draws pictures, once
+                from ..reports.model_card import write_card  # late import: only rank 0 draws pictures, once
                 from ..reports.run_report import write_report
 
                 if (folder / "model").is_dir():
@@ -59,31 +65,39 @@ def train(config: Config) -> bool:
 
 
 def run(config: Config, world: World) -> dict[str, Any]:
-    """Carries out a run, or what is left of it, and returns its summary (also in `summary.json`). Collective.
+    """Carries out a run, or the phases of it that are not complete. Collective.
+
+    Args:
+        config: configuration of the run.
+        world: the joined ranks.
+
+    Returns:
+        The run's summary, as in `summary.json`; its estimate with `train.max_steps`; {} if `until` ends it before training.
 
     Raises:
-        DcftError: bad input, a missing package, a damaged file; see the errors of each step.
+        DcftError: bad input, a missing package, or a damaged file.
+        Stopped: the run was asked to stop.
     """
-    directory = RunWriter.of(config)
+    writer = RunWriter.of(config)
     with collectives.agreed("set-up"):
         check_ranks(config, world.world_size)
-        directory.check(config)
-    for done in (directory.summary, directory.estimate):
-        if collectives.on_every_rank(done.exists()):
-            log.info("%s is finished already: delete it to run it again", directory.path)
-            return dict(read_json(done))
-    with locked(directory.path, config.timeout_s):
-        directory.open(config)
-        former = begin_attempt(directory.path, directory.reached(), config.max_attempts)
-        if former and former["ranks"] != world.world_size:
+        writer.check(config)
+    for result in (writer.summary, writer.estimate):
+        if collectives.on_every_rank(result.exists()):
+            log.info("%s is finished already: delete it to run it again", writer.path)
+            return dict(read_json(result))
+    with locked(writer.path, config.timeout_s):
+        writer.open(config)
+        previous = begin_attempt(writer.path, writer.reached(), config.max_attempts)
+        if previous and previous["ranks"] != world.world_size:
             log.info(
                 "going on with %d ranks instead of %d: the global batch stays %d, by accumulation",
                 world.world_size,
-                former["ranks"],
+                previous["ranks"],
                 config.train.global_batch,
             )
         if config.start_from:
-            log.info("%s: %s", config.start_from, directory.take_from(Path(config.start_from), config))
-        commit = git_commit()  # the one that begins: the tree may change meanwhile
-        directory.phase("setup")
-        return Trainer(make_context(config, world, directory)).carry_out(commit)
+            log.info("%s: %s", config.start_from, writer.take_from(Path(config.start_from), config))
+        commit = git_commit()  # now, since the working tree may change during the run
+        writer.phase("setup")
+        return Trainer(make_context(config, world, writer)).carry_out(commit)

@@ -1,4 +1,4 @@
-"""One optimizer step after the other: data, learning rate, dropout and factor are functions of the step."""
+"""Optimizer steps: data, learning rate, dropout and a scheduled factor depend only on the seed and the step."""
 
 from __future__ import annotations
 
@@ -21,26 +21,44 @@ Values = dict[str, float]
 
 
 class Training:
-    """Makes steps, with the penalty in force if there is one. `stopping`: some rank was asked to stop."""
+    """Makes optimizer steps, with the penalty if one is attached.
+
+    Attributes:
+        run: the context of the run.
+        stopping: True after a step at which some rank was asked to stop.
+        penalty: the attached penalty; None before fine-tuning, and for methods without one.
+        learned: learns the penalty's factor if `penalty.schedule = "learned"`, otherwise None.
+        feed: reads the micro-batches of each step.
+    """
 
     def __init__(self, run: RunContext) -> None:
         self.run, self.stopping = run, False
         self.penalty: Penalty | None = None
         self.learned: LearnedFactor | None = None
-        self._drawn: tuple[int, list[int]] = (-1, [])  # epoch, and the order of the examples in it
+        self._drawn: tuple[int, list[int]] = (-1, [])  # epoch, order of its examples
         self.feed = Feed(self._micro_batches, run.config.train.workers, run.world.device)
 
     def begin(self, penalty: Penalty | None) -> None:
-        """From now on with that penalty."""
+        """Starts fine-tuning.
+
+        Args:
+            penalty: the attached penalty; None if the method uses none.
+        """
         self.penalty, settings = penalty, self.run.config.penalty
         if penalty and settings.schedule == "learned":
             self.learned = LearnedFactor(self.run.model, penalty, self.run.loss, settings.learn_rate)
 
     def steps(self, steps: range, total: int, what: str) -> None:
-        """Makes these of `total` steps.
+        """Makes several steps without logging them.
+
+        Args:
+            steps: the steps to make, counted from 0.
+            total: number of all steps, for the learning rate.
+            what: label for the progress bar, and for the message if the run stops.
 
         Raises:
-            Stopped: it was asked to.
+            Stopped: the run was asked to stop.
+            DivergedError: the training loss is NaN or infinite.
         """
         for step in self.run.progress_bar(steps, what):
             self.step(step, total, None)
@@ -49,14 +67,22 @@ class Training:
                 raise Stopped(f"in the {what}")
 
     def step(self, step: int, total: int, groups: GroupNorms | None) -> Values:
-        """One optimizer step; returns what to log. With `groups`, the penalty is watched.
+        """Makes one optimizer step. Collective.
+
+        Args:
+            step: the step, counted from 0.
+            total: number of all steps.
+            groups: measures gradient norms, and lets the penalty measure what it applies; None: neither is measured.
+
+        Returns:
+            Values to log, by log key.
 
         Raises:
-            DivergedError: the loss is no number.
+            DivergedError: the training loss is NaN or infinite.
         """
         run, config, penalty = self.run, self.run.config, self.penalty
         prepared = run.prepared
-        micros = self.feed.get(step, total)
+        micro_batches = self.feed.get(step, total)
         lr = set_learning_rate(prepared.optimizer, config, step, total)
         collectives.arrive(f"training step {step}")
         prepared.model.train()
@@ -66,10 +92,10 @@ class Training:
             if config.penalty.schedule in ("linear", "cosine"):
                 penalty.set_factor(factor_at(config.penalty, step, total))
         stop, losses = stop_requested(), []
-        for i, batch in enumerate(micros):
-            seed_step(config.seed, step, run.world.rank * len(micros) + i)
-            with prepared.accumulating(last=i == len(micros) - 1):
-                loss = run.loss(prepared.model, batch) / len(micros)
+        for i, batch in enumerate(micro_batches):
+            seed_step(config.seed, step, run.world.rank * len(micro_batches) + i)
+            with prepared.accumulating(last=i == len(micro_batches) - 1):
+                loss = run.loss(prepared.model, batch) / len(micro_batches)
                 prepared.backward(loss)
             losses.append(loss.detach().double())
         norms = self._clip(groups)
@@ -86,18 +112,18 @@ class Training:
         return values | norms
 
     def _micro_batches(self, step: int) -> list[Batch]:
-        """This rank's part of a step's batch, on the CPU: a function of (seed, step, rank)."""
+        """This rank's part of a step's global batch, on the CPU. It depends only on (seed, step, rank)."""
         run, size = self.run, self.run.config.train.global_batch
-        epoch, place = divmod(step, run.steps_per_epoch)
+        epoch, position = divmod(step, run.steps_per_epoch)
         if self._drawn[0] != epoch:
             balanced = run.config.train.sampling == "balanced"
             weights = run.train.labels if balanced else None
             self._drawn = epoch, order(run.config.seed, epoch + 1, len(run.train), weights)
-        indices = self._drawn[1][place * size : (place + 1) * size]
+        indices = self._drawn[1][position * size : (position + 1) * size]
         return run.micro_batches(indices, run.train, draw=epoch + 1, device=torch.device("cpu"))
 
     def _learn_factor(self, step: int) -> None:
-        """If it is to be learned: on a batch of validation examples, another one each time."""
+        """If the factor is learned: updates it on a batch of validation examples, drawn anew each time."""
         if self.learned is not None:
             drawn = order(self.run.config.seed, (1 << 32) + step, len(self.run.validation))
             self.learned.update(
@@ -105,9 +131,9 @@ class Training:
             )
 
     def _clip(self, groups: GroupNorms | None) -> Values:
-        """Clips before or after the penalty, as configured; returns the gradient norms of both groups before clipping."""
+        """Clips before or after the penalty (`train.clip_order`). Returns the groups' gradient norms before clipping."""
         if self.penalty and self.run.config.train.clip_order != "before_penalty":
             self.penalty.apply()
-        found = groups.gradient_norms() if groups else {}
+        norms = groups.gradient_norms() if groups else {}
         self.run.prepared.clip()
-        return {f"gradient_norm/{group}": norm for group, norm in found.items()}
+        return {f"gradient_norm/{group}": norm for group, norm in norms.items()}

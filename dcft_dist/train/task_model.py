@@ -1,4 +1,4 @@
-"""A model under an engine together with its objective: outputs, losses and metrics, in a run and after it.
+"""A wrapped model with the objective of its task: outputs, losses and metrics, during a run and after it.
 
 Padding samples never count, and metrics do not depend on the number of ranks.
 """
@@ -27,7 +27,13 @@ from ..objectives.make import make_objective
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, and the `records` [size, width] of the examples `indices` [size] (ascending) that they are made from."""
+    """Metrics of a split, and the records of its examples that the metrics are computed from.
+
+    Attributes:
+        metrics: metric -> value.
+        records: [size, width] in float64; what the objective keeps of each example.
+        indices: [size], ascending; the example of each record.
+    """
 
     metrics: Metrics
     records: Tensor
@@ -36,11 +42,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TaskModel:
-    """A prepared model with the objective of its task.
+    """A model under an engine, with the objective of its task.
 
     Attributes:
-        facts: what the objective needs to know of the training labels (`label_facts`).
-        pretrained: the unwrapped model; `prepared`: the model under the engine.
+        config: configuration of the run.
+        world: the joined ranks.
+        facts: what the objective needs to know of the training labels (`objectives.make.label_facts`).
+        objective: loss and metrics of the task.
+        pretrained: the unwrapped model with its head.
+        prepared: the wrapped model with its optimizer.
     """
 
     config: Config
@@ -57,24 +67,38 @@ class TaskModel:
         return model
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's outputs for a batch.
+        """The model's outputs for a batch: [size, num_outputs], or another shape that the objective takes.
+
+        Args:
+            model: the wrapped model, or the unwrapped one.
+            batch: inputs by name, with `labels`, `index` and `real`.
 
         Raises:
-            ConfigError: their shape is not what the objective takes.
+            ConfigError: the objective does not take outputs of this shape.
         """
         outputs = self.pretrained.outputs(model, batch)
         self.objective.check(outputs)
         return outputs
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Mean loss of a batch."""
+        """Mean loss of a batch, a scalar.
+
+        Args:
+            model: the wrapped model, or the unwrapped one.
+            batch: inputs by name, with `labels`, `index` and `real`.
+        """
         with self.prepared.computing():
             outputs = self.outputs(model, batch)
         return self.objective.loss(outputs, batch["labels"])
 
     @torch.no_grad()
     def evaluate(self, examples: Examples, limit: int | None = None) -> Evaluation:
-        """Evaluates a split, or `limit` of its examples, in eval mode; then restores the mode. Collective."""
+        """Evaluates a split in eval mode, then restores the model's mode. Collective.
+
+        Args:
+            examples: the split as inputs of the model.
+            limit: evaluate only this many examples, evenly spaced; None: all.
+        """
         model, world, size = self.model, self.world, self.config.evaluation_batch
         local: list[Tensor] = []
         training = model.training
@@ -97,16 +121,24 @@ class TaskModel:
 
 
 def build_for_task(config: Config, facts: Mapping[str, Any]) -> tuple[Objective, Pretrained]:
-    """The objective of a configuration, and its model with a head of the right size, before any engine.
+    """The objective of a configuration, and its model with a head of the right size, not wrapped yet.
 
     Args:
-        facts: see `label_facts`.
+        config: configuration of the run.
+        facts: what the objective needs to know of the training labels; see `objectives.make.label_facts`.
+
+    Raises:
+        DcftError: see `build_model`.
     """
     objective = make_objective(config, facts)
     return objective, build_model(config, objective.num_outputs)
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Rows [size, width] of all ranks, in rank order; a rank may have none. Collective."""
+    """Rows of all ranks, in rank order: [sum of sizes, width]. Collective.
+
+    Args:
+        rows: this rank's rows, [size, width]; the size may be 0.
+    """
     sizes = [n for (n,) in collectives.all_gather_ints([rows.numel()], what="count of evaluated examples")]
     return collectives.all_gather_uneven(rows.flatten(), sizes, what="evaluated examples").view(-1, rows.shape[1])

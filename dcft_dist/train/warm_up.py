@@ -1,4 +1,4 @@
-"""The head's warm-up in a run: on what the frozen body gives it, computed once."""
+"""The head's warm-up in a run. A head of one module trains on features that the frozen body computes once."""
 
 from __future__ import annotations
 
@@ -30,17 +30,21 @@ from .steps import Training
 
 log = logging.getLogger(__name__)
 
-Features = tuple[Tensor, Tensor, int]  # [size, ...] inputs of the head, [size, ...] labels, size
+Features = tuple[Tensor, Tensor, int]  # inputs of the head [size, ...], labels [size, ...], size
 
 
 def warm_up_or_load(run: RunContext) -> None:
-    """Trains the head alone, unless its file is there from an earlier attempt; leaves it in the file and the model.
+    """Trains the head alone and saves it, or loads the head that an earlier attempt saved. Collective.
 
-    The linear probe is nothing else. Collective.
+    The method `linear_probe` trains nothing else.
+
+    Args:
+        run: the context of the run; the head of its model is changed in place.
 
     Raises:
-        CheckpointError: the file is damaged.
-        ConfigError: what the head makes is not what the model makes.
+        CheckpointError: the saved file is damaged.
+        ConfigError: the head cannot be trained alone.
+        DivergedError: the validation loss is NaN or infinite.
     """
     file, names = run.writer.head, run.pretrained.head_names
     if not names:
@@ -48,29 +52,29 @@ def warm_up_or_load(run: RunContext) -> None:
     if collectives.on_every_rank(file.exists()):
         with collectives.agreed("load the warmed-up head"):
             try:
-                found = load_file(file)
-                if set(found) != {*names, *_buffers(run, names)}:
+                state = load_file(file)
+                if set(state) != {*names, *_buffers(run, names)}:
                     raise ValueError("it has other weights than this model's head")
             except (OSError, SafetensorError, ValueError) as error:
                 raise CheckpointError(f"{file} is damaged ({error}): delete it to make it again") from error
-        _put_back(run, found)
+        _load_state(run, state)
         return
     if run.head is not None and run.config.head_warmup.max_epochs:
-        _put_back(run, _warm_up(run))
+        _load_state(run, _warm_up(run))
     elif run.config.head_warmup.max_epochs:
         _warm_up_in_place(run, names)
-    found = _state(run, names)
-    with collectives.agreed("save the warmed-up head"):  # it is not read back: a node may not see the new file yet
+    state = _state(run, names)
+    with collectives.agreed("save the warmed-up head"):  # not read back: another node may not see the new file yet
         if run.world.is_first:
-            write_atomic(file, save({name: value.cpu().contiguous() for name, value in found.items()}))
+            write_atomic(file, save({name: value.cpu().contiguous() for name, value in state.items()}))
 
 
 def _state(run: RunContext, names: list[str]) -> dict[str, Tensor]:
-    """Whole weights of the head, and a copy of its buffers (statistics of batch normalisation). Collective."""
+    """Whole weights of the head, and copies of its buffers (statistics of batch normalisation). Collective."""
     return {**_weights(run, names), **{name: buffer.clone() for name, buffer in _buffers(run, names).items()}}
 
 
-def _put_back(run: RunContext, state: dict[str, Tensor]) -> None:
+def _load_state(run: RunContext, state: dict[str, Tensor]) -> None:
     fill_weights(run.model, state)
     for name, buffer in persistent_buffers(find_engine(run.model).module).items():
         if name in state:
@@ -79,12 +83,12 @@ def _put_back(run: RunContext, state: dict[str, Tensor]) -> None:
 
 def _buffers(run: RunContext, names: list[str]) -> dict[str, Tensor]:
     """Buffers of the head's modules."""
-    found = persistent_buffers(find_engine(run.model).module)
-    return {name: buffer for name, buffer in found.items() if _in_head(run, name.rpartition(".")[0], names)}
+    buffers = persistent_buffers(find_engine(run.model).module)
+    return {name: buffer for name, buffer in buffers.items() if _in_head(run, name.rpartition(".")[0], names)}
 
 
 def _in_head(run: RunContext, path: str, names: list[str]) -> bool:
-    """Whether a module is one of the head's: by its own weights, or, if it has none, by the patterns."""
+    """Whether a module belongs to the head: it has weights of the head, or its path matches `model.head`."""
     patterns = [form for pattern in run.pretrained.head for form in (pattern, f"{pattern}.*")]
     return path in {name.rpartition(".")[0] for name in names} or any(fnmatchcase(path, p) for p in patterns)
 
@@ -97,42 +101,42 @@ def _weights(run: RunContext, names: list[str]) -> dict[str, Tensor]:
 
 
 def _warm_up(run: RunContext) -> dict[str, Tensor]:
-    """The head's weights after training a copy of it."""
+    """Trains a copy of the head on the body's features. Returns its weights and buffers. Collective."""
     settings = run.config.head_warmup
-    name, head = _copied(run)
-    inside = {n: n.removeprefix(f"{name}.") for n in run.pretrained.head_names}
-    head.load_state_dict({inside[n]: value for n, value in _weights(run, list(inside)).items()}, strict=False)
+    name, head = _head_copy(run)
+    inner_names = {n: n.removeprefix(f"{name}.") for n in run.pretrained.head_names}
+    head.load_state_dict({inner_names[n]: value for n, value in _weights(run, list(inner_names)).items()}, strict=False)
     objective = run.objective
 
     def loss(module: nn.Module, batch: Features) -> tuple[Tensor, int]:
         features, labels, count = batch
         return objective.losses(module(features).float(), labels).sum(), count
 
-    done = warm_up_head(
+    result = warm_up_head(
         head,
         _features(run, name, run.train),
         loss,
-        head=tuple(inside.values()),
+        head=tuple(inner_names.values()),
         validation=_features(run, name, run.validation),
         lr=settings.lr,
         max_epochs=settings.max_epochs,
         patience=settings.patience,
     )
-    if done.best_epoch == settings.max_epochs:
+    if result.best_epoch == settings.max_epochs:
         log.warning("the head was still improving after %d epochs of warm-up", settings.max_epochs)
-    log.info("head: %s", json.dumps({"epochs": done.best_epoch, "validation_loss": min(done.validation_losses)}))
+    log.info("head: %s", json.dumps({"epochs": result.best_epoch, "validation_loss": min(result.validation_losses)}))
     return {f"{name}.{inner}": value.detach() for inner, value in head.state_dict().items()}
 
 
 def _warm_up_in_place(run: RunContext, names: list[str]) -> None:
-    """A head of several modules (a decoder) is trained where it is, by steps in which the body has the learning rate 0."""
+    """Trains a head of several modules (a decoder) inside the model; the body's learning rate is 0. Collective."""
     settings, optimizer = run.config.head_warmup, run.prepared.optimizer
-    rates = [group["peak_lr"] for group in optimizer.param_groups]
+    peak_rates = [group["peak_lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["peak_lr"] = settings.lr if group["in_head"] else 0.0
     training, total = Training(run), settings.max_epochs * run.steps_per_epoch
     best, best_epoch, lowest = _state(run, names), 0, run.validate("before any training")["loss"]
-    with _statistics_of_the_body_stay(run, names):
+    with _frozen_body_statistics(run, names):
         for epoch in range(1, settings.max_epochs + 1):
             steps = range((epoch - 1) * run.steps_per_epoch, epoch * run.steps_per_epoch)
             training.steps(steps, total, f"warm-up of the head, epoch {epoch}")
@@ -142,31 +146,31 @@ def _warm_up_in_place(run: RunContext, names: list[str]) -> None:
                 best, best_epoch, lowest = _state(run, names), epoch, loss
             if epoch - best_epoch >= settings.patience:
                 break
-    _put_back(run, best)
+    _load_state(run, best)
     optimizer.state.clear()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+    for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
         group["peak_lr"] = rate
     log.info("head: %s", json.dumps({"epochs": best_epoch, "validation_loss": lowest}))
 
 
 @contextmanager
-def _statistics_of_the_body_stay(run: RunContext, names: list[str]) -> Iterator[None]:
-    """Within the block, batch normalisation outside the head is in eval mode, whatever mode the model is put into."""
+def _frozen_body_statistics(run: RunContext, names: list[str]) -> Iterator[None]:
+    """Keeps batch normalisation outside the head in eval mode inside the block, even after `model.train()`."""
     modules = {clean(path): m for path, m in find_engine(run.model).module.named_modules()}
-    normalise = {path: m for path, m in modules.items() if getattr(m, "running_mean", None) is not None}
-    held = [m for path, m in normalise.items() if not _in_head(run, path, names)]
-    for module in held:
+    with_statistics = {path: m for path, m in modules.items() if getattr(m, "running_mean", None) is not None}
+    frozen = [m for path, m in with_statistics.items() if not _in_head(run, path, names)]
+    for module in frozen:
         module.eval()
         module.train = lambda mode=True, module=module: module
     try:
         yield
     finally:
-        for module in held:
+        for module in frozen:
             del module.train
 
 
-def _copied(run: RunContext) -> tuple[str, nn.Module]:
-    """Name and a whole, plain copy of the head."""
+def _head_copy(run: RunContext) -> tuple[str, nn.Module]:
+    """Name of the head, and a copy of it that no engine shards."""
     head = copy.deepcopy(run.head)
     if head is None:
         raise ConfigError(f"model.head = {list(run.pretrained.head)} is not one module")
@@ -176,48 +180,51 @@ def _copied(run: RunContext) -> tuple[str, nn.Module]:
 
 @torch.no_grad()
 def _features(run: RunContext, name: str, examples: Examples) -> list[Features]:
-    """This rank's inputs of the head, in batches of the warm-up's size over all ranks, equally many on every rank."""
+    """This rank's inputs of the head, in equally many batches on every rank. Collective.
+
+    Each batch has `head_warmup.batch` examples over all ranks.
+    """
     rank, ranks = run.world.rank, run.world.world_size
     features, labels = [], []
     size = run.config.evaluation_batch
-    with _seen(run.model, name) as seen:
+    with _recorded(run.model, name) as records:
         for batch in evaluation_batches(examples, rank, ranks, size, run.world.device):
             with run.prepared.computing():
                 outputs = run.outputs(run.model, batch)
-            given, made = seen.pop()
-            if made.shape != outputs.shape or not torch.equal(made, outputs):
+            head_inputs, head_outputs = records.pop()
+            if head_outputs.shape != outputs.shape or not torch.equal(head_outputs, outputs):
                 raise ConfigError(
-                    f"model.head: what {name} gives ({list(made.shape)}) is not what the model gives "
-                    f"({list(outputs.shape)}), "
-                    "so it cannot be warmed up alone: head_warmup.max_epochs = 0 starts with a cold head, "
-                    "model.features puts another head on"
+                    f"model.head: the output of {name} ({list(head_outputs.shape)}) is not the output of the model "
+                    f"({list(outputs.shape)}), so the head cannot be warmed up alone: set head_warmup.max_epochs = 0 to "
+                    "start with a random head, or model.features to put a new head on"
                 )
             real = batch["real"]
-            features.append(given[real].float())
+            features.append(head_inputs[real].float())
             labels.append(batch["labels"][real])
     x, y = torch.cat(features), torch.cat(labels)
-    mixed = torch.tensor(order(run.config.seed, rank, len(x)), dtype=torch.int64, device=x.device)  # they come by length
+    # Shuffled, since the evaluation sorts examples by length.
+    shuffled = torch.tensor(order(run.config.seed, rank, len(x)), dtype=torch.int64, device=x.device)
     share = max(run.config.head_warmup.batch // ranks, 1)
     num_batches = math.ceil(math.ceil(len(examples) / ranks) / share)
-    parts = [mixed[i * share : (i + 1) * share] for i in range(num_batches)]
+    parts = [shuffled[i * share : (i + 1) * share] for i in range(num_batches)]
     return [(x[part], y[part], len(part)) for part in parts]
 
 
 @contextmanager
-def _seen(model: nn.Module, name: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """In eval mode: what the module of that name is given in each forward, and what it makes of it, goes into the list."""
-    engine, seen = find_engine(model), list[tuple[Tensor, Tensor]]()
+def _recorded(model: nn.Module, name: str) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Puts the model in eval mode, and lists (input, output) of the named module for each forward inside the block."""
+    engine, records = find_engine(model), list[tuple[Tensor, Tensor]]()
     module = {clean(path): m for path, m in engine.module.named_modules()}[name]
 
-    def keep(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    def record(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
-            raise ConfigError(f"model.head: {name} is not made of one tensor into one, so it cannot be warmed up alone")
-        seen.append((inputs[0], output))
+            raise ConfigError(f"model.head: {name} does not turn one tensor into one tensor: it cannot be warmed up alone")
+        records.append((inputs[0], output))
 
-    training, handle = model.training, module.register_forward_hook(keep)
+    training, handle = model.training, module.register_forward_hook(record)
     model.eval()
     try:
-        yield seen
+        yield records
     finally:
         handle.remove()
         model.train(training)

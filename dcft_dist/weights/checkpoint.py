@@ -1,11 +1,11 @@
-"""Checkpoints by torch.distributed.checkpoint in its safetensors format: sharded, checksummed, atomic, without pickle.
+"""Sharded checkpoints with checksums, written atomically by torch.distributed.checkpoint as safetensors, without pickle.
 
-Weights, buffers and the optimizer's state are stored by parameter name, flattened, each element once. So a checkpoint can be
-read under any engine and any number of ranks, whichever wrote it.
+A checkpoint stores weights, buffers and the optimizer's state by parameter name, flattened, each element once. So any engine
+on any number of ranks can read it, whichever wrote it.
 
-A checkpoint is a folder `step_00000100`: safetensors files of all ranks, `state.json`, and `manifest.json` with the
-SHA-256 of each file. It is written under a temporary name and renamed when it is complete on every rank, so a folder
-with its final name is whole; an interrupted one is swept away by the next save.
+A checkpoint is a folder `step_00000100`: safetensors files of all ranks, `state.json`, and `manifest.json` with the SHA-256
+of each file. It is written under a temporary name and renamed when it is complete on every rank. So a folder with its final
+name is complete; the next save deletes an interrupted one.
 """
 
 from __future__ import annotations
@@ -45,9 +45,12 @@ State = dict[str, Any]
 
 
 class FlatPiece:
-    """`values`: the elements from `begin` on of a flattened tensor of `numel` elements.
+    """A contiguous piece of a flattened tensor, in the form that torch.distributed.checkpoint can write and read.
 
-    Tells torch.distributed.checkpoint what there is to write and to read as a DTensor does.
+    Args:
+        values: this rank's elements, flat.
+        numel: number of elements of the whole tensor.
+        begin: index of the first element of `values` in the whole tensor.
     """
 
     def __init__(self, values: Tensor, numel: int, begin: int) -> None:
@@ -74,29 +77,40 @@ class FlatPiece:
 
 class _SavePlanner(DefaultSavePlanner):
     def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        return found.values if isinstance(found, FlatPiece) else super().lookup_object(index)
+        entry = self.state_dict[index.fqn]
+        return entry.values if isinstance(entry, FlatPiece) else super().lookup_object(index)
 
 
 class _LoadPlanner(DefaultLoadPlanner):
     def set_up_planner(self, state_dict: State, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        # Its own way puts None in the place of everything that is no tensor.
+        # The parent's method would replace everything that is not a tensor by None.
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        found = self.state_dict[index.fqn]
-        return found.values if isinstance(found, FlatPiece) else super().lookup_tensor(index)
+        entry = self.state_dict[index.fqn]
+        return entry.values if isinstance(entry, FlatPiece) else super().lookup_tensor(index)
 
 
 def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
-    """What a checkpoint holds of a model and, if given, its optimizer: each element on the rank that owns it."""
+    """The tensors that a checkpoint stores, each element on the rank that owns it. Collective.
+
+    Args:
+        model: the wrapped model.
+        optimizer: its optimizer; None: only weights and buffers.
+
+    Returns:
+        Name (`model.<weight>`, `buffer.<buffer>`, `optimizer.<weight>.<key>`) -> piece or tensor, for `save_checkpoint`.
+
+    Raises:
+        CheckpointError: an entry of the optimizer's state is not a tensor.
+    """
     engine = find_engine(model)
     state: State = {f"buffer.{name}": b for name, b in _buffers(engine)}
     for shard in engine.shards():
         state[f"model.{shard.name}"] = _owned(shard, shard.local)
-        kept = optimizer.state.get(shard.parameter, {}) if optimizer is not None else {}
-        for key, value in kept.items():
+        optimizer_state = optimizer.state.get(shard.parameter, {}) if optimizer is not None else {}
+        for key, value in optimizer_state.items():
             name = f"optimizer.{shard.name}.{key}"
             if isinstance(value, Tensor):
                 state[name] = value.clone() if value.ndim == 0 else _owned(shard, shard.within(value))
@@ -110,8 +124,9 @@ def _buffers(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 
 
 def _owned(shard: Shard, values: Tensor) -> FlatPiece:
+    """The piece of a tensor laid out like the shard that this rank stores. Collective if the shard is not contiguous."""
     first, numel = shard.box.first, prod(shard.box.grid)
-    if first is None:  # no contiguous range: put together, then shared out again
+    if first is None:  # not a contiguous range: gather the whole tensor, then store an equal part of it
         whole = whole_weight(shard, values)
         ranks, rank = collectives.world_size(), collectives.rank()
         begin, end = numel * rank // ranks, numel * (rank + 1) // ranks
@@ -121,9 +136,18 @@ def _owned(shard: Shard, values: Tensor) -> FlatPiece:
 
 
 def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any]) -> None:
-    """Writes one checkpoint; it has its final name only once it is whole. Collective."""
+    """Writes one checkpoint, which gets its final name only when it is complete. Collective.
+
+    Args:
+        folder: folder of the checkpoint; replaced if it exists.
+        tensors: made by `model_state`.
+        state: further values for `state.json`.
+
+    Raises:
+        PassingError: the file system failed; running again may help.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    with collectives.agreed("checkpoint: make room"):
+    with collectives.agreed("checkpoint: prepare the folder"):
         if collectives.rank() == 0:
             for leftover in folder.parent.glob(".*.tmp"):
                 shutil.rmtree(leftover)
@@ -132,18 +156,21 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any]) -> None
         dcp.save(
             tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True), planner=_SavePlanner()
         )
-    with collectives.agreed("checkpoint: complete"):
+    with collectives.agreed("checkpoint: rename the folder"):
         if collectives.rank() == 0:
             write_json(temporary / _STATE, state)
-            files = sorted(f for f in temporary.iterdir() if f.is_file())
-            write_json(temporary / _MANIFEST, {f.name: sha256_of(f) for f in files})
+            files = sorted(file for file in temporary.iterdir() if file.is_file())
+            write_json(temporary / _MANIFEST, {file.name: sha256_of(file) for file in files})
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.rename(folder)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Checks the checksums (each rank some of the files) and returns `state.json`. Collective.
+    """Checks a checkpoint's checksums, each rank some of the files, and reads its `state.json`. Collective.
+
+    Args:
+        folder: folder of the checkpoint.
 
     Raises:
         CheckpointError: a file is missing or was altered.
@@ -163,13 +190,17 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Reads weights, buffers and, if given, the optimizer's state into a prepared model. Collective.
+    """Reads a checkpoint into a prepared model, whichever engine and number of ranks wrote it. Collective.
 
-    Whatever engine and number of ranks wrote it. Where several weights share one flat parameter, its step count is the
-    largest of theirs.
+    If several weights share one flat parameter, its step count is the largest of theirs.
+
+    Args:
+        folder: folder of the checkpoint.
+        model: the wrapped model; its weights and buffers are changed.
+        optimizer: its optimizer, whose state is changed; None: the stored state is not read.
 
     Raises:
-        CheckpointError: the checkpoint has not the weights of this model.
+        CheckpointError: the checkpoint does not have the weights of this model, or cannot be read.
     """
     engine = find_engine(model)
     reader = HuggingFaceStorageReader(str(folder))
@@ -178,37 +209,37 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     targets = [(f"model.{shard.name}", shard, shard.local) for shard in shards]
     missing = [name for name, *_ in targets if name not in stored]
     if missing:
-        raise CheckpointError(f"{folder} has no {missing[0]} and {len(missing) - 1} more: it is of another model")
-    wanted: State = {f"buffer.{name}": b for name, b in _buffers(engine) if f"buffer.{name}" in stored}
+        raise CheckpointError(f"{folder} has no {missing[0]} and {len(missing) - 1} more: it belongs to another model")
+    requested: State = {f"buffer.{name}": b for name, b in _buffers(engine) if f"buffer.{name}" in stored}
     scalars: list[tuple[Tensor, Tensor]] = []
     if optimizer is not None:
         for shard, key, name in _stored_optimizer_state(shards, stored):
-            made = _state_tensor(optimizer, shard, key, stored[name])
-            if made.ndim:
-                targets.append((name, shard, shard.within(made)))
+            tensor = _state_tensor(optimizer, shard, key, stored[name])
+            if tensor.ndim:
+                targets.append((name, shard, shard.within(tensor)))
             else:
-                wanted[name] = torch.zeros_like(made)
-                scalars.append((made, wanted[name]))
-    scattered = []
+                requested[name] = torch.zeros_like(tensor)
+                scalars.append((tensor, requested[name]))
+    not_contiguous = []
     for name, shard, values in targets:
         first, numel = shard.box.first, prod(shard.box.grid)
         if first is None:
             whole = torch.zeros(numel, dtype=values.dtype, device=values.device)
-            scattered.append((whole, shard, values))
-            wanted[name] = FlatPiece(whole, numel, 0)
+            not_contiguous.append((whole, shard, values))
+            requested[name] = FlatPiece(whole, numel, 0)
         else:
-            wanted[name] = FlatPiece(values.detach().view(-1), numel, first)
+            requested[name] = FlatPiece(values.detach().view(-1), numel, first)
     with _guarded("read", folder):
-        dcp.load(wanted, storage_reader=reader, planner=_LoadPlanner(flatten_state_dict=False))
-    for whole, shard, values in scattered:
+        dcp.load(requested, storage_reader=reader, planner=_LoadPlanner(flatten_state_dict=False))
+    for whole, shard, values in not_contiguous:
         values.detach().copy_(whole.view(shard.box.grid)[shard.box.slices()])
-    for made, read in scalars:
-        made.copy_(torch.maximum(made, read))
+    for tensor, value in scalars:
+        tensor.copy_(torch.maximum(tensor, value))
     engine.publish()
 
 
 def _stored_optimizer_state(shards: list[Shard], stored: Any) -> Iterator[tuple[Shard, str, str]]:
-    """(shard, key, name in the checkpoint) of all optimizer state there is for these weights."""
+    """(shard, key, name in the checkpoint) of each stored entry of the optimizer's state for these weights."""
     by_name = {shard.name: shard for shard in shards}
     for full_name in stored:
         kind, _, rest = full_name.partition(".")
@@ -218,29 +249,31 @@ def _stored_optimizer_state(shards: list[Shard], stored: Any) -> Iterator[tuple[
 
 
 def _state_tensor(optimizer: torch.optim.Optimizer, shard: Shard, key: str, meta: Any) -> Tensor:
-    """The optimizer's tensor of that key, made as the checkpoint has it: a number, or laid out as its parameter is."""
+    """The entry `key` of the optimizer's state, created if absent: a scalar, or like its parameter (see `meta`)."""
     state = optimizer.state[shard.parameter]
     if key not in state:
         dtype = meta.properties.dtype
         like = shard.parameter.detach()
         state[key] = torch.zeros_like(like, dtype=dtype) if len(meta.size) else torch.zeros((), dtype=dtype)
-    made: Tensor = state[key]
-    return made
+    tensor: Tensor = state[key]
+    return tensor
 
 
 @contextmanager
-def _guarded(what: str, folder: Path) -> Iterator[None]:
-    """Quiet about the library's own format; its exception, a BaseException, becomes a CheckpointError, or, where a file
-    system may have failed, a PassingError."""
+def _guarded(action: str, folder: Path) -> Iterator[None]:
+    """Silences the library's warnings, and turns its exception (a BaseException) into an error of this package.
+
+    A failed "write" becomes a PassingError, since the file system may have failed; a failed "read" a CheckpointError.
+    """
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with collectives.explained(f"checkpoint: {what}"):
+        with collectives.explained(f"checkpoint: {action}"):
             yield
     except dcp.api.CheckpointException as error:
         causes = "; ".join(f"rank {r}: {type(e[0]).__name__}: {line_of(e[0])}" for r, e in sorted(error.failures.items()))
-        kind = PassingError if what == "write" else CheckpointError
-        raise kind(f"{folder}: cannot {what} the checkpoint: {causes}") from error
+        kind = PassingError if action == "write" else CheckpointError
+        raise kind(f"{folder}: cannot {action} the checkpoint: {causes}") from error
     finally:
         logger.setLevel(level)

@@ -1,6 +1,6 @@
-"""Plain weights in and out: one safetensors folder with whole, named tensors, as transformers and plain torch have them.
+"""Exports: a folder of safetensors files with whole tensors, named as transformers and plain torch name them.
 
-Unlike a checkpoint it holds no optimizer state, and anything that reads safetensors can read it.
+Unlike a checkpoint, an export has no optimizer state, and every program that reads safetensors can read it.
 """
 
 from __future__ import annotations
@@ -43,27 +43,31 @@ def save_weights(
 ) -> None:
     """Writes the whole weights and persistent buffers of a model under any engine. Collective.
 
-    `model.safetensors`, or numbered files and an index where they exceed `max_file_bytes`, under the names of the unwrapped
-    model's `state_dict()`. Rank 0 writes, weight by weight: no rank holds more than one whole weight.
+    Writes `model.safetensors`, or numbered files and an index if one file would exceed `max_file_bytes`. Names are those of
+    the unwrapped model's `state_dict()`. Rank 0 writes one weight after the other, so no rank needs memory for two of them.
 
     Args:
-        folder: created if need be; files of that name are replaced.
-        prefix: only the weights whose names begin with it, without it: `"backbone."` writes what `AutoModel` reads.
-        stem: put before the names in the files then.
-        dtype: of floating-point weights; None: as they are trained (float32 masters).
+        model: a plain module, or one wrapped by any supported engine.
+        folder: created if absent; weight files of an earlier export in it are replaced.
+        prefix: write only the weights whose names begin with it, and remove it: `"backbone."` writes what `AutoModel` reads.
+        stem: put before the names afterwards.
+        dtype: data type of floating-point weights in the files; None: the type in training (float32 masters).
+        max_file_bytes: largest size of one file, in bytes of its tensors; a larger single tensor gets its own file.
 
     Raises:
-        CheckpointError: no weight has that prefix, or it has a data type that safetensors has not.
+        CheckpointError: no weight has the prefix, or safetensors does not support a weight's data type.
+        PassingError: a file cannot be written.
     """
     engine, target = find_engine(model), Path(folder)
     tensors = {
-        stem + name.removeprefix(prefix): (get, shape, _kind(kind, dtype))
-        for name, get, shape, kind in _whole_tensors(engine)
+        stem + name.removeprefix(prefix): (get, shape, _file_dtype(own_dtype, dtype))
+        for name, get, shape, own_dtype in _whole_tensors(engine)
         if name.startswith(prefix)
     }
-    odd = [name for name, (_, _, kind) in tensors.items() if kind not in _DTYPES]
-    if odd or not tensors:
-        raise CheckpointError(f"cannot write {listing(odd)}" if odd else f"no weight's name begins with {prefix!r}")
+    unsupported = [name for name, (_, _, kind) in tensors.items() if kind not in _DTYPES]
+    if unsupported or not tensors:
+        wrong_type = f"safetensors cannot store the data type of {listing(unsupported)}"
+        raise CheckpointError(wrong_type if unsupported else f"no weight's name begins with {prefix!r}")
     files = _split({name: prod(shape) * kind.itemsize for name, (_, shape, kind) in tensors.items()}, max_file_bytes)
     for file, names in files.items():
         writer: TensorFile | None = None
@@ -85,35 +89,37 @@ def save_weights(
 
 
 def load_weights(model: nn.Module, folder: str | os.PathLike[str], *, prefix: str = "", stem: str = "") -> None:
-    """Reads such a folder, or any in that format, into a model under any engine; each rank reads what it holds. Collective.
+    """Reads a folder of safetensors files into a model under any engine. Each rank reads only its shards. Collective.
 
     Args:
-        prefix: put before the file's names to get the model's; other weights of the model stay as they are.
-        stem: taken from the file's names first.
+        model: a plain module, or one wrapped by any supported engine.
+        folder: written by `save_weights`, or in the same format.
+        prefix: put before the names in the files to get the names in the model. Weights without it stay unchanged.
+        stem: removed from the start of the names in the files first.
 
     Raises:
-        CheckpointError: weights are missing, of another shape, or not of this model; or a file is damaged.
+        CheckpointError: a weight is missing, has another shape, or is not in the model; or a file is damaged.
     """
     engine, source = find_engine(model), Path(folder)
     with collectives.agreed(f"read {source}"), torch.no_grad():
         try:
-            where = {prefix + name.removeprefix(stem): (file, name) for name, file in _names_in(source).items()}
+            sources = {prefix + name.removeprefix(stem): (file, name) for name, file in _names_in(source).items()}
             buffers = persistent_buffers(engine.module)
-            _check(source, where, prefix, engine, buffers)
+            _check(source, sources, prefix, engine, buffers)
             shards = {shard.name: shard for shard in engine.shards()}
-            for name, (file, stored) in where.items():
+            for name, (file, stored) in sources.items():
                 with safe_open(source / file, framework="pt") as opened:
                     if name in buffers:
                         buffers[name].copy_(opened.get_tensor(stored))
                     else:
                         _read(opened.get_slice(stored), shards[engine.names.aliases[name]])
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{source} is damaged, or no such folder: {error}") from error
+            raise CheckpointError(f"{source} does not exist, or is damaged: {error}") from error
     engine.publish()
 
 
 def _whole_tensors(engine: Engine) -> Iterator[tuple[str, Callable[[], Tensor], tuple[int, ...], torch.dtype]]:
-    """(name, how to get it, shape, dtype); tied weights under each of their names."""
+    """(name, function that returns the whole tensor, shape, dtype). A tied weight comes under each of its names."""
     shapes, shards = engine.full_shapes(), {s.name: s for s in engine.shards()}
     for name, canonical in engine.names.aliases.items():
         shard = shards[canonical]
@@ -122,8 +128,8 @@ def _whole_tensors(engine: Engine) -> Iterator[tuple[str, Callable[[], Tensor], 
         yield name, lambda buffer=buffer: buffer, tuple(buffer.shape), buffer.dtype  # type: ignore[misc]
 
 
-def _kind(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
-    return wanted if wanted is not None and own.is_floating_point else own
+def _file_dtype(own: torch.dtype, requested: torch.dtype | None) -> torch.dtype:
+    return requested if requested is not None and own.is_floating_point else own
 
 
 def _split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
@@ -142,10 +148,10 @@ def _split(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def _tidy(folder: Path, files: dict[str, list[str]], total: int) -> None:
-    """Writes the index, last, and takes away files of an earlier export that would be read in its place."""
+    """Writes the index last, and deletes files of an earlier export, which readers would take for this one's."""
     if len(files) > 1:
-        found = {name: file for file, names in files.items() for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": found})
+        file_of = {name: file for file, names in files.items() for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
     else:
         (folder / INDEX).unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors"):
@@ -154,31 +160,37 @@ def _tidy(folder: Path, files: dict[str, list[str]], total: int) -> None:
 
 
 def _names_in(folder: Path) -> dict[str, str]:
-    """Name -> file that has it."""
+    """Name of a tensor -> file that contains it."""
     if (folder / INDEX).exists():
-        found: dict[str, str] = read_json(folder / INDEX)["weight_map"]
-        return found
+        file_of: dict[str, str] = read_json(folder / INDEX)["weight_map"]
+        return file_of
     with safe_open(folder / FILE, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), FILE)
 
 
-def _check(source: Path, where: dict[str, tuple[str, str]], prefix: str, engine: Engine, buffers: dict[str, Tensor]) -> None:
-    """Before anything is copied: the files are whole, and have the model's names and shapes."""
-    for file in sorted({file for file, _ in where.values()})[collectives.rank() :: collectives.world_size()]:
-        if is_altered(source / file):
-            raise CheckpointError(f"{source / file} was altered after it was written")
+def _check(
+    folder: Path, sources: dict[str, tuple[str, str]], prefix: str, engine: Engine, buffers: dict[str, Tensor]
+) -> None:
+    """Checks before anything is copied that the files are unaltered, and have the model's names and shapes.
+
+    `sources`: name in the model -> (file, name in the file).
+    """
+    for file in sorted({file for file, _ in sources.values()})[collectives.rank() :: collectives.world_size()]:
+        if is_altered(folder / file):
+            raise CheckpointError(f"{folder / file} was altered after it was written")
     aliases, full = engine.names.aliases, engine.full_shapes()
     shapes = {n: full[c] for n, c in aliases.items()} | {n: tuple(b.shape) for n, b in buffers.items()}
-    there = {aliases.get(name, name) for name in where}
-    missing = [name for name in shapes if name.startswith(prefix) and aliases.get(name, name) not in there]
-    unknown = [name for name in where if name not in shapes]
+    stored_names = {aliases.get(name, name) for name in sources}
+    missing = [name for name in shapes if name.startswith(prefix) and aliases.get(name, name) not in stored_names]
+    unknown = [name for name in sources if name not in shapes]
     if missing or unknown:
-        raise CheckpointError(f"missing there: {listing(missing) or 'none'}; not in the model: {listing(unknown) or 'none'}")
-    for name, (file, stored) in where.items():
-        with safe_open(source / file, framework="pt") as opened:
+        lacking, extra = listing(missing) or "none", listing(unknown) or "none"
+        raise CheckpointError(f"{folder} does not fit the model: missing: {lacking}; not in the model: {extra}")
+    for name, (file, stored) in sources.items():
+        with safe_open(folder / file, framework="pt") as opened:
             shape = tuple(opened.get_slice(stored).get_shape())
         if shape != shapes[name]:
-            raise CheckpointError(f"{name} is {shape} there and {shapes[name]} in the model")
+            raise CheckpointError(f"{name} is {shape} in the file and {shapes[name]} in the model")
 
 
 def _read(stored: Any, shard: Shard) -> None:

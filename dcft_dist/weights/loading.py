@@ -1,7 +1,7 @@
-"""Pre-trained weights into a model that is sharded already: each rank reads only what it holds.
+"""Loads pre-trained weights into a model that is already sharded: each rank reads only its shards.
 
-What the file and the model do not have in common is an error unless it was allowed by name, so that a body never stays
-random in silence.
+Every difference between file and model is an error, unless the configuration allows it by name. So no part of the body
+silently stays random.
 """
 
 from __future__ import annotations
@@ -27,16 +27,23 @@ from ..seeds import seed_of
 from .resize import Shape, can_resize, check_resize, resized
 from .weight_files import RowBlock, TensorSlice, WeightFiles
 
-_COUNTERS = "num_batches_tracked"  # of batch normalisation: nothing uses them where the momentum is given
+_COUNTERS = "num_batches_tracked"  # of batch normalisation; unused if its momentum is a number
 
 
+# names in the file -> for each of them its names in the model
 Translate = Callable[[Iterable[str]], Mapping[str, Sequence[str]]]
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """Patterns of names that may differ: `head` starts afresh, whatever the file has of it; `new` the file need not have;
-    `unused` the model has no place for; `resize` are position embeddings that may have another length."""
+    """Patterns of names at which file and model may differ.
+
+    Attributes:
+        head: weights of the model that are newly initialised, even if the file has them.
+        new: weights of the model that the file need not have; they are newly initialised if it has not.
+        unused: tensors of the file that the model has no place for.
+        resize: position embeddings of the model that may have another length in the file.
+    """
 
     head: tuple[str, ...] = ()
     new: Sequence[str] = ()
@@ -46,7 +53,14 @@ class Allowed:
 
 @dataclass
 class LoadReport:
-    """What became of each tensor: names in the model, except `unused`, which has those in the file."""
+    """What happened to each tensor.
+
+    Attributes:
+        matched: weights and buffers of the model that are read unchanged.
+        fresh: weights of the model that are newly initialised.
+        resized: position embeddings of the model -> [shape in the file, shape in the model].
+        unused: tensors of the file that are not read.
+    """
 
     matched: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
@@ -55,16 +69,23 @@ class LoadReport:
 
     def __str__(self) -> str:
         parts = [f"{len(self.matched)} tensors read"]
-        for what, names in (("started afresh", self.fresh), ("resized", list(self.resized)), ("left aside", self.unused)):
-            parts += [f"{len(names)} {what} ({listing(names, 4)})"] if names else []
+        groups = ("newly initialised", self.fresh), ("resized", list(self.resized)), ("not used", self.unused)
+        for outcome, names in groups:
+            parts += [f"{len(names)} {outcome} ({listing(names, 4)})"] if names else []
         return "; ".join(parts)
 
     def to_json(self) -> dict[str, Any]:
+        """The report as a dictionary of its attributes."""
         return asdict(self)
 
 
 class Loading:
-    """What is to be read into a model: found out, and checked, before it is sharded."""
+    """Reads pre-trained weights into a model. Making one compares file and model, before the model is sharded.
+
+    Attributes:
+        place: the file or folder.
+        report: what happens to each tensor.
+    """
 
     def __init__(
         self,
@@ -81,17 +102,18 @@ class Loading:
         """
         Args:
             module: the model before it is wrapped; its weights may be on the meta device.
-            place: see `WeightFiles`.
-            part: the module is this part of what the file holds: names that begin so count, without that, and all others are
-                left aside; all count where none begins so.
-            rename: prefix of names in the file -> prefix in the model; the longest that fits.
-            translate: names after that -> names in the model, for files of a library that has its own (several: of equal
-                parts of the rows; none: it cannot).
-            prefix: put before all names then, for a model that is part of another.
-            seed: new weights are a function of it and their names.
+            place: file or folder with the weights; see `WeightFiles`.
+            allowed: differences between file and model that are not errors.
+            part: the module is this submodule of the model in the file. Only names that begin with it count, without it; if
+                no name does, all names count.
+            rename: prefix of names in the file -> prefix in the model; the longest fitting prefix is replaced.
+            translate: renames further, for files whose library renames tensors itself. A name may become several: the tensor
+                is then cut into as many equal parts of its rows. It may become none: the library merges that tensor.
+            prefix: put before all names at the end, for a model that is a submodule of another.
+            seed: seed of new weights, which depend only on it and on their names.
 
         Raises:
-            CheckpointError: weights are missing, unexpected or of another shape, all named, unless they are allowed.
+            CheckpointError: weights are missing, unexpected or of another shape, and not allowed; the message names them.
         """
         self.place = place
         names = ParameterNames.of(module)
@@ -103,19 +125,32 @@ class Loading:
         read = {names.aliases.get(name) for name in self.report.matched}
         tied = [name for name in self.report.fresh if names.aliases.get(name, "") in read]
         if tied:
-            raise CheckpointError(f"{listing(tied)} would start afresh, but is tied to pre-trained weights: model.head = []")
+            raise CheckpointError(
+                f"{listing(tied)} would be newly initialised, but is tied to pre-trained weights: set model.head = []"
+            )
         self._shapes = shapes
         self._fresh = list(_templates(module, [n for n in self.report.fresh if n in names.aliases]))
         self._seed = seed
 
     def into_whole(self, module: nn.Module, device: torch.device) -> None:
-        """For engines that do not shard weights: gives the module memory on the device, and reads it all. Collective."""
+        """Gives the module memory and reads all weights, for engines that do not shard weights. Collective.
+
+        Args:
+            module: the model, not wrapped.
+            device: where its weights get their memory.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
         Materialiser(device)(module)
         self.into(module)
 
     @torch.no_grad()
     def into(self, model: nn.Module) -> None:
-        """Reads the weights and persistent buffers into the model, under any engine: each rank what it holds. Collective.
+        """Reads weights and persistent buffers into a model under any engine. Each rank reads its shards. Collective.
+
+        Args:
+            model: the wrapped model, with memory.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -132,7 +167,7 @@ class Loading:
                 else:
                     shard = shards[engine.names.aliases[name]]
                     shard.local.copy_(cells(values, shard.box).view(shard.local.shape))
-            for template in self._fresh:  # one module at a time is whole
+            for template in self._fresh:  # only one module at a time has whole weights
                 for name, whole in _fresh(*template, self._seed).items():
                     fill_shard(shards[engine.names.aliases[name]], whole)
         engine.publish()
@@ -141,10 +176,10 @@ class Loading:
 def _names(
     stored: WeightFiles, part: str | None, rename: Mapping[str, str], translate: Translate | None, prefix: str
 ) -> dict[str, str | RowBlock]:
-    """Name in the model -> name in the file, or which part of that tensor.
+    """Name in the model -> name in the file, or the rows of that tensor.
 
     Raises:
-        CheckpointError: two tensors would go to one place, or the library merges some.
+        CheckpointError: two tensors get the same name in the model, or the library merges some.
     """
     inside = [name for name in stored if part and name.startswith(f"{part}.")]
     renamed = {name: _renamed(name.removeprefix(f"{part}.") if inside else name, rename) for name in inside or stored}
@@ -152,25 +187,26 @@ def _names(
     merged = [name for name, middle in renamed.items() if not known[middle]]
     if merged:
         raise CheckpointError(
-            f"{stored.place}: its library merges or splits {listing(merged, 3)} when it reads them: read and save the model "
-            "there once with save_pretrained(..., save_original_format=False)"
+            f"{stored.place}: its library merges or splits {listing(merged, 3)} when it reads them: load the model with "
+            "that library once, and save it with save_pretrained(..., save_original_format=False)"
         )
     source: dict[str, str | RowBlock] = {}
     for name, middle in renamed.items():
-        many = len(known[middle])
-        source |= {f"{prefix}{new}": RowBlock(name, i, many) if many > 1 else name for i, new in enumerate(known[middle])}
+        parts = len(known[middle])
+        source |= {f"{prefix}{new}": RowBlock(name, i, parts) if parts > 1 else name for i, new in enumerate(known[middle])}
     lost = set(renamed) - {_tensor(old) for old in source.values()}
     if lost:
-        raise CheckpointError(f"{stored.place}: {listing(sorted(lost))} would go where another tensor of the file goes")
+        raise CheckpointError(f"{stored.place}: {listing(sorted(lost))} would get the name of another tensor in the model")
     return source
 
 
 def _tensor(source: str | RowBlock) -> str:
-    """The name in the file."""
+    """The name of a tensor in the file."""
     return source.name if isinstance(source, RowBlock) else source
 
 
 def _renamed(name: str, rename: Mapping[str, str]) -> str:
+    """The name with its longest prefix in `rename` replaced."""
     fitting = [old for old in rename if name.startswith(old)]
     if not fitting:
         return name
@@ -186,7 +222,9 @@ def _compare(
     allowed: Allowed,
     prefix: str,
 ) -> LoadReport:
-    """What to do with each tensor. `prefix`: of names in the model, which messages leave out, as the configuration does.
+    """Decides what to do with each tensor.
+
+    `prefix` begins the names in the model; messages leave it out, as the configuration does.
 
     Raises:
         CheckpointError: see `Loading`.
@@ -197,22 +235,21 @@ def _compare(
         if _fits(name, allowed.head):
             report.fresh.append(name)
         elif name not in source:
-            if aliases.get(name, name) in known:  # tied to one that is there
+            if aliases.get(name, name) in known:  # tied to a weight that the file has
                 continue
             if _fits(name, allowed.new) or name.endswith(_COUNTERS):
                 report.fresh.append(name)
             else:
                 wrong.append(f"no {name.removeprefix(prefix)}")
-        elif (found := stored.shape(source[name])) == shape:
+        elif (stored_shape := stored.shape(source[name])) == shape:
             report.matched.append(name)
         elif _fits(name, allowed.resize):
-            check_resize(name, found, shape)
-            report.resized[name] = [list(found), list(shape)]
+            check_resize(name, stored_shape, shape)
+            report.resized[name] = [list(stored_shape), list(shape)]
         else:
-            advice = (
-                f": model.resize = ['{name.removeprefix(prefix)}'] interpolates it" if can_resize(name, found, shape) else ""
-            )
-            wrong.append(f"{source[name]} is {list(found)} there and {list(shape)} in the model{advice}")
+            resize_key = f": model.resize = ['{name.removeprefix(prefix)}'] interpolates it"
+            advice = resize_key if can_resize(name, stored_shape, shape) else ""
+            wrong.append(f"{source[name]} is {list(stored_shape)} in the file and {list(shape)} in the model{advice}")
     for name, old in source.items():
         if name not in shapes or _fits(name, allowed.head):
             report.unused.append(str(old))
@@ -228,34 +265,36 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _advice(source: Iterable[str], shapes: Mapping[str, Shape], prefix: str) -> str:
-    """A prefix that would make names fit, if there is one; otherwise which keys allow differences."""
-    known, given = ({name.removeprefix(prefix) for name in names} for names in (shapes, source))
-    unknown, missing = sorted(given - known), sorted(known - given)
+    """Advice for an error message: a prefix that would make most names fit, or the keys that allow differences."""
+    in_model, in_file = ({name.removeprefix(prefix) for name in names} for names in (shapes, source))
+    unknown, missing = sorted(in_file - in_model), sorted(in_model - in_file)
     for old in dict.fromkeys(f"{name.split('.')[0]}." for name in unknown):
         rest = [name.removeprefix(old) for name in unknown if name.startswith(old)]
-        if sum(name in known for name in rest) > len(rest) / 2:
+        if sum(name in in_model for name in rest) > len(rest) / 2:
             return f'; model.rename = {{"{old}" = ""}} would make most names fit'
     for new in dict.fromkeys(f"{name.split('.')[0]}." for name in missing):
-        if sum(new + name in known for name in unknown) > len(unknown) / 2:
+        if sum(new + name in in_model for name in unknown) > len(unknown) / 2:
             return f'; model.rename = {{"" = "{new}"}} would make most names fit'
     return "; model.new, model.unused and model.rename say what may differ"
 
 
-# -- what is new ---------------------------------------------------------------------------------------------------------
+# -- new weights ---------------------------------------------------------------------------------------------------------
 
 
 def _templates(module: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, nn.Module, list[str]]]:
-    """(path, the module without memory there, names) of the modules that own these weights."""
+    """(path, copy of the module without memory, names of its weights) of each module that owns some of these weights."""
     owners: dict[str, list[str]] = {}
     for name in names:
         owners.setdefault(name.rpartition(".")[0], []).append(name)
-    for path, wanted in owners.items():
-        yield path, copy.deepcopy(module.get_submodule(path)), wanted
+    for path, owned in owners.items():
+        yield path, copy.deepcopy(module.get_submodule(path)), owned
 
 
 def _fresh(path: str, template: nn.Module, names: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """Whole values of new weights: as their module resets them; where it cannot, matrices small and random, scales 1,
-    biases 0."""
+    """Whole values of new weights, as their module resets them.
+
+    For a module without `reset_parameters`, matrices are small and random, scales are 1, and biases are 0.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed_of(seed, path, bits=63))
         values = _reset(template)
@@ -263,7 +302,7 @@ def _fresh(path: str, template: nn.Module, names: Sequence[str], seed: int) -> d
 
 
 def _reset(module: nn.Module) -> dict[str, Tensor]:
-    """New values of a module's own parameters; the module itself is left as it is."""
+    """New values of a module's own parameters. The module itself stays unchanged."""
     copied = copy.deepcopy(module)
     Materialiser(torch.device("cpu")).one(copied)
     fields: dict[str, Tensor] = dict(copied.named_parameters(recurse=False, remove_duplicate=False))
@@ -271,7 +310,7 @@ def _reset(module: nn.Module) -> dict[str, Tensor]:
         if parameter.ndim > 1:
             nn.init.trunc_normal_(parameter, std=0.02)
         else:
-            nn.init.constant_(parameter, float(slot == "weight"))  # a vector of that name scales what a norm gives
+            nn.init.constant_(parameter, float(slot == "weight"))  # a vector called `weight` is the scale of a norm
     if callable(reset := getattr(copied, "reset_parameters", None)):
         reset()
     return fields

@@ -1,4 +1,4 @@
-"""Weights in files, read a slice at a time: safetensors, `.pth`, and the folders that transformers writes."""
+"""Reads weight files slice by slice: safetensors, `.pth`, and the folders that transformers writes."""
 
 from __future__ import annotations
 
@@ -23,29 +23,33 @@ _INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
-_INSIDE = ("state_dict", "model_state_dict", "model", "teacher", "module")  # where training scripts put the weights
+# Keys under which training scripts store the weights.
+_INSIDE = ("state_dict", "model_state_dict", "model", "teacher", "module")
 
 
 class WeightFiles:
-    """The tensors of a file or folder by name; a context manager. Nothing is read before it is asked for."""
+    """The tensors of a file or folder by name, read on request. A context manager that closes the files."""
 
     def __init__(self, place: Path) -> None:
         """
+        Args:
+            place: a safetensors or `.pth` file, or a folder that transformers wrote.
+
         Raises:
-            CheckpointError: there is no such file or folder, it holds no weights, or it cannot be read.
+            CheckpointError: `place` does not exist, holds no weights, or cannot be read.
         """
         self.place = place
         self._open, self._tensors = ExitStack(), dict[str, Any]()
         try:
             for file in _files(place):
-                found = self._safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
-                self._tensors.update(found)
+                tensors = self._safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
+                self._tensors.update(tensors)
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{place} cannot be read: {error}") from error
 
     def _safetensors(self, file: Path) -> dict[str, Any]:
         opened = self._open.enter_context(safe_open(file, framework="pt"))
-        return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+        return {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
 
     def __enter__(self) -> Self:
         return self
@@ -58,16 +62,23 @@ class WeightFiles:
         return iter(self._tensors)
 
     def __getitem__(self, name: str | RowBlock) -> Any:
-        """A slice as safetensors has it: `get_shape()`, and `[begin:end]` over the first dimension."""
+        """A slice as in safetensors: it has `get_shape()`, and `[begin:end]` reads rows of the first dimension."""
         return _Rows(self._tensors[name.name], name) if isinstance(name, RowBlock) else self._tensors[name]
 
     def shape(self, name: str | RowBlock) -> tuple[int, ...]:
+        """Shape of a stored tensor, or of some of its rows."""
         return tuple(self[name].get_shape())
 
 
 @dataclass(frozen=True)
 class RowBlock:
-    """One of several equal parts of the rows of a stored tensor."""
+    """One of several equal parts of the rows of a stored tensor.
+
+    Attributes:
+        name: name of the tensor in the file.
+        index: index of the part, from 0 on.
+        number: number of parts.
+    """
 
     name: str
     index: int
@@ -78,12 +89,12 @@ class RowBlock:
 
 
 class _Rows:
-    """Some rows of a slice, as a slice."""
+    """Some rows of a slice, with the interface of a slice."""
 
     def __init__(self, whole: Any, part: RowBlock) -> None:
         rows, *rest = whole.get_shape()
         if rows % part.number:
-            raise CheckpointError(f"{part.name} has {rows} rows, which are no {part.number} equal parts")
+            raise CheckpointError(f"{part.name} has {rows} rows, which cannot be cut into {part.number} equal parts")
         self._whole, self._rows, self._rest = whole, rows // part.number, rest
         self._first = part.index * self._rows
 
@@ -92,17 +103,18 @@ class _Rows:
 
     def __getitem__(self, key: Any) -> Tensor:
         start, stop, _ = (slice(None) if key is Ellipsis else key).indices(self._rows)
-        found: Tensor = self._whole[self._first + start : self._first + stop]
-        return found
+        selected: Tensor = self._whole[self._first + start : self._first + stop]
+        return selected
 
 
 class TensorSlice:
-    """A tensor as safetensors' slices are."""
+    """A tensor in memory, with the interface of a slice of safetensors."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
 
     def get_shape(self) -> list[int]:
+        """Shape of the tensor."""
         return list(self._tensor.shape)
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -110,19 +122,24 @@ class TensorSlice:
 
 
 def missing_weights_advice(place: str) -> str:
-    """What to say of weights that are not there; with advice where it may be the name of a model in the hub."""
-    text = f"{place} is not there: give the file or folder of weights that you have downloaded"
+    """Error message for weights that do not exist. If they may be a model of the Hugging Face hub, it explains the download.
+
+    Args:
+        place: the file or folder that does not exist.
+    """
+    text = f"{place} does not exist: give the file or folder of weights that you have downloaded"
     owner, _, name = place.partition("/")
     local = owner == "weights" or Path(owner).exists() or Path(name).suffix in (".safetensors", ".bin", ".pth", ".pt")
     if local or not re.fullmatch(r"[\w.-]+/[\w.-]+", place):
         return text
     return (
-        f"{text}; where there is internet: hf download {place} --local-dir weights/{Path(place).name} (a gated model asks "
-        "for your login, once its terms are accepted on its page)"
+        f"{text}; on a machine with internet access: hf download {place} --local-dir weights/{Path(place).name} "
+        "(a gated model asks for your login, once its terms are accepted on its page)"
     )
 
 
 def _files(place: Path) -> list[Path]:
+    """The weight files at a place."""
     if place.is_file():
         return [place]
     if not place.is_dir():
@@ -132,7 +149,7 @@ def _files(place: Path) -> list[Path]:
             files = [place / part for part in sorted(set(read_json(place / name)["weight_map"].values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise CheckpointError(f"{place} is not whole: {listing(missing)} of its index are missing")
+                raise CheckpointError(f"{place} is incomplete: {listing(missing)} of its index are missing")
             return files
     for name in _WHOLE:
         if (place / name).is_file():
@@ -141,22 +158,22 @@ def _files(place: Path) -> list[Path]:
 
 
 def _pickled(file: Path) -> dict[str, Any]:
-    """Tensors of a file of `torch.save`; other objects than tensors are never made."""
+    """Tensors of a file that `torch.save` wrote. Other objects in it are never created, so no code of the file runs."""
     try:
-        # Training scripts keep their arguments beside the weights: names and values, no code.
+        # Training scripts store their arguments beside the weights: names and values, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # each kind of damage has its own
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # the type depends on the damage
         try:
-            found = torch.load(file, map_location="cpu", weights_only=True)  # written by torch before 1.6: cannot be mapped
+            content = torch.load(file, map_location="cpu", weights_only=True)  # torch before 1.6 wrote it: no memory mapping
         except Exception:
             raise CheckpointError(f"{file} cannot be read without running code in it: {line_of(error)}") from error
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"{file} holds a {type(found).__name__}, not named tensors")
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{file} holds a {type(content).__name__}, not named tensors")
     for key in _INSIDE:
-        if isinstance(found.get(key), Mapping):
-            found = found[key]
-    tensors = {str(name): TensorSlice(value) for name, value in found.items() if isinstance(value, Tensor)}
+        if isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = {str(name): TensorSlice(value) for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{file} holds no named tensors, but {listing(map(str, found))}")
+        raise CheckpointError(f"{file} holds no named tensors, but {listing(map(str, content))}")
     return tensors

@@ -14,7 +14,6 @@ from dcft_dist.cluster.node_check import meet
 from dcft_dist.cluster.render import render_sbatch, render_torchrun
 from dcft_dist.cluster.shipped_files import FILES
 from dcft_dist.cluster.submit import _num_gpus
-from dcft_dist.cluster.submitit_job import submitit_executor
 from dcft_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -65,27 +64,6 @@ def test_rendered_text_is_the_golden_file(name: str, way: str) -> None:
     assert file.read_text() == text
 
 
-def test_what_submitit_is_told(tmp_path: Path) -> None:
-    job, site = golden_job("site")
-    lines = submitit_lines(job, site, tmp_path)
-    for option in (
-        "gres=gpu:a100:8", "account=med42", "partition=gpu", "qos=normal", "constraint=a100", "time=1:00:00", "requeue",
-        "exclusive", "nodes=4", "ntasks-per-node=8", "cpus-per-task=8", "signal=USR2@120",
-    ):  # fmt: skip
-        assert f"#SBATCH --{option}" in lines, option
-    (command,) = (line for line in lines if line.startswith("srun "))
-    assert "--mpi=none --cpus-per-task=8" in command and "apptainer exec --nv /proj/dcft.sif python" in command
-    assert lines.index("module load cuda/12.8") < lines.index("export NCCL_SOCKET_IFNAME=ib0") < lines.index(command)
-    plain = submitit_lines(*golden_job("smoke"), tmp_path)
-    assert "#SBATCH --gpus-per-node=8" in plain
-    assert not [line for line in plain if "--time" in line or "cpus-per-task" in line], "the site's own defaults"
-
-
-def submitit_lines(job: Job, site: Site, folder: Path) -> list[str]:
-    executor = submitit_executor(job, site, folder)
-    return str(executor._make_submission_file_text(executor._submitit_command_str, "0")).splitlines()
-
-
 def test_gpus_of_a_node() -> None:
     two = "gpu:a100:4(S:0-1),gpu:v100:2(S:0)"
     found = [_num_gpus(*case) for case in ((two, None), (two, "a100"), (two, "h100"), ("gpu:8", None), ("(null)", None))]
@@ -134,8 +112,8 @@ def test_nodes_meet_and_leave_the_port_free() -> None:
     for _ in range(2):
         assert meet_all(nodes, nodes, port) == {"a": "", "b": "", "c": ""}
     found = meet_all(nodes, ["a", "b"], port, 1.0)
-    assert found["a"] == f"a: not heard of c on 127.0.0.1 port {port} within 1 s"
-    assert found["b"] == f"b: cannot reach the head node a at 127.0.0.1 port {port} (others were missing)"
+    assert found["a"] == f"a: no contact from c on 127.0.0.1 port {port} within 1 s"
+    assert found["b"] == f"b: cannot reach the head node a at 127.0.0.1 port {port} (other nodes were missing)"
     with socket.create_server(("127.0.0.1", port)):
         assert meet("a", "127.0.0.1", port, nodes, 1.0) == f"a: port {port} cannot be opened here: Address already in use"
     assert meet("b", "127.0.0.1", port, nodes, 0.5).endswith("(Connection refused)")

@@ -19,12 +19,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dcft_dist.cluster.job import Job, Site
+from dcft_dist.cluster.submitit_job import submitit_executor
 from dcft_dist.config.toml import load_config
 from dcft_dist.models.build import build_model
 from dcft_dist.studies.study import final_cells, load_study, make_config, make_preparation
 from dcft_dist.weights.checkpoint import load_checkpoint
 
 from ..slurm_cluster import Cluster, install, until
+from .test_render import golden_job
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "slurm"
@@ -263,9 +266,9 @@ def test_dcft_submit(cluster: Cluster, site: Path) -> None:
     submit = [sys.executable, "-m", "dcft_dist.cli", "submit", "tiny.toml"]
     said = cluster.run(*submit, "--smoke", "--gpus-per-node", "2", "--ranks-per-node", "1", cwd=site, DCFT_SITE="site.toml")
     for arguments, expected in {
-        ("--gpus-per-node", "4", "--ranks-per-node", "2"): "4 GPUs a node are asked for, but the nodes have 2",
-        ("--nodes", "8", "--ranks-per-node", "1"): "8 nodes are asked for, but there are 4",
-        ("--nodes", "3"): "train.global_batch 16 is no multiple of 6 ranks",
+        ("--gpus-per-node", "4", "--ranks-per-node", "2"): "4 GPUs per node requested, but the nodes have 2",
+        ("--nodes", "8", "--ranks-per-node", "1"): "8 nodes requested, but the partition has 4",
+        ("--nodes", "3"): "train.global_batch 16 is not a multiple of 6 ranks",
         ("--runs_dir", "/dev/null/runs"): "runs_dir: /dev/null/runs cannot be written",
         ("--penalty.factr", "1"): "did you mean 'factor'?",
     }.items():
@@ -273,9 +276,9 @@ def test_dcft_submit(cluster: Cluster, site: Path) -> None:
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, done
     (site / "bad.toml").write_text('partition = "norml"\n')
     done = cluster.call(*submit, cwd=site, DCFT_SITE="bad.toml")
-    assert done.stderr == "dcft: error: no partition norml (did you mean 'normal'?); there are normal, spare, urgent\n"
+    assert done.stderr == "dcft: error: no partition norml (did you mean 'normal'?); the cluster has normal, spare, urgent\n"
     done = cluster.call("env", "PATH=/nowhere", *submit, cwd=site)
-    assert "there is no sbatch on this machine" in done.stderr
+    assert "sbatch is not installed on this machine" in done.stderr
     assert cluster.end(said.split()[1].rstrip(";")) == "COMPLETED", output(site)
     assert "s a step; all 6 steps" in output(site) and "GPU-hours" not in output(site)
     assert not (site / "runs/tiny_smoke_1x1/summary.json").exists()
@@ -444,7 +447,29 @@ def test_nodes_that_cannot_meet_are_named(cluster: Cluster, site: Path) -> None:
     assert cluster.end(wrong) == cluster.end(blocked) == "FAILED", output(site)
     log = (site / f"dcft-{wrong}.out").read_text()
     assert "node1: cannot reach the head node node0 at 10.77.0.99" in log, log
-    assert "node0: not heard of node0, node1 on 10.77.0.99" in log, log
+    assert "node0: no contact from node0, node1 on 10.77.0.99" in log, log
     log = (site / f"dcft-{blocked}.out").read_text()
     assert "node3: cannot reach the head node node2 at 10.77.0.12 port 23456" in log, log
     assert "Traceback" not in log
+
+
+def test_what_submitit_is_told(daemons: Cluster, tmp_path: Path) -> None:
+    """submitit makes a Slurm job only where it finds srun."""
+    job, site = golden_job("site")
+    lines = submitit_lines(job, site, tmp_path)
+    for option in (
+        "gres=gpu:a100:8", "account=med42", "partition=gpu", "qos=normal", "constraint=a100", "time=1:00:00", "requeue",
+        "exclusive", "nodes=4", "ntasks-per-node=8", "cpus-per-task=8", "signal=USR2@120",
+    ):  # fmt: skip
+        assert f"#SBATCH --{option}" in lines, option
+    (command,) = (line for line in lines if line.startswith("srun "))
+    assert "--mpi=none --cpus-per-task=8" in command and "apptainer exec --nv /proj/dcft.sif python" in command
+    assert lines.index("module load cuda/12.8") < lines.index("export NCCL_SOCKET_IFNAME=ib0") < lines.index(command)
+    plain = submitit_lines(*golden_job("smoke"), tmp_path)
+    assert "#SBATCH --gpus-per-node=8" in plain
+    assert not [line for line in plain if "--time" in line or "cpus-per-task" in line], "the site's own defaults"
+
+
+def submitit_lines(job: Job, site: Site, folder: Path) -> list[str]:
+    executor = submitit_executor(job, site, folder)
+    return str(executor._make_submission_file_text(executor._submitit_command_str, "0")).splitlines()

@@ -169,7 +169,7 @@ def test_learned_factor_follows_the_slope_of_the_held_out_loss() -> None:
 def test_a_factor_is_learned_at_the_update_level_alone() -> None:
     net = make_net()
     penalty = attach_penalty(net, some_set(torch.float32), level="gradient")
-    with pytest.raises(PenaltyError, match="update level alone"):
+    with pytest.raises(PenaltyError, match="only at the update level"):
         LearnedFactor(net, penalty, loss_fn)
 
 

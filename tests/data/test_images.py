@@ -65,7 +65,7 @@ def test_a_picture_of_dicom_as_it_is_meant_to_be_seen(bright: str, tmp_path: Pat
     data.NumberOfFrames = 2
     data.PixelData = values.tobytes() * 2
     data.save_as(tmp_path / "film", enforce_file_format=True)
-    with pytest.raises(DataError, match="film: no image that can be read: 2 frames, not one picture"):
+    with pytest.raises(DataError, match="film: cannot be read as an image: the file has 2 frames, not one"):
         read_image(tmp_path / "film", 1)
 
 
@@ -116,14 +116,14 @@ def test_bad_images_are_found_before_the_run(tmp_path: Path) -> None:
     done, checked = dcft("train", "mri.toml", *words), dcft("check", "--data", "mri.toml", *words)
     for found in (done, checked):
         assert found.returncode == 2 and "2 of 41 images" in found.stderr
-        assert "image3.png: no image that can be read" in found.stderr
-        assert "nan.npy: 1 of its pixels are no numbers" in found.stderr
-    with pytest.raises(DataError, match=r"whole numbers of int64: what is white\?"):
+        assert "image3.png: cannot be read as an image" in found.stderr
+        assert "nan.npy: 1 of its pixel values are NaN or infinite" in found.stderr
+    with pytest.raises(DataError, match=r"pixels of int64 do not say which value is white"):
         read_image(np.full((4, 4), 255), 3)
     (tmp_path / "empty.npy").write_bytes(b"")
-    with pytest.raises(DataError, match=r"empty.npy: no image that can be read"):
+    with pytest.raises(DataError, match=r"empty.npy: cannot be read as an image"):
         read_image(tmp_path / "empty.npy", 3)
-    with pytest.raises(DataError, match=r"deep.npy: an image of shape \[4, 4, 9\] does not go into 3 channels"):
+    with pytest.raises(DataError, match=r"deep.npy: an image of shape \[4, 4, 9\] does not fit 3 channels"):
         read_image(tmp_path / "deep.npy", 3)
 
 
@@ -132,8 +132,8 @@ def test_arrays_are_named_by_their_place() -> None:
     pixels[0, 0] = np.nan
     processor = UserImageProcessor(load_config("mri.toml", ["--task.name", "own", "--data.path", "x"]))
     splits = [Split([pixels * 0, good], [0, 0], ["a", "b"]) for good in (pixels * 0 + 1, pixels, pixels)]
-    with pytest.raises(DataError, match="validation example 1: array: 1 of its pixels are no numbers"):
+    with pytest.raises(DataError, match="validation example 1: array: 1 of its pixel values are NaN or infinite"):
         processor.check([Split([np.nan_to_num(x) for x in splits[0].inputs], [0, 0], ["a", "b"]), *splits[1:]], 0, 1)
     deep = Image.fromarray(np.full((4, 4), 70000, np.int32))
-    with pytest.raises(DataError, match="whole numbers from 70000 to 70000 do not go into 16 bits"):
+    with pytest.raises(DataError, match="values from 70000 to 70000 do not fit into 16 bits"):
         read_image(deep, 3)

@@ -73,7 +73,7 @@ def test_image_folders(tmp_path: Path) -> None:
     how = ["--data.format", "image_folder", "--data.path", str(tmp_path / "plain"), "--data.group_pattern", "^(p.*)_"]
     data = task_of(*how)
     assert {len(split) % 2 for split in (data.train, data.validation, data.test)} == {0}  # a patient has two images
-    with pytest.raises(DataError, match="finds no group in the name"):
+    with pytest.raises(DataError, match="finds no group in the file name"):
         task_of(*how[:-1], "^q(.*)_")
 
 
@@ -114,7 +114,7 @@ def bad(message: str) -> Callable[[Callable[[Path], list[str]]], Callable[[Path]
     return keep
 
 
-@bad(r"data.csv, line 2: no column 'lable' \(did you mean 'label'\?\); it has input, label, patient")
+@bad(r"data.csv, line 2: no column 'lable' \(did you mean 'label'\?\); columns are input, label, patient")
 def column(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, texts())), *TEXT, "--data.label", "lable"]
 
@@ -124,7 +124,7 @@ def no_file(folder: Path) -> list[str]:
     return ["--data.path", str(folder / "nothing.csv"), *TEXT]
 
 
-@bad("group 'p0' is in two splits: .*data.csv, line 2 is for train, .*data.csv, line 22 for test")
+@bad("group 'p0' is in two splits: .*data.csv, line 2 is in train, .*data.csv, line 22 in test")
 def group_in_two_splits(folder: Path) -> list[str]:
     rows = [{**row, "split": "test" if i >= 20 else "train" if i % 2 else "val"} for i, row in enumerate(texts())]
     rows[0]["split"] = "train"
@@ -140,24 +140,24 @@ def missing_files(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, rows))]
 
 
-@bad(r"line 4: label 'c' is none of the 2 classes.*: a, b")
+@bad(r"line 4: label 'c' is not one of the 2 classes.*: a, b")
 def label_out_of_range(folder: Path) -> list[str]:
     rows = texts()
     rows[2]["label"] = "c"
     return ["--data.path", str(table(folder, rows)), *TEXT, "--data.classes", '["a", "b"]']
 
 
-@bad("no training example of c")
+@bad("no training examples of c")
 def empty_class(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, texts())), *TEXT, "--data.classes", '["a", "b", "c"]']
 
 
-@bad("there is only one class: a")
+@bad("only one class, a: single_label needs at least two")
 def one_class(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, [{**row, "label": "a"} for row in texts()])), *TEXT]
 
 
-@bad("line 3: label 'old' is no number")
+@bad("line 3: label 'old' is not a finite number")
 def no_number(folder: Path) -> list[str]:
     rows = [{"input": "x", "age": "old" if i == 1 else 3} for i in range(10)]
     return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "regression", "--data.label", "age"]
@@ -185,7 +185,7 @@ def group_with_spaces(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, rows)), *TEXT, "--data.group", "patient", "--data.split", "split"]
 
 
-@bad("line 2: a finding is 1, 0, or empty for unknown, not '2'")
+@bad("line 2: '2' is not a finding: use 1, 0, or an empty cell for unknown")
 def no_finding(folder: Path) -> list[str]:
     rows = [{"input": "x", "a": 2} for _ in range(10)]
     return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "multi_label", "--data.label", '["a"]']
@@ -196,13 +196,13 @@ def empty_group(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, [{**row, "patient": ""} for row in texts()])), *TEXT, "--data.group", "patient"]
 
 
-@bad("no training example with, or none without, the finding 'b'")
+@bad("finding 'b' has no positive or no negative training examples")
 def empty_finding(folder: Path) -> list[str]:
     rows = [{"input": f"t{i}", "a": i % 2, "b": ["", 0][i % 2]} for i in range(20)]
     return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "multi_label", "--data.label", '["a", "b"]']
 
 
-@bad(r"data.jsonl, line 3: no JSON object")
+@bad(r"data.jsonl, line 3: not a JSON object")
 def broken_line(folder: Path) -> list[str]:
     lines = [*map(json.dumps, texts())]
     lines[2] = lines[2][:-1]
@@ -210,7 +210,7 @@ def broken_line(folder: Path) -> list[str]:
     return ["--data.path", str(folder / "data.jsonl"), *TEXT]
 
 
-@bad(r"x.png' is in two splits: .*data.csv, line 2 is for train, .*data.csv, line 3 for test")
+@bad(r"x.png' is in two splits: .*data.csv, line 2 is in train, .*data.csv, line 3 in test")
 def one_file_in_two_splits(folder: Path) -> list[str]:
     picture(folder / "x.png")
     picture(folder / "y.png")
@@ -218,7 +218,7 @@ def one_file_in_two_splits(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, rows)), "--task.name", "own", "--data.split", "split"]
 
 
-@bad(r"train_labels have \(14,\) columns, data.label 3")
+@bad(r"train_labels have \(14,\) columns, but data.label names 3")
 def findings_of_medmnist(folder: Path) -> list[str]:
     arrays = {f"{s}_images": np.zeros((4, 28, 28), np.uint8) for s in ("train", "val", "test")}
     arrays |= {f"{s}_labels": np.zeros((4, 14), np.uint8) for s in ("train", "val", "test")}
@@ -233,7 +233,7 @@ def odd_split(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, rows)), *TEXT, "--data.split", "split"]
 
 
-@bad("no examples for validation, test: with so few groups, give splits of your own")
+@bad("no examples for validation, test: too few groups to draw from, or shares too small")
 def too_few_groups(folder: Path) -> list[str]:
     shares = ["--data.validation_share", "0", "--data.test_share", "0"]
     return ["--data.path", str(table(folder, texts())), *TEXT, *shares]
@@ -258,7 +258,7 @@ def test_keys_that_do_not_fit() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load_config("icd.toml", ["--task.name", "own", *words])
-    with pytest.raises(ConfigError, match=r"task.name = 'drug_review' is of the kind 'single_label'"):
+    with pytest.raises(ConfigError, match=r"task.name = 'drug_review' has task.kind = 'single_label'"):
         load_config("icd.toml", ["--task.name", "drug_review", "--task.kind", "regression"])
 
 

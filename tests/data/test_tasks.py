@@ -125,7 +125,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.mark.usefixtures("mricron")
 def test_more_patches_than_there_are() -> None:
-    with pytest.raises(DataError, match=r"only \d+ patches of class 'frontal', not 900000"):
+    with pytest.raises(DataError, match=r"class 'frontal' has only \d+ patches, not 900000"):
         task_of("--task.train_per_class", "900000")
 
 

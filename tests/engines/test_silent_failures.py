@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dcft_dist import (
-    DcftError,
-    FundamentalSet,
-    attach_penalty,
-)
+from dcft_dist import DcftError, FundamentalSet, attach_penalty
 from dcft_dist.engines.base import Leaf, Segment
 from dcft_dist.engines.find import find_engine
 
@@ -22,98 +19,109 @@ from ..prepared import ZERO, prepare
 from ..ranks import run_ranks
 from .cases import SIZE, get, one_step
 
+Batch = tuple[torch.Tensor, torch.Tensor]
 
-def silent_failures(engine: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    batch = my_part(make_batches(1, SIZE, torch.float32)[0])
-    chosen = FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
 
-    def attached_before_wrapping() -> None:
-        def make() -> Any:
-            net = make_net()
-            attach_penalty(net, chosen)
-            return net
+def up_weights() -> FundamentalSet:
+    return FundamentalSet.from_masks({"blocks.0.up.weight": torch.ones(11, 13, dtype=torch.bool)}, head=HEAD)
 
-        one_step(prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=len(batch[0])), batch)
 
-    def attached_with_optimizer_before_wrapping() -> None:
-        """At the update level, with the optimizer that the engine is then given."""
-        optimizer: Any = None
+# -- what fails in silence elsewhere: (engine, this rank's batch) -------------------------------------------------------
 
-        def make() -> Any:
-            nonlocal optimizer
-            net = make_net()
-            optimizer = make_optimizer("adamw", net.parameters())
-            attach_penalty(net, chosen, optimizer=optimizer)
-            return net
 
-        kept = [optimizer]  # under FSDP1 with original parameters and DeepSpeed it goes on to step the weights
-        prepared = prepare(make, engine, lambda p: kept.append(optimizer) or optimizer, micro_batch=len(batch[0]))
-        one_step(prepared, batch)
+def attached_before_wrapping(engine: str, batch: Batch) -> None:
+    def make() -> Any:
+        net = make_net()
+        attach_penalty(net, up_weights())
+        return net
 
-    def hooks_on_the_sharded() -> None:
-        """What others hook: there nothing ever fires."""
-        prepared = get(engine, optimizer="sgd")
-        kind = type(find_engine(prepared.model))
-        leaves = kind.leaves
-        kind.leaves = lambda self: [  # type: ignore[method-assign]
-            Leaf(s.parameter, (Segment(s.name, 0, s.box),)) for s in self.shards() if s.parameter.requires_grad
-        ]
-        try:
-            attach_penalty(prepared.model, chosen)
-        finally:
-            kind.leaves = leaves  # type: ignore[method-assign]
-        one_step(prepared, batch)
+    one_step(prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=len(batch[0])), batch)
 
-    def wrapped_again() -> None:
-        """DeepSpeed takes the module over with other partitions and another optimizer."""
-        prepared = get(engine, optimizer="adamw")
-        attach_penalty(prepared.model, chosen)
-        again = prepare(
-            lambda: prepared.model.module, engine, lambda p: make_optimizer("adamw", p), micro_batch=len(batch[0])
-        )
-        one_step(again, batch)
 
-    def weights_assigned() -> None:
-        """`load_state_dict(assign=True)` puts other tensors in the place of the sharded ones."""
-        prepared = get(engine, optimizer="adamw")
-        attach_penalty(prepared.model, chosen, optimizer=prepared.optimizer)
-        names = {n for n, _ in prepared.model.named_parameters()}
-        state = {n: t.detach().clone() for n, t in prepared.model.state_dict().items()}
-        state = {n: nn.Parameter(t) if n in names else t for n, t in state.items()}
-        prepared.model.load_state_dict(state, assign=True)
-        prepared.model.frozen.requires_grad_(False)
-        prepared.optimizer = make_optimizer("adamw", prepared.model.parameters())
-        one_step(prepared, batch)
+def attached_with_optimizer_before_wrapping(engine: str, batch: Batch) -> None:
+    """At the update level, with the optimizer that the engine is then given."""
+    optimizer: Any = None
 
-    def hooks_lost() -> None:
-        prepared = get(engine, optimizer="sgd")
-        penalty = attach_penalty(prepared.model, chosen)
-        for handle in penalty._handles[: 2 * len(penalty._seen.leaves)]:
-            handle.remove()
-        one_step(prepared, batch)
+    def make() -> Any:
+        nonlocal optimizer
+        net = make_net()
+        optimizer = make_optimizer("adamw", net.parameters())
+        attach_penalty(net, up_weights(), optimizer=optimizer)
+        return net
 
-    def applied_twice() -> None:
-        prepared = get(engine, optimizer="sgd")
-        penalty = attach_penalty(prepared.model, chosen)
-        leaf = next(x for x in find_engine(prepared.model).leaves() if any(s.name in chosen.names for s in x.segments))
-        hook = next(f for f in leaf.tensor._backward_hooks.values())
-        leaf.tensor.register_hook(hook)
-        assert penalty.level == "gradient"
-        one_step(prepared, batch)
+    kept = [optimizer]  # under FSDP1 with original parameters and DeepSpeed it goes on to step the weights
+    prepared = prepare(make, engine, lambda p: kept.append(optimizer) or optimizer, micro_batch=len(batch[0]))
+    one_step(prepared, batch)
 
-    def optimizer_before_wrapping() -> None:
-        optimizer: Any = None
 
-        def make() -> Any:
-            nonlocal optimizer
-            net = make_net()
-            optimizer = make_optimizer("sgd", copy.deepcopy(net).parameters())
-            return net
+def hooks_on_the_sharded(engine: str, batch: Batch) -> None:
+    """What others hook: there nothing ever fires."""
+    prepared = get(engine, optimizer="sgd")
+    kind = type(find_engine(prepared.model))
+    leaves = kind.leaves
+    kind.leaves = lambda self: [  # type: ignore[method-assign]
+        Leaf(s.parameter, (Segment(s.name, 0, s.box),)) for s in self.shards() if s.parameter.requires_grad
+    ]
+    try:
+        attach_penalty(prepared.model, up_weights())
+    finally:
+        kind.leaves = leaves  # type: ignore[method-assign]
+    one_step(prepared, batch)
 
-        prepared = prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=len(batch[0]))
-        attach_penalty(prepared.model, chosen, optimizer=optimizer)
 
+def wrapped_again(engine: str, batch: Batch) -> None:
+    """DeepSpeed takes the module over with other partitions and another optimizer."""
+    prepared = get(engine, optimizer="adamw")
+    attach_penalty(prepared.model, up_weights())
+    again = prepare(lambda: prepared.model.module, engine, lambda p: make_optimizer("adamw", p), micro_batch=len(batch[0]))
+    one_step(again, batch)
+
+
+def weights_assigned(engine: str, batch: Batch) -> None:
+    """`load_state_dict(assign=True)` puts other tensors in the place of the sharded ones."""
+    prepared = get(engine, optimizer="adamw")
+    attach_penalty(prepared.model, up_weights(), optimizer=prepared.optimizer)
+    names = {n for n, _ in prepared.model.named_parameters()}
+    state = {n: t.detach().clone() for n, t in prepared.model.state_dict().items()}
+    state = {n: nn.Parameter(t) if n in names else t for n, t in state.items()}
+    prepared.model.load_state_dict(state, assign=True)
+    prepared.model.frozen.requires_grad_(False)
+    prepared.optimizer = make_optimizer("adamw", prepared.model.parameters())
+    one_step(prepared, batch)
+
+
+def hooks_lost(engine: str, batch: Batch) -> None:
+    prepared = get(engine, optimizer="sgd")
+    penalty = attach_penalty(prepared.model, up_weights())
+    for handle in penalty._handles[: 2 * len(penalty._seen.leaves)]:
+        handle.remove()
+    one_step(prepared, batch)
+
+
+def applied_twice(engine: str, batch: Batch) -> None:
+    prepared = get(engine, optimizer="sgd")
+    penalty = attach_penalty(prepared.model, up_weights())
+    leaf = next(x for x in find_engine(prepared.model).leaves() if any(s.name in up_weights().names for s in x.segments))
+    hook = next(f for f in leaf.tensor._backward_hooks.values())
+    leaf.tensor.register_hook(hook)
+    assert penalty.level == "gradient"
+    one_step(prepared, batch)
+
+
+def optimizer_before_wrapping(engine: str, batch: Batch) -> None:
+    optimizer: Any = None
+
+    def make() -> Any:
+        nonlocal optimizer
+        net = make_net()
+        optimizer = make_optimizer("sgd", copy.deepcopy(net).parameters())
+        return net
+
+    prepared = prepare(make, engine, lambda p: make_optimizer("sgd", p), micro_batch=len(batch[0]))
+    attach_penalty(prepared.model, up_weights(), optimizer=optimizer)
+
+
+def cases_of(engine: str) -> list[Callable[[str, Batch], None]]:
     cases = [attached_before_wrapping, attached_with_optimizer_before_wrapping, hooks_lost, applied_twice]
     cases += [optimizer_before_wrapping]
     if engine.startswith("fsdp2") or engine.endswith("orig"):
@@ -122,12 +130,19 @@ def silent_failures(engine: str) -> dict[str, str]:
         cases.append(weights_assigned)
     if engine in ("zero1", "zero2"):  # at stage 3 DeepSpeed itself fails
         cases.append(wrapped_again)
-    for case in cases:
+    return cases
+
+
+def silent_failures(engine: str) -> dict[str, str]:
+    """The message of each case that raises."""
+    messages: dict[str, str] = {}
+    batch = my_part(make_batches(1, SIZE, torch.float32)[0])
+    for case in cases_of(engine):
         try:
-            case()
+            case(engine, batch)
         except DcftError as error:
-            found[case.__name__] = str(error)
-    return found
+            messages[case.__name__] = str(error)
+    return messages
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "fsdp2-hybrid", "fsdp1-full-flat", "fsdp1-full-orig", *ZERO[1:4]])
@@ -135,7 +150,7 @@ def silent_failures(engine: str) -> dict[str, str]:
 def test_what_fails_in_silence_elsewhere_raises(engine: str, ranks: int) -> None:
     """At one rank too: there a reduction in a group of size 1 is skipped, and with it what hangs on it."""
     for found in run_ranks(ranks, silent_failures, engine):
-        assert "hold a gradient, but no hook fired" in found["hooks_lost"]
+        assert "have a gradient, but no penalty hook fired" in found["hooks_lost"]
         assert "fired 2 times for 1 backwards" in found["applied_twice"]
         if engine.endswith("orig") and ranks == 1:  # the same objects, whole
             assert "a model that was wrapped again" in found["attached_before_wrapping"]
@@ -147,7 +162,7 @@ def test_what_fails_in_silence_elsewhere_raises(engine: str, ranks: int) -> None
             assert "attach it after sharding" in found["attached_with_optimizer_before_wrapping"]
         elif engine.startswith("zero"):
             assert "attach the penalty after deepspeed.initialize" in found["attached_with_optimizer_before_wrapping"]
-        silent = ("hold a gradient, but no hook fired", "fired 0 times for 1 backwards")
+        silent = ("have a gradient, but no penalty hook fired", "fired 0 times for 1 backwards")
         hooked = any(text in found.get("hooks_on_the_sharded", "") for text in silent)
         assert hooked == (engine.startswith("fsdp2") or engine.endswith("orig"))
         assert ("attach it after sharding" in found.get("wrapped_again", "")) == (engine in ("zero1", "zero2"))

@@ -118,7 +118,7 @@ def sharded_bits_of_split_weights() -> str:
 
 
 def test_sharded_bits_are_refused_under_tensor_parallelism() -> None:
-    assert all("not there for tensor parallelism" in found for found in run_ranks(4, sharded_bits_of_split_weights))
+    assert all("does not support tensor parallelism" in found for found in run_ranks(4, sharded_bits_of_split_weights))
 
 
 def save_mlp(folder: str) -> None:

@@ -179,9 +179,9 @@ def hf_errors(folder: str) -> list[str]:
 
 def test_transformers_errors(tmp_path: Path) -> None:
     lost, stale, short = run_ranks(1, hf_errors, str(tmp_path))[0]
-    assert "pass the one of the checkpoint as fundamental=FundamentalSet.load(...)" in stale
-    assert "FundamentalSetError: training goes on at step 3, but there is no fundamental set" in lost
-    assert "ScoreError: there are only 12 batches a rank to score on" in short
+    assert "pass the set of the checkpoint as fundamental=FundamentalSet.load(...)" in stale
+    assert "FundamentalSetError: training resumes at step 3, but there is no fundamental set" in lost
+    assert "ScoreError: there are only 12 batches per rank to score on" in short
 
 
 # -- Accelerate ---------------------------------------------------------------------------------------------------------

@@ -96,5 +96,5 @@ def refused() -> list[str]:
 
 def test_refusals() -> None:
     for cut, damping, no_list in run_ranks(2, refused):
-        assert "blocks of 7 weights are cut by the sharding" in cut or "is no range of rows" in cut
+        assert "blocks of 7 weights are cut by the sharding" in cut or "is not a range of rows" in cut
         assert "damping > 0, not 192 and 0.0" in damping and "needs its batches as a list" in no_list

@@ -82,7 +82,7 @@ def refused() -> tuple[str, str]:
 
 def test_refusals() -> None:
     for wrapped, uneven in run_ranks(2, refused):
-        assert "before wrapping" in wrapped and "they have [[1, 1], [2, 1]]" in uneven
+        assert "before wrapping" in wrapped and "the ranks have [[1, 1], [2, 1]]" in uneven
     batches = make_batches(1, 4, torch.float32)
     with pytest.raises(PatternError, match="did you mean 'head'"):
         warm_up_head(make_net(), batches, loss_fn, head="heads", validation=batches)

@@ -311,7 +311,7 @@ def test_replicas_must_be_equal() -> None:
 
 def test_unequal_numbers_of_batches_are_an_error_on_every_rank() -> None:
     for message in run_ranks(2, unequal_numbers_of_batches):
-        assert "the ranks brought [1, 0]" in message
+        assert "the ranks have [1, 0] left" in message
 
 
 def infinite_loss(model: nn.Module, batch: Any) -> Tensor:
@@ -398,5 +398,5 @@ def test_scores_in_a_file(engine: str, tmp_path: Path) -> None:
     for name, what in {"altered": "altered", "short": "altered", "other": "damaged", "missing": "damaged"}.items():
         with pytest.raises(ScoreError, match=what):
             load_scores(tmp_path / f"{name}.safetensors", make_net())
-    with pytest.raises(ScoreError, match="which this model has not, or in another shape"):
+    with pytest.raises(ScoreError, match="which this model lacks or has in another shape"):
         load_scores(path, nn.Linear(3, 3))

@@ -254,7 +254,7 @@ def test_refusals() -> None:
         attach_penalty(net, some_set(), rest_factor=-1)
     with pytest.raises(PenaltyError, match="half precision without float32 masters"):
         attach_penalty(make_net(torch.bfloat16), some_set())
-    with pytest.raises(PenaltyError, match=r"FundamentalSet.load\(path\) of a file"):
+    with pytest.raises(PenaltyError, match=r"use select_fundamental\(scores\) or FundamentalSet.load\(path\)"):
         attach_penalty(net, "set.safetensors")  # type: ignore[arg-type]
     with pytest.raises(PenaltyError, match="factor must lie between 0 and 1"):
         attach_penalty(net, some_set(), make_optimizer("sgd", net.parameters()))  # type: ignore[arg-type]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,104 +19,128 @@ from .penalty_cases import some_set, step
 # -- on several ranks --------------------------------------------------------------------------------------------------
 
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+# -- ways to lose a penalty: (engine, this rank's batch) --------------------------------------------------------------
+
+
+def lost_hook(engine: str, batch: Batch) -> None:
+    model = wrap(make_net(), engine)
+    optimizer = make_optimizer("sgd", model.parameters())
+    penalty = attach_penalty(model, some_set(), optimizer=optimizer)
+    step(model, optimizer, batch)
+    if dist.get_rank() == 0:
+        penalty._handles[0].remove()
+        penalty._handles[1].remove()
+    if dist.get_world_size() == 1 or engine == "fsdp2":
+        for handle in penalty._handles[:-1]:
+            handle.remove()
+    step(model, optimizer, batch)
+    penalty.in_force()
+
+
+def doubled_hook(engine: str, batch: Batch) -> None:
+    model = wrap(make_net(), engine)
+    optimizer = make_optimizer("sgd", model.parameters())
+    penalty = attach_penalty(model, some_set(), optimizer=optimizer)
+    if dist.get_rank() == 1:
+        penalty._seen.leaves[0].fired += 1
+    step(model, optimizer, batch)
+
+
+def attached_before_sharding(_: str, batch: Batch) -> None:
+    net = make_net()
+    attach_penalty(net, some_set())
+    model = fully_shard(net)
+    step(model, make_optimizer("sgd", model.parameters()), batch)
+
+
+def optimizer_before_sharding(_: str, __: Batch) -> None:
+    net = make_net()
+    optimizer = make_optimizer("sgd", net.parameters())
+    attach_penalty(fully_shard(net), some_set(), optimizer=optimizer)
+
+
+def other_factor_on_one_rank(engine: str, batch: Batch) -> None:
+    model = wrap(make_net(), engine)
+    optimizer = make_optimizer("sgd", model.parameters())
+    attach_penalty(model, some_set(), optimizer=optimizer).set_factor(0.1 * (1 + dist.get_rank()))
+    step(model, optimizer, batch)
+
+
+def second_step_on_the_same_gradients(engine: str, batch: Batch) -> None:
+    model = wrap(make_net(), engine)
+    optimizer = make_optimizer("sgd", model.parameters())
+    attach_penalty(model, some_set(), optimizer=optimizer)
+    step(model, optimizer, batch)
+    step(model, optimizer, batch)
+    optimizer.step()
+
+
+def other_factor_and_on_it_goes(engine: str, batch: Batch) -> None:
+    model = wrap(make_net(), engine)
+    optimizer = make_optimizer("sgd", model.parameters())
+    attach_penalty(model, some_set(), optimizer=optimizer).set_factor(0.1 * (1 + dist.get_rank()))
+    with pytest.raises(PenaltyError):
+        step(model, optimizer, batch)
+    optimizer.step()
+
+
+def other_factor_later(engine: str, batch: Batch) -> None:
+    model = wrap(make_net(), engine)
+    optimizer = make_optimizer("sgd", model.parameters())
+    penalty = attach_penalty(model, some_set(), optimizer=optimizer)
+    step(model, optimizer, batch)
+    penalty.set_factor(0.1 * (1 + dist.get_rank()))
+    step(model, optimizer, batch)
+    penalty.in_force()
+
+
+def bad_factor_on_one_rank(engine: str, _: Batch) -> None:
+    attach_penalty(wrap(make_net(), engine), some_set(), 0.1 + 2 * dist.get_rank())
+
+
+def thawed(engine: str, batch: Batch) -> None:
+    model = wrap(make_net(), engine)
+    optimizer = make_optimizer("sgd", model.parameters())
+    attach_penalty(model, some_set(), optimizer=optimizer)
+    loss_fn(model, batch).backward()
+    (model.module if engine == "ddp" else model).frozen.weight.requires_grad_(True)
+    optimizer.step()
+
+
+def half_outside(_: str, __: Batch) -> None:
+    net = make_net()
+    fully_shard(net.blocks[0])
+    attach_penalty(net, some_set())
+
+
+FAILURES = (
+    lost_hook,
+    doubled_hook,
+    attached_before_sharding,
+    optimizer_before_sharding,
+    other_factor_on_one_rank,
+    other_factor_later,
+    other_factor_and_on_it_goes,
+    second_step_on_the_same_gradients,
+    bad_factor_on_one_rank,
+    thawed,
+    half_outside,
+)
+
+
 def failures(engine: str) -> dict[str, str]:
-    """Every way to lose the penalty raises, on every rank."""
-    found: dict[str, str] = {}
+    """Every way to lose the penalty raises, on every rank: the message by case."""
+    messages: dict[str, str] = {}
     batch = my_part(make_batches(1, 8, torch.float32)[0])
-
-    def attempt(case: str, prepare: Any) -> None:
+    for case in FAILURES:
         try:
-            prepare()
+            case(engine, batch)
         except DcftError as error:
-            found[case] = str(error)
-
-    def lost_hook() -> None:
-        model = wrap(make_net(), engine)
-        optimizer = make_optimizer("sgd", model.parameters())
-        penalty = attach_penalty(model, some_set(), optimizer=optimizer)
-        step(model, optimizer, batch)
-        if dist.get_rank() == 0:
-            penalty._handles[0].remove()
-            penalty._handles[1].remove()
-        if dist.get_world_size() == 1 or engine == "fsdp2":
-            for handle in penalty._handles[:-1]:
-                handle.remove()
-        step(model, optimizer, batch)
-        penalty.in_force()
-
-    def doubled_hook() -> None:
-        model = wrap(make_net(), engine)
-        optimizer = make_optimizer("sgd", model.parameters())
-        penalty = attach_penalty(model, some_set(), optimizer=optimizer)
-        if dist.get_rank() == 1:
-            penalty._seen.leaves[0].fired += 1
-        step(model, optimizer, batch)
-
-    def attached_before_sharding() -> None:
-        net = make_net()
-        attach_penalty(net, some_set())
-        model = fully_shard(net)
-        step(model, make_optimizer("sgd", model.parameters()), batch)
-
-    def optimizer_before_sharding() -> None:
-        net = make_net()
-        optimizer = make_optimizer("sgd", net.parameters())
-        attach_penalty(fully_shard(net), some_set(), optimizer=optimizer)
-
-    def other_factor_on_one_rank() -> None:
-        model = wrap(make_net(), engine)
-        optimizer = make_optimizer("sgd", model.parameters())
-        attach_penalty(model, some_set(), optimizer=optimizer).set_factor(0.1 * (1 + dist.get_rank()))
-        step(model, optimizer, batch)
-
-    def second_step_on_the_same_gradients() -> None:
-        model = wrap(make_net(), engine)
-        optimizer = make_optimizer("sgd", model.parameters())
-        attach_penalty(model, some_set(), optimizer=optimizer)
-        step(model, optimizer, batch)
-        step(model, optimizer, batch)
-        optimizer.step()
-
-    def other_factor_and_on_it_goes() -> None:
-        model = wrap(make_net(), engine)
-        optimizer = make_optimizer("sgd", model.parameters())
-        attach_penalty(model, some_set(), optimizer=optimizer).set_factor(0.1 * (1 + dist.get_rank()))
-        with pytest.raises(PenaltyError):
-            step(model, optimizer, batch)
-        optimizer.step()
-
-    def other_factor_later() -> None:
-        model = wrap(make_net(), engine)
-        optimizer = make_optimizer("sgd", model.parameters())
-        penalty = attach_penalty(model, some_set(), optimizer=optimizer)
-        step(model, optimizer, batch)
-        penalty.set_factor(0.1 * (1 + dist.get_rank()))
-        step(model, optimizer, batch)
-        penalty.in_force()
-
-    def bad_factor_on_one_rank() -> None:
-        attach_penalty(wrap(make_net(), engine), some_set(), 0.1 + 2 * dist.get_rank())
-
-    def thawed() -> None:
-        model = wrap(make_net(), engine)
-        optimizer = make_optimizer("sgd", model.parameters())
-        attach_penalty(model, some_set(), optimizer=optimizer)
-        loss_fn(model, batch).backward()
-        (model.module if engine == "ddp" else model).frozen.weight.requires_grad_(True)
-        optimizer.step()
-
-    def half_outside() -> None:
-        net = make_net()
-        fully_shard(net.blocks[0])
-        attach_penalty(net, some_set())
-
-    for case in (
-        lost_hook, doubled_hook, attached_before_sharding, optimizer_before_sharding, other_factor_on_one_rank,
-        other_factor_later, other_factor_and_on_it_goes, second_step_on_the_same_gradients,
-        bad_factor_on_one_rank, thawed, half_outside,
-    ):  # fmt: skip
-        attempt(case.__name__, case)
-    return found
+            messages[case.__name__] = str(error)
+    return messages
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
@@ -133,10 +155,10 @@ def test_a_penalty_that_is_not_in_force_is_an_error_on_every_rank(engine: str) -
         assert "factor must lie between 0 and 1, not 2.1" in found["bad_factor_on_one_rank"]
         assert "frozen.weight were frozen when the penalty was attached" in found["thawed"]
         assert "outside every fully_shard group" in found["half_outside"]
-        expected = "fired 2 times for 1 backwards" if rank == 1 else "another rank is without penalty"
+        expected = "fired 2 times for 1 backwards" if rank == 1 else "the penalty is not in force on another rank"
         assert expected in found["doubled_hook"]
         if engine == "fsdp2":
-            assert "hold a gradient, but no hook fired" in found["lost_hook"]
+            assert "have a gradient, but no penalty hook fired" in found["lost_hook"]
 
 
 def collectives_of_steps(engine: str) -> dict[str, list[int]]:

@@ -72,7 +72,9 @@ def test_values_are_those_that_transformers_reads(minilm: Path, tmp_path: Path) 
 
 
 def test_a_tied_head_is_no_head(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"decode.weight would start afresh, but is tied to pre-trained weights"):
+    with pytest.raises(
+        CheckpointError, match=r"decode.weight would be newly initialised, but is tied to pre-trained weights"
+    ):
         Loading(built_on_meta(OddNet), saved(tmp_path, make_net()), allowed=Allowed(head=("head", "decode")))
 
 
@@ -109,7 +111,7 @@ def test_own_model_is_the_packaged_one(minilm: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model.build", "nowhere.at.all"], "there is no module nowhere"),
+        (["--model.build", "nowhere.at.all"], "no module nowhere"),
         (["--model.build", "transformers.AutoModle"], "transformers has no AutoModle"),
         (["--model.build", "json.dumps"], "json.dumps fails: TypeError"),
         (["--model.head", '["hed"]', "--model.new", '["pooler"]'], "head pattern 'hed' matches no parameter"),
@@ -180,7 +182,7 @@ def test_code_of_the_user(tmp_path: Path) -> None:
     assert found.head_names == ["2.weight", "2.bias"] and found.loading is None
     before = copy.deepcopy(found.module.state_dict())
     assert all(torch.equal(v, before[n]) for n, v in build_model(config, 4).module.state_dict().items())  # from the seed
-    with pytest.raises(ConfigError, match="import_roots: /nowhere is no folder"):
+    with pytest.raises(ConfigError, match="import_roots: /nowhere is not a folder"):
         build_model(load_config("mri.toml", ["--model.build", "x.y", "--import_roots", '["/nowhere"]']), 4)
 
 

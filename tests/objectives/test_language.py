@@ -76,7 +76,7 @@ def test_a_run_on_instructions(decoder: Path, tmp_path: Path) -> None:
     assert two["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-4)
     rows = [json.loads(line) for line in (tmp_path / "single/metrics.jsonl").read_text().splitlines()]
     losses = [row["validation/loss"] for row in rows if "validation/loss" in row]
-    assert losses[-1] < losses[0] - 0.5 and one["best_epoch"] > 0
+    assert losses[-1] < losses[0] - 0.1 and one["best_epoch"] > 0
     assert one["test"].keys() == {"loss", "perplexity", "token_accuracy", "exact"} and one["test_intervals"]["perplexity"]
     check_export(tmp_path / "single/model", tmp_path / "single")
     evaluated = json.loads(output_of("evaluate", tmp_path / "single", "--data.path", data))
@@ -97,7 +97,7 @@ def check_answers(runs: Path, data: Path) -> None:
         words += ["--sharding.zero_stage", "3", "--train.evaluation_batch", "2"]  # three batches
         done = dcft(*words, "--out", runs / f"{engine}.csv", ranks=ranks)
         if engine == "fsdp1":
-            assert done.returncode and "generate goes past the hooks of FSDP1: use --engine fsdp2" in done.stderr
+            assert done.returncode and "generate bypasses the hooks of FSDP1: use --engine fsdp2" in done.stderr
             continue
         assert done.returncode == 0, done.stderr
         answers[engine] = list(csv.DictReader((runs / f"{engine}.csv").open()))

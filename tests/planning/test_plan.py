@@ -213,7 +213,7 @@ def test_refusals(folders: dict[str, str]) -> None:
         forecast(Request("vit_larg", 2))
     with pytest.raises(ConfigError, match="neither a causal language model nor an image classifier"):
         forecast(Request(folders["t5"], 2))
-    with pytest.raises(ConfigError, match=r"only a model that is built \(model.build\) can be planned, not minilm"):
+    with pytest.raises(ConfigError, match=r"only a model from model\.build can be planned, not minilm"):
         forecast(request_of("icd.toml", [], ranks=2))
     with pytest.raises(ConfigError, match=r"unknown words --model\.weights x"):
         request_of("vit_large", ["--model.weights", "x"], ranks=2)

@@ -113,10 +113,10 @@ def test_a_crash_loop_ends(tiny: Path, tmp_path: Path) -> None:
     (run / "attempts.jsonl").write_text((run / "attempts.jsonl").read_text().removesuffix('{"time": "torn'))
     attempt(run, "the beginning")
     found, why = run_verdict(run, "the beginning", 3)
-    assert found == "failed" and "3 starts at the beginning got no further; rank 0 on" in why
+    assert found == "failed" and "3 starts at the beginning made no progress; rank 0 on" in why
     results = finish(start(tiny, tmp_path))
     assert {code for code, _ in results} == {2}
-    assert "was started 3 times at the beginning without getting further (rank 0 on" in results[0][1]
+    assert "was started 3 times at the beginning without progress (rank 0 on" in results[0][1]
 
 
 def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +128,7 @@ def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_verdict(run, "the beginning", 3)[0] == "failed"
     attempt(run, "step 3", job="7", restart=2)
     found, why = run_verdict(run, "step 5", 3)
-    assert found == "again" and "it was ended from outside, or ran out of memory: see the log; it goes on from step 5" in why
+    assert found == "again" and "it was killed, or ran out of memory: see the log; it goes on from step 5" in why
     monkeypatch.setenv("DCFT_STOP_FILE", str(tmp_path))
     assert run_verdict(run, "step 5", 3) == ("again", "it was asked to stop, and goes on from step 5")
     assert not error_files(run, 4), "what ranks say while they are being ended is no failure"
@@ -224,7 +224,7 @@ def test_start_from_another_run(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     assert (tmp_path / "b/fundamental.safetensors").exists() and seconds["score"] < 1.0
     assert (tmp_path / "b/head.safetensors").read_bytes() == (tmp_path / "tiny/head.safetensors").read_bytes()
     code, errors = finish(start(tiny, tmp_path, *one, *source, "--name", "c", "--seed", "1", ranks=1))[0]
-    assert code == 2 and "is no run of the same task, model and seed (seed was 0 and is 1)" in errors
+    assert code == 2 and "is not a run of the same task, model and seed (seed was 0 and is 1)" in errors
     assert main(["status", str(tmp_path / "b")]) == 0
     assert "b: reached" in capsys.readouterr().out
     assert main(["status", str(tmp_path / "nowhere")]) == 2

@@ -134,7 +134,7 @@ def test_a_study_of_several_sizes_chooses_for_each(tmp_path: Path) -> None:
     ("old", "new", "message"),
     [
         ("seeds = [0, 1]", "seeds = [0, 10]", r"seeds \[10\] are in tune_seeds and in seeds"),
-        ('minus = "full"', 'minus = "fall"', "contrasts name arms that are not there: fall"),
+        ('minus = "full"', 'minus = "fall"', "contrasts name unknown arms: fall"),
         ("tune_seeds = [10, 11]", "tune_seeds = []", "there are no tune_seeds"),
         ("penalty.factor", "penalty.facter", r"penalty.facter: unknown key \(did you mean 'factor'\?\)"),
         ("1e-4", "-1e-4", r"optimizer.lr: Input should be greater than 0"),

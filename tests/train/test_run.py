@@ -75,7 +75,8 @@ def test_run_directory(tiny: Path, tmp_path: Path) -> None:
     assert summary["num_selected"] == round(0.1 * summary["num_eligible"]) == round(0.1 * 2 * 12 * 384 * 384)
     card = (run / "model/README.md").read_text()
     assert (
-        "\ndcft: 353,894 of 3,538,944 eligible weights were held (factor 0.1, update level), selected by fisher.\n" in card
+        "\ndcft: 353,894 of 3,538,944 eligible weights were penalised (factor 0.1, update level), selected by fisher.\n"
+        in card
     )
     for split in ("validation", "test"):
         assert 0 < summary[split]["accuracy"] <= 1 and 0 < summary[split]["macro_f1"] <= 1
@@ -261,8 +262,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny: Path, tmp_path: Path) -> No
     [
         (["train", "idc.toml"], "did you mean 'icd.toml'"),
         (["train", "icd.toml", "--selection.fraction", "1.1", "--penalty.factor", "-1"], "penalty.factor"),
-        (["report", "/nowhere"], "holds no finished run"),
-        (["table", "/nowhere"], "holds no finished run"),
+        (["report", "/nowhere"], "contains no finished run"),
+        (["table", "/nowhere"], "contains no finished run"),
     ],
 )
 def test_bad_commands(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:

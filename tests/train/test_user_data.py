@@ -33,41 +33,44 @@ def test_a_metric_that_is_not_there_is_named_before_the_run(tmp_path: Path) -> N
 # -- whole runs ----------------------------------------------------------------------------------------------------------
 
 
+# MiniLM and a table of reviews, both as files of the user.
+MINE = """
+extends = "smoke.toml"
+name = "mine"
+engine = "single"
+runs_dir = "FOLDER"
+test_resamples = 20
+[model]
+build = "transformers.AutoModel"
+args = {add_pooling_layer = false}
+weights = "WEIGHTS"
+features = "mean"
+[task]
+name = "own"
+class_weights = "balanced"
+[data]
+path = "TABLE"
+modality = "text"
+input = "review"
+label = "rating"
+group = "drug"
+[train]
+epochs = 1
+global_batch = 16
+metric = "balanced_accuracy"
+[importance]
+num_samples = 32
+score_batch = 16
+"""
+
+
 def test_texts_from_a_table_with_an_own_model(tmp_path: Path) -> None:
     """Drug reviews and MiniLM, both as files of the user: run, metrics on other data, predictions, the exported model."""
     weights, data = minilm_copy(tmp_path / "minilm", layers=2), drug_table(tmp_path / "reviews.csv", 120)
-    (tmp_path / "mine.toml").write_text(
-        f"""
-        extends = "smoke.toml"
-        name = "mine"
-        engine = "single"
-        runs_dir = "{tmp_path}"
-        test_resamples = 20
-        [model]
-        build = "transformers.AutoModel"
-        args = {{add_pooling_layer = false}}
-        weights = "{weights}"
-        features = "mean"
-        [task]
-        name = "own"
-        class_weights = "balanced"
-        [data]
-        path = "{data}"
-        modality = "text"
-        input = "review"
-        label = "rating"
-        group = "drug"
-        [train]
-        epochs = 1
-        global_batch = 16
-        metric = "balanced_accuracy"
-        [importance]
-        num_samples = 32
-        score_batch = 16
-        """
-    )
+    text = MINE.replace("FOLDER", str(tmp_path)).replace("WEIGHTS", str(weights)).replace("TABLE", str(data))
+    (tmp_path / "mine.toml").write_text(text)
     shown = output_of("inspect", str(tmp_path / "mine.toml"))
-    assert "eligible" in shown and "head.weight" in shown and "tensors read; 2 started afresh (head.weight" in shown
+    assert "eligible" in shown and "head.weight" in shown and "tensors read; 2 newly initialised (head.weight" in shown
     shown = output_of("inspect", str(tmp_path / "mine.toml"), "--method", "bitfit")
     assert "frozen" in shown and "eligible" not in shown and "unscored" in shown  # biases alone are trained, and no matrix
     output_of("train", str(tmp_path / "mine.toml"))
@@ -145,7 +148,7 @@ def test_images_in_folders_under_a_sharding_engine(tmp_path: Path) -> None:
     # An image that the second rank alone reads, and nobody has checked.
     Path(list(csv.DictReader(out.splitlines()))[1]["input"]).write_bytes(b"no image")
     done = dcft("predict", tmp_path / "own", "--data.path", images, "--data.check", "false", ranks=2)
-    assert done.returncode and "dcft: error: rank 1: " in done.stderr and "no image that can be read" in done.stderr
+    assert done.returncode and "dcft: error: rank 1: " in done.stderr and "cannot be read as an image" in done.stderr
 
 
 def check_image_export(folder: Path, said: str) -> None:

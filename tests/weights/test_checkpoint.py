@@ -195,11 +195,11 @@ def test_plain_weights_with_a_prefix_a_type_and_mistakes(tmp_path: Path) -> None
     after = full_state(other)
     assert torch.equal(after["blocks.0.up.weight"], stored["up.weight"].float())
     assert all(torch.equal(after[n], before[n]) for n in before if not n.startswith("blocks.0."))
-    with pytest.raises(CheckpointError, match=r"missing there: conv.weight.*; not in the model: down.weight"):
+    with pytest.raises(CheckpointError, match=r"missing: conv.weight.*; not in the model: down.weight"):
         load_weights(net, tmp_path)
     with pytest.raises(CheckpointError, match=r"not in the model: down.weight, norm.bias"):
         load_weights(nn.Sequential(net.blocks[0].norm), tmp_path)
-    with pytest.raises(CheckpointError, match=r"down.weight is \(13, 11\) there and \(13, 4\) in the model"):
+    with pytest.raises(CheckpointError, match=r"down.weight is \(13, 11\) in the file and \(13, 4\) in the model"):
         load_weights(make_net().blocks[1], tmp_path)
     with pytest.raises(CheckpointError, match=r"no weight's name begins with 'body\."):
         save_weights(net, tmp_path, prefix="body.")

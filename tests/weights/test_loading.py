@@ -197,7 +197,7 @@ def test_damaged_files_and_code_in_files(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-40])
     assert "cannot be read" in refused(file)
     assert refused(tmp_path / "nothing").endswith(
-        "nothing is not there: give the file or folder of weights that you have downloaded"
+        "nothing does not exist: give the file or folder of weights that you have downloaded"
     )
     gated = refused(Path("google/medgemma-4b-it"))
     assert "hf download google/medgemma-4b-it --local-dir weights/medgemma-4b-it (a gated model asks for your login" in gated
@@ -226,7 +226,7 @@ def test_a_part_of_what_a_file_holds(tmp_path: Path) -> None:
     loading = Loading(built_on_meta(OddNet), tmp_path / "clip.pth", allowed=ODD_HEAD, part="visual")
     assert loading.report.unused == ["visual.head.weight", "visual.head.bias"]
     assert run_ranks(1, part_here, str(tmp_path / "clip.pth")) == [float(net.mix.weight.detach().double().sum())]
-    with pytest.raises(CheckpointError, match="would go where another tensor of the file goes"):
+    with pytest.raises(CheckpointError, match="would get the name of another tensor"):
         Loading(built_on_meta(OddNet), tmp_path / "clip.pth", allowed=ODD_HEAD, rename={"visual.": ""})
     alone = saved(tmp_path / "alone", net)  # as an export of the part has it
     assert "mix.weight" in Loading(built_on_meta(OddNet), alone, allowed=ODD_HEAD, part="visual").report.matched
@@ -246,7 +246,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     assert set(report.unused) == {"extra", "head.weight", "head.bias"} and report.fresh == ["head.weight", "head.bias"]
     net.mix = nn.Linear(13, 6)
     file = saved(tmp_path / "wrong", net)
-    assert "mix.weight is [6, 13] there and [7, 13] in the model" in refused(file)
+    assert "mix.weight is [6, 13] in the file and [7, 13] in the model" in refused(file)
     state = {n: v for n, v in load_file(saved(tmp_path / "less", make_net())).items() if not n.startswith("mix")}
     save_file(state, tmp_path / "less/model.safetensors")
     assert "no mix.weight, no mix.bias" in refused(tmp_path / "less")
@@ -290,7 +290,7 @@ def test_position_embeddings_are_resized(tmp_path: Path) -> None:
     grid = found[0, 1:].view(28, 28, 4)[4:-4, 4:-4]
     torch.testing.assert_close(grid[:, 0, 0], (torch.arange(4.0, 24.0) + 0.5) / 2 - 0.5, atol=1e-4, rtol=0)
     torch.testing.assert_close(grid[0, :, 1], (torch.arange(4.0, 24.0) + 0.5) / 2 - 0.5, atol=1e-4, rtol=0)
-    with pytest.raises(CheckpointError, match="no square grids"):
+    with pytest.raises(CheckpointError, match="not square grids"):
         Loading(Vit(200), tmp_path, allowed=Allowed(head=("head",), resize=["pos_embed"]))
 
 
@@ -318,8 +318,10 @@ def test_position_embeddings_of_other_forms(tmp_path: Path) -> None:
     wanted = SamVisionAttention.get_rel_pos(None, 28, 28, state["sam.rel_pos_h"])  # [28, 28, 6] of differences
     torch.testing.assert_close(net.sam.rel_pos_h[27:], wanted[:, 0])
     save_file({"sam.rel_pos_h": torch.zeros(27, 6), "clip.pos": torch.zeros(1026, 6)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"these are no square grids"):  # 1,024 places in a text, not 32 by 32
+    with pytest.raises(CheckpointError, match=r"these are not square grids"):  # 1,024 places in a text, not 32 by 32
         Loading(Net(4098, 27), tmp_path, allowed=Allowed(resize=["clip.pos"]))
     save_file({**state, "odd": torch.zeros(7, 6)}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"clip.pos is \[17, 6\] there and \[66, 6\] in the model(?!: model.resize)"):
+    with pytest.raises(
+        CheckpointError, match=r"clip.pos is \[17, 6\] in the file and \[66, 6\] in the model(?!: model.resize)"
+    ):
         Loading(Net(66, 27), tmp_path, allowed=Allowed(unused=["odd"]))

@@ -121,7 +121,8 @@ def test_the_splitter_sees_sentences() -> None:
     assert list(sentences(plain(text.replace("\n", " ")))) == [
         "One Code two, e.g. Three.", "Four has 0.5 of it!", "Code by Huang et al. Six?", "End",
     ]  # fmt: skip
-    page = "# Title\n\nA b.\n- item one\n  goes on\n- two\n\n| cell | x |\n|---|---|\n\n```\ncode. Code\n```\n\n::: a.b\n    x: y\n\nLast."
+    page = "# Title\n\nA b.\n- item one\n  goes on\n- two\n\n| cell | x |\n|---|---|\n\n"
+    page += "```\ncode. Code\n```\n\n::: a.b\n    x: y\n\nLast."
     assert list(paragraphs(page)) == ["A b.", "item one goes on", "two", "Last."]
     assert num_words("a - b, c") == 3
 

@@ -58,7 +58,7 @@ class Selection(Section):
     fraction: Fraction | Literal["auto"] = Field(
         0.10,
         description="Share of the eligible weights to select. `auto`: tries six shares from 0.1 to 30 % and takes the one "
-        "whose removal raises the validation loss most, relative to the matched random set.",
+        "where removal raises the validation loss most, relative to removal of the matched random set.",
     )
     kind: Literal["top", "lowest", "random", "random_tensor", "random_magnitude"] = Field(
         "top",

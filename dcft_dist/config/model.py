@@ -49,7 +49,7 @@ class Model(Section):
         "mean over all tokens, or over all positions of a feature map; `pooled` the model's output unchanged. Absent: no "
         "head is added, and the model returns the task's outputs.",
     )
-    width: Count | None = Field(None, description="Width of the features, for a model whose width cannot be read from it.")
+    width: Count | None = Field(None, description="Width of the features; required if it cannot be read from the model.")
     head: list[str] | None = Field(
         None,
         description="Patterns of the weights that are new for the task (classifier, decoder); [] if there are none. Absent: "

@@ -156,7 +156,7 @@ class Config(Section):
                 raise ValueError("data.label is a list of columns for task.kind = 'multi_label', and one column otherwise")
             return self
         if self.task.kind != "single_label":
-            raise ValueError(f"task.name = '{self.task.name}' has task.kind = 'single_label'")
+            raise ValueError(f"task.name = '{self.task.name}' needs task.kind = 'single_label'")
         if self.model.name == "own":
             return self
         if (self.model.name == "dinov2_small") != (self.task.name == "mri_region"):

@@ -97,11 +97,11 @@ class Data(Section):
     )
     group: str | None = Field(
         None,
-        description="Column of the group whose examples stay in one split: patient, scanner, site. Absent: each file, or "
-        "each row without a file, is a group.",
+        description="Column of the group (patient, scanner, site). Examples of a group stay in one split. Absent: "
+        "each file, or each row without a file, is a group.",
     )
     group_pattern: str | None = Field(
-        None, description="`image_folder`: regular expression whose first group in the file's name is the patient."
+        None, description="`image_folder`: regular expression for file names; its first group is the patient."
     )
     split: str | None = Field(None, description="Column with the split: `train`, `validation` or `test`.")
     validation_share: Fraction = Field(

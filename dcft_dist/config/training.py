@@ -75,7 +75,7 @@ class Train(Section):
 
 
 class Sharding(Section):
-    """How the engine shards. `replicas` and `offload` need an engine with support for them; `zero_stage` needs `deepspeed`."""
+    """How the engine shards. Not every engine supports `replicas` and `offload`; only `deepspeed` uses `zero_stage`."""
 
     replicas: Count = Field(
         1,

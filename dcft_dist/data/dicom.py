@@ -46,9 +46,9 @@ def problem_of_series(folder: Path) -> str | None:
 
 
 def _regular_gaps(headers: list[Any], positions: NDArray[np.float64], folder: Path) -> str | None:
-    """Finds evenly spaced slices of which every second one may be missing.
+    """Checks evenly spaced slices for regular gaps, such as every second slice missing.
 
-    Their numbers have gaps, and they lie further apart than slices are thick.
+    Then the slices' numbers have gaps, and the slices lie further apart than they are thick.
     """
     numbers = sorted(int(header.get("InstanceNumber") or 0) for header in headers)
     steps, gap = set(np.diff(numbers).tolist()), float(np.diff(np.sort(positions)).mean())

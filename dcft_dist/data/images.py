@@ -260,7 +260,7 @@ class UserImageProcessor(Processor):
 
 
 def save_preprocessing(folder: Path, side: int, mean: list[float], std: list[float], **more: Any) -> None:
-    """Writes `preprocessor_config.json`, from which transformers resizes the whole image bilinearly and normalises it.
+    """Writes `preprocessor_config.json` for transformers: resize the whole image bilinearly, then normalise it.
 
     Args:
         folder: where to write.

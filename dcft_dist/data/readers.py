@@ -76,7 +76,7 @@ def read_rows(data: Data, roots: Sequence[str], labelled: bool = True) -> dict[s
         labelled: whether to read labels; without, the data need no label columns.
 
     Returns:
-        Rows by split. The split "" has the rows for which the data name no split.
+        Rows by split; rows without a split are under "".
 
     Raises:
         DataError: a file, folder or column is missing or cannot be read; the message names it.

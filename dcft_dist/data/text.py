@@ -1,7 +1,7 @@
 """Texts as token ids.
 
-`TextProcessor` is for texts with a label. `AnswerProcessor` is for instructions with an answer, of which a causal language
-model learns the answer alone.
+`TextProcessor` is for texts with a label. `AnswerProcessor` is for instructions with an answer: a causal language model
+learns only the answer.
 """
 
 from __future__ import annotations

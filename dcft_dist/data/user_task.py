@@ -41,7 +41,7 @@ def user_task(config: Config) -> TaskData:
 
 
 def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:
-    """Reads data that the run has not seen, as one split; splits that the data name are ignored.
+    """Reads new data as one split, such as for predictions; splits named in the data are ignored.
 
     Args:
         config: configuration of the run, with `[data]` of the new data.

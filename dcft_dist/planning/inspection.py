@@ -17,7 +17,7 @@ GROUPS = ("eligible", "unscored", "head", "frozen")
 
 @dataclass(frozen=True)
 class WeightRow:
-    """Weights that share shape and group, and whose names differ only in numbers.
+    """Weights of one shape and group, with names that differ only in numbers.
 
     Attributes:
         name: their common name, with the numbers as a range: `blocks.[0-11].weight`.

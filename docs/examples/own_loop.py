@@ -1,4 +1,4 @@
-"""DCFT in a training loop of one's own, under FSDP2. Runs anywhere:
+"""DCFT in your own training loop, under FSDP2. Runs anywhere:
 
 torchrun --standalone --nproc-per-node 2 docs/examples/own_loop.py
 """

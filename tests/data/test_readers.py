@@ -258,7 +258,7 @@ def test_keys_that_do_not_fit() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             load_config("icd.toml", ["--task.name", "own", *words])
-    with pytest.raises(ConfigError, match=r"task.name = 'drug_review' has task.kind = 'single_label'"):
+    with pytest.raises(ConfigError, match=r"task.name = 'drug_review' needs task.kind = 'single_label'"):
         load_config("icd.toml", ["--task.name", "drug_review", "--task.kind", "regression"])
 
 

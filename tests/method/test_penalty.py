@@ -218,7 +218,7 @@ def refused_placements() -> list[str]:
 
 def test_sharded_bits_of_different_sets_are_refused() -> None:
     for different, typo in run_ranks(2, refused_placements):
-        assert "the ranks have different sets" in different and "not 'split'" in typo
+        assert "the ranks have different fundamental sets" in different and "not 'split'" in typo
 
 
 def test_a_graph_of_gradients_is_kept() -> None:

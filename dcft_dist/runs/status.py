@@ -1,0 +1,127 @@
+"""Status of a run, and the decision whether a batch script starts it again.
+
+The status comes from these files in the run's directory alone, so it needs no access to the cluster:
+
+lock              held by rank 0 of the job that writes to the directory
+attempts.jsonl    one line for each start: time, point of the run, ranks, nodes, Slurm job, restart count
+errors/           one file for each rank that failed: error, host, time
+progress.json     phase, step, number of steps, seconds per step
+
+The decision also uses the stop request and Slurm's environment variables.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import PassingError, RunError
+from ..files import read_json
+from .attempts import attempts, error_files, first_failure, is_permanent, is_stuck, note_attempt, note_error, this_start
+from .lock import is_this_job, lock_holder
+from .stop import stop_requested
+
+REACHED = "reached"  # phase prefix: `reached score` means that the run was configured to end after scoring
+
+
+AGAIN = 75  # exit code of `dcft status --verdict`: start the run again (EX_TEMPFAIL)
+
+
+Verdict = Literal["finished", "again", "failed"]
+
+
+def run_verdict(folder: Path, reached: str, limit: int, until: str = "train") -> tuple[Verdict, str]:
+    """Decides what a batch script does after the ranks have ended.
+
+    Call it once for each start, inside the batch script. If the start left no record, this function writes one, so that
+    the start counts. After a request to stop it deletes the errors of the start, since they are no failures.
+
+    Args:
+        folder: the run's directory.
+        reached: the point that the next start would continue from, in words (`RunFolder.reached`).
+        limit: number of failed starts in a row at `reached` after which the run counts as failed.
+        until: the last phase that the configuration asks for: `score`, `select` or `train`.
+
+    Returns:
+        The verdict and its reason in words. Verdicts: `finished` (the run is complete), `again` (start the run again) and
+        `failed` (do not start it again).
+    """
+    progress = folder / "progress.json"
+    phase = read_json(progress)["phase"] if progress.exists() else ""
+    if (folder / "summary.json").exists() or (folder / "estimate.json").exists() or phase == f"{REACHED} {until}":
+        return "finished", "it is done"
+    starts = attempts(folder)
+    of_this_job = bool(starts) and {key: starts[-1][key] for key in this_start()} == this_start()
+    if stop_requested():
+        for file in error_files(folder, len(starts)) if of_this_job else ():
+            file.unlink()  # errors of ranks that the stop ended: no failures
+        return "again", f"it was asked to stop, and goes on from {reached}"
+    if not of_this_job:
+        holder = lock_holder(folder)
+        if holder and not is_this_job(holder):
+            return "failed", f"it is being written by {holder}"
+        note_attempt(folder, reached, 0)  # count it; otherwise such starts would repeat forever
+        starts = attempts(folder)
+    if is_permanent(folder):
+        return "failed", first_failure(folder)
+    if not error_files(folder, len(starts)):
+        cause = "it was killed, or ran out of memory" if of_this_job else "its ranks did not start"
+        note_error(folder, PassingError(f"{cause}: see the log"))
+    if is_stuck(folder, starts, reached, limit):
+        return "failed", f"{limit} starts at {reached} made no progress; {first_failure(folder)}"
+    return "again", f"{first_failure(folder)}; it goes on from {reached}"
+
+
+def status(folder: Path) -> str:
+    """Status of a run in a few lines: phase, step, time left, last start, last checkpoint, last failure.
+
+    Args:
+        folder: the run's directory.
+
+    Raises:
+        RunError: no run has started there.
+    """
+    if not (folder / "config.toml").exists():
+        raise RunError(f"no run has started in {folder}: the job may still be queued, or failed earlier (see its log)")
+    lines = []
+    progress_file, estimate = folder / "progress.json", folder / "estimate.json"
+    if progress_file.exists():
+        progress = read_json(progress_file)
+        line = f"{folder.name}: {progress['phase']}"
+        if progress.get("steps"):
+            line += f", step {progress['step']} of {progress['steps']}"
+        if progress.get("seconds_per_step") and progress["phase"] == "train":
+            seconds = progress["seconds_per_step"]
+            line += f", {seconds:.2f} s a step, {_span((progress['steps'] - progress['step']) * seconds)} left"
+        lines.append(f"{line} ({progress.get('updated', 'unknown time')} UTC)")
+    starts = attempts(folder)
+    if starts:
+        last = starts[-1]
+        nodes = f" on {last['nodes']} nodes" if last["nodes"] else ""
+        job = f", Slurm job {last['job']}, restart {last['restart']}" if last["job"] else ""
+        lines.append(f"start {len(starts)}: {last['time']} UTC at {last['at']}, {last['ranks']} ranks{nodes}{job}")
+    checkpoints = sorted((folder / "checkpoints").glob("step_*"))
+    lines.append(f"last checkpoint: step {int(checkpoints[-1].name[5:])}" if checkpoints else "no checkpoint yet")
+    if estimate.exists():
+        lines.append(estimate_text(read_json(estimate)))
+    failure = first_failure(folder)
+    if failure:
+        lines.append(f"last failure: {failure}")
+    return "\n".join(lines)
+
+
+def estimate_text(e: dict[str, Any]) -> str:
+    """The estimate that a run with `train.max_steps` made for the whole run, as one line.
+
+    Args:
+        e: the content of `estimate.json`.
+    """
+    return (
+        f"{e['seconds_per_step']:.3f} s a step; all {e['steps']:,} steps: {e['hours']:.2f} h, {e['device_hours']:.2f} "
+        f"{e['device']}-hours; begun at {e['time']} they would end at {e['end']}"
+    )
+
+
+def _span(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"

@@ -1,0 +1,148 @@
+"""The directory of a run as its ranks use it: progress, metrics, checkpoints, and results of other runs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import Config
+from ..config.toml import differences, to_toml
+from ..distributed import collectives
+from ..errors import CheckpointError, ConfigError, listing
+from ..files import read_json, read_lines, write_atomic, write_json
+from .attempts import now
+from .folder import RunFolder
+
+# Keys that must be equal in both runs before this run uses the head, the scores or the set of another run.
+_HEAD = ("task.", "data.", "model.", "import_roots", "seed", "head_warmup.")
+
+
+_SCORES = (*_HEAD, "importance.", "train.precision")
+
+
+_TRAINING = ("optimizer.", "train.", "selection.")
+
+
+_SET = (*_SCORES, "selection.", "removal.")
+
+
+class RunWriter(RunFolder):
+    """Writes to a run's directory. Only rank 0 writes; every rank must call the methods that are marked as collective."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        Args:
+            path: the run's directory; need not exist.
+        """
+        super().__init__(path)
+        self._started = time.monotonic()
+        self._seconds: dict[str, float] = {}
+        self._phase = ""
+
+    def open(self, config: Config) -> None:
+        """Creates the directory, or opens it to continue the run in it. Collective.
+
+        Raises:
+            ConfigError: the directory cannot be written.
+        """
+        with collectives.agreed("open run directory"):
+            if collectives.rank() == 0:
+                try:
+                    write_atomic(self.path / "config.toml", to_toml(config))
+                except OSError as error:
+                    raise ConfigError(f"runs_dir: {self.path} cannot be written: {error}") from error
+                if self.progress.exists():
+                    self._seconds = read_json(self.progress)["seconds"]
+
+    def take_from(self, source: Path, config: Config) -> str:
+        """Takes results of another run that this run would compute again: head, scores, fundamental set. Collective.
+
+        Args:
+            source: directory of the other run.
+            config: configuration of this run.
+
+        Returns:
+            What was taken: `head`, `head and scores` or `head and fundamental set`.
+
+        Raises:
+            ConfigError: there is no run in `source`, or it has another task, model or seed.
+        """
+        taken = "head"
+        with collectives.agreed("start_from"):
+            if not (source / "config.toml").is_file():
+                raise ConfigError(f"start_from: no run in {source}")
+            changes = differences((source / "config.toml").read_text(), to_toml(config))
+            # Scores after some epochs of training also depend on the settings of that training.
+            training = _TRAINING if config.importance.after_epochs else ()
+            score_keys, set_keys = (*_SCORES, *training), (*_SET, *training)
+            wrong = [text for key, text in changes.items() if key.startswith(_HEAD)]
+            if wrong:
+                raise ConfigError(f"start_from: {source} is not a run of the same task, model and seed ({listing(wrong)})")
+            if not any(key.startswith(score_keys) for key in changes) and (source / self.scores.name).exists():
+                self.scores, taken = source / self.scores.name, "head and scores"
+            files = [self.head]
+            if not any(key.startswith(set_keys) for key in changes) and (source / self.fundamental.name).exists():
+                files, taken = [self.head, self.removal, self.fundamental], "head and fundamental set"
+            for file in files:
+                if collectives.rank() == 0 and (source / file.name).exists() and not file.exists():
+                    write_atomic(file, (source / file.name).read_bytes())
+        return taken
+
+    def phase(self, name: str, step: int = 0, steps: int = 0, seconds_per_step: float = 0.0) -> None:
+        """Writes the progress of the run to `progress.json`. Collective.
+
+        Args:
+            name: the phase that starts or continues. Its seconds are counted until the next call.
+            step: steps done so far.
+            steps: number of all steps; 0 in a phase without steps.
+            seconds_per_step: seconds that a step takes.
+        """
+        clock = time.monotonic()
+        if self._phase:
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + clock - self._started
+        self._phase, self._started = name, clock
+        collectives.arrive(f"{name} {step}")
+        if collectives.rank() == 0:
+            progress = {"phase": name, "step": step, "updated": now(), "seconds": self._seconds}
+            if steps:
+                progress |= {"steps": steps, "seconds_per_step": seconds_per_step}
+            write_json(self.progress, progress)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each phase so far, summed over all starts of the run."""
+        return {name: round(value, 3) for name, value in self._seconds.items()}
+
+    def log(self, step: int, **values: Any) -> None:
+        """Appends a line with the step and the values to `metrics.jsonl`."""
+        if collectives.rank() == 0:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Removes logged lines of later steps: a run that continues from `step` writes them again."""
+        if collectives.rank() == 0 and self.metrics.exists():
+            write_atomic(
+                self.metrics, "".join(json.dumps(row) + "\n" for row in read_lines(self.metrics) if row["step"] <= step)
+            )
+
+    def latest_checkpoint(self) -> Path | None:
+        """Folder of the newest complete checkpoint, or None. Collective.
+
+        Raises:
+            CheckpointError: a rank cannot see the folder.
+        """
+        names = [f.name for f in self.checkpoints.glob("step_*")] if collectives.rank() == 0 else []
+        steps = [int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal()]
+        latest = collectives.all_gather_ints([max(steps, default=-1)], what="latest checkpoint")[0][0]
+        if latest < 0:
+            return None
+        folder = self.checkpoint(latest)
+        with collectives.agreed("latest checkpoint"):
+            if not folder.is_dir():
+                raise CheckpointError(
+                    f"{folder} is not visible on this rank: runs_dir must be on a file system that all ranks share"
+                )
+        return folder

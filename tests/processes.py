@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ COMMAND = [sys.executable, "-m", "dcft_dist.cli"]
 class Process:
     """One `dcft` command; as `subprocess.Popen` with text of both outputs."""
 
-    def __init__(self, words: list[str], env: dict[str, str]) -> None:
+    def __init__(self, words: list[str], env: dict[str, str], before: Callable[[], None] | None = None) -> None:
+        """`before`: what the process calls before the command begins."""
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name) / name for name in ("out", "err")]
-        self._process = context.Process(target=_dcft, args=(words, env, os.getcwd(), self._files))
+        self._process = context.Process(target=_dcft, args=(words, env, os.getcwd(), self._files, before))
         self._process.start()
         self.pid = self._process.pid
 
@@ -60,7 +62,7 @@ class Process:
             os.kill(self.pid, number)
 
 
-def _dcft(words: list[str], env: dict[str, str], folder: str, files: list[Path]) -> None:
+def _dcft(words: list[str], env: dict[str, str], folder: str, files: list[Path], before: Callable[[], None] | None) -> None:
     for number, file in enumerate(files, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
@@ -71,6 +73,8 @@ def _dcft(words: list[str], env: dict[str, str], folder: str, files: list[Path])
     sys.argv[1:] = words
     from dcft_dist.cli import entry
 
+    if before is not None:
+        before()
     entry()
 
 

@@ -208,6 +208,10 @@ def test_the_verdict_of_the_readme_is_that_of_the_evidence() -> None:
         assert re.search(claim, evidence), (difference, interval)
 
 
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {dcft_dist.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_links_and_commands_exist() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
         text = page.read_text()

@@ -22,7 +22,7 @@ Collate = Callable[[list[Any]], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Collated:
-    """A split whose batches the user's function makes.
+    """A split with batches made by the user's function.
 
     Attributes:
         sources: input of each example as the user's function takes it; for `causal_lm` a pair (input, answer).

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from dcft_dist.runs.attempts import attempts, error_files, note_error, refuse_re
 from dcft_dist.runs.lock import _lock, lock_holder, locked
 from dcft_dist.runs.status import run_verdict, status
 
+from ..processes import Process
 from ..train.test_run import TINY, finish, start, tiny, train, wait_for_phase
 
 __all__ = ["tiny"]
@@ -149,30 +152,44 @@ def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_verdict(run, "step 5", 3)[0] == "finished"
 
 
-STOPS_AT = """
-import sys
-from dcft_dist import cli, life
-asked = []
-life.stop_requested = lambda: asked.append(0) or len(asked) == int(sys.argv[1])
-raise SystemExit(cli.main(sys.argv[2:]))
-"""
+ONE_RANK = ("--removal.fractions", "[]", "--engine", "single", "--train.epochs", "2")
+
+
+def stop_at_call(number: int) -> None:
+    """From now on a stop is requested at that call of `stop_requested`, and at no other."""
+    from dcft_dist.train import fine_tune, steps
+
+    calls = itertools.count(1)
+
+    def requested() -> bool:
+        return next(calls) == number
+
+    fine_tune.stop_requested = steps.stop_requested = requested
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody asks to stop."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.toml").write_text(TINY)
+    train(folder / "tiny.toml", folder, *ONE_RANK, ranks=1)
+    return folder / "tiny"
 
 
 @pytest.mark.parametrize("step", [0, 5, 10])
-def test_asked_to_stop_where_there_is_more_to_do(step: int, tiny: Path, tmp_path: Path) -> None:
+def test_asked_to_stop_where_there_is_more_to_do(step: int, undisturbed: Path, tiny: Path, tmp_path: Path) -> None:
     """Before any step, at the end of an epoch, which is then not validated before it is saved, and at the very end."""
-    one = ("--removal.fractions", "[]", "--engine", "single", "--train.epochs", "2")
-    expected = train(tiny, tmp_path / "calm", *one, ranks=1)
-    code = [sys.executable, "-c", STOPS_AT, str(step + 2), "train", str(tiny), "--runs_dir", str(tmp_path), *one]
-    done = subprocess.run(code, capture_output=True, text=True)
-    assert done.returncode == 0 and f"stopped {f'at step {step}' if step else 'between two phases'}" in done.stdout, done
+    words = ["train", str(tiny), "--runs_dir", str(tmp_path), *ONE_RANK]
+    process = Process(words, dict(os.environ), partial(stop_at_call, step + 2))
+    printed, errors = process.communicate(timeout=300)
+    assert process.poll() == 0, errors
+    assert f"stopped {f'at step {step}' if step else 'between two phases'}" in printed
     run = tmp_path / "tiny"
     assert run_verdict(run, "", 3)[0] == "again" and not (run / f"checkpoints/best_{step:08d}").exists()
-    found = train(tiny, tmp_path, *one, ranks=1)
+    found, expected = (train(tiny, tmp_path, *ONE_RANK, ranks=1), json.loads((undisturbed / "summary.json").read_text()))
     for key in ("weights_checksum", "validation", "test", "best_epoch"):
         assert found[key] == expected[key]
-    rows = [read_lines(runs / "tiny/metrics.jsonl") for runs in (tmp_path, tmp_path / "calm")]
-    assert rows[0] == rows[1]
+    assert read_lines(run / "metrics.jsonl") == read_lines(undisturbed / "metrics.jsonl")
 
 
 def test_torchrun_starts_again_on_one_node(tmp_path: Path) -> None:

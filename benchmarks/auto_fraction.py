@@ -47,7 +47,7 @@ def curve(folder: Path, task: str, criterion: str, seed: int) -> list[dict[str, 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--folder", type=Path, default=Path("runs/auto"))
-    arguments.add_argument("--tasks", nargs="+", metavar="NAME", help="only tasks whose name contains NAME (default: all)")
+    arguments.add_argument("--tasks", nargs="+", metavar="NAME", help="only tasks with NAME in their names (default: all)")
     options = arguments.parse_args()
     folder, has_header = options.folder, False
     for task in (t for t in TASKS if not options.tasks or any(part in t for part in options.tasks)):

@@ -4,8 +4,8 @@
 
 The network is small, trained, and in float64: ten classes, inputs of 64 numbers around class means, 20 % of the labels
 wrong. Every weight of the body is set to zero alone; the rise of the training loss is its true importance. The table has
-Spearman's rank correlation with the true importance, over all weights and over the true top tenth, and the share of the true
-top tenth that the criterion selects. Numbers are means over seeds (standard deviation).
+Spearman's rank correlation with the true importance, over all weights and over the true top tenth. The last column is the
+share of the true top tenth that the criterion selects. Numbers are means over seeds (standard deviation).
 """
 
 from __future__ import annotations

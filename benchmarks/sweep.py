@@ -19,7 +19,7 @@ from dcft_dist.studies.results import StudyFolder
 from dcft_dist.studies.study import Cell, Values, load_study
 from dcft_dist.studies.table import shown
 
-# Arm -> the arm of the same optimizer whose last value is no penalty; arm -> its matched random sets.
+# PLAIN: arm -> the arm of the same optimizer that has no penalty as its last value. RANDOM: arm -> its matched random sets.
 PLAIN = {"factor": "factor", "fraction": "factor", "random_fraction": "factor"}
 PLAIN |= {"sgd_factor": "sgd_factor", "sgd_fraction": "sgd_factor", "sgd_random_fraction": "sgd_factor"}
 RANDOM = {"fraction": "random_fraction", "sgd_fraction": "sgd_random_fraction"}

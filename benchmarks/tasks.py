@@ -10,7 +10,7 @@ Each kind takes ten minutes on two cores. Each model and each baseline uses the 
 U-Net of MONAI from random weights, since no package has pre-trained ones. Baseline: a normal distribution of intensities for
 each tissue.
 `language`: the description of an ICD-10-CM code from its chapter, with whole categories held out. Model: a small decoder
-from random weights. Baseline: a smoothed bigram model, whose constant validation data choose.
+from random weights. Baseline: a smoothed bigram model; validation data choose its constant.
 
 Text classification and its baseline are in docs/results/icd.md.
 """

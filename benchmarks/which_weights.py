@@ -62,7 +62,7 @@ TASKS = {
 
 @dataclass
 class Setting:
-    """A task with its model, whose head is warmed up."""
+    """A task with its model, after the warm-up of the head."""
 
     job: RunContext
 
@@ -180,8 +180,8 @@ Pair = dict[str, FundamentalSet]
 def jaccards(a: Pair, b: Pair, names: list[str]) -> dict[str, str]:
     """Jaccard indices of two pairs within the named weights.
 
-    The columns: mean share of the weights that is selected; index of the selected sets; index of the matched random sets;
-    index expected of independent random sets of the same sizes.
+    `share`: mean share of the weights that is selected. `Jaccard`: of the selected sets. `matched random`: of the matched
+    random sets. `chance`: the index expected of independent random sets of the same sizes.
     """
     total = sum(size(a["top"], name) for name in names)
     shares = [sum(pair["top"].info.counts[name] for name in names) / total for pair in (a, b)]

@@ -56,23 +56,41 @@ def mri_folder(folder: Path, per_class: int) -> Path:
     return folder
 
 
-def tiny_decoder(folder: Path, words: int = 600) -> Path:
-    """The architecture of Llama, small and with random weights, and a word tokenizer trained on ICD descriptions."""
+def word_tokenizer(folder: Path, words: int) -> int:
+    """A tokenizer of whole words, trained on ICD descriptions and chapters; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     task = load_task(load_config("icd.toml"))
     raw = Tokenizer(models.WordLevel(unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     special = ["<unk>", "<s>", "</s>", "<pad>"]
-    raw.train_from_iterator(
-        [*task.train.inputs, *task.class_names * 99], trainers.WordLevelTrainer(vocab_size=words, special_tokens=special)
-    )
+    texts = [*task.train.inputs, *task.class_names * 99]
+    raw.train_from_iterator(texts, trainers.WordLevelTrainer(vocab_size=words, special_tokens=special))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=raw, **names).save_pretrained(folder)
+    return raw.get_vocab_size()
+
+
+def tiny_decoder(folder: Path, words: int = 600) -> Path:
+    """The architecture of Llama, small and with random weights, and a word tokenizer trained on ICD descriptions."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    vocabulary = word_tokenizer(folder, words)
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=raw.get_vocab_size(), num_key_value_heads=2, **sizes)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def tiny_encoder(folder: Path, words: int = 600) -> Path:
+    """The architecture of BERT, small and with random weights: a step or a checkpoint of it takes milliseconds."""
+    from transformers import BertConfig, BertModel
+
+    vocabulary = word_tokenizer(folder, words)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=vocabulary, **sizes), add_pooling_layer=False).save_pretrained(folder)
     return folder
 
 

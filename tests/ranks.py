@@ -20,8 +20,8 @@ import torch.distributed as dist
 DEVICE = os.environ.get("DCFT_TEST_DEVICE", "cpu")
 os.environ.setdefault("DS_ACCELERATOR", DEVICE)  # before the fork server starts: it imports DeepSpeed once for all
 context: Any = multiprocessing.get_context("spawn" if DEVICE == "cuda" else "forkserver")  # CUDA does not outlive a fork
-# The fork server imports once what all ranks need. DeepSpeed's Muon alone takes seconds: it compiles a function, for which torch
-# imports its compiler. `tests.freeze` comes last.
+# The fork server imports once what all ranks need. DeepSpeed's Muon alone takes seconds: it compiles a function, for which
+# torch imports its compiler. `tests.freeze` comes last.
 PRELOAD = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.tensorboard", "deepspeed"]
 PRELOAD += ["deepspeed.runtime.zero.muon.muon_optimizer", "transformers", "transformers.models.bert.modeling_bert"]
 PRELOAD += ["matplotlib.pyplot", "torchmetrics.functional", "dcft_dist.train.run", "tests.prepared", "tests.freeze"]

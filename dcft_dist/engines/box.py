@@ -68,7 +68,7 @@ class Box:
         return index
 
     def num_before(self, flat: int) -> int:
-        """Number of the box's elements whose flat index in the weight is below `flat`."""
+        """Number of the box's elements with a flat index in the weight below `flat`."""
         if not self.grid:
             return int(flat > 0)
         before, per_index = 0, self.numel  # per_index: elements of the box for one index of the current dimension

@@ -46,7 +46,7 @@ class ParameterNames:
 
     @classmethod
     def of(cls, module: nn.Module) -> ParameterNames:
-        """The names in a module whose parameters are its weights."""
+        """The names of the weights of a module."""
         return cls((name, id(p), p) for name, p in module.named_parameters(remove_duplicate=False))
 
     @property

@@ -49,7 +49,7 @@ class WrapOptions:
 class Prepared:
     """A wrapped model, the torch optimizer that steps its weights, and the parts of a training step.
 
-    The methods fit a plain module. An engine whose training step differs has a subclass.
+    The methods fit a plain module. An engine with another training step has a subclass.
 
     Attributes:
         options: the options that the model was wrapped with.

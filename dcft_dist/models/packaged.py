@@ -1,4 +1,4 @@
-"""Backbones whose weights install as a Python package: MiniLM for texts, DINOv2 for images."""
+"""Backbones with weights that install as a Python package: MiniLM for texts, DINOv2 for images."""
 
 from __future__ import annotations
 

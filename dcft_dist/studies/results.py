@@ -34,7 +34,7 @@ class StudyFolder:
     """The results of one study in its folder.
 
     Args:
-        study: the study whose results these are.
+        study: the study that these results belong to.
         path: the study's folder.
     """
 
@@ -50,7 +50,7 @@ class StudyFolder:
         return self.path / "cells" / f"{cell.name}.json"
 
     def has(self, cell: Cell) -> bool:
-        """Whether the cell has a result, as a file of its own or in `cells.jsonl`."""
+        """Whether the cell has a result, as a separate file or in `cells.jsonl`."""
         return self.file(cell).exists() or cell.name in self._packed
 
     def put(self, cell: Cell, result: Result) -> None:

@@ -159,7 +159,7 @@ def final_cells(study: Study, chosen: dict[tuple[str, str], Values]) -> Iterator
 
 
 def make_config(study: Study, cell: Cell, folder: Path) -> Config:
-    """The configuration of a cell's run, whose run directory is in `folder`/runs until the cell is done.
+    """The configuration of a cell's run, with its run directory in `folder`/runs until the cell is done.
 
     Args:
         study: the study.

@@ -30,9 +30,9 @@ class ArmResult:
     Attributes:
         arm: its name.
         chosen: the chosen values; None while tuning is not finished.
-        at_edge: keys whose chosen value is the first or last of its grid.
+        at_edge: keys with a chosen value at either end of its grid.
         correct: for each tested seed [examples], 1 for a right and 0 for a wrong prediction.
-        diverged: seeds whose run diverged.
+        diverged: seeds of the runs that diverged.
         summaries: for each tested seed, the summary of its run, with `"body"` (Euclidean distance that the body moved),
             `"minutes"` of the run and `"prepared_minutes"` of its head and scores.
         accuracy: test accuracy over seeds and examples; None with fewer than two tested seeds.
@@ -150,7 +150,7 @@ def _minutes(seconds: dict[str, float]) -> float:
 
 
 def _edges(study: Study, arm: str, chosen: Values) -> tuple[str, ...]:
-    """Keys whose chosen value is the first or last of at least three numbers: the grid may be too narrow there."""
+    """Keys with a chosen value that is the first or last of at least three numbers: the grid may be too narrow there."""
     keys = []
     for key, value in chosen:
         values = list({dict(combination)[key]: None for combination in study.grid(arm)})

@@ -197,7 +197,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     Args:
         folder: folder of the checkpoint.
         model: the wrapped model; its weights and buffers are changed.
-        optimizer: its optimizer, whose state is changed; None: the stored state is not read.
+        optimizer: its optimizer, which gets the stored state; None: that state is not read.
 
     Raises:
         CheckpointError: the checkpoint does not have the weights of this model, or cannot be read.

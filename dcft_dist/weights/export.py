@@ -49,7 +49,8 @@ def save_weights(
     Args:
         model: a plain module, or one wrapped by any supported engine.
         folder: created if absent; weight files of an earlier export in it are replaced.
-        prefix: write only the weights whose names begin with it, and remove it: `"backbone."` writes what `AutoModel` reads.
+        prefix: write only the weights with names that begin with it, and remove it: `"backbone."` writes what
+            `AutoModel` reads.
         stem: put before the names afterwards.
         dtype: data type of floating-point weights in the files; None: the type in training (float32 masters).
         max_file_bytes: largest size of one file, in bytes of its tensors; a larger single tensor gets its own file.

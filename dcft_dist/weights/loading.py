@@ -107,8 +107,8 @@ class Loading:
             part: the module is this submodule of the model in the file. Only names that begin with it count, without it; if
                 no name does, all names count.
             rename: prefix of names in the file -> prefix in the model; the longest fitting prefix is replaced.
-            translate: renames further, for files whose library renames tensors itself. A name may become several: the tensor
-                is then cut into as many equal parts of its rows. It may become none: the library merges that tensor.
+            translate: renames further, for files of a library that renames tensors itself. A name may become several: the
+                tensor is then cut into as many equal parts of its rows. It may become none: the library merges that tensor.
             prefix: put before all names at the end, for a model that is a submodule of another.
             seed: seed of new weights, which depend only on it and on their names.
 

@@ -144,9 +144,9 @@ def test_a_mask_goes_back_to_the_grid_of_its_file(spacing: str, tmp_path: Path) 
     affine = np.array([[0, 0, -2.0, 5], [1.0, 0, 0, -7], [0, 3.0, 0, 1], [0, 0, 0, 1]])
     for name, file in zip(("image0", "mask0"), files, strict=True):
         nibabel.save(nibabel.Nifti1Image(np.asarray(nibabel.load(tmp_path / f"{name}.nii.gz").dataobj), affine), file)
-    image, mask = processor.whole((files[0], files[1]))
-    assert torch.equal(processor.whole((files[0], None))[0], image)
-    back, found = processor.as_in_file(files[0], mask[0])  # type: ignore[index]
+    image, mask = processor.reader.whole((files[0], files[1]))
+    assert torch.equal(processor.reader.whole((files[0], None))[0], image)
+    back, found = processor.reader.as_in_file(files[0], mask[0])  # type: ignore[index]
     assert np.array_equal(back, np.asarray(nibabel.load(files[1]).dataobj)) and np.allclose(found, affine)
 
 
@@ -159,10 +159,10 @@ def test_flat_images_have_rows_first(tmp_path: Path) -> None:
     Image.fromarray(mask).save(tmp_path / "mask.png")
     words = [*KEYS, "--data.path", "x.csv", "--data.patch", "[16, 16]", "--model.build", "json.loads"]
     processor = VolumeProcessor(load_config("mri.toml", [*words, "--data.window", "[0, 255]"]))
-    image, found = processor.whole((tmp_path / "image.png", tmp_path / "mask.png"))
+    image, found = processor.reader.whole((tmp_path / "image.png", tmp_path / "mask.png"))
     torch.testing.assert_close(image, torch.from_numpy(pixels).permute(2, 0, 1) / 255)
     assert found is not None and np.array_equal(found[0].numpy(), mask)
-    back, _ = processor.as_in_file(tmp_path / "image.png", found[0])
+    back, _ = processor.reader.as_in_file(tmp_path / "image.png", found[0])
     assert np.array_equal(back, mask)
 
 
@@ -231,7 +231,8 @@ def test_a_series_of_dicom_files_is_the_volume_it_came_from(tmp_path: Path) -> N
     processor = VolumeProcessor(load_config("mri.toml", words))
     processor.check([user_task(load_config("mri.toml", words)).train], 0, 1)
     mask = tmp_path / "mask2.nii.gz"
-    (image, one), (whole, other) = processor.whole((series, mask)), processor.whole((tmp_path / "image2.nii.gz", mask))
+    read = processor.reader.whole
+    (image, one), (whole, other) = read((series, mask)), read((tmp_path / "image2.nii.gz", mask))
     assert torch.equal(one, other) and image.shape == whole.shape
     torch.testing.assert_close(image, whole, atol=0.02, rtol=0)  # DICOM has whole numbers
 

@@ -18,14 +18,14 @@ import pytest
 from dcft_dist.cli import main
 from dcft_dist.errors import DcftError, RunError, WorldError
 from dcft_dist.files import read_lines
-from dcft_dist.runs.attempts import attempts, error_files, note_error, refuse_repetition
+from dcft_dist.runs.attempts import attempts, error_files, errors, note_error, refuse_repetition
 from dcft_dist.runs.lock import _lock, lock_holder, locked
 from dcft_dist.runs.status import run_verdict, status
 
 from ..processes import Process
-from ..train.test_run import TINY, finish, start, tiny, train, wait_for_phase
+from ..train.test_run import encoder, finish, start, tiny, train, wait_for_phase, write_tiny
 
-__all__ = ["tiny"]
+__all__ = ["encoder", "tiny"]
 ROOT = Path(__file__).parents[2]
 QUICK = ("--removal.fractions", "[]", "--checkpoint.every", "1")
 
@@ -78,8 +78,8 @@ def test_a_second_job_is_kept_out(tiny: Path, tmp_path: Path) -> None:
     first = start(tiny, tmp_path, *QUICK)
     assert wait_for_phase(tmp_path / "tiny", "train", first)
     results = finish(start(tiny, tmp_path, *QUICK, "--timeout_s", "4"))
-    for code, errors in results:
-        assert code == 2 and "Traceback" not in errors
+    for code, printed in results:
+        assert code == 2 and "Traceback" not in printed
     assert "tiny is being written by process" in results[0][1]
     assert [code for code, _ in finish(first)] == [0, 0]
     assert errors(tmp_path / "tiny") == []  # the intruder left no mark
@@ -168,11 +168,10 @@ def stop_at_call(number: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody asks to stop."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "tiny.toml").write_text(TINY)
-    train(folder / "tiny.toml", folder, *ONE_RANK, ranks=1)
+    train(write_tiny(folder, encoder), folder, *ONE_RANK, ranks=1)
     return folder / "tiny"
 
 
@@ -181,8 +180,8 @@ def test_asked_to_stop_where_there_is_more_to_do(step: int, undisturbed: Path, t
     """Before any step, at the end of an epoch, which is then not validated before it is saved, and at the very end."""
     words = ["train", str(tiny), "--runs_dir", str(tmp_path), *ONE_RANK]
     process = Process(words, dict(os.environ), partial(stop_at_call, step + 2))
-    printed, errors = process.communicate(timeout=300)
-    assert process.poll() == 0, errors
+    printed, problem = process.communicate(timeout=300)
+    assert process.poll() == 0, problem
     assert f"stopped {f'at step {step}' if step else 'between two phases'}" in printed
     run = tmp_path / "tiny"
     assert run_verdict(run, "", 3)[0] == "again" and not (run / f"checkpoints/best_{step:08d}").exists()
@@ -192,9 +191,8 @@ def test_asked_to_stop_where_there_is_more_to_do(step: int, undisturbed: Path, t
     assert read_lines(run / "metrics.jsonl") == read_lines(undisturbed / "metrics.jsonl")
 
 
-def test_torchrun_starts_again_on_one_node(tmp_path: Path) -> None:
+def test_torchrun_starts_again_on_one_node(tiny: Path, tmp_path: Path) -> None:
     """A rank that is killed: the others end, all start again, and the run goes on from its last checkpoint."""
-    (tmp_path / "tiny.toml").write_text(TINY)
     environment = os.environ | {"DCFT_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RANKS": "2"}
     command = [str(ROOT / "launch/torchrun_local.sh"), "tiny.toml", *QUICK]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -228,8 +226,8 @@ def test_another_set_than_the_checkpoint_was_trained_with(tiny: Path, tmp_path: 
     processes[0].kill()
     finish(processes)
     (tmp_path / "tiny/fundamental.safetensors").write_bytes((tmp_path / "other/fundamental.safetensors").read_bytes())
-    code, errors = finish(start(tiny, tmp_path, *one, ranks=1))[0]
-    assert code == 2 and "fundamental.safetensors is not the set that" in errors
+    code, printed = finish(start(tiny, tmp_path, *one, ranks=1))[0]
+    assert code == 2 and "fundamental.safetensors is not the set that" in printed
 
 
 def test_start_from_another_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,8 +238,8 @@ def test_start_from_another_run(tiny: Path, tmp_path: Path, capsys: pytest.Captu
     seconds = json.loads((tmp_path / "b/progress.json").read_text())["seconds"]
     assert (tmp_path / "b/fundamental.safetensors").exists() and seconds["score"] < 1.0
     assert (tmp_path / "b/head.safetensors").read_bytes() == (tmp_path / "tiny/head.safetensors").read_bytes()
-    code, errors = finish(start(tiny, tmp_path, *one, *source, "--name", "c", "--seed", "1", ranks=1))[0]
-    assert code == 2 and "is not a run of the same task, model and seed (seed was 0 and is 1)" in errors
+    code, printed = finish(start(tiny, tmp_path, *one, *source, "--name", "c", "--seed", "1", ranks=1))[0]
+    assert code == 2 and "is not a run of the same task, model and seed (seed was 0 and is 1)" in printed
     assert main(["status", str(tmp_path / "b")]) == 0
     assert "b: reached" in capsys.readouterr().out
     assert main(["status", str(tmp_path / "nowhere")]) == 2

@@ -22,6 +22,7 @@ from dcft_dist.studies.runner import _train_loss
 from dcft_dist.studies.study import Cell, final_cells, load_study, make_config, make_preparation, settings_of, tuning_cells
 from dcft_dist.studies.table import results, table
 
+from ..own import tiny_encoder
 from ..processes import COMMAND, dcft
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,18 @@ minus = "full"
 def write(path: Path, text: str = SMALL) -> Path:
     path.write_text(text)
     return path
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`smoke.toml` with a small encoder in the place of MiniLM: a cell takes about a second."""
+    folder = tmp_path_factory.mktemp("base")
+    model = (
+        f'build = "transformers.AutoModel"\nargs = {{add_pooling_layer = false}}\nfeatures = "mean"\nweights = "{folder}"'
+    )
+    text = (ROOT / "configs/smoke.toml").read_text().replace("num_layers = 2", model)
+    tiny_encoder(folder)
+    return write(folder / "base.toml", text)
 
 
 # -- intervals ---------------------------------------------------------------------------------------------------------
@@ -242,9 +255,10 @@ def test_other_training_texts_by_seed_from_the_same_categories() -> None:
 # -- a whole study -----------------------------------------------------------------------------------------------------
 
 
-def test_a_study_from_start_to_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_from_start_to_table(small_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every method, by two processes; then a lost cell, a changed study, a second version of some cells, the tables."""
-    study, folder = ROOT / "configs/studies/smoke.toml", tmp_path / "smoke"
+    shipped, folder = (ROOT / "configs/studies/smoke.toml").read_text(), tmp_path / "smoke"
+    study = write(tmp_path / "smoke.toml", shipped.replace('"smoke.toml"', f'"{small_base}"'))
     done = dcft("compare", study, "--folder", folder, "--workers", "2")
     assert done.returncode == 0, done.stderr
     results = {f.stem: json.loads(f.read_text()) for f in (folder / "cells").glob("*.json")}
@@ -302,11 +316,10 @@ def test_the_training_loss_of_an_epoch_is_the_mean_over_its_logged_steps() -> No
     assert _train_loss(rows) == [3.0, 1.0]
 
 
-def test_running_cells_again(tmp_path: Path) -> None:
+def test_running_cells_again(small_base: Path, tmp_path: Path) -> None:
     """Of a study of development seeds that is not finished, too; a cell that comes out otherwise is named."""
-    study = write(
-        tmp_path / "s.toml", SMALL.replace("[10, 11]", "[10]").replace("seeds = [0, 1]\n", "").partition("[arms.dcft]")[0]
-    )
+    text = SMALL.replace("[10, 11]", "[10]").replace("seeds = [0, 1]\n", "").partition("[arms.dcft]")[0]
+    study = write(tmp_path / "s.toml", text.replace('"smoke.toml"', f'"{small_base}"'))
     folder = tmp_path / "small"
     plain = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     subprocess.run([*COMMAND, "compare", study, "--folder", folder], env=plain, check=True, timeout=200)

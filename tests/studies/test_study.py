@@ -282,7 +282,10 @@ def test_a_study_from_start_to_table(small_base: Path, tmp_path: Path, capsys: p
     again, once = json.loads(lost.read_text()), json.loads(before)
     assert again["predicted"] == once["predicted"] and again["epochs"] == once["epochs"]
     assert all(f.stat().st_mtime_ns == t for f, t in old.items())
-    assert "the same, to the last digit" in dcft("compare", study, "--folder", folder, "--again", "0.05").stdout
+    assert (
+        "every cell has the same results, to the last digit"
+        in dcft("compare", study, "--folder", folder, "--again", "0.05").stdout
+    )
     assert main(["report", str(folder), "--pictures", str(tmp_path / "pictures")]) == 0
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
     report = (folder / "report.html").read_text()
@@ -331,7 +334,7 @@ def test_running_cells_again(small_base: Path, tmp_path: Path) -> None:
     del result["train_loss"]  # as in a result of a version that did not keep it
     kept.write_text(json.dumps(result))
     again = dcft("compare", study, "--folder", folder, "--again", "1")
-    assert again.returncode == 0 and "the same, to the last digit" in again.stdout
+    assert again.returncode == 0 and "every cell has the same results, to the last digit" in again.stdout
     assert "DIFFERENT" not in again.stdout + again.stderr
     assert f"{kept.stem} was run on" in again.stderr and "'threads': 3}, this is" in again.stderr
     assert sum(result["prepared_seconds"].values()) > 0

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 # -- modules --------------------------------------------------------------------------------------------------------------
@@ -57,7 +58,6 @@ def fake_tensors(numbers: bool = False) -> Any:
     Args:
         numbers: True: code that reads a value gets 1, or False from a boolean tensor. False: reading a value is an error.
     """
-    import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     class Numbers(FakeTensorMode):
@@ -72,7 +72,6 @@ def fake_tensors(numbers: bool = False) -> Any:
 @contextmanager
 def fake_ranks(ranks: int) -> Iterator[None]:
     """Process group for the block: this process is rank 0, the other ranks do not exist, and collectives do nothing."""
-    import torch.distributed as dist
     from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend
 
     dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=ranks)
@@ -116,8 +115,6 @@ def tensors_like(one: Any) -> list[Any]:
 
     DeepSpeed keeps tensors in many places, so the list comes from the garbage collector.
     """
-    from torch import Tensor
-
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor) and not thing.is_meta]
     return [t for t in tensors if getattr(t, "fake_mode", None) is getattr(one, "fake_mode", None)]
 

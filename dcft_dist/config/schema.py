@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from .method import HeadWarmup, Importance, Lora, Penalty, Removal, Selection
 from .model import Model
-from .section import Count, Positive, Section, Seed
+from .section import Count, ImportPath, Positive, Section, Seed
 from .task import Data, Task
 from .training import Checkpoint, Optimizer, Sharding, Train
 
@@ -27,8 +27,10 @@ class Config(Section):
         "`linear_probe`: trains only the head (the warm-up). `bitfit`: trains the biases of the body, and the head. `lora`: "
         "trains the adapters of `[lora]` and the head; the adapters are merged at the end.",
     )
-    engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] = Field(
-        "fsdp2", description="How the model is distributed over the ranks (docs/engines.md)."
+    engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] | ImportPath = Field(
+        "fsdp2",
+        description="How the model is distributed over the ranks (docs/engines.md), or the import path of your own engine, "
+        "`package.module:Class`.",
     )
     seed: Seed = Field(0, description="Seed of the new head, the data order, dropout and random sets.")
     import_roots: list[str] = Field(

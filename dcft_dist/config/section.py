@@ -18,6 +18,9 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
+ImportPath = Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
 class Section(BaseModel):
     """A section of the configuration. Unknown keys are errors, and values cannot be changed."""
 

@@ -46,7 +46,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequen
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        problems += [_explain(detail) for detail in error.errors()]
+        by_key: dict[str, str] = {}  # where a field accepts several types, there is an error for each: the first counts
+        for detail in error.errors():
+            by_key.setdefault(_key(detail), _explain(detail))
+        problems += by_key.values()
     if problems:
         raise ConfigError(f"{path}: " + "; ".join(problems))
     return config
@@ -109,10 +112,14 @@ def _value(text: str) -> Any:
         return text
 
 
+def _key(detail: Any) -> str:
+    """Dotted key of an error, without the type that pydantic adds where a field accepts several."""
+    tried_types = ("constrained-float", "constrained-str", "float", "literal[")
+    return ".".join(str(part) for part in detail["loc"] if not str(part).startswith(tried_types))
+
+
 def _explain(detail: Any) -> str:
-    # Where a field accepts several types, pydantic adds the type that it tried to the path.
-    tried_types = ("constrained-float", "float", "literal[")
-    path = ".".join(str(part) for part in detail["loc"] if not str(part).startswith(tried_types))
+    path = _key(detail)
     if detail["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for part in detail["loc"][:-1]:

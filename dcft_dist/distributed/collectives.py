@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..compat.pytorch import default_store, number, real_tensors
 from ..errors import DcftError, PassingError, WorldError
 
 Op = Literal["sum", "max", "min"]
@@ -72,8 +73,6 @@ def counted() -> Iterator[Count]:
 
 
 def _store() -> Any:
-    from ..compat.pytorch import default_store  # late: the engines import this module
-
     return default_store()
 
 
@@ -200,8 +199,6 @@ def reduce_numbers(values: Sequence[Any], op: Op = "sum", *, what: str) -> list[
         op: `sum`, `max` or `min`.
         what: what the collective is for, for error messages.
     """
-    from ..compat.pytorch import number, real_tensors  # late: the engines import this module
-
     with real_tensors():
         table = torch.tensor([number(value) for value in values], dtype=torch.float64)
         return all_reduce(table, op, what=what).tolist()
@@ -219,8 +216,6 @@ def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
     """
     if dist.is_initialized() and dist.get_backend() == "fake":  # `dcft plan`: assume that all ranks have equal values
         return [list(values)] * world_size()
-    from ..compat.pytorch import real_tensors  # late: the engines import this module
-
     with real_tensors():
         table = torch.zeros(world_size(), len(values), dtype=torch.int64)
         table[rank()] = torch.tensor(values, dtype=torch.int64)

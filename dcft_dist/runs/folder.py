@@ -88,11 +88,11 @@ class RunFolder:
             Its configuration, and the facts of its labels (`objectives.make.label_facts`).
 
         Raises:
-            RunError: the directory holds no finished run.
+            RunError: the directory contains no finished run.
             ConfigError: an override is wrong.
         """
         if not self.summary.is_file():
-            raise RunError(f"{self.path} holds no finished run")
+            raise RunError(f"{self.path} contains no finished run")
         return load_config(self.path / "config.toml", overrides, without), read_json(self.summary)["labels"]
 
     def reached(self) -> str:

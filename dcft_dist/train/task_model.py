@@ -17,8 +17,8 @@ from ..config.schema import Config
 from ..data.batches import Batch, Examples, evaluation_batches
 from ..distributed import collectives
 from ..distributed.world import World
-from ..engines.base import Prepared
 from ..engines.find import find_engine
+from ..engines.prepared import Prepared
 from ..models.build import build_model
 from ..models.pretrained import Pretrained
 from ..objectives.base import Metrics, Objective

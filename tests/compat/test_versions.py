@@ -24,7 +24,7 @@ from ..ranks import run_ranks
 
 
 def private_objects() -> dict[str, list[str]]:
-    """Attributes of `private.USES` that are missing, on live objects."""
+    """Attributes of `versions.USES` that are missing, on live objects."""
     import importlib
 
     fsdp2, fsdp1 = get("fsdp2").model, get("fsdp1-hybrid-flat").model

@@ -130,7 +130,8 @@ def test_a_model_of_convolutions(folders: dict[str, str]) -> None:
 def true_width(recipe: str, folder: Path) -> list[str]:
     """Words for a recipe with a model from a configuration beside its weights.
 
-    Of the deepest two, eight layers of 40 and 32: all are alike, and each takes a second. docs/results/plan.md has whole ones.
+    Of the deepest two, eight layers of 40 and 32: all are alike, and each takes a second.
+    docs/results/plan.md has whole ones.
     """
     import transformers
 

@@ -166,25 +166,28 @@ def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path:
         if method == "random":
             assert summary["criterion"] == "random" and summary["removal"] is None
     assert all(torch.equal(h["head.weight"], heads[0]["head.weight"]) for h in heads)
-    sgd = [
-        "--optimizer.name",
-        "sgd",
-        "--optimizer.lr",
-        "0.01",
-        "--train.precision",
-        "bf16",
-        "--name",
-        "sgd",
-        "--train.epochs",
-        "1",
-    ]
+    sgd = ["--optimizer.name", "sgd", "--optimizer.lr", "0.01", "--train.precision", "bf16", "--name", "sgd"]
+    sgd += ["--train.epochs", "1"]
     clip = ["--train.clip_grad_norm", "1.0", "--train.clip_order", "after_penalty"]
     summary = train(tiny, tmp_path, *sgd, *clip)
     assert (summary["level"], summary["where"]) == ("gradient", "before")
     rows = [r for r in read_lines(tmp_path / "sgd" / "metrics.jsonl") if "penalty/applied_over_proposed" in r]
     assert all(r["penalty/applied_over_proposed"] == pytest.approx(0.1, rel=0.01) for r in rows)
-    single = train(tiny, tmp_path, "--name", "single", "--engine", "single", "--train.epochs", "1", ranks=1)
-    assert single["ranks"] == 1
+
+
+def test_an_engine_of_ones_own(tiny: Path, tmp_path: Path) -> None:
+    """`engine` is an import path: the run ends as it does under the engine for one rank."""
+    toy = ["--engine", "toy_engine:AveragedEngine", "--import_roots", f'["{Path(__file__).parents[1] / "engines"}"]']
+    found = train(tiny, tmp_path, "--name", "toy", *toy)
+    single = train(tiny, tmp_path, "--name", "single", "--engine", "single", ranks=1)
+    assert (found["ranks"], single["ranks"]) == (2, 1) and found["engine"] == "toy_engine:AveragedEngine"
+    sets = [FundamentalSet.load(tmp_path / name / "fundamental.safetensors") for name in ("toy", "single")]
+    assert sets[0].num_selected > 0 and all(torch.equal(sets[0].mask(n), sets[1].mask(n)) for n in sets[1].names)
+    assert found["test"]["loss"] == pytest.approx(single["test"]["loss"], rel=1e-3)
+    (tmp_path / "bad.toml").write_text(tiny.read_text().replace("log_every", 'engine = "fsdp3"\nlog_every', 1))
+    (code, errors) = finish(start(tmp_path / "bad.toml", tmp_path, ranks=1))[0]
+    assert code and "engine: Input should be 'single'" in errors and "did you mean 'fsdp2'?" in errors
+    assert "pattern" not in errors and "Traceback" not in errors
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------

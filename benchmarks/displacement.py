@@ -1,6 +1,6 @@
 """How far penalised weights move with each optimizer, relative to no penalty, at the gradient and at the update level.
 
-    python benchmarks/displacement.py > docs/results/displacement.md
+    python benchmarks/displacement.py    (prints the table of docs/results/displacement.md)
 
 A two-layer transformer encoder takes 20 steps on a fixed batch of random tokens, with factor 0.1 on a random tenth of the
 linear weights and three seeds. 0.10 means that the penalty works, 1.00 that the optimizer has cancelled it.
@@ -69,8 +69,8 @@ def displacement(make: Make, factor: float, level: str, seed: int) -> float:
 def main() -> None:
     torch.set_num_threads(1)
     today, where = datetime.date.today(), f"{platform.machine()} CPU, torch {torch.__version__}"
-    print(f"# Displacement of penalised weights\n\nMade by `python benchmarks/displacement.py` on {today}, {where}.\n")
-    print((__doc__ or "").split("\n\n")[-1].strip() + "\n\n| optimizer | gradient level | update level |\n|---|---|---|")
+    print(f"Made by `python benchmarks/displacement.py` on {today}, {where}.\n")
+    print("| optimizer | gradient level | update level |\n|---|---|---|")
     for name, make in OPTIMIZERS.items():
         row = []
         for level in ("gradient", "update"):

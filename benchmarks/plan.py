@@ -1,6 +1,6 @@
 """How much memory foundation models need on up to 1,024 GPUs, forecast by `dcft plan`, which needs no GPU.
 
-    python benchmarks/plan.py > docs/results/plan.md    (about half an hour; arguments: names of models, default all)
+    python benchmarks/plan.py    (prints the table of docs/results/plan.md in half an hour; arguments: names of models)
 
 Numbers are GiB on each rank, with FSDP2, bfloat16, AdamW, and one sample (224 x 224 pixels, or 512 tokens) on each rank.
 `plain`: the peak of a step without a penalty. `update` and `before`: the peak of a step with the penalty at the update level
@@ -31,7 +31,6 @@ def planned(model: str, ranks: int, level: str) -> dict[str, Any]:
 
 def main() -> None:
     chosen = sys.argv[1:] or list(MODELS)
-    print(f"# Foundation models on up to 1,024 GPUs\n\n{__doc__}")
     print("| model | ranks | plain | update | +% | mask MiB | before | +% | mask MiB | scoring | fits 80 GiB |")
     print(f"|{' --- |' * 11}")
     for model, fewest in ((name, MODELS[name]) for name in chosen):
@@ -49,7 +48,7 @@ def main() -> None:
                 cells += [f"{forecast['dcft_peak'] / 2**30:.2f}", f"{added:+.1f}", f"{forecast['bits'] / 2**20:,.1f}"]
             cells += [f"{update['score_peak'] / 2**30:.2f}", "yes" if update["fits"] else "no"]
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
-    print(f"\n{datetime.date.today()}, torch {torch.__version__}, on a CPU; beside what an H100 needed: [gpu.md](gpu.md).")
+    print(f"\n{datetime.date.today()}, torch {torch.__version__}, on a CPU.")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def _add_compare(commands: Commands) -> None:
     table = commands.add_parser("table", help="compare finished runs, or the arms of a study")
     table.add_argument("runs", type=Path, nargs="+", help="directories of runs, or the folder of one study")
     table.add_argument("--format", choices=("md", "csv", "tex"), default="md", help="format of a study's table")
-    table.add_argument("--pack", type=Path, metavar="DIR", help="also copy the study with all its results to this folder")
+    table.add_argument("--pack", type=Path, metavar="DIR", help="also write the study with all its results to this folder")
     table.add_argument("--removal", action="store_true", help="show the removal check of each run instead")
     compare = commands.add_parser("compare", help="run a study (STUDY.toml), or the rest of it: arms x seeds x settings")
     compare.add_argument("study", type=Path)
@@ -121,7 +121,7 @@ def _add_cluster(commands: Commands) -> None:
     status.add_argument(
         "--verdict",
         action="store_true",
-        help=f"for batch scripts: exit code 0 finished, {AGAIN} start again, 1 failed",
+        help=f"for batch scripts: exit code 0 finished, {AGAIN} start again, 1 failed (do not start again)",
     )
     submit = commands.add_parser(
         "submit",
@@ -142,7 +142,7 @@ def _add_cluster(commands: Commands) -> None:
 
 def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser(
-        "plan", help="forecast what a model needs on each of N GPUs: memory by kind, bytes sent", allow_abbrev=False
+        "plan", help="forecast memory by kind and bytes sent, for each of N GPUs; no GPU is needed", allow_abbrev=False
     )
     plan.add_argument("--model", required=True, help="vit_large, vit_huge, vit_giant, decoder_1b, decoder_7b, decoder_70b, "
                       "a folder with a transformers config.json, or a configuration file (then any key)")  # fmt: skip

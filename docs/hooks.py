@@ -2,7 +2,7 @@
 
 A page links to a file of the repository by its relative path, such as `../configs/icd.toml`. MkDocs knows only what is
 inside `docs/`. So the hook copies each file that a page links to into the site, under `source/`, and points the link there.
-The README becomes the start page; CONTRIBUTING and CHANGELOG become pages of their own.
+CONTRIBUTING and CHANGELOG become pages of the site. The start page is `docs/index.md`; links to the README lead there.
 """
 
 from __future__ import annotations

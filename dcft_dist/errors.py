@@ -62,19 +62,19 @@ class RunError(DcftError):
     """A run directory cannot be used: another job writes to it, it has no run, or its starts make no progress."""
 
 
-class PassingError(DcftError):
+class TemporaryError(DcftError):
     """A temporary failure, of a file system or of another rank: another start may succeed."""
 
     exit_code = 1
 
 
-class UnfinishedError(PassingError):
+class UnfinishedError(TemporaryError):
     """Other shares of a study are not finished: start this share again when they are."""
 
     exit_code = 75  # EX_TEMPFAIL, as `dcft status --verdict` returns for a run to start again
 
 
-class WorldError(PassingError):
+class WorldError(TemporaryError):
     """Ranks did not meet in a collective. The message names the missing ranks."""
 
 

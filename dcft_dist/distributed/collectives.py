@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..compat.pytorch import default_store, number, real_tensors
-from ..errors import DcftError, PassingError, WorldError
+from ..errors import DcftError, TemporaryError, WorldError
 
 Op = Literal["sum", "max", "min"]
 
@@ -286,7 +286,7 @@ def agreed(what: str) -> Iterator[None]:
         what: what the block does, such as "write the masks", for error messages.
 
     Raises:
-        PassingError: this rank had an OSError, or another rank had an error after which running again may help.
+        TemporaryError: this rank had an OSError, or another rank had an error after which running again may help.
         DcftError: another rank had an error after which running again cannot help.
         Exception: this rank had any other error, which is raised unchanged. Errors of other ranks name the rank.
     """
@@ -294,7 +294,7 @@ def agreed(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as caught:
-        error = PassingError(f"{what}: {caught}")
+        error = TemporaryError(f"{what}: {caught}")
     except Exception as caught:
         error = caught
     if world_size() > 1:
@@ -305,6 +305,6 @@ def agreed(what: str) -> Iterator[None]:
             worst = outcomes.index(max(outcomes))
             message = broadcast_text(str(error) if error else "", worst, what=what)
             if error is None:
-                raise (DcftError if outcomes[worst] == 2 else PassingError)(f"rank {worst}: {message}")
+                raise (DcftError if outcomes[worst] == 2 else TemporaryError)(f"rank {worst}: {message}")
     if error is not None:
         raise error

@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import PassingError, RunError
+from ..errors import RunError, TemporaryError
 from ..files import read_json
 from .attempts import attempts, error_files, first_failure, is_permanent, is_stuck, note_attempt, note_error, this_start
 from .lock import is_this_job, lock_holder
@@ -66,7 +66,7 @@ def run_verdict(folder: Path, reached: str, limit: int, until: str = "train") ->
         return "failed", first_failure(folder)
     if not error_files(folder, len(starts)):
         cause = "it was killed, or ran out of memory" if of_this_job else "its ranks did not start"
-        note_error(folder, PassingError(f"{cause}: see the log"))
+        note_error(folder, TemporaryError(f"{cause}: see the log"))
     if is_stuck(folder, starts, reached, limit):
         return "failed", f"{limit} starts at {reached} made no progress; {first_failure(folder)}"
     return "again", f"{first_failure(folder)}; it goes on from {reached}"

@@ -35,7 +35,7 @@ from ..distributed import collectives
 from ..engines.base import Engine, Shard
 from ..engines.find import find_engine
 from ..engines.whole_tensors import whole_weight
-from ..errors import CheckpointError, PassingError, line_of
+from ..errors import CheckpointError, TemporaryError, line_of
 from ..files import read_json, sha256_of, write_json
 
 _STATE, _MANIFEST = "state.json", "manifest.json"
@@ -144,7 +144,7 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any]) -> None
         state: further values for `state.json`.
 
     Raises:
-        PassingError: the file system failed; running again may help.
+        TemporaryError: the file system failed; running again may help.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     with collectives.agreed("checkpoint: prepare the folder"):
@@ -263,7 +263,7 @@ def _state_tensor(optimizer: torch.optim.Optimizer, shard: Shard, key: str, meta
 def _guarded(action: str, folder: Path) -> Iterator[None]:
     """Silences the library's warnings, and turns its exception (a BaseException) into an error of this package.
 
-    A failed "write" becomes a PassingError, since the file system may have failed; a failed "read" a CheckpointError.
+    A failed "write" becomes a TemporaryError, since the file system may have failed; a failed "read" a CheckpointError.
     """
     logger = logging.getLogger("torch.distributed.checkpoint")
     level = logger.level
@@ -273,7 +273,7 @@ def _guarded(action: str, folder: Path) -> Iterator[None]:
             yield
     except dcp.api.CheckpointException as error:
         causes = "; ".join(f"rank {r}: {type(e[0]).__name__}: {line_of(e[0])}" for r, e in sorted(error.failures.items()))
-        kind = PassingError if action == "write" else CheckpointError
+        kind = TemporaryError if action == "write" else CheckpointError
         raise kind(f"{folder}: cannot {action} the checkpoint: {causes}") from error
     finally:
         logger.setLevel(level)

@@ -57,7 +57,7 @@ def save_weights(
 
     Raises:
         CheckpointError: no weight has the prefix, or safetensors does not support a weight's data type.
-        PassingError: a file cannot be written.
+        TemporaryError: a file cannot be written.
     """
     engine, target = find_engine(model), Path(folder)
     tensors = {

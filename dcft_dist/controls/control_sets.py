@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..distributed import collectives
 from ..engines.find import find_engine
+from ..errors import SelectionError, did_you_mean
 from ..method.fundamental_set import FundamentalSet
 from ..method.importance import score_importance
 from ..method.ranking import Chunk, Ranking, by_tensor
@@ -40,7 +41,12 @@ def control_set(model: nn.Module, scores: Scores, top: FundamentalSet, kind: str
             - "random_magnitude": random, with as many weights in each tensor and magnitude bin as `top`.
             - "lowest": the weights with the lowest scores.
         seed: seed of the random sets.
+
+    Raises:
+        SelectionError: no control set has this name.
     """
+    if kind not in KINDS:
+        raise SelectionError(f"unknown control set {kind!r}{did_you_mean(kind, KINDS)}; the kinds are {', '.join(KINDS)}")
     if kind == "top":
         return top
     fraction = top.num_selected / top.num_eligible

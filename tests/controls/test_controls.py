@@ -13,7 +13,7 @@ from dcft_dist.config.method import Penalty
 from dcft_dist.controls.control_sets import KINDS, control_set
 from dcft_dist.controls.removal import choose_fraction
 from dcft_dist.controls.step_controls import EqualDisplacement, PullToStart
-from dcft_dist.errors import PenaltyError
+from dcft_dist.errors import PenaltyError, SelectionError
 from dcft_dist.method.gradual_pruning import kept, scores_after_training
 from dcft_dist.method.learned_factor import LearnedFactor
 from dcft_dist.train.group_norms import GroupNorms
@@ -185,6 +185,8 @@ def control_sets(engine: str) -> dict[str, Any]:
     scores = score_importance(model, parts, loss_fn, head=HEAD)
     top = select_fundamental(scores, 0.2)
     sets = {kind: control_set(model, scores, top, kind, 0) for kind in KINDS}
+    with pytest.raises(SelectionError, match=r"unknown control set 'random_matched'.*the kinds are top, random, "):
+        control_set(model, scores, top, "random_matched", 0)
     return {k: {n: s.mask(n).numpy() for n in s.names} for k, s in sets.items()} | {"weights": full_state(model)}
 
 

@@ -10,7 +10,10 @@ import sys
 import pytest
 
 import dcft_dist
-from dcft_dist.cluster.submitit_job import SubmititTask
+from dcft_dist import cluster
+from dcft_dist.cluster.job import load_site, make_job
+from dcft_dist.cluster.submit import check_cluster
+from dcft_dist.cluster.submitit_job import SubmititTask, submit_submitit
 
 
 def test_public_names_come_from_the_package() -> None:
@@ -33,6 +36,13 @@ def test_a_job_that_submitit_pickled_before_the_move_is_read() -> None:
     )
     task = pickle.loads(before)
     assert type(task) is SubmititTask and task.arguments == ["icd.toml"]
+
+
+def test_copies_of_the_submitit_script_find_their_names() -> None:
+    found = [getattr(cluster, name) for name in ("load_site", "plan_job", "check_cluster", "submit_submitit")]
+    assert found == [load_site, make_job, check_cluster, submit_submitit]
+    with pytest.raises(AttributeError, match="has no attribute 'load_sites'"):
+        cluster.load_sites  # noqa: B018
 
 
 def test_the_node_check_of_a_copied_sbatch_file_runs() -> None:

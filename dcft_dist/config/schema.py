@@ -23,9 +23,9 @@ class Config(Section):
         "dcft",
         description="`dcft`: `penalty.factor` multiplies the set of `[selection]`, `penalty.rest_factor` the other eligible "
         "weights. Factor 0 freezes the set; factor 1 with rest_factor 0 is sparse fine-tuning. `equal_displacement`: a "
-        "control that shortens every body step, as a whole, to the length it would have under dcft. `full`: no penalty. "
-        "`linear_probe`: trains only the head (the warm-up). `bitfit`: trains the biases of the body, and the head. `lora`: "
-        "trains the adapters of `[lora]` and the head; the adapters are merged at the end.",
+        "control: the step of all body weights together is shortened to the length that it would have under dcft. `full`: "
+        "no penalty. `linear_probe`: trains only the head (the warm-up). `bitfit`: trains the biases of the body, and the "
+        "head. `lora`: trains the adapters of `[lora]` and the head; the adapters are merged at the end.",
     )
     engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] | ImportPath = Field(
         "fsdp2",
@@ -54,7 +54,10 @@ class Config(Section):
         "scores and fundamental set where the settings that determine them are equal.",
     )
     max_attempts: Count = Field(
-        3, description="The run counts as failed after this many failed starts in a row without a new checkpoint."
+        3,
+        description="The run counts as failed after this many failed starts in a row from the same point: the last checkpoint, "
+        "the fundamental set, the warmed-up head, or the beginning. A preempted start does not count; each restart by torchrun "
+        "does.",
     )
     log_every: Count = Field(10, description="Steps between log lines.")
     model: Model = Model()

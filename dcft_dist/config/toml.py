@@ -46,10 +46,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequen
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        by_key: dict[str, str] = {}  # where a field accepts several types, there is an error for each: the first counts
-        for detail in error.errors():
-            by_key.setdefault(_key(detail), _explain(detail))
-        problems += by_key.values()
+        # Where a field accepts several types there is an error for each. The pattern of an import path would say little.
+        details = error.errors()
+        choices = {_key(detail) for detail in details if detail["type"] == "literal_error"}
+        problems += [_explain(d) for d in details if d["type"] != "string_pattern_mismatch" or _key(d) not in choices]
     if problems:
         raise ConfigError(f"{path}: " + "; ".join(problems))
     return config

@@ -119,6 +119,7 @@ def test_bad_files(text: str, part: str, tmp_path: Path) -> None:
         (["--optimizer.lr"], "--optimizer.lr has no value"),
         (["--optimizer.lr", "--seed"], "--optimizer.lr has no value"),
         (["--name.x", "1"], "name is not a section"),
+        (["--selection.fraction", "atuo"], "Input should be 'auto' (did you mean 'auto'?)"),
         (["--optimzer.lr", "1"], "optimzer: unknown key (did you mean 'optimizer'?)"),
     ],
 )

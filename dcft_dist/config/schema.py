@@ -55,9 +55,8 @@ class Config(Section):
     )
     max_attempts: Count = Field(
         3,
-        description="The run counts as failed after this many failed starts in a row from the same point: the last checkpoint, "
-        "the fundamental set, the warmed-up head, or the beginning. A preempted start does not count; each restart by torchrun "
-        "does.",
+        description="The run counts as failed after this many failed starts in a row from the same point: the last "
+        "checkpoint, the fundamental set, the warmed-up head, or the beginning. A preempted start does not count.",
     )
     log_every: Count = Field(10, description="Steps between log lines.")
     model: Model = Model()

@@ -19,8 +19,8 @@ class Optimizer(Section):
     momentum: Fraction = Field(0.0, description="Momentum of SGD.")
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0,
-        description="Layer-wise decay: the learning rate of a block is this number times the rate of the next block, nearer to "
-        "the output. The embeddings count as one more block, before the first.",
+        description="Layer-wise decay: the learning rate of a block is this number times the rate of the next block, nearer "
+        "to the output. The embeddings count as one more block, before the first.",
     )
     pull_to_start: Annotated[float, Field(ge=0.0)] = Field(
         0.0,

@@ -27,19 +27,13 @@ if [ "${1:-}" = --quick ]; then
 fi
 if [ $# -gt 0 ]; then exec "$PYTHON" -m pytest "$@"; fi
 
-"$PYTHON" -m pytest -n 2 --dist worksteal --ignore tests/cluster/test_slurm.py --ignore tests/planning
+"$PYTHON" -m pytest -n 2 --dist worksteal --ignore tests/cluster/test_slurm.py
 
-# The tests on a real Slurm wait more than they compute. Beside them, at the lowest priority: plans, and the second environment
-# with its tests. (timm and open_clip need torchvision, which does not go with the CPU build of torch 2.13.)
+# timm and open_clip need torchvision, which does not go with the CPU build of torch 2.13. The tests on a real Slurm wait
+# more than they compute, so this environment is made beside them.
 log=$(mktemp)
-(
-    renice -n 19 $BASHPID >/dev/null
-    "$PYTHON" -m pytest tests/planning
-    make_environment test-vision
-    "$PYTHON" -m pytest tests/models/test_vision.py
-) >"$log" 2>&1 &
-failed=0
-"$PYTHON" -m pytest tests/cluster/test_slurm.py || failed=$?
-wait $! || failed=$?
-cat "$log"
-exit "$failed"
+(make_environment test-vision) >"$log" 2>&1 &
+"$PYTHON" -m pytest tests/cluster/test_slurm.py
+wait $! || { cat "$log" >&2; exit 1; }
+make_environment test-vision
+"$PYTHON" -m pytest tests/models/test_vision.py

@@ -22,6 +22,7 @@ from .debian import apt_install
 
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "iproute2")
 NODES, CPUS, GPUS = 4, 4, 2
+NAMESPACES = ("unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")  # of a node
 
 CONF = """
 ClusterName=test
@@ -86,6 +87,9 @@ def install() -> str:
     """Installs Slurm if that can be done; otherwise says what is missing."""
     if sys.platform != "linux" or os.getuid() != 0:
         return "a Slurm for tests needs Linux and root"
+    apart = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True)
+    if apart.returncode:
+        return f"a Slurm for tests needs namespaces of its own: {apart.stderr.strip()}"
     if all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch", "ip"))):
         return ""
     if shutil.which("apt-get") is None:
@@ -138,8 +142,7 @@ class Cluster:
         until("four idle nodes", lambda: self.states() == ["idle"] * NODES, 60, self._logs)
 
     def start_node(self, i: int) -> None:
-        words = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        self._daemon(f"node{i}", *words, "bash", "-c", NODE, "node", f"node{i}", f"10.77.0.{10 + i}", str(self.folder))
+        self._daemon(f"node{i}", *NAMESPACES, "bash", "-c", NODE, "node", f"node{i}", f"10.77.0.{10 + i}", str(self.folder))
         pid = self.daemons[f"node{i}"].pid
         own = _namespace(self.daemons["net"].pid)
         until("the node's namespace", lambda: _namespace(pid) not in (own, _namespace(os.getpid())), 10)

@@ -100,7 +100,7 @@ def test_a_masked_autoencoder_of_timm_grades(kind: str, tmp_path: Path) -> None:
         return
     outputs = found.squeeze(1) * summary["labels"]["std"] + summary["labels"]["mean"]
     assert [float(row["predicted"]) for row in said] == pytest.approx(outputs.tolist(), abs=1e-5)
-    assert f"times {summary['labels']['std']}, plus" in (tmp_path / "toy/model/README.md").read_text()
+    assert f"multiply it by {summary['labels']['std']} and add" in (tmp_path / "toy/model/README.md").read_text()
 
 
 def test_the_norm_before_a_classifier_is_not_part_of_it(tmp_path: Path) -> None:

@@ -84,12 +84,16 @@ mount -t tmpfs -o mode=1777 tmpfs /dev/shm && slurmd -D -f "$SLURM_CONF" -N "$1"
 
 
 def install() -> str:
-    """Installs Slurm if that can be done; otherwise says what is missing."""
+    """Installs Slurm if that can be done; otherwise says what is missing.
+
+    Raises:
+        RuntimeError: root cannot make namespaces here, as in a plain chroot.
+    """
     if sys.platform != "linux" or os.getuid() != 0:
         return "a Slurm for tests needs Linux and root"
     apart = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True)
     if apart.returncode:
-        return f"a Slurm for tests needs namespaces of its own: {apart.stderr.strip()}"
+        raise RuntimeError(f"a Slurm for tests needs namespaces of its own: {apart.stderr.strip()}")
     if all(map(shutil.which, ("munged", "slurmctld", "slurmd", "sbatch", "ip"))):
         return ""
     if shutil.which("apt-get") is None:

@@ -91,7 +91,7 @@ def main() -> None:
     rows = []
     for criterion in CRITERIA:
         values = np.array([r[criterion] for r in results])
-        names = ("Spearman", "in the top tenth", "of the top tenth found")
+        names = ("Spearman", "Spearman in the top tenth", "share of the top tenth found")
         cells = (f"{v.mean():.3f} ({v.std(ddof=1):.3f})" for v in values.T)
         rows.append({"criterion": criterion} | dict(zip(names, cells, strict=True)))
     show(rows, options.json, 1)

@@ -115,6 +115,7 @@ def _rank_main(
             "RANK": str(rank),
             "LOCAL_RANK": "0" if DEVICE == "cuda" else str(rank),
             "WORLD_SIZE": str(world_size),
+            "LOCAL_SIZE": str(world_size),  # without it DeepSpeed counts devices by a process of its own, sixty times a wrap
         }
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
         dist.init_process_group(

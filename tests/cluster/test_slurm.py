@@ -26,20 +26,26 @@ from dcft_dist.models.build import build_model
 from dcft_dist.studies.study import final_cells, load_study, make_config, make_preparation
 from dcft_dist.weights.checkpoint import load_checkpoint
 
+from ..own import tiny_encoder
 from ..slurm_cluster import Cluster, install, until
 from .test_render import golden_job
 
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "slurm"
 
-# One layer of MiniLM, SGD: what one process gives, others give up to rounding.
+# A small BERT, SGD: what one process gives, others give up to rounding.
 CONFIG = """
 extends = "smoke.toml"
 name = "tiny"
 log_every = 1
 timeout_s = 60
+test_resamples = 20
+import_roots = ["ROOTS"]
 [model]
-num_layers = 1
+build = "slow_encoder:encoder"
+args = {folder = "WEIGHTS"}
+weights = "WEIGHTS"
+features = "mean"
 [task]
 train_per_class = 5
 validation_per_class = 2
@@ -77,10 +83,15 @@ def daemons() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def beside(daemons: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
+def beside(daemons: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
     """What takes long on nodes 0 and 1 goes on beside the tests on nodes 2 and 3: most of the time it waits for Slurm."""
     with ThreadPoolExecutor(1) as pool:
-        yield Beside(*(pool.submit(job, daemons, tmp_path_factory.mktemp("beside")) for job in (calm_job, disturbed_job)))
+        jobs = []
+        for job in (calm_job, disturbed_job):
+            folder = tmp_path_factory.mktemp("beside")
+            (folder / "tiny.toml").write_text(config)
+            jobs.append(pool.submit(job, daemons, folder))
+        yield Beside(*jobs)
         pool.shutdown(wait=False, cancel_futures=True)
         daemons.run("scancel", "--user=root")
 
@@ -95,10 +106,16 @@ def cluster(daemons: Cluster) -> Iterator[Cluster]:
     daemons.run("scancel", "--user=root", "--partition=spare")
 
 
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tiny_encoder(tmp_path_factory.mktemp("encoder"))
+    return CONFIG.replace("ROOTS", str(Path(__file__).parent)).replace("WEIGHTS", str(folder))
+
+
 @pytest.fixture
-def site(tmp_path: Path) -> Path:
+def site(tmp_path: Path, config: str) -> Path:
     """A folder to submit from."""
-    (tmp_path / "tiny.toml").write_text(CONFIG)
+    (tmp_path / "tiny.toml").write_text(config)
     return tmp_path
 
 
@@ -163,12 +180,11 @@ def phase_of(run: Path) -> str:
 
 SPARE = {"SBATCH_PARTITION": "spare"}  # nodes 2 and 3
 ONE = {"DCFT_RANKS_PER_NODE": "1"}  # imports take longer than steps here
-STEPS = ("--train.epochs", "2", "--checkpoint.every", "1")  # 12 steps
+STEPS = ("--train.epochs", "3", "--checkpoint.every", "1")  # 18 steps
 
 
 def calm_job(cluster: Cluster, folder: Path) -> Path:
     """The runs of a job on two nodes, one rank each, that nothing disturbs."""
-    (folder / "tiny.toml").write_text(CONFIG)
     file = str(SLURM / "multi_node_fsdp2.sbatch")
     job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", "--name", "calm", *STEPS, cwd=folder, **ONE)
     assert cluster.end(job) == "COMPLETED", output(folder)
@@ -218,14 +234,14 @@ def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: C
 
 
 @pytest.mark.timeout(900)
-def test_sweep_that_scores_once(cluster: Cluster, site: Path) -> None:
+def test_sweep_that_scores_once(cluster: Cluster, site: Path, config: str) -> None:
     """Three arrays, each after the one before, give what a task that does it all gives, to the bit.
 
     Without arguments the configuration is configs/smoke.toml. One task of an array is asked to stop, and is requeued
     alone; the one that does it all is asked to while it scores, where nothing listens, and is ended after DCFT_GRACE_S."""
     (site / "configs").mkdir()
-    smoke = CONFIG.replace('extends = "smoke.toml"\n', 'extends = "icd.toml"\n').replace('"tiny"', '"smoke"')
-    (site / "configs/smoke.toml").write_text(smoke.replace("epochs = 1", "epochs = 2"))
+    smoke = config.replace('extends = "smoke.toml"\n', 'extends = "icd.toml"\n').replace('"tiny"', '"smoke"')
+    (site / "configs/smoke.toml").write_text(smoke.replace("epochs = 1", "epochs = 3"))
     options = {"DCFT_SWEEP_FILE": str(SLURM / "sweep.sbatch"), "DCFT_FACTORS": "0.0 0.5", **ONE, **SPARE}
     more = {"DCFT_RUNS_DIR": "other", "DCFT_GRACE_S": "0"}
     name = "smoke_seed0_top0.1_x0.5"
@@ -291,7 +307,6 @@ def test_dcft_submit(cluster: Cluster, site: Path) -> None:
 
 def disturbed_job(cluster: Cluster, folder: Path) -> Path:
     """A warning of its end, a requeue, a preemption, the failure of a node and one cut off, one after the other."""
-    (folder / "tiny.toml").write_text(CONFIG)
     file, options = str(SLURM / "multi_node_fsdp2.sbatch"), ("--name", "disturbed", *STEPS, "--timeout_s", "10")
     job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", *options, cwd=folder, **ONE)
 

@@ -8,7 +8,8 @@ make_environment() {
     [ "$extra" != test-vision ] || folder=$root/.venv-vision constraints=$root/tests/constraints-vision.txt
     PYTHON=$folder/bin/python
     stamp=$folder/installed-$extra
-    expected=$(cat "$root/pyproject.toml" "$constraints" | sha256sum)
+    # $root too: elsewhere, as after a move, .venv would go on importing the package from the old place.
+    expected=$( (echo "$root"; cat "$root/pyproject.toml" "$constraints") | sha256sum)
     if [ "$(cat "$stamp" 2>/dev/null)" = "$expected" ]; then return 0; fi
     echo "installing into $folder (a few minutes the first time)"
     if [ ! -x "$PYTHON" ]; then

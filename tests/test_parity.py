@@ -45,7 +45,7 @@ class Case:
     accumulation: int
     optimizer: str
     precision: str = "full"  # float32 for SGD, float64 for AdamW; or bf16 compute
-    steps: int = 4  # in bf16 one rounding the other way grows with every step
+    steps: int = 3  # the first, the second that uses its traces and state, one like all others
 
     @property
     def dtype(self) -> torch.dtype:
@@ -299,11 +299,11 @@ def test_equals_one_process(engine: str) -> None:
 
 @pytest.mark.parametrize(("family", "world_size"), list(itertools.product(FAMILIES, [1, 2, 4])))
 def test_equals_one_process_in_every_variant(family: str, world_size: int) -> None:
-    """Eight steps of every variant on every number of ranks; together the three meet all pairs of the other axes' values."""
+    """Five steps of every variant on every number of ranks; together the three meet all pairs of the other axes' values."""
     turn = (1, 2, 4).index(world_size)
     if ON_GPU and family == "fsdp2" and world_size > 1:
         pytest.skip("gloo dies of FSDP2's collectives on CUDA tensors, and NCCL wants a GPU for each rank")
-    cases = [replace(case, steps=8) for case in pairs(ALL)]
+    cases = [replace(case, steps=5) for case in pairs(ALL)]
     check(world_size, {e: cases[(ENGINES.index(e) + turn) % 3 :: 3] for e in FAMILIES[family]})
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from dcft_dist.models.build import build_model
 from dcft_dist.packages import dinov2_file
 
 from ..own import install_atlas
+from ..processes import output_of
 
 CPU = torch.device("cpu")
 FEW = ["--task.train_per_class", "4", "--task.validation_per_class", "2", "--task.test_per_class", "2"]
@@ -92,10 +91,7 @@ def test_dinov2_is_the_network_of_its_file() -> None:
 def test_a_run_on_images(tmp_path: Path) -> None:
     small = ["--model.num_layers", "2", "--model.image_size", "56", "--importance.num_samples", "32", "--train.epochs", "1"]
     words = [*FEW, *small, "--removal.fractions", "[0.01]", "--runs_dir", str(tmp_path), "--engine", "fsdp2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dcft_dist.cli", "train", "mri.toml", *words], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    output_of("train", "mri.toml", *words, "--test_resamples", "10")
     summary = read_json(tmp_path / "mri/summary.json")
     assert summary["num_selected"] == round(0.1 * summary["num_eligible"]) and 0 <= summary["test"]["accuracy"] <= 1
     config, task = task_of(*FEW, *small)

@@ -15,6 +15,8 @@ again() { # the bare id of an array would mean all of its tasks
 
 # -- the nodes --
 nodes=${SLURM_NNODES:?start this with sbatch} restart=${SLURM_RESTART_COUNT:-0}
+# After a node was lost and found again Slurm may keep an old step, and new ones wait for ever ("Requested nodes are busy").
+[ "$restart" = 0 ] || srun "${each[@]}" --immediate=60 true || again
 mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 if [ -n "${DCFT_HEAD_ADDRESS:-}" ]; then
     address=$DCFT_HEAD_ADDRESS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from ..config.task import Data
 from ..errors import DataError, did_you_mean
 from ..imports import find_object
 from .splits import SPLITS
+from .tables import is_blank, is_empty, records
 
 _SYNONYMS = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 
@@ -102,39 +101,10 @@ def _tables(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     for split, name in files.items():
         if name is not None:
             file = Path(name)
-            records = [(f"{file}, line {number}", record) for number, record in _records(file)]
-            for named_split, rows in _rows_of(records, data, file.parent).items():
+            named_records = ((f"{file}, line {number}", record) for number, record in records(file))
+            for named_split, rows in _rows_of(named_records, data, file.parent).items():
                 rows_by_split.setdefault(split or named_split, []).extend(rows)
     return rows_by_split
-
-
-def _records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number, value by column) of each row."""
-    try:
-        if file.suffix == ".parquet":
-            import pyarrow.parquet
-
-            yield from enumerate(pyarrow.parquet.read_table(file).to_pylist(), 1)
-        elif file.suffix in (".jsonl", ".json"):
-            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-                if line.strip():
-                    yield number, _json_line(f"{file}, line {number}", line)
-        elif file.suffix in (".csv", ".tsv"):
-            with file.open(newline="", encoding="utf-8-sig") as lines:
-                yield from enumerate(csv.DictReader(lines, delimiter="\t" if file.suffix == ".tsv" else ","), 2)
-        else:
-            raise DataError(f"{file} is not a table: use a .csv, .tsv, .parquet or .jsonl file")
-    except ImportError as error:
-        raise DataError(f"{file} needs the package pyarrow: pip install pyarrow") from error
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-
-
-def _json_line(where: str, line: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(line))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{where}: not a JSON object: {error}") from error
 
 
 def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folder: Path | None) -> dict[str, list[Row]]:
@@ -165,25 +135,16 @@ def _rows_of(records: Iterable[tuple[str, Mapping[str, Any]]], data: Data, folde
         whole_input = values[0] if isinstance(data.input, str) else tuple(values)
         label = record[data.label] if isinstance(data.label, str) else [record[name] for name in data.label]
         group = str(record[data.group]).strip() if data.group else str(values[0]) if isinstance(values[0], Path) else where
-        for name, cell in (
-            (data.group, group),
-            (data.label, record.get(str(data.label))),
-            *((name, record[name]) for name in inputs),
-        ):
-            if isinstance(name, str) and is_empty(cell):
-                raise DataError(f"{where}: the column {name!r} is empty")
+        blank = [name for name in (*inputs, *(labels if isinstance(data.label, str) else ())) if is_blank(record[name])]
+        if data.group and is_empty(record[data.group]):
+            blank.append(data.group)
+        if blank:
+            raise DataError(f"{where}: the column {blank[0]!r} is empty")
         if data.modality == "text" and not isinstance(whole_input, str):
             raise DataError(f"{where}: the input is a {type(whole_input).__name__}, not a text")
         split = _split_name(str(record[data.split]), where) if data.split else ""
         rows_by_split.setdefault(split, []).append(Row(whole_input, label, group, where, folder or Path()))
     return rows_by_split
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a cell is empty: None, NaN, blank, or the text `None`, `nan` or `NaN`."""
-    if isinstance(value, str):
-        return value.strip() in ("", "None", "nan", "NaN")
-    return value is None or (isinstance(value, float) and value != value)
 
 
 def _split_name(text: str, where: str) -> str:
@@ -199,7 +160,7 @@ def _image_folder(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
         raise DataError(f"{root} is not a folder")
     if not data.label:
         return {"": [_image_row(file, "", data) for file in _images_in(root)]}
-    names = {child.name: _SYNONYMS.get(child.name.lower(), child.name.lower()) for child in root.iterdir() if child.is_dir()}
+    names = {folder.name: _SYNONYMS.get(folder.name.lower(), folder.name.lower()) for folder in _folders_in(root)}
     parts = {name: split for name, split in names.items() if split in SPLITS}
     if parts and len(parts) < len(names):
         raise DataError(
@@ -211,12 +172,25 @@ def _image_folder(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
 
 
 def _classes_of(root: Path, data: Data) -> Iterator[Row]:
-    for folder in sorted(child for child in root.iterdir() if child.is_dir()):
+    for folder in _folders_in(root):
         yield from (_image_row(file, folder.name, data) for file in _images_in(folder))
 
 
+def _folders_in(root: Path) -> list[Path]:
+    return sorted(child for child in root.iterdir() if child.is_dir() and not _is_hidden(child.name))
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether an operating system or an editor made it: `.ipynb_checkpoints`, `._scan.png`, `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _images_in(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _IMAGES)
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if file.suffix.lower() in _IMAGES and not any(map(_is_hidden, file.relative_to(folder).parts))
+    )
     if not files:
         raise DataError(f"{folder} contains no images ({', '.join(sorted(_IMAGES))})")
     return files
@@ -272,11 +246,11 @@ def _dataset(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
         lazy = str(data.input) if data.modality == "image" and data.input in table.column_names else None
         files = [Path(file["filename"]) for file in table.cache_files]
         stamp = " of " + ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
-        records = (
+        named_records = (
             (f"{where}, row {i}", {**record, **({lazy: LazyValue(table, i, lazy, stamp)} if lazy else {})})
             for i, record in enumerate(table.select_columns(eager))
         )
-        for named_split, rows in _rows_of(records, data, None).items():
+        for named_split, rows in _rows_of(named_records, data, None).items():
             rows_by_split.setdefault(split or named_split, []).extend(rows)
     return rows_by_split
 
@@ -291,9 +265,9 @@ def _python(data: Data, roots: Sequence[str]) -> dict[str, list[Row]]:
         raise DataError(f"data.build: {data.build} fails: {type(error).__name__}: {error}") from error
     records_by_split = built if isinstance(built, Mapping) else {"": built}
     rows_by_split: dict[str, list[Row]] = {}
-    for name, records in records_by_split.items():
+    for name, built_records in records_by_split.items():
         split = _split_name(name, str(data.build)) if name else ""
-        named_records = ((f"{data.build}, {name or 'row'} {i}", record) for i, record in enumerate(records))
+        named_records = ((f"{data.build}, {name or 'row'} {i}", record) for i, record in enumerate(built_records))
         for named_split, rows in _rows_of(named_records, data, None).items():
             rows_by_split.setdefault(split or named_split, []).extend(rows)
     return rows_by_split

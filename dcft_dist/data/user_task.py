@@ -11,8 +11,10 @@ from typing import Any
 
 from ..config.schema import Config
 from ..errors import DataError, did_you_mean, listing
+from .identity import check_groups_are_spelled_alike, check_no_file_is_in_two_splits, spelled_twice
 from .readers import Row, read_rows
 from .splits import SPLITS, Split, TaskData
+from .tables import is_empty
 
 Parts = dict[str, list[Row]]  # rows by split
 
@@ -26,9 +28,12 @@ def user_task(config: Config) -> TaskData:
     """
     data = config.data
     rows_by_split = read_rows(data, config.import_roots)
+    if data.group or data.group_pattern:
+        check_groups_are_spelled_alike(row for rows in rows_by_split.values() for row in rows)
     parts = _split({split: _with_masks(rows, config) for split, rows in rows_by_split.items()}, config)
     _check_files(parts)
     _check_groups(parts)
+    check_no_file_is_in_two_splits(parts)
     names = _names(config, parts["train"])
     splits = {name: _decoded(rows, _decoder(config, names)) for name, rows in parts.items()}
     if config.task.kind == "single_label":
@@ -78,8 +83,20 @@ def _names(config: Config, rows: Sequence[Row]) -> list[str]:
     if config.task.kind == "segmentation":
         return list(config.data.classes)
     if config.task.kind == "single_label":
-        return list(config.data.classes) or sorted({_text(row.label) for row in rows}, key=_natural)
+        return list(config.data.classes) or _classes_in(rows)
     return [config.data.label] if isinstance(config.data.label, str) else list(config.data.label)
+
+
+def _classes_in(rows: Sequence[Row]) -> list[str]:
+    first = {_text(row.label): row for row in reversed(rows) if not is_empty(row.label)}
+    names = sorted(first, key=_natural)
+    if alike := spelled_twice(names):
+        one, other = (f"{name!r} ({first[name].where})" for name in alike)
+        raise DataError(
+            f"classes {one} and {other} differ only in how they are written: write them in one way, or name all classes in "
+            "data.classes"
+        )
+    return names
 
 
 def _decoder(config: Config, names: Sequence[str]) -> Callable[[Row], Any]:
@@ -163,6 +180,8 @@ class _Classes:
     def __call__(self, row: Row) -> int:
         text = _text(row.label)
         if text not in self._index:
+            if is_empty(row.label):
+                raise DataError(f"{row.where}: the label is empty")
             raise DataError(
                 f"{row.where}: label {row.label!r} is not one of the {len(self._index)} classes"
                 f"{did_you_mean(text, self._index)}: {listing(self._index)}"
@@ -174,7 +193,7 @@ def _finding(row: Row) -> list[float]:
     values = []
     for value in row.label:
         text = _text(value)
-        if text in ("", "None", "nan", "-1", "-1.0"):  # CheXpert's "uncertain" is -1
+        if is_empty(value) or text in ("-1", "-1.0"):  # CheXpert's "uncertain" is -1
             values.append(float("nan"))
         elif text in ("0", "1", "0.0", "1.0", "True", "False"):
             values.append(float(text in ("1", "1.0", "True")))
@@ -204,8 +223,8 @@ def _text(label: Any) -> str:
 
 
 def _natural(text: str) -> tuple[int, float, str]:
-    """Sort key: numbers by value, before words."""
-    return (0, float(text), "") if text.replace(".", "", 1).isdecimal() else (1, 0.0, text)
+    """Sort key: numbers by value, before words; no two texts have the same."""
+    return (0, float(text), text) if text.replace(".", "", 1).isdecimal() else (1, 0.0, text)
 
 
 def _check_classes(names: Sequence[str], train: Split) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,9 @@ def texts(number: int = 40, groups: int = 20) -> list[dict[str, Any]]:
 TEXT = ["--data.modality", "text"]
 
 
-def picture(file: Path, value: int = 100, size: int = 8) -> Path:
+def picture(file: Path, value: int | None = None, size: int = 8) -> Path:
+    """A picture of one grey value, or of noise that no other file has."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((size, size), value, np.uint8)).save(file)
+    noise = np.random.default_rng(zlib.crc32(str(file).encode())).integers(0, 256, (size, size), np.uint8)
+    Image.fromarray(noise if value is None else np.full((size, size), value, np.uint8)).save(file)
     return file

@@ -287,9 +287,8 @@ def arrays() -> list[dict[str, Any]]:
 def test_one_missing_file_among_ten_thousand(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     names = [f"images/{i}.png" for i in range(10_000)]
-    picture(tmp_path / names[0], size=8)
-    for name in names[1:]:
-        (tmp_path / name).hardlink_to(tmp_path / names[0])
+    for i, name in enumerate(names):
+        (tmp_path / name).write_text(f"{i:05}")
     file = table(tmp_path, [{"input": name, "label": i % 2} for i, name in enumerate(names)])
     task_of("--data.path", str(file))
     (tmp_path / names[8_642]).unlink()

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError, line_of
 
+_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # photometric interpretations (C.7.6.3.1.2)
 TOLERANCE = 0.05  # fraction of the distance between slices; scanners round positions
 
 
@@ -85,27 +86,38 @@ def picture_in(file: Path) -> NDArray[np.float32]:
     """Reads the image in a DICOM file as a viewer shows it.
 
     Grey values go through the file's modality and window (DICOM PS3.3 C.11.1 and C.11.2). The lowest value becomes 0 and the
-    highest 1. Images in which low values are bright (MONOCHROME1) are inverted.
+    highest 1. Images in which low values are bright (MONOCHROME1) are inverted. Palettes are looked up (C.7.6.3.1.5), YBR
+    becomes RGB (C.7.6.3.1.2), and the brightest colour is the largest number of the bits that are stored.
 
     Returns:
         [height, width] or [height, width, 3], from 0 to 1.
 
     Raises:
         ConfigError: the package pydicom is not installed.
-        ValueError: the file has several frames.
+        ValueError: the file has several frames, or colours that are none of these.
     """
     data = _pydicom().dcmread(file)
     if int(data.get("NumberOfFrames") or 1) > 1:
         raise ValueError(f"the file has {data.NumberOfFrames} frames, not one")
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
 
-    if not str(data.PhotometricInterpretation).startswith("MONOCHROME"):
-        colours: NDArray[np.float32] = (data.pixel_array / np.iinfo(data.pixel_array.dtype).max).astype(np.float32)
-        return colours
+    kind = str(data.PhotometricInterpretation)
+    if kind == "PALETTE COLOR":
+        looked_up = apply_color_lut(data.pixel_array, data)
+        return _divided(looked_up, np.iinfo(looked_up.dtype).max)
+    if kind in _COLOURS:
+        return _divided(data.pixel_array, 2 ** int(data.BitsStored) - 1)  # pydicom has turned YBR into RGB
+    if not kind.startswith("MONOCHROME"):
+        raise ValueError(f"its colours are {kind}, not one of {', '.join(('MONOCHROME1 or 2', 'PALETTE COLOR', *_COLOURS))}")
     values = np.asarray(apply_voi_lut(apply_modality_lut(data.pixel_array, data), data), dtype=np.float64)
     low, high = values.min(), values.max()
     grey: NDArray[np.float32] = ((values - low) / (high - low or 1.0)).astype(np.float32)
     return 1 - grey if data.PhotometricInterpretation == "MONOCHROME1" else grey
+
+
+def _divided(values: NDArray[Any], white: int) -> NDArray[np.float32]:
+    quotient: NDArray[np.float32] = (values / white).astype(np.float32)
+    return quotient
 
 
 def _header(file: Path) -> Any:

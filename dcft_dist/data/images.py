@@ -26,6 +26,7 @@ from .augment import Augmentation, as_tensor
 from .batches import OneByOne, Processor
 from .dicom import is_dicom, picture_in
 from .library_processor import TRANSFORMERS, Library, as_picture, preprocessing_of
+from .pictures import plain_picture
 from .readers import LazyValue
 from .splits import Split, name_of, places_of
 
@@ -127,18 +128,10 @@ def _array(source: Any) -> Any:
             return np.load(value, allow_pickle=False)
         if not isinstance(value, io.BytesIO) and is_dicom(Path(value)):
             return np.rint(picture_in(Path(value)) * 65535).astype(np.uint16)
-        with Image.open(value) as image:
-            return _array_of(image)
-    return _array_of(value) if isinstance(value, Image.Image) else np.asarray(value)
-
-
-def _array_of(image: Any) -> Any:
-    if image.mode.startswith("I"):  # 16 bits, which Pillow may return as 32
-        pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError(f"values from {pixels.min()} to {pixels.max()} do not fit into 16 bits")
-        return pixels.astype(np.uint16)
-    return np.asarray(image.convert("RGB") if image.mode in ("P", "CMYK", "YCbCr") else image)
+        # Not by its name: then Pillow maps TIFF files into memory, and garbles those that lie on their side (13.0.0).
+        with value if isinstance(value, io.BytesIO) else Path(value).open("rb") as stream, Image.open(stream) as image:
+            return np.asarray(plain_picture(image))
+    return np.asarray(plain_picture(value) if isinstance(value, Image.Image) else value)
 
 
 def _scaled(pixels: Any, scale: float) -> Any:
@@ -146,6 +139,8 @@ def _scaled(pixels: Any, scale: float) -> Any:
         return pixels.astype(np.float32)
     if pixels.dtype in (np.uint8, np.uint16):
         return pixels.astype(np.float32) / np.iinfo(pixels.dtype).max * np.float32(scale)
+    if np.iscomplexobj(pixels):
+        raise ValueError("pixels are complex numbers: save their modulus, or what else is meant")
     if np.issubdtype(pixels.dtype, np.integer):
         raise ValueError(f"pixels of {pixels.dtype} do not say which value is white: use uint8, uint16 or floats")
     return pixels.astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +30,37 @@ def problem_of_series(folder: Path) -> str | None:
     files = sorted(file for file in folder.iterdir() if file.is_file() and is_dicom(file))
     if len(files) < 2:
         return None  # not a series: one file may contain a whole volume
+    return problem_of_slices(folder, [file.name for file in files], [_header(file) for file in files])
+
+
+def problem_of_slices(folder: Path, names: Sequence[str], headers: Sequence[Any]) -> str | None:
+    """The same as `problem_of_series`, from the headers of the slices. `names`: of their files."""
     try:
-        slices = [(file, _header(file)) for file in files]
-        series = {str(header.SeriesInstanceUID) for _, header in slices}
-        orientations = [np.asarray(header.ImageOrientationPatient, dtype=float) for _, header in slices]
-        positions = [np.asarray(header.ImagePositionPatient, dtype=float) for _, header in slices]
+        series = {str(header.SeriesInstanceUID) for header in headers}
+        orientations = [np.asarray(header.ImageOrientationPatient, dtype=float) for header in headers]
+        spacings = [np.asarray(header.PixelSpacing, dtype=float) for header in headers]
+        sizes = {(int(header.Rows), int(header.Columns)) for header in headers}
+        along_normal = positions_along_normal(headers)
     except (AttributeError, TypeError, ValueError) as error:
-        return f"{folder}: the series, position or orientation of a slice cannot be read: {line_of(error)}"
+        return f"{folder}: series, position, orientation or pixel spacing of a slice cannot be read: {line_of(error)}"
     if len(series) > 1:
         return f"{folder}: contains slices of {len(series)} series; put each series into its own folder"
     if not all(np.allclose(orientations[0], orientation, atol=1e-3) for orientation in orientations):
         return f"{folder}: the slices are not parallel"
-    along_normal = np.stack(positions) @ np.cross(orientations[0][:3], orientations[0][3:])
-    return _uneven_spacing([file.name for file in files], along_normal, folder) or _regular_gaps(
-        [header for _, header in slices], along_normal, folder
-    )
+    if len(sizes) > 1 or not all(np.allclose(spacings[0], spacing, rtol=1e-3) for spacing in spacings):
+        return f"{folder}: the slices have different sizes or pixel spacings"
+    return _uneven_spacing(names, along_normal, folder) or _regular_gaps(headers, along_normal, folder)
 
 
-def _regular_gaps(headers: list[Any], positions: NDArray[np.float64], folder: Path) -> str | None:
+def positions_along_normal(headers: Sequence[Any]) -> NDArray[np.float64]:
+    """Positions of slices along their normal, in mm, from ImagePositionPatient and the first ImageOrientationPatient."""
+    directions = np.asarray(headers[0].ImageOrientationPatient, dtype=float)
+    positions = np.stack([np.asarray(header.ImagePositionPatient, dtype=float) for header in headers])
+    along: NDArray[np.float64] = positions @ np.cross(directions[:3], directions[3:])
+    return along
+
+
+def _regular_gaps(headers: Sequence[Any], positions: NDArray[np.float64], folder: Path) -> str | None:
     """Checks evenly spaced slices for regular gaps, such as every second slice missing.
 
     Then the slices' numbers have gaps, and the slices lie further apart than they are thick.
@@ -60,7 +74,7 @@ def _regular_gaps(headers: list[Any], positions: NDArray[np.float64], folder: Pa
     return None
 
 
-def _uneven_spacing(names: list[str], positions: NDArray[np.float64], folder: Path) -> str | None:
+def _uneven_spacing(names: Sequence[str], positions: NDArray[np.float64], folder: Path) -> str | None:
     """Describes the first uneven gap. `positions`: of the slices along their normal, in mm."""
     order = np.argsort(positions)
     gaps = np.diff(positions[order])

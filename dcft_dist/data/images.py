@@ -26,7 +26,7 @@ from .augment import Augmentation, as_tensor
 from .batches import OneByOne, Processor
 from .dicom import is_dicom, picture_in
 from .library_processor import TRANSFORMERS, Library, as_picture, preprocessing_of
-from .pictures import plain_picture
+from .pictures import open_picture, plain_picture
 from .readers import LazyValue
 from .splits import Split, name_of, places_of
 
@@ -128,9 +128,7 @@ def _array(source: Any) -> Any:
             return np.load(value, allow_pickle=False)
         if not isinstance(value, io.BytesIO) and is_dicom(Path(value)):
             return np.rint(picture_in(Path(value)) * 65535).astype(np.uint16)
-        # Not by its name: then Pillow maps TIFF files into memory, and garbles those that lie on their side (13.0.0).
-        with value if isinstance(value, io.BytesIO) else Path(value).open("rb") as stream, Image.open(stream) as image:
-            return np.asarray(plain_picture(image))
+        return np.asarray(open_picture(value if isinstance(value, io.BytesIO) else Path(value), plain_picture))
     return np.asarray(plain_picture(value) if isinstance(value, Image.Image) else value)
 
 

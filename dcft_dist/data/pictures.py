@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +12,40 @@ import numpy as np
 _MODES = {"1", "L", "RGB", "RGBA", "F"}  # these say what they are
 _CONVERTED = {"PA": "RGBA", "CMYK": "RGB", "YCbCr": "RGB", "HSV": "RGB", "RGBX": "RGB", "RGBa": "RGBA"}
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # tags and a value of TIFF 6.0
+
+
+def open_picture(file: Path | io.BytesIO, convert: Callable[[Any], Any]) -> Any:
+    """Opens a picture and converts it.
+
+    Args:
+        file: path, or contents.
+        convert: `plain_picture` or `plain_mask`.
+
+    Raises:
+        OSError: Pillow cannot read the file.
+        ValueError: see `convert`.
+    """
+    from PIL import Image
+
+    # Not by its name: then Pillow maps TIFF files into memory, and garbles those that lie on their side (13.0.0).
+    with file if isinstance(file, io.BytesIO) else file.open("rb") as stream, Image.open(stream) as image:
+        picture = convert(image)
+        picture.load()
+        return picture
+
+
+def plain_mask(image: Any) -> Any:
+    """Turns a mask upright. A palette only colours it: the stored numbers are the classes.
+
+    Raises:
+        ValueError: the file has several pages or frames.
+    """
+    from PIL import ImageOps
+
+    pages = int(getattr(image, "n_frames", 1))
+    if pages > 1 and image.format != "MPO":  # the further pictures of an MPO from a camera are previews
+        raise ValueError(f"the file has {pages} pages or frames, not one")
+    return ImageOps.exif_transpose(image)
 
 
 def plain_picture(image: Any) -> Any:
@@ -23,14 +60,9 @@ def plain_picture(image: Any) -> Any:
     Raises:
         ValueError: the file has several pages or frames, or its colours need a colour profile to be converted (L*a*b*).
     """
-    from PIL import ImageOps
-
-    pages = int(getattr(image, "n_frames", 1))
-    if pages > 1 and image.format != "MPO":  # the further pictures of an MPO from a camera are previews
-        raise ValueError(f"the file has {pages} pages or frames, not one")
     white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     twelve_bits = image.format == "TIFF" and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,)
-    upright = ImageOps.exif_transpose(image)
+    upright = plain_mask(image)
     if upright.mode.startswith("I"):
         return _of_16_bits(upright, 4095 if twelve_bits else 65535, white_is_zero)
     if upright.mode == "P":
@@ -43,6 +75,16 @@ def plain_picture(image: Any) -> Any:
     if upright.mode not in _MODES and upright.mode not in _CONVERTED:
         raise ValueError(f"pictures of mode {upright.mode} cannot be converted to grey or RGB: convert the file")
     return upright.convert(_CONVERTED[upright.mode]) if upright.mode in _CONVERTED else upright
+
+
+def plain_channels(image: Any) -> Any:
+    """The same as `plain_picture`, without opacity: grey or RGB.
+
+    Raises:
+        ValueError: see `plain_picture`.
+    """
+    picture = plain_picture(image)
+    return picture.convert("RGB") if picture.mode == "RGBA" else picture
 
 
 def _of_16_bits(image: Any, white: int, white_is_zero: bool) -> Any:

@@ -17,6 +17,8 @@ from torch import Tensor
 from ..config.schema import Config
 from ..errors import ConfigError, DataError, line_of, listing
 from .dicom import problem_of_series
+from .monai_readers import loader
+from .pictures import plain_channels, plain_mask
 from .splits import name_of
 
 Pair = tuple[Any, Any]  # path of the image (several channels: a tuple of paths), path of the mask (None: no mask)
@@ -26,7 +28,7 @@ class VolumeReader:
     """Reads pairs of image and mask, and brings them into one form.
 
     The axes of 3-D volumes get the order RAS, voxels get the size `data.spacing`. Intensities in `data.window` are scaled to
-    [0, 1]. Without a window, the nonzero voxels of each channel get mean 0 and deviation 1.
+    [0, 1]. Without a window, each channel gets mean 0 and deviation 1.
     """
 
     def __init__(self, config: Config) -> None:
@@ -38,16 +40,14 @@ class VolumeReader:
         data = config.data
         self._num_classes, self._cache = len(data.classes), data.cache
         self._classes_in: dict[Pair, set[int]] = {}  # classes in each mask read so far
+        self._channels = 0  # of the first image
         self._cached: dict[Pair, tuple[Tensor, Tensor | None]] = {}
         try:
             from monai import transforms as mt
-            from monai.data import PILReader
         except ImportError as error:
             raise ConfigError("data.modality = 'volume' needs the package monai: pip install 'dcft_dist[monai]'") from error
         keys, optional = ["image", "mask"], dict[str, Any](allow_missing_keys=True)  # a prediction needs no mask
-        load = mt.LoadImaged(keys, ensure_channel_first=True, image_only=True, **optional)
-        load.register(PILReader(reverse_indexing=False))  # rows first, as in pre-training on images
-        steps: list[Any] = [load]
+        steps: list[Any] = [loader("image", plain_channels), loader("mask", plain_mask)]
         if len(data.patch) == 3:  # 2-D images have no orientation
             steps.append(mt.Orientationd(keys, "RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")), **optional))
         if data.spacing:
@@ -59,7 +59,7 @@ class VolumeReader:
             low, high = data.window
             self._scale: Any = mt.ScaleIntensityRanged("image", low, high, 0.0, 1.0, clip=True)
         else:
-            self._scale = mt.NormalizeIntensityd("image", nonzero=True, channel_wise=True)
+            self._scale = mt.NormalizeIntensityd("image", channel_wise=True)
         self._without_meta: Any = mt.EnsureTyped(keys, track_meta=False, **optional)
         self._back: Any = mt.Invertd("mask", self._read, "image")
 
@@ -153,6 +153,9 @@ class VolumeReader:
         if pair in self._classes_in:
             return
         image, mask, name = volume["image"], volume.get("mask"), name_of(pair[0], "")
+        self._channels = self._channels or len(image)
+        if len(image) != self._channels:
+            raise DataError(f"{name} has {len(image)} channels, but other volumes {self._channels}")
         finite, (channels, _) = torch.isfinite(image).flatten(1).all(1).tolist(), files_of(pair)
         if not all(finite):
             broken = [name]

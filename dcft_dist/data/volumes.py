@@ -126,7 +126,10 @@ class VolumeProcessor(Processor):
                 first.
             ConfigError: `data.transform` fails on the first pair, or does not return what it must.
         """
-        pairs = [pair for split in splits for pair in _pairs_of(split)][rank::ranks]
+        every = [pair for split in splits for pair in _pairs_of(split)]
+        if every:
+            self.reader.problem(every[0])  # on all ranks: its channels are compared with those of all others
+        pairs = every[rank::ranks]
         check_all(pairs, self.reader.problem)
         training = len(splits) > 1  # the transform is tried before a run, not before a prediction
         if pairs and pairs[0][1] is not None and training and self._augment:
@@ -150,7 +153,6 @@ class LabelledVolumeProcessor(Processor):
 
         self._fit: Any = ResizeWithPadOrCrop(config.data.patch)
         self._cache, self._cached = config.data.cache, dict[Any, Tensor]()
-        self._channels: int | None = None  # of the first volume read
 
     def __call__(self, split: Split) -> OneByOne:
         return OneByOne(list(split.inputs), split.labels, "image", self.image)
@@ -199,7 +201,10 @@ class LabelledVolumeProcessor(Processor):
             ConfigError: `data.transform` fails on the first volume, or does not return what it must.
         """
         self._cache = self._cache and len(splits) > 1  # one split is for a prediction, which needs each volume only once
-        check_all([(image, None) for split in splits for image in split.inputs][rank::ranks], self._problem)
+        every: list[Pair] = [(image, None) for split in splits for image in split.inputs]
+        if every:
+            self._reader.problem(every[0])
+        check_all(every[rank::ranks], self._problem)
         if self._augment and len(splits) > 1 and len(splits[0]):
             self.image(splits[0].inputs[0], "check")
 
@@ -207,12 +212,9 @@ class LabelledVolumeProcessor(Processor):
         if text := self._reader.problem(pair):
             return text
         try:
-            image = self.image(pair[0])
+            self.image(pair[0])
         except DataError as error:
             return str(error)
-        self._channels = self._channels or len(image)
-        if len(image) != self._channels:
-            return f"{name_of(pair[0], '')} has {len(image)} channels, but other volumes {self._channels}"
         return None
 
 

@@ -244,7 +244,7 @@ def test_a_series_of_dicom_files_is_the_volume_it_came_from(tmp_path: Path) -> N
         ("twice", r"series2: slice003.dcm and .*copy.dcm have the same position|copy.dcm and slice003.dcm have the same"),
         ("all at one place", r"series2: slice000.dcm and slice001.dcm have the same position"),
         ("each twice", r"series2: .*slice000.dcm have the same pos|series2: slice000.dcm and .* have the same pos"),
-        ("no series", r"series2: the series, position or orientation of a slice cannot be read"),
+        ("no series", r"series2: series, position, orientation or pixel spacing of a slice cannot be read"),
         ("two", r"series2: contains slices of 2 series; put each series into its own folder"),
         ("every second", r"series2: the slices are numbered in steps of 2 and lie 2 mm apart, but are 1 mm thick"),
         ("elsewhere", r"series2 and .*mask2.nii.gz have different affines"),
@@ -298,3 +298,108 @@ def test_keys_that_do_not_fit() -> None:
         load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.modality", "image", "--model.build", "json.loads"])
     with pytest.raises(ConfigError, match=r"segmentation needs data.format = 'table' and data.classes"):
         load_config("mri.toml", [*KEYS, "--data.path", "x", "--data.classes", "[]", "--model.build", "json.loads"])
+
+
+# -- what stored numbers mean --------------------------------------------------------------------------------------------
+
+
+def reader(*words: str) -> Any:
+    config = [*KEYS, "--data.path", "x.csv", "--model.build", "json.loads", *words]
+    return VolumeProcessor(load_config("mri.toml", config)).reader
+
+
+FLAT = ("--data.patch", "[16, 16]", "--data.window", "[0, 255]")
+
+
+def test_flat_images_are_read_as_they_are_seen(tmp_path: Path) -> None:
+    """Palettes, inks and opacity of images; the palette of a mask only colours it."""
+    draw = np.random.default_rng(0)
+    grey, colour = draw.integers(0, 256, (20, 24), np.uint8), draw.integers(0, 256, (20, 24, 3), np.uint8)
+    inverted = Image.fromarray(255 - grey)
+    inverted.putpalette(np.repeat(np.arange(255, -1, -1, dtype=np.uint8), 3).tobytes())
+    inverted.save(tmp_path / "grey.png")
+    Image.fromarray(np.dstack([colour, grey])).save(tmp_path / "rgba.png")
+    Image.fromarray(np.dstack([255 - colour, 0 * grey]), "CMYK").save(tmp_path / "cmyk.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top row is the right side
+    Image.fromarray(np.rot90(grey)).save(tmp_path / "turned.tiff", exif=exif)
+    mask = Image.fromarray((grey > 127).astype(np.uint8))
+    mask.putpalette([200, 0, 0, 0, 0, 255])
+    mask.save(tmp_path / "mask.png")
+    for name, wanted in {"grey.png": grey[None], "turned.tiff": grey[None]}.items():
+        image, found = reader(*FLAT).whole((tmp_path / name, tmp_path / "mask.png"))
+        assert np.abs(image.numpy() * 255 - wanted).max() < 1e-3, name
+        assert np.array_equal(found[0].numpy(), grey > 127)
+    for name in ("rgba.png", "cmyk.tif"):
+        image, _ = reader(*FLAT).whole((tmp_path / name, None))
+        assert np.abs(image.numpy() * 255 - colour.transpose(2, 0, 1)).max() < 1.01, name
+
+
+def test_a_set_of_grey_and_coloured_images_is_named(tmp_path: Path) -> None:
+    """By every rank, though each reads a part of them."""
+    for i in range(8):
+        shape = (16, 16, 3) if i == 5 else (16, 16)
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, shape, np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.zeros((16, 16), np.uint8)).save(tmp_path / f"mask{i}.png")
+    splits = ["train"] * 6 + ["val", "test"]
+    rows = [f"{i}.png,mask{i}.png,{split}" for i, split in enumerate(splits)]
+    (tmp_path / "x.csv").write_text("\n".join(["image,mask,split", *rows]) + "\n")
+    words = [*KEYS, *FLAT, "--data.path", str(tmp_path / "x.csv"), "--model.build", "json.loads"]
+    config = load_config("mri.toml", words)
+    task = user_task(config)
+    with pytest.raises(DataError, match=r"5.png has 3 channels, but other volumes 1"):
+        VolumeProcessor(config).check([task.train, task.validation, task.test], 1, 4)  # reads images 1 and 5
+
+
+def test_files_that_do_not_say_which_numbers_are_meant(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(np.full((8, 8, 8), 0.1 + 0.9j, np.complex64), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(DataError, match=r"a.nii.gz: cannot be read: .*complex numbers"):
+        reader().whole((tmp_path / "a.nii.gz", None))
+    pages = [Image.fromarray(np.zeros((16, 16), np.uint8))] * 2
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    for pair in ((tmp_path / "a.tif", None), (tmp_path / "mask.png", tmp_path / "a.tif")):
+        pages[0].save(tmp_path / "mask.png")
+        with pytest.raises(DataError, match=r"the file has 2 pages or frames, not one"):
+            reader(*FLAT).whole(pair)
+
+
+def test_zero_is_a_value_like_any_other(tmp_path: Path) -> None:
+    """In a CT it is water. Without a window, a volume gets mean 0 and deviation 1, and keeps its order."""
+    draw = np.random.default_rng(0)
+    ct = np.where(draw.random((20, 20, 20)) < 0.5, -1000, draw.integers(-5, 60, (20, 20, 20))).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(ct, np.eye(4)), tmp_path / "ct.nii.gz")
+    image, _ = reader().whole((tmp_path / "ct.nii.gz", None))
+    assert np.abs(image[0].numpy() - (ct - ct.mean()) / ct.std()).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "numbers", [[3, 1, 4, 8, 5, 2, 6, 7], [1, 5, 2, 6, 3, 7, 4, 8], [1] * 8, [1, 2, None, 4, None, 6, 7, 8]]
+)
+def test_slices_lie_where_their_positions_say(numbers: list[int | None], tmp_path: Path) -> None:
+    """Whatever their numbers and the names of their files are; compared with nibabel."""
+    series, words = series_and_mask(tmp_path)
+    for number, file, name in zip(numbers, sorted(series.iterdir()), "hgfdeabc", strict=True):
+        slice_ = pydicom.dcmread(file)
+        slice_.InstanceNumber = number
+        if number is None:
+            del slice_.InstanceNumber
+        slice_.save_as(series / f"{name}.dcm", enforce_file_format=True)
+        file.unlink()
+    processor = VolumeProcessor(load_config("mri.toml", [*words, "--data.window", "[0, 10000]"]))
+    image, _ = processor.reader.whole((series, tmp_path / "mask2.nii.gz"))
+    file = nibabel.as_closest_canonical(nibabel.load(tmp_path / "image2.nii.gz"))
+    assert np.abs(image[0].numpy() * 10000 - np.rint(file.get_fdata())).max() < 0.01
+
+
+def test_series_of_slices_that_do_not_fit(tmp_path: Path) -> None:
+    series, words = series_and_mask(tmp_path)
+    slice_ = pydicom.dcmread(series / "slice003.dcm")
+    slice_.PixelSpacing = [1.5, 1.5]
+    slice_.save_as(series / "slice003.dcm", enforce_file_format=True)
+    whole = VolumeProcessor(load_config("mri.toml", words)).reader.whole  # without a check beforehand, too
+    with pytest.raises(DataError, match=r"series2: the slices have different sizes or pixel spacings"):
+        whole((series, tmp_path / "mask2.nii.gz"))
+    slice_.NumberOfFrames, slice_.PixelData = 2, slice_.PixelData * 2
+    slice_.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
+    with pytest.raises(DataError, match=r"enhanced.dcm: cannot be read: the file has 2 frames: convert it to NIfTI"):
+        whole((tmp_path / "enhanced.dcm", None))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -107,6 +107,16 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own_if_data_are_given(cls, values: Any) -> Any:
+        """Data mean the user's own task, if none is named; the default would train on the packaged data in silence."""
+        if isinstance(values, dict) and isinstance(data := values.get("data"), dict):
+            task = values.get("task", {})
+            if any(data.get(key) for key in ("path", "train", "validation", "test", "build")) and isinstance(task, dict):
+                return {**values, "task": {"name": "own", **task}}
+        return values
+
     @model_validator(mode="after")
     def _engine_can(self) -> Config:
         sharding, engine = self.sharding, self.engine
@@ -159,6 +169,11 @@ class Config(Section):
             if isinstance(self.data.label, list) != (self.task.kind == "multi_label"):
                 raise ValueError("data.label is a list of columns for task.kind = 'multi_label', and one column otherwise")
             return self
+        if self.data.sources():
+            raise ValueError(
+                f"task.name = '{self.task.name}' has data of its own, and [data] names others: set task.name = 'own', or "
+                "leave out data.path, train, validation, test and build"
+            )
         if self.task.kind != "single_label":
             raise ValueError(f"task.name = '{self.task.name}' needs task.kind = 'single_label'")
         if self.model.name == "own":

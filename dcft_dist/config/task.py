@@ -18,7 +18,7 @@ class Task(Section):
         "icd10cm_chapter",
         description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes. `drug_review`: "
         "review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> region of the brain, "
-        "8 classes. `own`: your data, described in `[data]`.",
+        "8 classes. `own`: your data, described in `[data]`; the default if `[data]` names some.",
     )
     kind: Literal["single_label", "multi_label", "regression", "causal_lm", "segmentation"] = Field(
         "single_label",

@@ -158,3 +158,17 @@ def test_a_key_that_came_later_does_not_make_another_run() -> None:
     assert differences(older, text) == {} == differences(text, older)
     now = to_toml(load_config("icd.toml", ["--optimizer.layer_decay", "0.5"]))
     assert list(differences(older, now)) == ["optimizer.layer_decay"]
+
+
+def test_data_that_are_given_are_used() -> None:
+    """They mean the user's own task, or an error: never the packaged data in their place."""
+    words = ["--model.build", "json.loads", "--data.modality", "text"]
+    for key in ("path", "train"):
+        assert load_config("icd.toml", [*words, f"--data.{key}", "x.csv"]).task.name == "own"
+    built = ["--data.format", "python", "--data.build", "json:loads"]
+    assert load_config("icd.toml", [*words, *built]).task.name == "own"
+    assert load_config("icd.toml", []).task.name == "icd10cm_chapter"
+    with pytest.raises(ConfigError, match=r"task.name = 'icd10cm_chapter' has data of its own, and \[data\] names others"):
+        load_config("icd.toml", [*words, "--data.path", "x.csv", "--task.name", "icd10cm_chapter"])
+    with pytest.raises(ConfigError, match=r"task.name = 'mri_region' has data of its own"):
+        load_config("mri.toml", ["--data.path", "x.csv"])

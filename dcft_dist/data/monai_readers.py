@@ -15,7 +15,7 @@ _PICTURES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
 
 
 def loader(key: str, convert: Callable[[Any], Any]) -> Any:
-    """MONAI's transform that reads the files under a key, if it is there.
+    """MONAI's transform that reads the files under a key; data without the key are left as they are.
 
     Args:
         key: `image` or `mask`.

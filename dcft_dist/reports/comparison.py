@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import DataError
 from ..objectives.base import oriented
 from .pictures import SETS, shown_metrics
-from .render import shown_value, summary_of
+from .render import shown_value, summary_of, what_it_is
 
 
 def removal_table(run: Path) -> str:
@@ -66,6 +66,8 @@ def comparison(runs: Sequence[Path]) -> str:
         )
         if summary["method"] == "linear_probe":
             method = "linear probe"
+        if what_it_is(summary):
+            method += ": epoch 0 was best, this is the linear probe"
         test = summary["test"]
         lines.append(
             f"| {summary['name']} | {method} | {shown_value(test, first)} | {shown_value(test, second)} "

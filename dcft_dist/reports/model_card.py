@@ -7,7 +7,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..files import write_atomic
-from .render import results_of, template
+from .render import results_of, template, what_it_is
 
 _KINDS = {
     "single_label": "One of {n} classes",
@@ -30,6 +30,7 @@ def write_card(folder: Path, config: Config, summary: dict[str, Any]) -> None:
     base = config.model.weights or config.model.build or config.model.name
     facts = {
         "base": base,
+        "what": what_it_is(summary),
         "task": _KINDS[config.task.kind].format(n=len(names)),
         "names": ", ".join(names) if config.task.kind != "causal_lm" else "",
         "splits": {name: f"{n:,} examples in {groups:,} groups" for name, (n, groups) in summary["splits"].items()},

@@ -48,6 +48,20 @@ def results_of(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return [(name, shown_value(s["validation"], name), shown_value(s["test"], name), ranges.get(name, "")) for name in names]
 
 
+def what_it_is(summary: dict[str, Any]) -> str:
+    """A sentence for a run in which fine-tuning improved nothing: its model is the linear probe. Empty for others.
+
+    Args:
+        summary: of a run, the content of its `summary.json`.
+    """
+    if summary["best_epoch"] > 0 or summary["method"] == "linear_probe":
+        return ""
+    return (
+        "On the validation data no epoch of fine-tuning was better than epoch 0. So this model is the linear probe: the "
+        "pre-trained weights with the warmed-up head."
+    )
+
+
 def template(name: str) -> jinja2.Template:
     """Loads a file of `templates/`. Values are escaped in HTML templates only."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")

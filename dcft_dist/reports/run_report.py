@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from ..files import read_lines, write_atomic
 from ..method.fundamental_set import FundamentalSet
 from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture
-from .render import png, results_of, summary_of, template
+from .render import png, results_of, summary_of, template, what_it_is
 
 
 def write_report(run: Path, pictures: Path | None = None) -> Path:
@@ -37,7 +37,9 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
     path = run / "report.html"
     write_atomic(
         path,
-        template("report.html").render(summary=summary, results=results_of(summary), facts=_facts(summary), pictures=images),
+        template("report.html").render(
+            summary=summary, what=what_it_is(summary), results=results_of(summary), facts=_facts(summary), pictures=images
+        ),
     )
     return path
 

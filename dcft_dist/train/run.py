@@ -52,10 +52,14 @@ def train(config: Config) -> bool:
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
                 from ..reports.model_card import write_card  # late import: only rank 0 draws pictures, once
+                from ..reports.render import what_it_is
                 from ..reports.run_report import write_report
 
+                summary = read_json(folder / "summary.json")
                 if (folder / "model").is_dir():
-                    write_card(folder / "model", config, read_json(folder / "summary.json"))
+                    write_card(folder / "model", config, summary)
+                if text := what_it_is(summary):
+                    print(text, flush=True)
                 print(f"report: {write_report(folder)}", flush=True)
     except Stopped as stopped:
         if first:

@@ -21,7 +21,7 @@ from dcft_dist.files import read_lines
 
 from .. import processes
 from ..own import tiny_encoder
-from ..processes import Process, finish
+from ..processes import Process, finish, output_of
 
 # 84 training texts: seconds, yet real data, engines and files.
 SHORT = """
@@ -173,6 +173,17 @@ def test_methods_share_the_head_and_sgd_hooks_the_gradient(tiny: Path, tmp_path:
     assert (summary["level"], summary["where"]) == ("gradient", "before")
     rows = [r for r in read_lines(tmp_path / "sgd" / "metrics.jsonl") if "penalty/applied_over_proposed" in r]
     assert all(r["penalty/applied_over_proposed"] == pytest.approx(0.1, rel=0.01) for r in rows)
+
+
+def test_a_run_that_improves_nothing_says_so(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If epoch 0 wins, its model is the linear probe: on the screen, in table, report and model card."""
+    said = output_of("train", tiny, "--runs_dir", tmp_path, "--engine", "single", "--optimizer.lr", "1e-30")
+    run, sentence = tmp_path / "tiny", "So this model is the linear probe"
+    assert json.loads((run / "summary.json").read_text())["best_epoch"] == 0
+    assert main(["table", str(run)]) == 0
+    assert "epoch 0 was best, this is the linear probe |" in capsys.readouterr().out
+    for text in (said, (run / "report.html").read_text(), (run / "model/README.md").read_text()):
+        assert text.count(sentence) == 1
 
 
 def test_an_engine_of_ones_own(tiny: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from monai.transforms import Compose, RandFlipd
 from PIL import Image
 
 from dcft_dist.config.toml import load_config
+from dcft_dist.data.dicom_series import stated_grid
 from dcft_dist.data.user_task import user_task
 from dcft_dist.data.volumes import VolumeProcessor
 from dcft_dist.errors import ConfigError, DataError
@@ -403,3 +404,21 @@ def test_series_of_slices_that_do_not_fit(tmp_path: Path) -> None:
     slice_.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
     with pytest.raises(DataError, match=r"enhanced.dcm: cannot be read: the file has 2 frames: convert it to NIfTI"):
         whole((tmp_path / "enhanced.dcm", None))
+
+
+def test_the_grid_that_was_read_is_compared_with_the_stated_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from monai.data import PydicomReader
+
+    series, words = series_and_mask(tmp_path)
+    headers = [pydicom.dcmread(file, stop_before_pixels=True) for file in series.iterdir()]
+    assert np.allclose(stated_grid(headers), nibabel.load(tmp_path / "image2.nii.gz").affine, atol=1e-3)
+    real = PydicomReader.get_data
+
+    def shifted(self: Any, data: Any) -> Any:
+        array, about = real(self, data)
+        about["affine"][2, 2] *= 2  # as of a reader that takes the slices for twice as thick
+        return array, about
+
+    monkeypatch.setattr(PydicomReader, "get_data", shifted)
+    with pytest.raises(DataError, match=r"the grid that was read is not the one that the slices state"):
+        VolumeProcessor(load_config("mri.toml", words)).reader.whole((series, None))

@@ -1,4 +1,4 @@
-"""Private parts of transformers: initialisation, the inputs of the Trainer, and the weight names in its files."""
+"""Private parts of transformers: initialisation, inputs and folder of the Trainer, and the weight names in its files."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def without_initialising() -> Iterator[None]:
 def trainer_inputs(trainer: Any, batch: Any) -> Any:
     """The batch as the Trainer's own training step receives it: on the device, and under DeepSpeed in its data type."""
     return trainer._prepare_inputs(batch)
+
+
+def trainer_folder(trainer: Any) -> str:
+    """The folder in which the Trainer puts its checkpoints; in a hyperparameter search that of the trial."""
+    return str(trainer._get_output_dir(getattr(trainer, "_trial", None)) or ".")
 
 
 def names_in_transformers(model: Any, stored: Iterable[str]) -> dict[str, list[str]]:

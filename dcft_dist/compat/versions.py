@@ -95,7 +95,7 @@ USES: dict[str, tuple[str, ...]] = {
     "OptimizedModule": ("_orig_mod",),
     "deepspeed.ops": ("__compatible_ops__",),
     "deepspeed.runtime.zero.partitioned_param_coordinator": ("assert_ints_same_as_other_ranks",),
-    "transformers.Trainer": ("_prepare_inputs",),
+    "transformers.Trainer": ("_prepare_inputs", "_get_output_dir"),
     "transformers.conversion_mapping": ("get_model_conversion_mapping",),
     "transformers.core_model_loading": ("rename_source_key", "WeightConverter", "WeightRenaming"),
 }

@@ -30,11 +30,11 @@ class DCFTCallback(_lightning.Callback):  # type: ignore[misc]
     """Scores weights, selects the fundamental set and attaches the penalty when training starts.
 
     The callback saves the set to `default_root_dir/fundamental.safetensors`, and the bytes of this file in each
-    checkpoint. Training that resumes from a checkpoint uses the set of the checkpoint. Warm up a new head before training
-    (`warm_up_head`).
+    checkpoint. Each `fit` that begins at step 0 has a set of its own, as in cross-validation. Training that resumes from a
+    checkpoint uses the set of the checkpoint. Warm up a new head before training (`warm_up_head`).
 
     Attributes:
-        fundamental: the set; None before training starts, unless you passed one.
+        fundamental: the set of the last training; None before training starts, unless you passed one.
         penalty: the attached penalty; None outside training.
     """
 
@@ -63,7 +63,7 @@ class DCFTCallback(_lightning.Callback):  # type: ignore[misc]
         super().__init__()
         self.loss_fn = loss_fn
         self.recipe = Recipe(head, fraction, factor, num_batches, **options)
-        self.fundamental = fundamental
+        self.fundamental = self._given = fundamental
         self.penalty: Penalty | None = None
         self._file: Path | None = None
         self._restored: torch.Tensor | None = None
@@ -85,9 +85,11 @@ class DCFTCallback(_lightning.Callback):  # type: ignore[misc]
                     write_atomic(self._file, self._restored.numpy().tobytes())
             with collectives.agreed("fundamental set of the checkpoint"):
                 self.fundamental = FundamentalSet.load(self._file)
-        elif self.fundamental is not None:
+            self._restored = None  # a later fit() is another training
+        elif self._given is not None:
+            self.fundamental = self._given
             self.fundamental.save(self._file)
-        else:
+        elif self.fundamental is None or not trainer.global_step:
             self.fundamental = self._make_set(trainer, pl_module, model)
         self.penalty = self.recipe.attach(model, self.fundamental, trainer.optimizers[0])
 

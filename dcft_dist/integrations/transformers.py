@@ -14,11 +14,11 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..compat.transformers import trainer_inputs
+from ..compat.transformers import trainer_folder, trainer_inputs
 from ..distributed import collectives
 from ..engines.find import torch_optimizer
 from ..engines.names import Patterns
-from ..errors import FundamentalSetError
+from ..errors import EngineError, FundamentalSetError
 from ..method.fundamental_set import FundamentalSet
 from ..method.penalty import Penalty
 from .recipe import SET_FILE, Recipe
@@ -29,12 +29,13 @@ log = logging.getLogger(__name__)
 class DCFTCallback(TrainerCallback):
     """Scores weights, selects the fundamental set and attaches the penalty when training begins, under any engine.
 
-    The callback saves the set to `output_dir/fundamental.safetensors` and to the folder of each checkpoint. Training that
-    resumes from a checkpoint uses the set it finds there and scores nothing. Warm up a new head before training
-    (`warm_up_head`).
+    The set is saved as `fundamental.safetensors` in the folder of the Trainer and in that of each checkpoint. Each
+    `trainer.train()` begins with a set of its own, also in cross-validation and in a hyperparameter search. Training that
+    resumes from a checkpoint uses the set it finds there and scores nothing. Each Trainer needs its own callback. Warm up a
+    new head before training (`warm_up_head`).
 
     Attributes:
-        fundamental: the set; None before training begins, unless you passed one.
+        fundamental: the set of the last training; None before training begins, unless you passed one.
         penalty: the attached penalty; None outside training.
     """
 
@@ -62,29 +63,34 @@ class DCFTCallback(TrainerCallback):
         """
         self.trainer = trainer
         self.recipe = Recipe(head, fraction, factor, num_batches, **options)
-        self.fundamental = fundamental
+        self.fundamental = self._given = fundamental
         self.penalty: Penalty | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Finds the set and attaches the penalty.
 
         Raises:
+            EngineError: the callback was made for another Trainer.
             FundamentalSetError: training resumes from a checkpoint, and there is no set beside it.
             ScoreError: some rank has fewer than `num_batches` batches.
         """
         self.on_train_end(args, state, control)  # an earlier train() may have ended in an exception
+        if state is not self.trainer.state:
+            raise EngineError("this DCFTCallback was made for another Trainer: make one for each Trainer")
         model = self.trainer.model_wrapped
-        if self.fundamental is None:
-            self.fundamental = self._load_set(args, state) if state.global_step else self._make_set(model, args)
-        elif not state.global_step:
-            self.fundamental.save(_output(args) / SET_FILE)
+        if self._given is not None:
+            self.fundamental = self._given
+            if not state.global_step:
+                self.fundamental.save(self._folder / SET_FILE)
+        else:
+            self.fundamental = self._load_set(state) if state.global_step else self._make_set(model)
         self.penalty = self.recipe.attach(model, self.fundamental, torch_optimizer(self.trainer.optimizer))
         log.info("%s, %s", self.fundamental, self.penalty)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Saves the set beside the checkpoint."""
         if self.fundamental is not None:
-            self.fundamental.save(_checkpoint(args, state) / SET_FILE)
+            self.fundamental.save(self._checkpoint(state) / SET_FILE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Removes the penalty."""
@@ -92,7 +98,14 @@ class DCFTCallback(TrainerCallback):
             self.penalty.remove()
             self.penalty = None
 
-    def _make_set(self, model: nn.Module, args: TrainingArguments) -> FundamentalSet:
+    @property
+    def _folder(self) -> Path:
+        return Path(trainer_folder(self.trainer))
+
+    def _checkpoint(self, state: TrainerState) -> Path:
+        return self._folder / f"checkpoint-{state.global_step}"
+
+    def _make_set(self, model: nn.Module) -> FundamentalSet:
         loader: Any = self.trainer.get_train_dataloader()
 
         def loss_fn(model: nn.Module, batch: Any) -> Tensor:
@@ -100,14 +113,13 @@ class DCFTCallback(TrainerCallback):
                 return cast(Tensor, self.trainer.compute_loss(model, dict(trainer_inputs(self.trainer, batch))))
 
         try:
-            return self.recipe.make_set(model, lambda: loader, loss_fn, _output(args) / SET_FILE)
+            return self.recipe.make_set(model, lambda: loader, loss_fn, self._folder / SET_FILE)
         finally:
             loader.end()  # otherwise Accelerate believes that the loader is still in use
 
-    @staticmethod
-    def _load_set(args: TrainingArguments, state: TrainerState) -> FundamentalSet:
-        folder = _checkpoint(args, state)
-        files = [folder / SET_FILE, _output(args) / SET_FILE]
+    def _load_set(self, state: TrainerState) -> FundamentalSet:
+        folder = self._checkpoint(state)
+        files = [folder / SET_FILE, self._folder / SET_FILE]
         with collectives.agreed("find the fundamental set"):
             for file in files if folder.is_dir() else ():  # without the folder, the checkpoint is in another directory
                 if file.exists():
@@ -116,11 +128,3 @@ class DCFTCallback(TrainerCallback):
                 f"training resumes at step {state.global_step}, but there is no fundamental set at {files[0]} or at "
                 f"{files[1]}: pass the set of the checkpoint as fundamental=FundamentalSet.load(...)"
             )
-
-
-def _output(args: TrainingArguments) -> Path:
-    return Path(args.output_dir or ".")
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return _output(args) / f"checkpoint-{state.global_step}"

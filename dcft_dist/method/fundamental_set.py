@@ -266,6 +266,10 @@ class FundamentalSet:
 
         def read(name: str) -> Packed:
             with safe_open(source, framework="numpy") as file:
+                if (file.metadata() or {}).get("sha256") != digest.hexdigest():
+                    raise FundamentalSetError(
+                        f"{source} was replaced by another set after it was opened: keep a copy of each"
+                    )
                 bits: Packed = file.get_tensor(name)
                 return bits
 

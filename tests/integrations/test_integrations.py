@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
 from dcft_dist.compat.deepspeed import import_deepspeed
+from dcft_dist.compat.transformers import trainer_folder
+from dcft_dist.errors import EngineError
 
 from ..nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
 from ..prepared import Prepared
@@ -184,6 +187,46 @@ def test_transformers_errors(tmp_path: Path) -> None:
     assert "ScoreError: there are only 12 batches per rank to score on" in short
 
 
+def masks_of(chosen: FundamentalSet) -> dict[str, Tensor]:
+    """In memory: the file is replaced by the next training."""
+    return {n: chosen.mask(n) for n in chosen.names}
+
+
+def hf_twice(folder: str) -> tuple[float, list[float], str, str]:
+    """Cross-validation with one Trainer, then another: overlap of the sets, their movement, an error, a trial's folder."""
+    from transformers import Trainer
+    from transformers.trainer_utils import HPSearchBackend
+
+    trainer, callback = make_trainer("ddp", folder, STEPS)
+    trainer.model_init = make_bert
+    sets, moved = [], []
+    for rows in (samples(), samples()[::-1]):
+        trainer.train_dataset = rows
+        trainer.train()
+        masks, start = masks_of(callback.fundamental), make_bert().state_dict()
+        way = {n: w - start[n] for n, w in weights_of(trainer).items() if n in masks}
+        inside, outside = (torch.cat([w[masks[n] == chosen] for n, w in way.items()]) for chosen in (True, False))
+        sets.append(FundamentalSet.from_masks(masks))
+        moved.append(float((inside.square().mean() / outside.square().mean()).sqrt()))
+    other = Trainer(make_bert(), trainer.args, train_dataset=samples(), callbacks=[callback])
+    try:
+        other.train()
+        error = ""
+    except EngineError as found:
+        error = str(found)
+    trainer.hp_search_backend, trainer._trial = HPSearchBackend.OPTUNA, SimpleNamespace(number=3)
+    return sets[0].jaccard(sets[1]), moved, error, trainer_folder(trainer)
+
+
+def test_each_training_has_a_set_of_its_own(tmp_path: Path) -> None:
+    """Otherwise, in cross-validation, the set would have been scored on cases that are held out later."""
+    ((overlap, moved, error, folder),) = run_ranks(1, hf_twice, str(tmp_path))
+    assert overlap < 1
+    assert max(moved) < 3 * min(moved)  # without the penalty, a set would have moved ten times as far
+    assert "made for another Trainer: make one for each Trainer" in error
+    assert folder == str(tmp_path / "run-3")
+
+
 # -- Accelerate ---------------------------------------------------------------------------------------------------------
 
 
@@ -346,3 +389,36 @@ def test_lightning(strategy: str, tmp_path: Path) -> None:
         2, lightning_run, strategy, str(tmp_path / "half"), STEPS, str(tmp_path / "half/half.ckpt")
     ):
         assert selected == chosen.num_selected and worst(state, expected) <= 1e-6
+
+
+def lightning_twice(folder: str) -> float:
+    """The overlap of the sets of two fits with one callback, each with its own Trainer, module and data."""
+    import pytorch_lightning as pl
+
+    from dcft_dist.integrations.lightning import DCFTCallback
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = make_bert()
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return bert_loss(self.bert, batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    callback = DCFTCallback(lambda m, b: bert_loss(m.bert, b), head="bert.classifier", fraction=0.2, num_batches=2)
+    sets = []
+    for rows in (samples(), samples()[::-1]):
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, callbacks=[callback], default_root_dir=folder, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        trainer.fit(Module(), DataLoader(rows, batch_size=SIZE))  # type: ignore[arg-type]
+        sets.append(FundamentalSet.from_masks(masks_of(callback.fundamental)))
+    return float(sets[0].jaccard(sets[1]))
+
+
+def test_each_fit_has_a_set_of_its_own(tmp_path: Path) -> None:
+    assert run_ranks(1, lightning_twice, str(tmp_path))[0] < 1

@@ -135,3 +135,15 @@ def test_cut_and_paste(shape: tuple[int, ...], seed: int, data: st.DataObject) -
     expected = torch.zeros_like(mask)
     expected[box.slices()] = mask[box.slices()]
     assert torch.equal(unpack(whole, mask.numel()).view(shape), expected)
+
+
+def test_a_file_that_was_replaced_is_not_read(tmp_path: Path) -> None:
+    """The bits stay in the file, which a later training may have replaced by those of another set."""
+    one, other = ({"w": torch.arange(16).view(4, 4) % 4 == k} for k in (0, 1))
+    FundamentalSet.from_masks(one).save(tmp_path / "set.safetensors")
+    opened = FundamentalSet.load(tmp_path / "set.safetensors")
+    FundamentalSet.from_masks(one).save(tmp_path / "set.safetensors")  # the same set again
+    assert torch.equal(opened.mask("w"), one["w"])
+    FundamentalSet.from_masks(other).save(tmp_path / "set.safetensors")
+    with pytest.raises(FundamentalSetError, match=r"set.safetensors was replaced by another set after it was opened"):
+        opened.mask("w")

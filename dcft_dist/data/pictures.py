@@ -40,12 +40,7 @@ def plain_mask(image: Any) -> Any:
     Raises:
         ValueError: the file has several pages or frames.
     """
-    from PIL import ImageOps
-
-    pages = int(getattr(image, "n_frames", 1))
-    if pages > 1 and image.format != "MPO":  # the further pictures of an MPO from a camera are previews
-        raise ValueError(f"the file has {pages} pages or frames, not one")
-    return ImageOps.exif_transpose(image)
+    return _upright(image)
 
 
 def plain_picture(image: Any) -> Any:
@@ -62,7 +57,7 @@ def plain_picture(image: Any) -> Any:
     """
     white_is_zero = image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     twelve_bits = image.format == "TIFF" and image.tag_v2.get(_BITS_PER_SAMPLE) == (12,)
-    upright = plain_mask(image)
+    upright = _upright(image)
     if upright.mode.startswith("I"):
         return _of_16_bits(upright, 4095 if twelve_bits else 65535, white_is_zero)
     if upright.mode == "P":
@@ -85,6 +80,16 @@ def plain_channels(image: Any) -> Any:
     """
     picture = plain_picture(image)
     return picture.convert("RGB") if picture.mode == "RGBA" else picture
+
+
+def _upright(image: Any) -> Any:
+    """The one page of a file, turned as its EXIF orientation says."""
+    from PIL import ImageOps
+
+    pages = int(getattr(image, "n_frames", 1))
+    if pages > 1 and image.format != "MPO":  # the further pictures of an MPO from a camera are previews
+        raise ValueError(f"the file has {pages} pages or frames, not one")
+    return ImageOps.exif_transpose(image)
 
 
 def _of_16_bits(image: Any, white: int, white_is_zero: bool) -> Any:

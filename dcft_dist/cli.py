@@ -199,9 +199,9 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
     RunFolder.of(config).check(config)
     check_model(config)
     if options.data:
-        from .train.context import check_classes, read_materials
+        from .train.context import check_inputs, read_materials
 
-        check_classes(read_materials(config))
+        check_inputs(read_materials(config))
         print(f"{config.name}: the configuration is valid, its weights fit the model, and its data can be read")
         return
     check_sizes(config, len(load_task(config).train))

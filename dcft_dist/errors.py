@@ -54,6 +54,10 @@ class CheckpointError(DcftError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
+class MismatchError(DcftError):
+    """Ranks of one start, or two starts of one run, do not have the same configuration, code, data or weights."""
+
+
 class DivergedError(DcftError):
     """The loss is no longer a number."""
 

@@ -225,6 +225,10 @@ class Config(Section):
         return self
 
 
+# Keys that say where something lies on this machine. What lies there is compared instead, between ranks and between starts.
+LOCAL_PATHS = ("runs_dir", "import_roots", "data.path", "data.train", "data.validation", "data.test", "model.weights")
+
+
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:
     """Yields (key, class) for each section of the schema; the top level has the key ''."""
     yield "", Config

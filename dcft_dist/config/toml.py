@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError, did_you_mean
-from .schema import Config, sections
+from .schema import LOCAL_PATHS, Config, sections
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> Config:
@@ -174,6 +174,12 @@ def differences(before: str, after: str) -> dict[str, str]:
     defaults = to_toml(Config(name="defaults"))
     old, new = (_resolved(defaults) | _resolved(text) for text in (before, after))
     return {k: f"{k} was {old.get(k)} and is {new.get(k)}" for k in old | new if old.get(k) != new.get(k)}
+
+
+def resolved_keys(config: Config) -> dict[str, str]:
+    """Dotted key -> value as JSON, of the whole configuration without `LOCAL_PATHS`."""
+    flat = flat_keys(config.model_dump(), depth=1)
+    return {key: json.dumps(value) for key, value in flat.items() if key not in LOCAL_PATHS}
 
 
 def flat_keys(nested: dict[str, Any], depth: int | None = None, prefix: str = "") -> dict[str, Any]:

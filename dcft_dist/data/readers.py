@@ -50,12 +50,14 @@ class LazyValue:
         index: row of the cell.
         column: column of the cell.
         stamp: names and sizes of the dataset's files. It is part of the checksum, which changes when the files change.
+        files: the dataset's files.
     """
 
     table: Any
     index: int
     column: str
     stamp: str
+    files: tuple[Path, ...] = ()
 
     def __repr__(self) -> str:
         return f"row {self.index}{self.stamp}"
@@ -244,10 +246,10 @@ def _dataset(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
         split = _split_name(name, where) if name else ""
         eager = [c for c in table.column_names if c != data.input] if data.modality == "image" else table.column_names
         lazy = str(data.input) if data.modality == "image" and data.input in table.column_names else None
-        files = [Path(file["filename"]) for file in table.cache_files]
+        files = tuple(Path(file["filename"]) for file in table.cache_files)
         stamp = " of " + ", ".join(f"{file.name} ({file.stat().st_size} bytes)" for file in files)
         named_records = (
-            (f"{where}, row {i}", {**record, **({lazy: LazyValue(table, i, lazy, stamp)} if lazy else {})})
+            (f"{where}, row {i}", {**record, **({lazy: LazyValue(table, i, lazy, stamp, files)} if lazy else {})})
             for i, record in enumerate(table.select_columns(eager))
         )
         for named_split, rows in _rows_of(named_records, data, None).items():

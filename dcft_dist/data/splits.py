@@ -55,6 +55,11 @@ class TaskData:
     checksum: str
     caveat: str
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The three splits by name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
     @classmethod
     def of(cls, class_names: list[str], splits: Mapping[str, Split], caveat: str) -> TaskData:
         """Builds the task and computes its checksum.
@@ -64,7 +69,7 @@ class TaskData:
             splits: train, validation and test by name.
             caveat: see `TaskData`.
         """
-        content = [(name, _hashable(splits[name].inputs), _hashable(splits[name].labels)) for name in sorted(splits)]
+        content = [(name, content_of(splits[name].inputs), content_of(splits[name].labels)) for name in sorted(splits)]
         digest = hashlib.sha256(repr(content).encode()).hexdigest()
         return cls(class_names, splits["train"], splits["validation"], splits["test"], digest, caveat)
 
@@ -108,10 +113,22 @@ def draw_of(task: Task, split: str) -> str:
     return f"sample:{task.sample_seed}" if resampled else f"{task.split_seed}:{split}"
 
 
-def _hashable(inputs: Any) -> Any:
-    """Returns what the checksum depends on: texts, bytes of arrays, names and sizes of files."""
-    if isinstance(inputs, np.ndarray):
-        return hashlib.sha256(inputs.tobytes()).hexdigest()
-    if isinstance(inputs, list | tuple):
-        return [_hashable(value) for value in inputs]
-    return (inputs.name, inputs.stat().st_size) if isinstance(inputs, Path) else inputs
+def content_of(value: Any) -> Any:
+    """What a checksum of inputs or labels depends on, in a form whose `repr` is the same in every process.
+
+    Texts and numbers as they are, bytes of arrays, tensors and pictures, names and sizes of files; of an object whose `repr`
+    is its memory address, the class.
+    """
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return hashlib.sha256(value.tobytes()).hexdigest()
+    if isinstance(value, list | tuple):
+        return [content_of(part) for part in value]
+    if isinstance(value, dict):
+        return [(key, content_of(part)) for key, part in value.items()]
+    if isinstance(value, Path):
+        return (value.name, value.stat().st_size)
+    if callable(to_bytes := getattr(value, "tobytes", None)) and not isinstance(value, np.generic):  # a picture of PIL
+        return (type(value).__name__, getattr(value, "size", ()), hashlib.sha256(to_bytes()).hexdigest())
+    if callable(to_array := getattr(value, "__array__", None)):  # a tensor, whose `repr` leaves out most of it
+        return content_of(np.asarray(to_array()))
+    return type(value).__name__ if not isinstance(value, str) and " at 0x" in repr(value) else value

@@ -87,4 +87,6 @@ def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
         ("data SHA-256", s["data_checksum"]),
         ("weights SHA-256", s["weights_checksum"]),
     ]
+    if s.get("changes"):
+        facts.append(("changed between starts", "; ".join(s["changes"])))
     return facts

@@ -2,7 +2,8 @@
 
 config.toml  metrics.jsonl  head.safetensors  scores.safetensors  fundamental.safetensors  removal.json  checkpoints/
 tensorboard/  model/ (the fine-tuned weights)  predictions.csv (of the test data)  summary.json  estimate.json  report.html
-lock  attempts.jsonl  errors/  progress.json (see `runs.status`)
+lock  attempts.jsonl  errors/  progress.json (see `runs.status`)  facts.json (see `runs.facts`)
+contents/ (of the data files; see `data.contents`)
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from ..config.schema import Config
+from ..config.schema import LOCAL_PATHS, Config
 from ..config.toml import differences, load_config, to_toml
 from ..errors import ConfigError, RunError, listing
 from ..files import read_json
@@ -52,6 +53,8 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.report = path / "report.html"
         self.progress = path / "progress.json"
+        self.facts = path / "facts.json"
+        self.contents = path / "contents"
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -62,7 +65,8 @@ class RunFolder:
         """Checks that a run with this configuration may continue here.
 
         These keys may differ: engine, `[sharding]`, `train.micro_batch`, `train.workers`, `[checkpoint]`, log_every,
-        timeout_s, max_attempts and until.
+        timeout_s, max_attempts and until. Data and weights may lie elsewhere while the run is not finished: each start
+        compares what they contain (`runs.facts`).
 
         Raises:
             ConfigError: the directory holds a run with another configuration.
@@ -70,7 +74,9 @@ class RunFolder:
         file = self.path / "config.toml"
         if not file.exists():
             return
-        changed = [text for key, text in differences(file.read_text(), to_toml(config)).items() if not key.startswith(_FREE)]
+        moved = LOCAL_PATHS if self.facts.exists() and not self.summary.exists() else ()
+        differing = differences(file.read_text(), to_toml(config)).items()
+        changed = [text for key, text in differing if not key.startswith(_FREE) and key not in moved]
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with another configuration ({listing(changed)}): "

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,16 @@ import torch
 
 from ..distributed import collectives
 
+# Installed libraries that compute, read or choose what a run trains on.
+LIBRARIES = ["torch", "transformers", "timm", "monai", "open_clip_torch", "numpy", "dcft_dist", "deepspeed", "accelerate"]
+LIBRARIES += ["tokenizers", "datasets", "pillow", "pydicom", "nibabel", "triton"]
 
+
+@cache
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that affect results, by name; libraries that are not installed are missing."""
     versions_by_name = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "timm", "monai", "open_clip_torch", "numpy", "dcft_dist"):
+    for name in LIBRARIES:
         with suppress(PackageNotFoundError):
             versions_by_name[name] = version(name)
     return versions_by_name

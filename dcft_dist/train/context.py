@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..config.checks import check_sizes
 from ..config.schema import Config
 from ..data.batches import Batch, Examples, micro_batches
+from ..data.contents import Contents
 from ..data.splits import TaskData
 from ..data.tasks import load_task
 from ..distributed import collectives
@@ -27,6 +28,7 @@ from ..models.pretrained import Pretrained
 from ..objectives.base import Metrics, Objective
 from ..objectives.make import label_facts
 from ..runs.writer import RunWriter
+from .handshake import code_facts, compare_data, compare_starts, compare_weights, read_contents
 from .methods import choose_trained, depths
 from .optimizer import make_optimizer
 from .task_model import TaskModel, build_for_task
@@ -127,17 +129,14 @@ class Materials:
     examples: dict[str, Examples]
 
 
-def read_materials(config: Config, rank: int = 0, ranks: int = 1, read: bool = True) -> Materials:
-    """Reads the data and builds the model. The weights in `model.weights` are not read yet.
+def read_materials(config: Config) -> Materials:
+    """Lists the data and builds the model. Images, volumes and the weights in `model.weights` are not read yet.
 
     Args:
         config: configuration of the run.
-        rank: number of this rank.
-        ranks: number of all ranks.
-        read: True: this rank checks its part of the inputs (`Processor.check`).
 
     Raises:
-        DcftError: see `load_task`, `build_model` and `Processor.check`.
+        DcftError: see `load_task` and `build_model`.
     """
     task = load_task(config)
     facts = label_facts(config, task.class_names, task.train.labels)
@@ -145,30 +144,28 @@ def read_materials(config: Config, rank: int = 0, ranks: int = 1, read: bool = T
     head_has_several_modules = pretrained.head and pretrained.head_module() is None
     if head_has_several_modules and config.engine == "deepspeed" and config.head_warmup.max_epochs:
         raise ConfigError("a head of several modules cannot be warmed up under deepspeed: set head_warmup.max_epochs = 0")
-    splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    examples = {name: pretrained.processor(split) for name, split in splits.items()}
+    examples = {name: pretrained.processor(split) for name, split in task.splits.items()}
     check_sizes(config, len(examples["train"]))
     _check_metric(config, objective, examples["validation"])
-    if read:
-        pretrained.processor.check(list(splits.values()), rank, ranks)
     return Materials(task, facts, objective, pretrained, examples)
 
 
-def check_classes(materials: Materials) -> None:
-    """Checks that every class except the background occurs in a training mask. Collective.
-
-    Every rank must have checked its part of the inputs before (`read_materials` with `read=True`).
+def check_inputs(materials: Materials) -> None:
+    """Reads every input once, each rank its part; for masks, checks that every class occurs in a training mask. Collective.
 
     Args:
         materials: data and model of the run.
 
     Raises:
-        DataError: a class occurs in no training mask.
+        DataError: an input cannot be read, or a class other than the background occurs in no training mask.
     """
-    seen = materials.pretrained.processor.classes_seen(materials.task.train)
+    processor, task = materials.pretrained.processor, materials.task
+    with collectives.agreed("read every input"):
+        processor.check(list(task.splits.values()), collectives.rank(), collectives.world_size())
+    seen = processor.classes_seen(task.train)
     if seen is None:  # the labels are not masks
         return
-    names = materials.task.class_names
+    names = task.class_names
     counts = collectives.reduce_numbers([int(i in seen) for i in range(len(names))], what="classes in the training masks")
     if absent := [name for name, count in zip(names[1:], counts[1:], strict=True) if not count]:
         raise DataError(f"no training mask has {listing(absent)}: leave it out of data.classes, or change the split")
@@ -183,28 +180,33 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
         writer: writes the run's folder.
 
     Raises:
-        DcftError: see `read_materials` and `prepare`.
+        DcftError: see `read_materials`, `train.handshake` and `prepare`.
     """
     with collectives.agreed("set-up"):
-        materials = read_materials(config, world.rank, world.world_size, config.data.check)
+        materials = read_materials(config)
+        contents = Contents(materials.task.splits, writer.contents)
+    facts = code_facts() | compare_data(config, materials.task, contents)
     if config.data.check:
-        check_classes(materials)
+        check_inputs(materials)
+        read_contents(contents)
     pretrained = materials.pretrained
     num_weights = sum(p.numel() for p in pretrained.module.parameters())
     head = pretrained.head_module()
     head_copy = copy.deepcopy(head[1]) if head else None
+    prepared = _prepare(config, world, pretrained)
+    compare_starts(writer, prepared.model, config, facts)
     return RunContext(
         config=config,
         world=world,
         facts=materials.facts,
         objective=materials.objective,
         pretrained=pretrained,
-        prepared=_prepare(config, world, pretrained),
+        prepared=prepared,
         writer=writer,
         task=materials.task,
         head=head_copy,
         num_weights=num_weights,
-        **materials.examples,
+        **{name: contents.watch(examples, name) for name, examples in materials.examples.items()},
     )
 
 
@@ -228,6 +230,7 @@ def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
     if loading and not shards_weights(options):
         loading.into_whole(module, world.device)
     choose_trained(pretrained, config)
+    compare_weights(loading.place if loading else None, module, whole=not (loading and shards_weights(options)))
     head, block_depths = pretrained.head_names, depths(pretrained)
     prepared = prepare(module, options, lambda weights: make_optimizer(weights, config, block_depths, head))
     if loading and shards_weights(options):

@@ -21,6 +21,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from ..distributed import collectives
+from ..engines.checksum import check_replicas
 from ..engines.whole_tensors import average_buffers
 from ..errors import CheckpointError, RunError
 from ..files import sha256_of, write_json
@@ -123,6 +124,7 @@ class Trainer:
             values = self.training.step(step - 1, total, groups if log_now else None)
             self.step_seconds = [*self.step_seconds[-49:], time.monotonic() - began]
             if log_now:
+                check_replicas(run.model)
                 self._log(writer, step, values)
                 self.writer.phase("train", step, total, median(self.step_seconds))
             if self.training.stopping:  # there may be no time to validate
@@ -151,6 +153,7 @@ class Trainer:
         """Validates, saves the weights if the epoch is the best so far, and saves a checkpoint if `write`."""
         self.writer.phase("validate", step)
         average_buffers(self.run.model)
+        check_replicas(self.run.model)
         metrics = self.run.validate(f"after epoch {epoch}")
         values = {f"validation/{key}": value for key, value in metrics.items()}
         values |= {f"movement/{key}": value for key, value in groups.movement().items()}
@@ -179,6 +182,7 @@ class Trainer:
                 self._remove_old("best", best.step, self.config.checkpoint.keep_best)
             return
         average_buffers(self.run.model)  # a resumed run then has the same buffers as this one
+        check_replicas(self.run.model)
         state = model_state(self.run.model, self.run.prepared.optimizer)
         progress = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
         progress["data"] = self.run.task.checksum

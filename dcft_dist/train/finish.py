@@ -14,6 +14,7 @@ from ..files import read_json, table_of, write_atomic, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..method.penalty import Penalty
 from ..objectives.base import Metrics, intervals
+from ..runs.facts import changes_since_begin
 from ..runs.provenance import machine, peak_memory_gib, versions
 from ..weights.checkpoint import load_checkpoint, read_state
 from .context import RunContext
@@ -67,16 +68,14 @@ def finish(
         "test": test,
         "test_intervals": test_intervals,
         "labels": run.facts,
-        "splits": {
-            name: [len(split), len(set(split.groups))]
-            for name, split in (("train", run.task.train), ("validation", run.task.validation), ("test", run.task.test))
-        },
+        "splits": {name: [len(split), len(set(split.groups))] for name, split in run.task.splits.items()},
         "seconds": writer.seconds,
         "peak_memory_gib": peak_memory_gib(run.world.device),
         "versions": versions(),
         "machine": machine(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "git_commit": commit,
+        "changes": changes_since_begin(writer.facts),
         "data_checksum": run.task.checksum,
         "weights_checksum": weights_checksum(run.model),
         "caveat": run.task.caveat,

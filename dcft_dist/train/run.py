@@ -21,6 +21,7 @@ from ..runs.stop import Stopped, listen_for_stop
 from ..runs.writer import RunWriter
 from .context import make_context
 from .fine_tune import Trainer
+from .handshake import greet
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
         DcftError: bad input, a missing package, or a damaged file.
         Stopped: the run was asked to stop.
     """
+    greet(config)
     writer = RunWriter.of(config)
     with collectives.agreed("set-up"):
         check_ranks(config, world.world_size)

@@ -1,0 +1,118 @@
+"""Checksums of weights that do not depend on the engine or the number of ranks, and a check that replicas are equal.
+
+The checksum of a weight is the sum over its elements of (2 i + 1) times the element's bits as an integer, modulo 2^64; i is
+the element's index in the flattened weight. Any rank can therefore add its part. One changed element always changes the sum,
+since an odd number times a difference below 2^64 is not 0 modulo 2^64.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import collectives
+from ..errors import TemporaryError
+from .base import Shard
+from .box import Box
+from .find import find_engine
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> integer of that size
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements: fits in a core's cache; keeps a GPU busy
+
+
+def weight_checksums(model: nn.Module) -> dict[str, int]:
+    """The checksum of every weight over all ranks, by canonical name. Collective: 8 bytes for each weight.
+
+    Args:
+        model: the wrapped or plain model, with memory.
+
+    Returns:
+        Signed 64-bit numbers, equal for every engine and number of ranks.
+    """
+    shards = find_engine(model).shards()
+    parts = torch.stack([_of_owned(shard) for shard in shards]).cpu()
+    sums = collectives.all_reduce(parts, what="checksums of the weights")
+    return {shard.name: int(value) for shard, value in zip(shards, sums.tolist(), strict=True)}
+
+
+def own_checksums(module: nn.Module) -> dict[str, int]:
+    """The checksums of a plain module's weights, as on this rank alone. No communication."""
+    return {
+        name: int(checksum(p.detach(), Box.flat(p.numel(), 0, p.numel())))
+        for name, p in module.named_parameters()
+        if not p.is_meta
+    }
+
+
+def check_replicas(model: nn.Module) -> int:
+    """Checks that ranks which store the same elements (DDP, hybrid sharding) store the same values. Collective.
+
+    One collective of 8 bytes for each weight; where several ranks store a weight, a second of 16 bytes and a pass over its
+    values. A replica can differ after a fault of the memory, or where ranks compute on different hardware.
+
+    Args:
+        model: the wrapped model.
+
+    Returns:
+        Number of weights that several ranks store.
+
+    Raises:
+        TemporaryError: a rank has other values; the message names the weight and the rank.
+    """
+    engine = find_engine(model)
+    shards = engine.shards()
+    sizes = collectives.all_reduce(torch.tensor([s.box.numel for s in shards]), what="sizes of the replicas").tolist()
+    copies = [total // max(prod(s.box.grid), 1) for total, s in zip(sizes, shards, strict=True)]
+    several = [(shard, n) for shard, n in zip(shards, copies, strict=True) if n > 1]
+    if not several:
+        return 0
+    # Every element is owned once and stored `n` times: if copies are equal, all stored ones sum up to n times the owned.
+    parts = torch.stack([torch.stack([_of_owned(shard), checksum(shard.local, shard.box)]) for shard, _ in several]).cpu()
+    sums = collectives.all_reduce(parts, what="checksums of the replicas").tolist()
+    for (shard, n), (owned, stored) in zip(several, sums, strict=True):
+        if (n * owned - stored) % (1 << 64):
+            raise TemporaryError(_disagreement(shard))
+    return len(several)
+
+
+def _disagreement(shard: Shard) -> str:
+    """Names the rank whose values differ from those of most ranks with the same elements. Collective."""
+    here = hash((shard.box.start, shard.box.size)) & (1 << 62) - 1
+    rows = collectives.all_gather_ints([here, int(checksum(shard.local, shard.box))], what=f"copies of {shard.name}")
+    for place in dict.fromkeys(place for place, _ in rows):
+        values = [value for other, value in rows if other == place]
+        usual = max(values, key=values.count)
+        if odd := [rank for rank, row in enumerate(rows) if row[0] == place and row[1] != usual]:
+            others = ", ".join(str(rank) for rank, row in enumerate(rows) if row == [place, usual])
+            return (
+                f"rank {odd[0]} has other values of {shard.name} than rank {others}, though all are copies: a fault of the "
+                "memory, or different hardware; start again to go on from the last checkpoint"
+            )
+    return f"the copies of {shard.name} differ"
+
+
+def _of_owned(shard: Shard) -> Tensor:
+    return checksum(shard.local.reshape(-1)[slice(*shard.owned)], shard.owned_box)
+
+
+@torch.no_grad()
+def checksum(values: Tensor, box: Box) -> Tensor:
+    """The part of a weight's checksum that these elements contribute: a scalar int64 tensor on their device.
+
+    Args:
+        values: the elements of `box`, in row-major order.
+        box: which elements of the weight they are.
+    """
+    flat, total = values.detach().reshape(-1), torch.zeros((), dtype=torch.int64, device=values.device)
+    chunk = _CHUNK.get(flat.device.type, 1 << 20)
+    first, odd = box.first, torch.arange(1, 2 * min(chunk, len(flat)), 2, device=flat.device)
+    for begin in range(0, len(flat), chunk):
+        bits = flat[begin : begin + chunk].contiguous().view(_BITS[flat.element_size()]).to(torch.int64)
+        if first is None:
+            index = box.flat_index(begin, begin + len(bits), flat.device)
+            total += (bits * (2 * index + 1)).sum()
+        else:
+            total += (bits * odd[: len(bits)]).sum() + 2 * (first + begin) * bits.sum()
+    return total

@@ -68,6 +68,9 @@ def _add_run(commands: Commands) -> None:
     check.add_argument("config")
     check.add_argument("--ranks", type=int, default=1, help="number of ranks that will run it")
     check.add_argument("--data", action="store_true", help="also build the model, and read every input once")
+    check.add_argument(
+        "--hash", action="store_true", help="with --data: hash every file, and compare it with what the run first read"
+    )
     inspect = commands.add_parser("inspect", help="show what a configuration does to each weight of its model")
     inspect.add_argument("config")
 
@@ -199,9 +202,16 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
     RunFolder.of(config).check(config)
     check_model(config)
     if options.data:
+        from .data.contents import Contents
         from .train.context import check_inputs, read_materials
 
-        check_inputs(read_materials(config))
+        materials = read_materials(config)
+        check_inputs(materials)
+        if options.hash:
+            contents = Contents(materials.task.splits, RunFolder.of(config).contents)
+            contents.load()
+            contents.stamp()
+            print(f"{contents.read_all(again=True)} files contain what the run has read first, or were not read yet")
         print(f"{config.name}: the configuration is valid, its weights fit the model, and its data can be read")
         return
     check_sizes(config, len(load_task(config).train))

@@ -107,7 +107,7 @@ def checksum(values: Tensor, box: Box) -> Tensor:
     """
     flat, total = values.detach().reshape(-1), torch.zeros((), dtype=torch.int64, device=values.device)
     chunk = _CHUNK.get(flat.device.type, 1 << 20)
-    first, odd = box.first, torch.arange(1, 2 * min(chunk, len(flat)), 2, device=flat.device)
+    first, odd = box.first, 2 * torch.arange(min(chunk, len(flat)), device=flat.device) + 1
     for begin in range(0, len(flat), chunk):
         bits = flat[begin : begin + chunk].contiguous().view(_BITS[flat.element_size()]).to(torch.int64)
         if first is None:

@@ -74,7 +74,8 @@ class RunFolder:
         file = self.path / "config.toml"
         if not file.exists():
             return
-        moved = LOCAL_PATHS if self.facts.exists() and not self.summary.exists() else ()
+        comparable = self.facts.exists() or self.reached() == "the beginning"
+        moved = LOCAL_PATHS if comparable and not self.summary.exists() else ()
         differing = differences(file.read_text(), to_toml(config)).items()
         changed = [text for key, text in differing if not key.startswith(_FREE) and key not in moved]
         if changed:

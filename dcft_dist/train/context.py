@@ -185,7 +185,7 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
     with collectives.agreed("set-up"):
         materials = read_materials(config)
         contents = Contents(materials.task.splits, writer.contents)
-    facts = code_facts() | compare_data(config, materials.task, contents)
+    facts = code_facts() | compare_data(config, materials.task, contents, writer)
     if config.data.check:
         check_inputs(materials)
         read_contents(contents)

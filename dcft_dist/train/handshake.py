@@ -46,7 +46,7 @@ def code_facts() -> Facts:
     return {f"version of {name}": number for name, number in versions().items()} | {"code of dcft_dist": digest}
 
 
-def compare_data(config: Config, task: TaskData, contents: Contents) -> Facts:
+def compare_data(config: Config, task: TaskData, contents: Contents, folder: RunFolder) -> Facts:
     """Compares classes, splits and contents of the data over all ranks, and with what earlier starts have read. Collective.
 
     Ranks of one host that see the same paths share the work.
@@ -55,9 +55,10 @@ def compare_data(config: Config, task: TaskData, contents: Contents) -> Facts:
         config: configuration of the run.
         task: the data.
         contents: their files; gets their stamps.
+        folder: the run's directory.
 
     Raises:
-        MismatchError: the ranks have different data.
+        MismatchError: the ranks have different data, or the run was begun with other data.
         DataError: a file was changed since an earlier start.
     """
     facts = {**_code_of_the_user(config), "list of classes": digest_of(task.class_names)}
@@ -67,6 +68,7 @@ def compare_data(config: Config, task: TaskData, contents: Contents) -> Facts:
     paths = digest_of([(key, str(file.resolve())) for key, file in contents.files.items()])
     position, number, views = same_view(paths)
     with collectives.agreed("data of earlier starts"):
+        compare_with_first_start(folder.facts, facts)
         if collectives.rank() == 0:
             contents.compact()
     with collectives.agreed("contents of the data"):

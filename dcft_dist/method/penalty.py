@@ -7,18 +7,15 @@ weights move 0.10 as far under SGD, but 1.00 under Adam (docs/results/displaceme
 
 from __future__ import annotations
 
-import itertools
 import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..distributed import collectives
 from ..engines.base import Engine, Leaf, Segment, Shard, local_tensor
@@ -40,7 +37,9 @@ from .penalty_checks import (
     check_shareable,
     choose_level,
 )
+from .penalty_hooks import ForwardHook, is_in_place, is_watched, unwatch, watch_optimizers
 from .penalty_watch import LeafCount, PenaltyWatch
+from .step_checks import StepChecks, is_where_it_was
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +196,7 @@ class Penalty:
         self.calls: Counter[str] = Counter()
         self._engine, self._multipliers = engine, multipliers
         self._seen = PenaltyWatch(engine, multipliers.bits)
+        self._steps = StepChecks(engine, multipliers.bits)
         self.frozen = self._seen.frozen
         self._handles: list[Any] = []
         self._scaled: set[str] = set()  # weights whose reduced gradient is already multiplied for the next step
@@ -278,17 +278,27 @@ class Penalty:
             equals the factor. NaN if `watch` is off, or if nothing was proposed.
 
         Raises:
-            PenaltyError: the ranks have different factors, or a weight has a gradient that no rank multiplied.
+            PenaltyError: the penalty or a hook of it was removed, the ranks have different factors, a weight has a gradient
+                that no rank multiplied, or a weight does not hold what the penalty wrote after the last step.
         """
-        self._seen.agree(self.factor)
+        self._seen.agree(self.factor, self._lost() or self._steps.problem())
+        self._steps.again()
         m = self._multipliers
         applied, proposed = collectives.reduce_numbers([m.applied, m.proposed], what="penalty in force")
         m.applied = m.proposed = 0.0
         return float((applied / proposed) ** 0.5) if proposed else float("nan")
 
+    def _lost(self) -> str:
+        """What has taken the penalty off, or an empty string."""
+        if self._engine.penalty is not self:
+            return "the penalty was removed from the model"
+        if not is_watched(self) or not all(is_in_place(handle) for handle in self._handles):
+            return "a hook of the penalty was taken off: attach the penalty again"
+        return ""
+
     def remove(self) -> None:
         """Removes all hooks; training continues without the penalty. May be called more than once."""
-        _watching.pop(self._number, None)
+        unwatch(self._number)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -340,10 +350,8 @@ class Penalty:
 
     def _hook_optimizers(self) -> None:
         """Watches every optimizer: one that was not passed, one created too early, several that share the weights."""
-        _watch_optimizers()
-        self._number = next(_numbers)
-        _watching[self._number] = self
-        self._handles.append(self._engine.module.register_forward_pre_hook(_ForwardHook(self)))
+        self._number = watch_optimizers(self)
+        self._handles.append(self._engine.module.register_forward_pre_hook(ForwardHook(self)))
 
     def on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Called before a step of any optimizer; returns new arguments for the step, or None to leave them."""
@@ -351,7 +359,7 @@ class Penalty:
             return None
         closures = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
         if not closures:
-            return self._gradients_ready()
+            return self._gradients_ready(optimizer)
         wrapped = {id(closures[0]): self._closure(optimizer, closures[0])}
         return tuple(wrapped.get(id(a), a) for a in args), {k: wrapped.get(id(a), a) for k, a in kwargs.items()}
 
@@ -373,12 +381,19 @@ class Penalty:
         self._stepping, self._stepped, self._old = optimizer, names, []
         return True
 
-    def _gradients_ready(self) -> None:
-        """Checks and multiplies the gradients, or saves the old weights, right before the optimizer steps."""
+    def _gradients_ready(self, optimizer: Optimizer | None = None) -> None:
+        """Checks and multiplies the gradients, or saves the old weights, right before the optimizer steps.
+
+        Args:
+            optimizer: tried before its step, if it is time for that; None: it is in its step already.
+        """
         self._seen.check(self._stepped, self.factor)
         self._scale_reduced([n for n in self._multipliers.bits if n in self._stepped])
         if self.level == "update":
-            self._old = [(s, s.local.clone()) for s in self._shards(self._stepped) if s.gradient is not None]
+            shards = [shard for shard in self._shards(self._stepped) if shard.gradient is not None]
+            if optimizer is not None:
+                self._steps.before(optimizer, shards)
+            self._old = [(shard, shard.local.clone()) for shard in shards]
 
     def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Wraps the closure of `optimizer.step(closure)`, which computes the gradients inside the step."""
@@ -411,14 +426,23 @@ class Penalty:
             return
         self._stepping = None
         with torch.no_grad():
-            for shard, old in self._old:
+            for shard, old in self._where_they_are_now():
                 if self.keep_proposal:
                     self.proposal[shard.name] = self._multipliers.only_chosen(shard.name, shard.local - old)
                 self._multipliers.shorten(shard.name, old, shard.local)
                 self.calls[shard.name] += 1
+        if self.level == "update":
+            self._steps.after(optimizer, self.watch)
         self._old = []
         self._scaled -= self._stepped
         self._seen.after_step(self._stepped)
+
+    def _where_they_are_now(self) -> list[tuple[Shard, Tensor]]:
+        """The shards that were just stepped, with their old values. Some optimizers put new tensors into the parameters."""
+        if all(is_where_it_was(shard) for shard, _ in self._old):
+            return self._old
+        now = {shard.name: shard for shard in self._shards(self._stepped)}
+        return [(now[shard.name], old) for shard, old in self._old]
 
     def _shards(self, names: set[str]) -> list[Shard]:
         """This rank's shards of these weights, in model order."""
@@ -434,63 +458,14 @@ class Penalty:
                 self.calls[shard.name] += 1
                 self._scaled.add(shard.name)
 
+    def sees_forward_of(self, module: torch.nn.Module) -> bool:
+        """Whether a forward of this module is one of the model, and not of a part or a copy of it."""
+        return module is self._engine.module
+
     def on_forward(self) -> None:
         """Called before a forward in training: new gradients follow, so those of a skipped step no longer count."""
         self._scaled.clear()
         self._seen.forwards += 1
-
-
-# Penalties in the order in which they were attached. It must be the same on every rank, since they call collectives.
-_watching: weakref.WeakValueDictionary[int, Penalty] = weakref.WeakValueDictionary()
-
-
-_numbers = itertools.count()
-
-
-@cache
-def _watch_optimizers() -> None:
-    """Registers hooks on all optimizers, once per process.
-
-    A hook per penalty could be removed together with its penalty while torch iterates over its hooks.
-    """
-
-    def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        changed = None
-        for penalty in list(_watching.values()):
-            new_arguments = penalty.on_step(optimizer, args, kwargs)
-            if new_arguments is not None:
-                changed = args, kwargs = new_arguments
-        return changed
-
-    def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for penalty in list(_watching.values()):
-            penalty.on_stepped(optimizer)
-
-    register_optimizer_step_pre_hook(pre)
-    register_optimizer_step_post_hook(post)
-
-
-class _ForwardHook:
-    """Notifies the penalty when a forward in training begins. A copy or a pickle of the hook does nothing."""
-
-    def __init__(self, penalty: Penalty) -> None:
-        self._penalty = weakref.ref(penalty)
-
-    def __call__(self, module: torch.nn.Module, args: Any) -> None:
-        penalty = self._penalty()
-        if penalty is not None and module is penalty._engine.module and module.training and torch.is_grad_enabled():
-            penalty.on_forward()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_inert_hook, ())
-
-
-def _inert_hook() -> Callable[[torch.nn.Module, Any], None]:
-    return _ignore
-
-
-def _ignore(module: torch.nn.Module, args: Any) -> None:
-    return None
 
 
 def _nothing() -> None:

@@ -152,7 +152,7 @@ class PenaltyWatch:
         if high != -low:
             problem = problem or f"the ranks disagree on the factor ({-low} to {high})"
         if silent:
-            problem = problem or _without_hook(silent)
+            problem = _without_hook(silent)
         if bad or problem:
             raise PenaltyError(f"rank {collectives.rank()}: {problem or 'the penalty is not in force on another rank'}")
 

@@ -283,4 +283,4 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path: Path) -> None:
     with file.open("a", newline="") as lines:
         csv.writer(lines).writerow(["It helped me a lot.", "positive", "another"])
     done = dcft("train", *words)
-    assert done.returncode == 2 and "the data are not those that" in done.stderr
+    assert done.returncode == 2 and "grown was begun with another number of train examples" in done.stderr

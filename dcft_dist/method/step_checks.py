@@ -1,0 +1,213 @@
+"""Does the optimizer go on from what the penalty writes? Found by behaviour, not by a list of names.
+
+At the update level the penalty shortens a step by writing into the parameter after `optimizer.step`. An optimizer that keeps
+weights of its own (master copies, offloaded ones, further iterates) and copies them back undoes that. So at its first steps,
+and at the next one after each `Penalty.in_force`, two things are checked:
+
+- a trial: two small tensors, equal but for a constant, take the place of one weight for one step. What is left of the
+  constant says how far the step goes on from the parameter. No other weight may change meanwhile.
+- a checksum of what the penalty wrote, compared before the next step.
+
+Other steps cost nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from ..distributed import collectives
+from ..engines.base import Engine, Shard, local_tensor
+from ..engines.checksum import checksum
+from ..errors import PenaltyError, alone, line_of, listing
+
+Optimizer = torch.optim.Optimizer
+
+FIRST_STEPS = 3  # of each optimizer, that are checked: what is set up lazily shows at the second
+_DISTANCE = 64.0  # between the two tensors of a trial: large against any step, and exact in float32
+_LEFT = 0.75  # of the distance, that must be left: weight decay takes away lr * weight_decay of it
+_MOST = 1 << 20  # elements of a trial
+
+
+class StepChecks:
+    """The checks of one penalty at the update level."""
+
+    def __init__(self, engine: Engine, names: Iterable[str]) -> None:
+        """
+        Args:
+            engine: the engine of the model.
+            names: names of the penalised weights.
+        """
+        self._engine, self._names = engine, set(names)
+        self._checked: Counter[int] = Counter()  # steps that were checked, by id of the optimizer
+        self._written: dict[str, Tensor] = {}  # checksum of each weight after the last checked step
+        self._untried = ""  # why the last trial failed
+
+    def again(self) -> None:
+        """Checks the next step of every optimizer."""
+        for key, number in self._checked.items():
+            self._checked[key] = min(number, FIRST_STEPS - 1)
+
+    def before(self, optimizer: Optimizer, shards: Sequence[Shard]) -> None:
+        """Checks what has been written, and tries the optimizer, if it is time for that.
+
+        Args:
+            optimizer: it will make a step.
+            shards: penalised weights with a gradient that it steps.
+
+        Raises:
+            PenaltyError: the penalty's writing is undone, or something else changes the weights.
+        """
+        if problem := self.problem():
+            raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
+        self._written, self._untried = {}, ""
+        if self._checked[id(optimizer)] < FIRST_STEPS and (problem := self._trial(optimizer, shards)):
+            raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
+
+    def after(self, optimizer: Optimizer, watch: bool) -> None:
+        """Notes what the weights are now, if the step is to be checked.
+
+        Args:
+            optimizer: it has made a step, and the penalty has shortened it.
+            watch: True: check it in any case.
+
+        Raises:
+            PenaltyError: the optimizer could not be tried.
+        """
+        if self._untried:
+            raise alone(PenaltyError(f"rank {collectives.rank()}: {self._untried}"))
+        if watch or self._checked[id(optimizer)] < FIRST_STEPS:
+            self._checked[id(optimizer)] += 1
+            self._written = self._sums()
+
+    def problem(self) -> str:
+        """Which weights no longer hold what the penalty wrote, if the last step was checked; otherwise an empty string."""
+        if not self._written:
+            return ""
+        now = self._sums()
+        same = [now[name] == self._written[name] for name in now.keys() & self._written.keys()]
+        if not same or bool(torch.stack([s.cpu() for s in same]).all()):
+            return ""
+        names = [name for name in self._written if name in now and bool(now[name] != self._written[name])]
+        return (
+            f"{listing(names, 3)} changed after the penalty had shortened the last step, without a step that the penalty "
+            "sees: by an optimizer that copies weights of its own back or steps them elsewhere, or by other code. After loading a "
+            "checkpoint attach the penalty again"
+        )
+
+    def _sums(self) -> dict[str, Tensor]:
+        return {s.name: checksum(s.local, s.box) for s in self._engine.shards() if s.name in self._names}
+
+    def _trial(self, optimizer: Optimizer, shards: Sequence[Shard]) -> str:
+        """Tries a step of one weight; returns what is wrong with it, or an empty string."""
+        own = optimizer.optim if isinstance(optimizer, ZeroRedundancyOptimizer) else optimizer
+        stepped = {id(p) for group in own.param_groups for p in group["params"]}
+        tried = [s for s in shards if s.local.numel() and id(s.parameter) in stepped]
+        if not tried:
+            return ""
+        shard, kind = min(tried, key=lambda s: s.parameter.numel()), type(optimizer).__name__
+        before = self._sums()
+        try:
+            left = distance_left(own, shard.parameter)
+        except Exception as error:  # whatever an optimizer may raise for a tensor that it has not seen before
+            self._untried = f"{kind} cannot be tried on a copy of {shard.name} ({line_of(error)}); so {_ADVICE}"
+            return ""  # the step itself may fail too, and says why
+        after = self._sums()
+        if moved := [name for name in before if bool(before[name] != after[name])]:
+            return f"{kind} keeps weights of its own: without being given {listing(moved, 3)}, it changes them; so {_ADVICE}"
+        if left < _LEFT:
+            return (
+                f"{kind} keeps weights of its own: of a change that the penalty writes into {shard.name}, its next step "
+                f"leaves {max(left, 0.0):.0%}; so {_ADVICE}"
+            )
+        return ""
+
+
+_ADVICE = (
+    "the penalty cannot hold at the update level: use an optimizer that goes on from its parameters, such as "
+    "torch.optim.AdamW, or level='gradient'"
+)
+
+
+def is_where_it_was(shard: Shard) -> bool:
+    """Whether the parameter still has the memory of the shard: some optimizers put another tensor there (`p.data = ...`)."""
+    return local_tensor(shard.parameter).untyped_storage().data_ptr() == shard.local.untyped_storage().data_ptr()
+
+
+def distance_left(optimizer: Optimizer, parameter: Tensor) -> float:
+    """How much of a change of a parameter is left after the optimizer's next step: 1 if it goes on from the parameter.
+
+    Two copies of the parameter, a constant apart, with copies of its gradient and state, take the place of all parameters
+    for one step. Then everything is as before: the optimizer's state, the values in its groups, random numbers.
+
+    Args:
+        optimizer: it steps the parameter.
+        parameter: a parameter with a gradient. Of a large one only the first rows are copied.
+
+    Returns:
+        Mean distance after the step divided by the distance before; NaN gradients give 1.
+    """
+    values = local_tensor(parameter).detach()
+    rows = max(_MOST // max(values[:1].numel(), 1), 1) if values.ndim else 1
+
+    def part(tensor: Tensor) -> Tensor:
+        local = local_tensor(tensor).detach()
+        return (local[:rows] if local.ndim and local.shape == values.shape else local).clone()
+
+    gradient = part(parameter.grad) if parameter.grad is not None else torch.zeros_like(part(parameter))
+    state = optimizer.state.get(parameter, {})
+    twins = [nn.Parameter(part(parameter)), nn.Parameter(part(parameter) + _DISTANCE)]
+    start = twins[1].detach() - twins[0].detach()
+    with _only(optimizer, parameter, twins):
+        for twin in twins:
+            twin.grad = gradient.clone()
+            if state:
+                copies = {k: part(v) if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in state.items()}
+                optimizer.state[twin] = copies
+        _bare_step(optimizer)
+    left = float(((twins[1].detach() - twins[0].detach()) / start).double().mean())
+    return left if left == left else 1.0
+
+
+@contextmanager
+def _only(optimizer: Optimizer, parameter: Tensor, twins: list[nn.Parameter]) -> Iterator[None]:
+    """The optimizer with these parameters in place of `parameter`, and without any other, for the block."""
+    groups = list(optimizer.param_groups)
+    lists = [group["params"] for group in groups]
+    settings = [{key: _copied(value) for key, value in group.items() if key != "params"} for group in groups]
+    numbers = {k: v for k, v in vars(optimizer).items() if isinstance(v, int | float | str | None)}
+    devices = [values.device] if (values := local_tensor(parameter)).is_cuda else []
+    for group, parameters in zip(groups, lists, strict=True):
+        group["params"] = list(twins) if any(p is parameter for p in parameters) else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for group, parameters, old in zip(groups, lists, settings, strict=True):
+            group["params"] = parameters
+            for key, value in old.items():
+                if isinstance(value, Tensor):
+                    group[key].copy_(value)  # others may hold the same tensor
+                else:
+                    group[key] = value
+        for twin in twins:
+            optimizer.state.pop(twin, None)
+        vars(optimizer).update(numbers)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
+
+
+def _bare_step(optimizer: Optimizer) -> Any:
+    """A step without hooks: neither those of a penalty nor those of others may take it for a step of the training."""
+    step = type(optimizer).step
+    bare: Any = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+    return bare(optimizer)

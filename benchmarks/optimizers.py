@@ -1,7 +1,8 @@
 """Which optimizers can the update level hold back? Compares the verdict of `attach_penalty` with what really happens.
 
-For each optimizer a small net is trained twice with a set that must not move (factor 0): once by a plain loop that writes the old
-values back after each step, without this package, and once by the package. The set's distance in the first says the truth.
+For each optimizer a small net is trained twice with a penalised set (factor 0.1): once by a plain loop that shortens each
+step after `optimizer.step`, without this package, and once by the package. How far the set has moved in the first says the
+truth.
 
     pip install pytorch_optimizer schedulefree prodigyopt lion_pytorch
     python benchmarks/optimizers.py > docs/results/optimizers.md
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from dcft_dist import FundamentalSet, attach_penalty
 from dcft_dist.errors import PenaltyError
 
-STEPS = 24
+STEPS, FACTOR, HELD = 24, 0.1, 0.2  # HELD: the set has moved less than this part of its way: the penalty acts
 Make = Callable[[Any], torch.optim.Optimizer]
 
 
@@ -43,7 +44,7 @@ def train(make: Make, penalise: bool) -> tuple[float, str]:
     said = "accepted"
     try:
         if penalise:
-            attach_penalty(model, FundamentalSet.from_masks(masks), 0.0, optimizer=optimizer, level="update")
+            attach_penalty(model, FundamentalSet.from_masks(masks), FACTOR, optimizer=optimizer, level="update")
         torch.manual_seed(2)
         for x, y in [(torch.randn(16, 8), torch.randint(0, 3, (16,))) for _ in range(STEPS)]:
             for one, stepped in ((model, optimizer), (plain, free)):
@@ -52,26 +53,21 @@ def train(make: Make, penalise: bool) -> tuple[float, str]:
                 nn.functional.cross_entropy(one(x), y).backward()
                 stepped.step()
                 if one is model and not penalise:
-                    write_back(model, masks, before)
+                    shorten(model, masks, before)
     except PenaltyError as error:
         said = "refused: " + str(error).removeprefix("rank 0: ").split(";")[0].split(": of a change")[0]
     for stepped in (optimizer, free):
         if callable(end := getattr(stepped, "eval", None)):
             end()  # schedule-free: the weights that count
-    moved = (float((dict(one.named_parameters())[n].detach() - start[n])[m].norm()) for one in (model, plain) for n, m in masks.items())
-    with_penalty, without = (sum(part) for part in halves(list(moved)))
-    return with_penalty / max(without, 1e-12), said
-
-
-def halves(values: list[float]) -> tuple[list[float], list[float]]:
-    return values[: len(values) // 2], values[len(values) // 2 :]
+    ways = [sum(float((one.get_parameter(n) - start[n])[m].norm()) for n, m in masks.items()) for one in (model, plain)]
+    return ways[0] / max(ways[1], 1e-12), said
 
 
 @torch.no_grad()
-def write_back(model: nn.Module, masks: dict[str, Tensor], before: dict[str, Tensor]) -> None:
+def shorten(model: nn.Module, masks: dict[str, Tensor], before: dict[str, Tensor]) -> None:
     for name, p in model.named_parameters():
         if name in masks:
-            p.copy_(torch.where(masks[name], before[name], p))
+            p.copy_(torch.where(masks[name], before[name] + FACTOR * (p - before[name]), p))
 
 
 def optimizers() -> Iterator[tuple[str, Make]]:
@@ -117,10 +113,10 @@ def main() -> None:
     print("# Optimizers at the update level\n")
     print(f"{datetime.date.today()}, torch {torch.__version__}, {platform.processor() or platform.machine()}, ", end="")
     print("`python benchmarks/optimizers.py`.\n")
-    print("A set with factor 0, 24 steps. *moved*: distance of the set from its start, relative to training without a penalty, when")
-    print("a plain loop writes the old values back after each step. It should be 0; otherwise the optimizer undoes what is written.\n")
+    print(f"A set with factor {FACTOR}, {STEPS} steps. *moved*: distance of the set from its start, relative to training")
+    print(f"without a penalty, when a plain loop shortens each step. Far above {FACTOR}: the optimizer undoes it.\n")
     print("| optimizer | moved | with the package | verdict |\n|---|---|---|---|")
-    wrong, skipped = 0, []
+    let_in, kept_out, skipped = 0, 0, []
     for name, make in optimizers():
         try:
             truth, _ = train(make, penalise=False)
@@ -131,10 +127,15 @@ def main() -> None:
             moved, said = train(make, penalise=True)
         except Exception as error:
             moved, said = float("nan"), f"{type(error).__name__}: {error}"
-        holds = truth < 1e-5
-        wrong += holds != (said == "accepted") or (said == "accepted" and not moved < 1e-5)
+        holds = truth < HELD
+        let_in += said == "accepted" and not (holds and moved < HELD)
+        kept_out += said != "accepted" and holds
         print(f"| {name} | {truth:.3f} | {'' if said != 'accepted' else f'{moved:.3f}'} | {said} |")
-    print(f"\nVerdicts that differ from the truth: {wrong}. Not tried, since their plain loop fails: {', '.join(skipped) or 'none'}.")
+    print(f"\nAccepted, though the set has moved {HELD} of its way or more: {let_in}. Refused, though it has moved less:")
+    print(
+        f"{kept_out} (they keep iterates of the weights or change weights after their step, so that more steps would show it)."
+    )
+    print(f"Not tried, since their plain loop fails: {', '.join(skipped) or 'none'}.")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,15 @@ class DCFTCallback(_lightning.Callback):  # type: ignore[misc]
             self.fundamental = self._make_set(trainer, pl_module, model)
         self.penalty = self.recipe.attach(model, self.fundamental, trainer.optimizers[0])
 
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """Checks that the penalty is in force, every `log_every_n_steps` steps.
+
+        Raises:
+            PenaltyError: see `Penalty.in_force`.
+        """
+        if self.penalty is not None and trainer.global_step % trainer.log_every_n_steps == 0:
+            self.penalty.in_force()
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Removes the penalty."""
         if self.penalty is not None:

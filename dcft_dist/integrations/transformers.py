@@ -87,6 +87,15 @@ class DCFTCallback(TrainerCallback):
         self.penalty = self.recipe.attach(model, self.fundamental, torch_optimizer(self.trainer.optimizer))
         log.info("%s, %s", self.fundamental, self.penalty)
 
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Checks that the penalty is in force. Not at the end, when the Trainer may have loaded its best checkpoint.
+
+        Raises:
+            PenaltyError: see `Penalty.in_force`.
+        """
+        if self.penalty is not None and state.global_step < state.max_steps:
+            self.penalty.in_force()
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Saves the set beside the checkpoint."""
         if self.fundamental is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -70,6 +71,17 @@ def is_in_place(handle: Any) -> bool:
     """
     hooks = handle.hooks_dict_ref()
     return hooks is not None and handle.id in hooks
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Steps in the block are not told to any penalty."""
+    watching = dict(_watching)
+    _watching.clear()
+    try:
+        yield
+    finally:
+        _watching.update(watching)
 
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """Does the optimizer go on from what the penalty writes? Found by behaviour, not by a list of names.
 
 At the update level the penalty shortens a step by writing into the parameter after `optimizer.step`. An optimizer that keeps
-weights of its own (master copies, offloaded ones, further iterates) and copies them back undoes that. So at its first steps,
-and at the next one after each `Penalty.in_force`, two things are checked:
+weights of its own (master copies, offloaded ones, further iterates) and copies them back undoes that. So at its steps 1, 2,
+3, 4, 8, 16 and so on, and at the next one after each `Penalty.in_force`, two things are checked:
 
 - a trial: two small tensors, equal but for a constant, take the place of one weight for one step. What is left of the
   constant says how far the step goes on from the parameter. No other weight may change meanwhile.
@@ -27,12 +27,12 @@ from ..distributed import collectives
 from ..engines.base import Engine, Shard, local_tensor
 from ..engines.checksum import checksum
 from ..errors import PenaltyError, alone, line_of, listing
+from .penalty_hooks import unseen
 
 Optimizer = torch.optim.Optimizer
 
-FIRST_STEPS = 3  # of each optimizer, that are checked: what is set up lazily shows at the second
 _DISTANCE = 64.0  # between the two tensors of a trial: large against any step, and exact in float32
-_LEFT = 0.75  # of the distance, that must be left: weight decay takes away lr * weight_decay of it
+_LEFT = 0.95  # of the distance, that must be left, besides what weight decay takes away (lr * weight_decay)
 _MOST = 1 << 20  # elements of a trial
 
 
@@ -46,14 +46,20 @@ class StepChecks:
             names: names of the penalised weights.
         """
         self._engine, self._names = engine, set(names)
-        self._checked: Counter[int] = Counter()  # steps that were checked, by id of the optimizer
+        self._steps: Counter[int] = Counter()  # by id of the optimizer
+        self._asked: set[int] = set()  # optimizers whose next step is to be checked
         self._written: dict[str, Tensor] = {}  # checksum of each weight after the last checked step
         self._untried = ""  # why the last trial failed
 
     def again(self) -> None:
         """Checks the next step of every optimizer."""
-        for key, number in self._checked.items():
-            self._checked[key] = min(number, FIRST_STEPS - 1)
+        self._asked = set(self._steps)
+
+    def _is_due(self, optimizer: Optimizer) -> bool:
+        """Whether its next step is checked."""
+        # What an optimizer sets up lazily shows at its second step; a phase of its own, such as that of RAdam, later.
+        number = self._steps[id(optimizer)] + 1
+        return number <= 3 or number & (number - 1) == 0 or id(optimizer) in self._asked
 
     def before(self, optimizer: Optimizer, shards: Sequence[Shard]) -> None:
         """Checks what has been written, and tries the optimizer, if it is time for that.
@@ -68,7 +74,7 @@ class StepChecks:
         if problem := self.problem():
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
         self._written, self._untried = {}, ""
-        if self._checked[id(optimizer)] < FIRST_STEPS and (problem := self._trial(optimizer, shards)):
+        if self._is_due(optimizer) and (problem := self._trial(optimizer, shards)):
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
 
     def after(self, optimizer: Optimizer, watch: bool) -> None:
@@ -83,9 +89,10 @@ class StepChecks:
         """
         if self._untried:
             raise alone(PenaltyError(f"rank {collectives.rank()}: {self._untried}"))
-        if watch or self._checked[id(optimizer)] < FIRST_STEPS:
-            self._checked[id(optimizer)] += 1
+        if watch or self._is_due(optimizer):
             self._written = self._sums()
+        self._steps[id(optimizer)] += 1
+        self._asked.discard(id(optimizer))
 
     def problem(self) -> str:
         """Which weights no longer hold what the penalty wrote, if the last step was checked; otherwise an empty string."""
@@ -98,8 +105,8 @@ class StepChecks:
         names = [name for name in self._written if name in now and bool(now[name] != self._written[name])]
         return (
             f"{listing(names, 3)} changed after the penalty had shortened the last step, without a step that the penalty "
-            "sees: by an optimizer that copies weights of its own back or steps them elsewhere, or by other code. After loading a "
-            "checkpoint attach the penalty again"
+            "sees: by an optimizer that copies weights of its own back or steps them elsewhere, or by other code. After "
+            "loading a checkpoint attach the penalty again"
         )
 
     def _sums(self) -> dict[str, Tensor]:
@@ -122,7 +129,7 @@ class StepChecks:
         after = self._sums()
         if moved := [name for name in before if bool(before[name] != after[name])]:
             return f"{kind} keeps weights of its own: without being given {listing(moved, 3)}, it changes them; so {_ADVICE}"
-        if left < _LEFT:
+        if left < _LEFT * (1 - _decay(own, shard.parameter)):
             return (
                 f"{kind} keeps weights of its own: of a change that the penalty writes into {shard.name}, its next step "
                 f"leaves {max(left, 0.0):.0%}; so {_ADVICE}"
@@ -134,6 +141,12 @@ _ADVICE = (
     "the penalty cannot hold at the update level: use an optimizer that goes on from its parameters, such as "
     "torch.optim.AdamW, or level='gradient'"
 )
+
+
+def _decay(optimizer: Optimizer, parameter: Tensor) -> float:
+    """Part of a weight that weight decay takes away in one step."""
+    group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
+    return min(float(group.get("lr") or 0.0) * float(group.get("weight_decay") or 0.0), 1.0)
 
 
 def is_where_it_was(shard: Shard) -> bool:
@@ -183,6 +196,7 @@ def _only(optimizer: Optimizer, parameter: Tensor, twins: list[nn.Parameter]) ->
     lists = [group["params"] for group in groups]
     settings = [{key: _copied(value) for key, value in group.items() if key != "params"} for group in groups]
     numbers = {k: v for k, v in vars(optimizer).items() if isinstance(v, int | float | str | None)}
+    attributes = set(vars(optimizer))
     devices = [values.device] if (values := local_tensor(parameter)).is_cuda else []
     for group, parameters in zip(groups, lists, strict=True):
         group["params"] = list(twins) if any(p is parameter for p in parameters) else []
@@ -192,6 +206,8 @@ def _only(optimizer: Optimizer, parameter: Tensor, twins: list[nn.Parameter]) ->
     finally:
         for group, parameters, old in zip(groups, lists, settings, strict=True):
             group["params"] = parameters
+            for key in group.keys() - old.keys() - {"params"}:  # the step has set it for the first time
+                del group[key]
             for key, value in old.items():
                 if isinstance(value, Tensor):
                     group[key].copy_(value)  # others may hold the same tensor
@@ -199,6 +215,8 @@ def _only(optimizer: Optimizer, parameter: Tensor, twins: list[nn.Parameter]) ->
                     group[key] = value
         for twin in twins:
             optimizer.state.pop(twin, None)
+        for key in [key for key in vars(optimizer) if key not in attributes]:
+            delattr(optimizer, key)
         vars(optimizer).update(numbers)
 
 
@@ -207,7 +225,8 @@ def _copied(value: Any) -> Any:
 
 
 def _bare_step(optimizer: Optimizer) -> Any:
-    """A step without hooks: neither those of a penalty nor those of others may take it for a step of the training."""
+    """A step without hooks: neither a penalty nor anybody else may take it for a step of the training."""
     step = type(optimizer).step
     bare: Any = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
-    return bare(optimizer)
+    with unseen():
+        return bare(optimizer)

@@ -73,13 +73,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
 
 
 def factor_at(penalty: PenaltySettings, step: int, total: int) -> float:
-    """The scheduled penalty factor of a step: `factor` at the first step, `final_factor` at the last.
+    """The penalty factor of a step: with a schedule, `factor` at the first step and `final_factor` at the last.
 
     Args:
-        penalty: the section `[penalty]`; its `schedule` is `cosine`, anything else counts as `linear`.
+        penalty: the section `[penalty]`; without the schedule `linear` or `cosine` the result is its `factor`.
         step: the step, counted from 0.
         total: number of all steps.
     """
+    if penalty.schedule not in ("linear", "cosine"):
+        return penalty.factor
     progress = step / max(total - 1, 1)
     if penalty.schedule == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * progress))

@@ -8,7 +8,7 @@ import torch
 
 from ..data.batches import Batch, Feed, order
 from ..distributed import collectives
-from ..errors import DivergedError
+from ..errors import DivergedError, PenaltyError
 from ..method.learned_factor import LearnedFactor
 from ..method.penalty import Penalty
 from ..runs.stop import Stopped, stop_requested
@@ -35,6 +35,7 @@ class Training:
         self.run, self.stopping = run, False
         self.penalty: Penalty | None = None
         self.learned: LearnedFactor | None = None
+        self._calls = 0  # of the penalty, up to the last check
         self._drawn: tuple[int, list[int]] = (-1, [])  # epoch, order of its examples
         self.feed = Feed(self._micro_batches, run.config.train.workers, run.world.device)
 
@@ -79,6 +80,7 @@ class Training:
 
         Raises:
             DivergedError: the training loss is NaN or infinite.
+            PenaltyError: the penalty is not the one that the configuration asks for.
         """
         run, config, penalty = self.run, self.run.config, self.penalty
         prepared = run.prepared
@@ -108,8 +110,32 @@ class Training:
             raise DivergedError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")
         values = {"train/loss": mean_loss, "train/learning_rate": lr, "train/epoch": (step + 1) / run.steps_per_epoch}
         if penalty and groups:
-            values |= {"penalty/factor": penalty.factor, "penalty/applied_over_proposed": penalty.in_force()}
+            values |= {
+                "penalty/factor": penalty.factor,
+                "penalty/applied_over_proposed": self._in_force(penalty, step, total),
+            }
         return values | norms
+
+    def _in_force(self, penalty: Penalty, step: int, total: int) -> float:
+        """Checks that the penalty is the one that the configuration asks for, and measures it. Collective.
+
+        Raises:
+            PenaltyError: it is not: somebody has removed it, changed its factor, or taken its hooks off.
+        """
+        measured = penalty.in_force()
+        settings, calls = self.run.config.penalty, sum(penalty.calls.values())
+        wanted = penalty.factor if self.learned else factor_at(settings, step, total)
+        new_calls, self._calls = calls - self._calls, calls
+        if penalty.factor != wanted:
+            raise PenaltyError(
+                f"the factor is {penalty.factor:g} at step {step}, but the configuration asks for {wanted:g}: something has "
+                "changed it during the run"
+            )
+        if not collectives.reduce_numbers([new_calls], what="multiplied weights")[0]:
+            raise PenaltyError(
+                f"no weight was multiplied up to step {step}, though a penalty is attached: a hook was taken off"
+            )
+        return measured
 
     def _micro_batches(self, step: int) -> list[Batch]:
         """This rank's part of a step's global batch, on the CPU. It depends only on (seed, step, rank)."""

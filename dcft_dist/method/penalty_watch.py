@@ -130,7 +130,7 @@ class PenaltyWatch:
         elif problem:
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
 
-    def agree(self, factor: float, problem: str = "") -> None:
+    def agree(self, factor: float, problem: str = "", cause: str = "") -> None:
         """Checks over all ranks that the factor is the same, and that each gradient was multiplied on some rank. Collective.
 
         One rank cannot check this alone: a weight that only this rank does not use gets its gradient from the other ranks.
@@ -138,12 +138,13 @@ class PenaltyWatch:
         Args:
             factor: this rank's factor.
             problem: what this rank has found wrong already, if anything.
+            cause: the same, but said only if no consequence of it is found.
 
         Raises:
             PenaltyError: the penalty is not in force on this or another rank.
         """
         flags = [float(n in names) for names in (self._fired, self._silent) for n in self._names]
-        state = [bool(problem), factor, -factor, *flags]
+        state = [bool(problem or cause), factor, -factor, *flags]
         bad, high, low, *flags = collectives.reduce_numbers(state, "max", what="penalty check")
         fired, unmultiplied = flags[: len(self._names)], flags[len(self._names) :]
         silent = [n for n, f, u in zip(self._names, fired, unmultiplied, strict=True) if u and not f]
@@ -152,7 +153,8 @@ class PenaltyWatch:
         if high != -low:
             problem = problem or f"the ranks disagree on the factor ({-low} to {high})"
         if silent:
-            problem = _without_hook(silent)
+            problem = problem or _without_hook(silent)
+        problem = problem or cause
         if bad or problem:
             raise PenaltyError(f"rank {collectives.rank()}: {problem or 'the penalty is not in force on another rank'}")
 

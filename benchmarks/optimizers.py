@@ -132,9 +132,7 @@ def main() -> None:
         kept_out += said != "accepted" and holds
         print(f"| {name} | {truth:.3f} | {'' if said != 'accepted' else f'{moved:.3f}'} | {said} |")
     print(f"\nAccepted, though the set has moved {HELD} of its way or more: {let_in}. Refused, though it has moved less:")
-    print(
-        f"{kept_out} (they keep iterates of the weights or change weights after their step, so that more steps would show it)."
-    )
+    print(f"{kept_out} (they keep iterates of the weights or change weights after their step: more steps would show it).")
     print(f"Not tried, since their plain loop fails: {', '.join(skipped) or 'none'}.")
 
 

@@ -281,7 +281,8 @@ class Penalty:
             PenaltyError: the penalty or a hook of it was removed, the ranks have different factors, a weight has a gradient
                 that no rank multiplied, or a weight does not hold what the penalty wrote after the last step.
         """
-        self._seen.agree(self.factor, self._steps.problem(), self._lost())
+        lost = self._lost()
+        self._seen.agree(self.factor, "" if lost else self._steps.problem(), lost)
         self._steps.again()
         m = self._multipliers
         applied, proposed = collectives.reduce_numbers([m.applied, m.proposed], what="penalty in force")

@@ -310,7 +310,7 @@ def test_in_force_never_confirms_a_penalty_that_is_off() -> None:
             torch_optimizers._global_optimizer_post_hooks.clear()
         else:
             model._forward_pre_hooks.clear()
-        with pytest.raises(PenaltyError, match="was removed from the model|a hook of the penalty was taken off"):
+        with pytest.raises(PenaltyError, match=r"was removed from the model|a hook of the penalty was taken off"):
             penalty.in_force()
         penalty.remove()
         again = attach_penalty(model, FundamentalSet.from_masks(MASKS), optimizer=optimizer)  # and it can be put back

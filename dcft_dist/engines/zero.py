@@ -37,7 +37,7 @@ from ..compat.deepspeed import (
 )
 from ..compat.versions import check_version
 from ..distributed import collectives
-from ..errors import EngineError, ScoreError, listing
+from ..errors import DivergedError, EngineError, ScoreError, listing
 from .base import Engine, Leaf, Segment, Shard, flat_shard
 from .box import Box
 from .meta import Materialiser
@@ -71,7 +71,14 @@ class PreparedZero(Prepared):
         return None
 
     def step(self) -> None:
+        """
+        Raises:
+            DivergedError: DeepSpeed has left the step out, since a gradient is NaN or infinite. It would do so in silence.
+        """
+        before = self.model.skipped_steps
         self.model.step()
+        if self.model.skipped_steps != before:
+            raise DivergedError("a gradient is NaN or infinite, so DeepSpeed has left out this step: lower optimizer.lr")
 
     def zero_grad(self) -> None:
         return None

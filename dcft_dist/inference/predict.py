@@ -72,9 +72,14 @@ def evaluate_split(adapted: TaskModel, split: Split) -> tuple[Evaluation, Exampl
 
     Returns:
         The evaluation, and the split as inputs of the model.
+
+    Raises:
+        DivergedError: an output is NaN.
     """
     examples = read_examples(adapted, split)
-    return adapted.evaluate(examples), examples
+    found = adapted.evaluate(examples)
+    found.require_numbers(split, "given")
+    return found, examples
 
 
 def report_of(adapted: TaskModel, split: Split, found: Evaluation, examples: Examples) -> dict[str, Any]:

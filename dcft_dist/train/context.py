@@ -21,9 +21,10 @@ from ..data.splits import TaskData
 from ..data.tasks import load_task
 from ..distributed import collectives
 from ..distributed.world import World
+from ..engines.find import find_engine
 from ..engines.prepared import Prepared, WrapOptions
 from ..engines.wrap import prepare, shards_weights
-from ..errors import ConfigError, DataError, DivergedError, did_you_mean, listing
+from ..errors import CheckpointError, ConfigError, DataError, DivergedError, did_you_mean, listing
 from ..models.pretrained import Pretrained
 from ..objectives.base import Metrics, Objective
 from ..objectives.make import label_facts
@@ -71,9 +72,11 @@ class RunContext(TaskModel):
             when: point of the run for the error message, such as "after epoch 3".
 
         Raises:
-            DivergedError: the validation loss is NaN or infinite.
+            DivergedError: an output or the validation loss is NaN, or the loss is infinite.
         """
-        metrics = self.evaluate(self.validation).metrics
+        found = self.evaluate(self.validation)
+        found.require_numbers(self.task.validation, "validation")
+        metrics = found.metrics
         if not math.isfinite(metrics["loss"]):
             why = "the learning rate is too high, or there is a NaN in the weights or the data"
             raise DivergedError(f"the validation loss is {metrics['loss']} {when}: {why}")
@@ -235,7 +238,21 @@ def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
     prepared = prepare(module, options, lambda weights: make_optimizer(weights, config, block_depths, head))
     if loading and shards_weights(options):
         loading.into(prepared.model)
+    _check_numbers(prepared.model, str(loading.place) if loading else "the model")
     return prepared
+
+
+@torch.no_grad()
+def _check_numbers(model: nn.Module, place: str) -> None:
+    """Checks that no initial weight is NaN or infinite. Collective.
+
+    Raises:
+        CheckpointError: some are; the message names the first weight.
+    """
+    with collectives.agreed("initial weights"):
+        for shard in find_engine(model).shards():
+            if wrong := int((~torch.isfinite(shard.local)).sum()):
+                raise CheckpointError(f"{place}: {wrong} elements of {shard.name} are NaN or infinite")
 
 
 def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module]) -> WrapOptions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from ..distributed import collectives
 from ..engines.whole_tensors import weights_checksum
+from ..errors import DivergedError
 from ..files import read_json, table_of, write_atomic, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..method.penalty import Penalty
@@ -87,8 +89,15 @@ def finish(
 
 
 def _test(run: RunContext) -> tuple[Metrics, dict[str, list[float]] | None]:
-    """Metrics on the test data and their 95 % intervals. Writes the prediction for each example to `predictions.csv`."""
+    """Metrics on the test data and their 95 % intervals. Writes the prediction for each example to `predictions.csv`.
+
+    Raises:
+        DivergedError: an output or the test loss is NaN, or the loss is infinite.
+    """
     evaluation = run.evaluate(run.test)
+    evaluation.require_numbers(run.task.test, "test")
+    if not math.isfinite(loss := evaluation.metrics["loss"]):
+        raise DivergedError(f"the test loss is {loss}: there is an infinite number among the outputs or the labels")
     labels = [run.test.labels[i] for i in evaluation.indices]
     groups = [run.task.test.groups[i] for i in evaluation.indices]
     test_intervals = intervals(run.objective, evaluation.records, torch.tensor(labels), groups, run.config.test_resamples)

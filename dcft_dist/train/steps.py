@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..data.batches import Batch, Feed, order
+from ..data.splits import name_of
 from ..distributed import collectives
 from ..errors import DivergedError, PenaltyError
 from ..method.learned_factor import LearnedFactor
@@ -107,7 +108,7 @@ class Training:
         total_loss, stops = collectives.reduce_numbers([sum(losses), stop], what="training loss")
         mean_loss, self.stopping = total_loss / run.world.world_size, stops > 0
         if not math.isfinite(mean_loss):
-            raise DivergedError(f"the training loss is {mean_loss} at step {step}: lower optimizer.lr")
+            raise DivergedError(f"the training loss is {mean_loss} at step {step}: {self._cause(micro_batches)}")
         values = {"train/loss": mean_loss, "train/learning_rate": lr, "train/epoch": (step + 1) / run.steps_per_epoch}
         if penalty and groups:
             values |= {
@@ -115,6 +116,22 @@ class Training:
                 "penalty/applied_over_proposed": self._in_force(penalty, step, total),
             }
         return values | norms
+
+    def _cause(self, micro_batches: list[Batch]) -> str:
+        """Why a loss is no number: the first example of the step whose input is none, on any rank. Collective."""
+        broken = [
+            int(index)
+            for batch in micro_batches
+            for key, value in batch.items()
+            if value.is_floating_point() and key != "labels"
+            for index, good in zip(batch["index"], torch.isfinite(value).flatten(1).all(1), strict=True)
+            if not good
+        ]
+        found = collectives.all_gather_ints([broken[0] if broken else -1], what="cause of a loss that is no number")
+        if first := next((index + 1 for (index,) in found if index >= 0), 0):
+            place = name_of(self.run.task.train.inputs[first - 1], "")[:80]
+            return f"the input of training example {first - 1} {place} has values that are NaN or infinite"
+        return "lower optimizer.lr"
 
     def _in_force(self, penalty: Penalty, step: int, total: int) -> float:
         """Checks that the penalty is the one that the configuration asks for, and measures it. Collective.

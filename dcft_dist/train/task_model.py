@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ..config.schema import Config
 from ..data.batches import Batch, Examples, evaluation_batches
+from ..data.splits import Split, name_of
 from ..distributed import collectives
 from ..distributed.world import World
 from ..engines.find import find_engine
 from ..engines.prepared import Prepared
+from ..errors import DivergedError
 from ..models.build import build_model
 from ..models.pretrained import Pretrained
 from ..objectives.base import Metrics, Objective
@@ -33,11 +35,32 @@ class Evaluation:
         metrics: metric -> value.
         records: [size, width] in float64; what the objective keeps of each example.
         indices: [size], ascending; the example of each record.
+        broken: examples for which an output of the model is NaN, ascending.
     """
 
     metrics: Metrics
     records: Tensor
     indices: Tensor
+    broken: list[int]
+
+    def require_numbers(self, split: Split, what: str) -> None:
+        """Checks that the model has given numbers for every example.
+
+        Args:
+            split: the examples.
+            what: name of the split, for the message.
+
+        Raises:
+            DivergedError: it has not; the message names the first example.
+        """
+        if self.broken:
+            first, total = self.broken[0], len(self.indices)
+            place = name_of(split.inputs[first], "")[:80]
+            where = "the weights" if len(self.broken) == total else "the inputs, or in the weights"
+            raise DivergedError(
+                f"the model's output is NaN for {len(self.broken)} of {total} {what} examples, first for example {first} "
+                f"{place}: there is a NaN in {where}"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,15 +132,17 @@ class TaskModel:
                     outputs = self.objective.whole(partial(self.outputs, model), batch)
                 real = batch["real"]
                 records = self.objective.records(outputs[real].float(), batch["labels"][real])
-                local.append(torch.cat([batch["index"][real].double().unsqueeze(1), records], 1).cpu())
+                broken = outputs[real].isnan().reshape(int(real.sum()), outputs[0].numel()).any(1)
+                columns = torch.stack([batch["index"][real].double(), broken.double()], 1)
+                local.append(torch.cat([columns, records], 1).cpu())
         finally:
             model.train(training)
             find_engine(model).settle()
         rows = gather_rows(torch.cat(local))
         rows = rows[rows[:, 0].argsort()]
-        indices, records = rows[:, 0].long(), rows[:, 1:]
+        indices, broken, records = rows[:, 0].long(), rows[:, 1].bool(), rows[:, 2:]
         labels = torch.tensor([examples.labels[i] for i in indices.tolist()])
-        return Evaluation(self.objective.metrics(records, labels), records, indices)
+        return Evaluation(self.objective.metrics(records, labels), records, indices, indices[broken].tolist())
 
 
 def build_for_task(config: Config, facts: Mapping[str, Any]) -> tuple[Objective, Pretrained]:

@@ -22,7 +22,7 @@ from ..distributed import collectives
 from ..engines.find import find_engine
 from ..engines.meta import Materialiser
 from ..engines.whole_tensors import average_buffers, fill_weights, whole_weight
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DivergedError, alone
 from ..files import write_atomic
 from ..method.head_warmup import warm_up_head
 from .context import RunContext
@@ -114,10 +114,10 @@ def _warm_up(run: RunContext) -> dict[str, Tensor]:
 
     result = warm_up_head(
         head,
-        _features(run, name, run.train),
+        _features(run, name, run.train, "train"),
         loss,
         head=tuple(inner_names.values()),
-        validation=_features(run, name, run.validation),
+        validation=_features(run, name, run.validation, "validation"),
         lr=settings.lr,
         max_epochs=settings.max_epochs,
         patience=settings.patience,
@@ -179,10 +179,14 @@ def _head_copy(run: RunContext) -> tuple[str, nn.Module]:
 
 
 @torch.no_grad()
-def _features(run: RunContext, name: str, examples: Examples) -> list[Features]:
+def _features(run: RunContext, name: str, examples: Examples, what: str) -> list[Features]:
     """This rank's inputs of the head, in equally many batches on every rank. Collective.
 
     Each batch has `head_warmup.batch` examples over all ranks.
+
+    Raises:
+        DivergedError: an output is NaN; the message names the example of the split `what`.
+        ConfigError: the head's output is not the model's.
     """
     rank, ranks = run.world.rank, run.world.world_size
     features, labels = [], []
@@ -192,6 +196,10 @@ def _features(run: RunContext, name: str, examples: Examples) -> list[Features]:
             with run.prepared.computing():
                 outputs = run.outputs(run.model, batch)
             head_inputs, head_outputs = records.pop()
+            if bool((broken := outputs.isnan().reshape(len(batch["index"]), -1).any(1)).any()):
+                first = int(batch["index"][broken][0])
+                text = f"the model's output is NaN for example {first} of {what}: a NaN is in its input or in the weights"
+                raise alone(DivergedError(text))
             if head_outputs.shape != outputs.shape or not torch.equal(head_outputs, outputs):
                 raise ConfigError(
                     f"model.head: the output of {name} ({list(head_outputs.shape)}) is not the output of the model "

@@ -72,14 +72,15 @@ def word_tokenizer(folder: Path, words: int) -> int:
     return raw.get_vocab_size()
 
 
-def tiny_decoder(folder: Path, words: int = 600) -> Path:
+def tiny_decoder(folder: Path, words: int = 600, tied: bool = False) -> Path:
     """The architecture of Llama, small and with random weights, and a word tokenizer trained on ICD descriptions."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     vocabulary = word_tokenizer(folder, words)
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, **sizes)).save_pretrained(folder)
+    config = LlamaConfig(vocab_size=vocabulary, num_key_value_heads=2, tie_word_embeddings=tied, **sizes)
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,7 +26,16 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
 # Keys under which training scripts store the weights.
-_INSIDE = ("state_dict", "model_state_dict", "model", "teacher", "module")
+_INSIDE = ("state_dict", "model_state_dict", "model", "network_weights", "teacher", "module")  # network_weights: nnU-Net
+# Classes and functions that a file may name. Training scripts keep their arguments, and numpy's numbers and arrays, beside
+# the weights. These hold values, and none of them runs code that the file brings.
+_SAFE: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, codecs.encode]
+_SAFE += [type(np.dtype(kind)) for kind in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")]
+_SAFE += [
+    (function, f"{module}.{function.__name__}")
+    for function in (np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0])
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since numpy 2
+]
 
 
 class WeightFiles:
@@ -160,12 +171,12 @@ def _files(place: Path) -> list[Path]:
 def _pickled(file: Path) -> dict[str, Any]:
     """Tensors of a file that `torch.save` wrote. Other objects in it are never created, so no code of the file runs."""
     try:
-        # Training scripts store their arguments beside the weights: names and values, no code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_SAFE):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # the type depends on the damage
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)  # torch before 1.6 wrote it: no memory mapping
+            with torch.serialization.safe_globals(_SAFE):  # torch before 1.6 wrote it: no memory mapping
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception:
             raise CheckpointError(f"{file} cannot be read without running code in it: {line_of(error)}") from error
     if not isinstance(content, Mapping):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -175,7 +176,12 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     save_file({n: v for n, v in state.items() if n not in first}, hub / "b.safetensors")
     where = {n: "a.safetensors" if n in first else "b.safetensors" for n in state}
     (hub / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    for place in (tmp_path / "plain.pth", tmp_path / "inside.pt", tmp_path / "old.pth", hub):
+    nnunet = {"network_weights": state, "optimizer_state": {"state": {}}, "grad_scaler_state": None, "current_epoch": 9}
+    nnunet |= {"logging": {"mean_fg_dice": [np.float64(0.3), np.float32(0.2)]}, "_best_ema": np.float64(0.4)}
+    nnunet |= {"init_args": {"plans": {"spacing": np.array([1.0, 2.0])}, "fold": np.int64(0), "device": torch.device("cpu")}}
+    torch.save(nnunet, tmp_path / "checkpoint_final.pth")  # the keys and types of nnU-Net 2
+    files = [tmp_path / name for name in ("plain.pth", "inside.pt", "old.pth", "checkpoint_final.pth")]
+    for place in (*files, hub):
         with WeightFiles(place) as stored:
             assert set(stored) == set(state)
             assert torch.equal(stored["mix.weight"][2:5], net.mix.weight[2:5]) and stored.shape("conv.weight") == (7, 3, 3)
@@ -191,8 +197,9 @@ class Boom:
 
 
 def test_damaged_files_and_code_in_files(tmp_path: Path) -> None:
-    torch.save({"model": Boom()}, tmp_path / "evil.pth")
-    assert "cannot be read without running code in it" in refused(tmp_path / "evil.pth")
+    for evil in ({"model": Boom()}, {"network_weights": {}, "init_args": np.array([Boom()], dtype=object)}):
+        torch.save(evil, tmp_path / "evil.pth")
+        assert "cannot be read without running code in it" in refused(tmp_path / "evil.pth")
     file = saved(tmp_path, make_net())
     file.write_bytes(file.read_bytes()[:-40])
     assert "cannot be read" in refused(file)

@@ -6,7 +6,7 @@ of the same weight are aliases.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -114,15 +114,26 @@ def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
         module: the unwrapped model.
         names: its canonical names.
     """
-    matrices: set[str] = set()
-    for prefix, sub in module.named_modules(remove_duplicate=False):
-        slots: tuple[str, ...] = ()
+
+    def slots(sub: nn.Module) -> tuple[str, ...]:
         if isinstance(sub, (nn.Linear, *_CONVOLUTIONS)) or type(sub).__name__ == "Conv1D":
-            slots = ("weight",)
-        elif isinstance(sub, nn.MultiheadAttention):
-            slots = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        for slot in slots:
-            full = clean(f"{prefix}.{slot}" if prefix else slot)
-            if full in names.aliases:
-                matrices.add(names.aliases[full])
-    return [name for name in names.parameters if name in matrices]
+            return ("weight",)
+        several = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        return several if isinstance(sub, nn.MultiheadAttention) else ()
+
+    return _in_slots(module, names, slots)
+
+
+def table_names(module: nn.Module, names: ParameterNames) -> list[str]:
+    """Canonical names of the weights of `nn.Embedding`, in model order; arguments as for `matrix_names`."""
+    return _in_slots(module, names, lambda sub: ("weight",) if isinstance(sub, nn.Embedding) else ())
+
+
+def _in_slots(module: nn.Module, names: ParameterNames, slots: Callable[[nn.Module], tuple[str, ...]]) -> list[str]:
+    paths = (
+        clean(f"{prefix}.{slot}" if prefix else slot)
+        for prefix, sub in module.named_modules(remove_duplicate=False)
+        for slot in slots(sub)
+    )
+    found = {names.aliases[path] for path in paths if path in names.aliases}
+    return [name for name in names.parameters if name in found]

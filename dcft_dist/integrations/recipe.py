@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from ..distributed import collectives
+from ..engines.find import find_engine
 from ..engines.names import Patterns
 from ..errors import ScoreError
 from ..method.fundamental_set import FundamentalSet
 from ..method.importance import score_importance
 from ..method.penalty import Penalty, attach_penalty
+from ..method.penalty_checks import check_precision
 from ..method.score_batches import LossFn, random_states_kept
 from ..method.selection import select_fundamental
 
@@ -63,7 +65,9 @@ class Recipe:
 
         Raises:
             ScoreError: some rank has fewer than `num_batches` batches.
+            PenaltyError: the weights are stored in half precision, so that no penalty could be attached afterwards.
         """
+        check_precision(find_engine(model))
         with random_states_kept():
             items = list(itertools.islice(iter(batches()), self.num_batches))
             least = min(n for (n,) in collectives.all_gather_ints([len(items)], what="count of batches to score on"))

@@ -7,7 +7,8 @@ Scores take 4 bytes per weight that a rank owns, and nothing else of that size i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -17,14 +18,21 @@ from torch import Tensor, nn
 from ..distributed import collectives
 from ..engines.base import Engine, Shard
 from ..engines.box import Box
+from ..engines.checksum import checksum
 from ..engines.find import find_engine
-from ..engines.names import Patterns, as_patterns, matrix_names
-from ..errors import ScoreError, did_you_mean, listing
+from ..engines.names import Patterns, as_patterns, matrix_names, table_names
+from ..errors import PenaltyError, ScoreError, did_you_mean, listing
 from ..seeds import seed_of
 from .bits import CHUNK, step_of
 from .brain_surgeon import score_blocks
+from .penalty_checks import check_precision
 from .score_batches import LossFn, backward_batch, score_batches, undisturbed
 from .scores import Scores, ScoreShard
+
+log = logging.getLogger(__name__)
+
+_MANY = 0.05  # share of the weights that are warned of if they are not scored
+
 
 Criterion = Literal["taylor", "taylor_squared", "removal", "fisher", "obs", "magnitude", "random"]
 
@@ -133,12 +141,12 @@ def _check_replicas(engine: Engine) -> None:
     """A plain module must have the same weights on every rank. DDP ensures that itself.
 
     Raises:
-        ScoreError: the sums of some weights differ between ranks.
+        ScoreError: some weights differ between ranks.
     """
-    sums = torch.stack([p.detach().double().sum().cpu() for p in engine.names.parameters.values()])
-    extremes = collectives.all_reduce(torch.cat([sums, -sums]), "max", what="comparison of the replicas")
-    spreads = extremes[: len(sums)] + extremes[len(sums) :]  # highest minus lowest sum
-    differing = [name for name, spread in zip(engine.names.parameters, spreads, strict=True) if spread != 0]
+    sums = torch.stack([checksum(shard.local, shard.box).cpu() for shard in engine.shards()])
+    extremes = collectives.all_reduce(torch.cat([sums, ~sums]), "max", what="comparison of the replicas")
+    highest, lowest = extremes[: len(sums)], ~extremes[len(sums) :]
+    differing = [s.name for s, high, low in zip(engine.shards(), highest, lowest, strict=True) if high != low]
     if differing:
         raise ScoreError(f"the ranks have different values in {listing(differing)}: start from the same weights, or use DDP")
 
@@ -157,6 +165,10 @@ def _empty_scores(engine: Engine, head: Patterns, eligible: Patterns | None, cri
             f"(matched {listing(requested) or 'nothing'}; head {listing(head_patterns) or 'none'}; {len(frozen)} frozen)"
         )
     shapes = engine.full_shapes()
+    if eligible is None:
+        _warn_of_unscored(engine, {*scored, *head_names, *frozen}, shapes)
+    if criterion not in ("magnitude", "random"):
+        _warn_of_half_precision(engine)
     local = {s.name: s for s in engine.shards()}
     return Scores(
         criterion=criterion,
@@ -170,6 +182,34 @@ def _empty_scores(engine: Engine, head: Patterns, eligible: Patterns | None, cri
         frozen=frozen,
         num_weights=sum(prod(shape) for shape in shapes.values()),
     )
+
+
+def _warn_of_unscored(engine: Engine, known: set[str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Warns of matrices that are scored only if they are named, if they are many: weight-normed layers, LSTMs, own classes.
+
+    Args:
+        engine: the engine of the model.
+        known: weights that are scored, frozen, or the head's.
+        shapes: shape of every weight.
+    """
+    tables = table_names(engine.module, engine.names)
+    others = {name: prod(shapes[name]) for name in engine.names.parameters if name not in known and name not in tables}
+    matrices = [name for name in others if len(shapes[name]) > 1]
+    total = sum(others.values()) + sum(prod(shapes[name]) for name in known)
+    if (number := sum(others[name] for name in matrices)) > _MANY * total:
+        log.warning(
+            "%d weights in matrices outside linear and convolution layers are not scored, and move as usual: %s; name them "
+            "in `eligible` to score them, or remove their parametrization (weight norm) first",
+            number,
+            listing(matrices, 4),
+        )
+
+
+def _warn_of_half_precision(engine: Engine) -> None:
+    try:
+        check_precision(engine)
+    except PenaltyError as error:
+        log.warning("these scores will not do for a penalty on this model: %s", error)
 
 
 def _owned(engine: Engine, scores: Scores) -> Iterator[tuple[str, Shard]]:

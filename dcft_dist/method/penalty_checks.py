@@ -98,13 +98,7 @@ def check_model(engine: Engine, fundamental: FundamentalSet, given: Optimizer | 
     if engine.penalty is not None:
         raise PenaltyError("a penalty is already attached to this model: remove it first, or use set_factor")
     _check_fit(engine, fundamental)
-    trainable = set(engine.names.trainable)
-    half = [s.name for s in engine.shards() if s.name in trainable and s.local.dtype in (torch.float16, torch.bfloat16)]
-    if half:
-        raise PenaltyError(
-            f"weights are stored in half precision without float32 masters ({listing(half, 3)}): small steps would be "
-            "rounded away; keep the weights in float32 and compute in bfloat16 (MixedPrecisionPolicy or autocast)"
-        )
+    check_precision(engine)
     optimizer: Optimizer | None = torch_optimizer(given)
     if engine.own_optimizer is not None:
         if optimizer not in (None, engine.own_optimizer):
@@ -113,6 +107,21 @@ def check_model(engine: Engine, fundamental: FundamentalSet, given: Optimizer | 
     if optimizer is not None:
         _check_optimizer(optimizer, engine.stepped(), fundamental)
     return optimizer
+
+
+def check_precision(engine: Engine) -> None:
+    """Checks that the trained weights are stored in float32 or float64. Call it before scoring, which takes long.
+
+    Raises:
+        PenaltyError: some are stored in half precision.
+    """
+    trainable = set(engine.names.trainable)
+    half = [s.name for s in engine.shards() if s.name in trainable and s.local.dtype in (torch.float16, torch.bfloat16)]
+    if half:
+        raise PenaltyError(
+            f"weights are stored in half precision without float32 masters ({listing(half, 3)}): small steps would be "
+            "rounded away; keep the weights in float32 and compute in bfloat16 (MixedPrecisionPolicy or autocast)"
+        )
 
 
 def _check_optimizer(optimizer: Optimizer, names: dict[int, list[str]], fundamental: FundamentalSet) -> None:

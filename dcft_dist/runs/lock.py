@@ -1,14 +1,22 @@
-"""The lock of a run's folder: only one job writes at a time."""
+"""The lock of a run's folder: only one job writes at a time.
+
+The lock is `flock` on the file `lock`. Some cluster file systems have no `flock`, or one that other nodes do not see (Lustre
+without the mount option `flock`). So whoever holds the lock also writes its name into the file and touches it every few
+seconds. A job on another node waits until the file has not been touched for a while.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
+import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +25,11 @@ from .attempts import note_error, now
 from .stop import Stopped
 
 log = logging.getLogger(__name__)
+
+BEAT_S = 4.0  # seconds between two touches of the file
+SILENT_S = 20.0  # seconds without a touch after which its holder has ended; shorter than the wait for another job
+
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
@@ -41,10 +54,7 @@ def locked(folder: Path, timeout_s: float) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = _lock(folder, began, timeout_s)
         waiting = not any(acquired for (acquired,) in collectives.all_gather_ints([int(lock is not None)], what="lock"))
-    if lock is not None:
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, {_job()}, since {now()} UTC")
-        lock.flush()
+    beating = _beating(lock) if lock is not None else None
     try:
         yield
     except Stopped:
@@ -53,7 +63,10 @@ def locked(folder: Path, timeout_s: float) -> Iterator[None]:
         note_error(folder, error)
         raise
     finally:
-        if lock is not None:
+        if lock is not None and beating is not None:
+            beating.set()
+            with suppress(OSError):
+                lock.truncate(0)  # nobody has to wait
             lock.close()
 
 
@@ -69,27 +82,93 @@ def _lock(folder: Path, began: float, timeout_s: float) -> IO[str] | None:
     Raises:
         RunError: the whole wait is over (see `locked`).
     """
-    handle, pause = (folder / "lock").open("a+"), time.monotonic() + timeout_s / 4
-    while (holder := _taken(handle)) and time.monotonic() < pause:
+    pause = time.monotonic() + timeout_s / 4
+    while True:
+        handle = (folder / "lock").open("a+")  # anew: a network file system then asks for the file's present state
+        if not (holder := _taken(handle)) and not (holder := _claimed(handle)):
+            return handle
+        handle.close()
         if time.monotonic() > began + (timeout_s + 60 if is_this_job(holder) else min(timeout_s / 2, 30)):
-            handle.close()
             raise RunError(f"{folder} is being written by {holder}")
+        if time.monotonic() > pause:
+            break
         time.sleep(0.2)
-    if not holder:
-        return handle
-    handle.close()
     log.warning("waiting for %s, which is being written by %s", folder, holder)
     return None
 
 
 def _taken(handle: IO[str]) -> str:
     """Takes the lock and returns ""; if another job has it, returns the description of that job."""
+    has_flock = True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return ""
     except BlockingIOError:
-        handle.seek(0)
-        return handle.read().strip() or "another job"
+        return _content(handle) or "another job"
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        has_flock = False
+    holder = _content(handle)
+    here = re.match(rf"process (\d+) on {re.escape(socket.gethostname())},", holder)
+    if here:  # on one node flock can be trusted; without it, ask for the process
+        return "" if has_flock or not _is_alive(int(here[1])) else holder
+    return holder if holder and _silence(handle) < SILENT_S else ""
+
+
+def _claimed(handle: IO[str]) -> str:
+    """Writes this process into the file, and returns the description of another one that has done so at the same time."""
+    mine = f"process {os.getpid()} on {socket.gethostname()}, {_job()}, since {now()} UTC"
+    handle.truncate(0)
+    handle.write(mine)
+    handle.flush()
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # no flock: two jobs may have found the file free
+        time.sleep(1.0)
+    content = _content(handle)
+    return "" if content == mine else content
+
+
+def _beating(handle: IO[str]) -> threading.Event:
+    """Touches the file from now until the returned event is set."""
+    end = threading.Event()
+
+    def beat() -> None:
+        while not end.wait(BEAT_S):
+            with suppress(OSError, ValueError):  # the file system is away for a moment; or the file is closed
+                os.utime(handle.fileno())
+
+    threading.Thread(target=beat, daemon=True, name="lock of the run").start()
+    return end
+
+
+def _content(handle: IO[str]) -> str:
+    handle.seek(0)
+    return handle.read().strip()
+
+
+def _silence(handle: IO[str]) -> float:
+    """Seconds since the file was last touched, by the clock of its file system, which may differ from that of this node."""
+    clock = Path(handle.name).with_name(f".clock.{socket.gethostname()}.{os.getpid()}")
+    try:
+        clock.touch()
+        present = clock.stat().st_mtime
+        clock.unlink()
+    except OSError:  # a folder that only others may write to
+        present = time.time()
+    return present - os.fstat(handle.fileno()).st_mtime
+
+
+def _is_alive(process: int) -> bool:
+    if process == os.getpid():
+        return False  # left by an earlier process with the same number
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def lock_holder(folder: Path) -> str:

@@ -25,6 +25,7 @@ from ..engines.find import find_engine
 from ..engines.prepared import Prepared, WrapOptions
 from ..engines.wrap import prepare, shards_weights
 from ..errors import CheckpointError, ConfigError, DataError, DivergedError, did_you_mean, listing
+from ..method.penalty_checks import check_precision
 from ..models.pretrained import Pretrained
 from ..objectives.base import Metrics, Objective
 from ..objectives.make import label_facts
@@ -75,7 +76,8 @@ class RunContext(TaskModel):
             DivergedError: an output or the validation loss is NaN, or the loss is infinite.
         """
         found = self.evaluate(self.validation)
-        found.require_numbers(self.task.validation, "validation")
+        if len(found.broken) < len(found.indices):  # of all examples: the training has diverged
+            found.require_numbers(self.task.validation, "validation")
         metrics = found.metrics
         if not math.isfinite(metrics["loss"]):
             why = "the learning rate is too high, or there is a NaN in the weights or the data"
@@ -197,6 +199,8 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
     head = pretrained.head_module()
     head_copy = copy.deepcopy(head[1]) if head else None
     prepared = _prepare(config, world, pretrained)
+    if config.uses_set:
+        check_precision(find_engine(prepared.model))
     compare_starts(writer, prepared.model, config, facts)
     return RunContext(
         config=config,

@@ -29,11 +29,12 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INSIDE = ("state_dict", "model_state_dict", "model", "network_weights", "teacher", "module")  # network_weights: nnU-Net
 # Classes and functions that a file may name. Training scripts keep their arguments, and numpy's numbers and arrays, beside
 # the weights. These hold values, and none of them runs code that the file brings.
+_NUMPY: list[Any] = [np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]]  # what makes an array, and a number
 _SAFE: list[Any] = [argparse.Namespace, np.dtype, np.ndarray, codecs.encode]
 _SAFE += [type(np.dtype(kind)) for kind in ("float64", "float32", "float16", "int64", "int32", "uint8", "bool")]
 _SAFE += [
     (function, f"{module}.{function.__name__}")
-    for function in (np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0])
+    for function in _NUMPY
     for module in ("numpy.core.multiarray", "numpy._core.multiarray")  # before and since numpy 2
 ]
 

@@ -75,11 +75,12 @@ def test_a_request_to_one_rank_stops_all_at_one_step(
 
 
 def test_a_second_job_is_kept_out(tiny: Path, tmp_path: Path) -> None:
-    first = start(tiny, tmp_path, *QUICK)
+    words = [*QUICK, "--train.epochs", "9"]  # longer than the other job waits
+    first = start(tiny, tmp_path, *words)
     assert wait_for_phase(tmp_path / "tiny", "train", first)
-    results = finish(start(tiny, tmp_path, *QUICK, "--timeout_s", "4"))
+    results = finish(start(tiny, tmp_path, *words, "--timeout_s", "4"))
     for code, printed in results:
-        assert code == 2 and "Traceback" not in printed
+        assert code == 2 and "Traceback" not in printed, printed
     assert "tiny is being written by process" in results[0][1]
     assert [code for code, _ in finish(first)] == [0, 0]
     assert errors(tmp_path / "tiny") == []  # the intruder left no mark

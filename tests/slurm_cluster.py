@@ -74,11 +74,12 @@ PartitionName=spare Nodes=node[2-3] MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 """
 
-# What a node does in its own namespaces; bash is its first process.
+# What a node does in its own namespaces; bash is its first process. Its own name means 127.0.1.1 to it, as Debian has it.
 NODE = """
 until ip link show eth0 > /dev/null 2>&1; do sleep 0.05; done
 ip link set lo up && ip address add "$2/24" dev eth0 && ip link set eth0 up
-hostname "$1" && mount --bind "$3/hosts" /etc/hosts && mount --bind "$3/nsswitch.conf" /etc/nsswitch.conf
+hostname "$1" && (echo "127.0.1.1 $1" && cat "$3/hosts") > "$3/hosts.$1"
+mount --bind "$3/hosts.$1" /etc/hosts && mount --bind "$3/nsswitch.conf" /etc/nsswitch.conf
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm && slurmd -D -f "$SLURM_CONF" -N "$1"
 """
 

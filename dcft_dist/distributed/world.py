@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..errors import WorldError
 from .collectives import explained
+from .interface import choose_interface
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def joined_world(timeout_s: float) -> Iterator[World]:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+    choose_interface()
     backend, timeout = "cpu:gloo,cuda:nccl" if gpus else "gloo", timedelta(seconds=timeout_s)
     try:
         if alone:

@@ -25,7 +25,6 @@ from ..engines.find import find_engine
 from ..engines.prepared import Prepared, WrapOptions
 from ..engines.wrap import prepare, shards_weights
 from ..errors import CheckpointError, ConfigError, DataError, DivergedError, did_you_mean, listing
-from ..method.penalty_checks import check_precision
 from ..models.pretrained import Pretrained
 from ..objectives.base import Metrics, Objective
 from ..objectives.make import label_facts
@@ -199,8 +198,6 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
     head = pretrained.head_module()
     head_copy = copy.deepcopy(head[1]) if head else None
     prepared = _prepare(config, world, pretrained)
-    if config.uses_set:
-        check_precision(find_engine(prepared.model))
     compare_starts(writer, prepared.model, config, facts)
     return RunContext(
         config=config,

@@ -71,6 +71,51 @@ def test_training_goes_on_under_other_engines_and_ranks(journey: list[tuple[str,
                     assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, (engine, name)
 
 
+def part_frozen(first: bool) -> nn.Module:
+    net = make_net()
+    net.mix.weight.requires_grad_(not first)
+    return net
+
+
+def thawing(engine: str, folder: str) -> dict[str, Tensor]:
+    """A first leg in which one more weight is frozen, and a second one in which it is trained."""
+    for first in (True, False):
+        prepared = prepare(
+            lambda first=first: part_frozen(first),  # type: ignore[misc]
+            engine,
+            lambda p: make_optimizer("adamw_smooth", p),
+            micro_batch=BATCH // dist.get_world_size(),
+        )
+        optimizer: Any = torch_optimizer(prepared.optimizer)
+        if not first:
+            load_checkpoint(Path(folder) / "frozen", prepared.model, optimizer)
+        for batch in make_batches(2 * STEPS, BATCH, torch.float32)[0 if first else STEPS :][:STEPS]:
+            prepared.zero_grad(to_none=True)
+            prepared.backward(loss_fn(prepared.model, my_part(batch)), True)
+            prepared.step()
+        if first:
+            save_checkpoint(Path(folder) / "frozen", model_state(prepared.model, optimizer), {})
+    return prepared.state()
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("ddp", 2), ("fsdp2", 2), ("fsdp1-full-orig", 2)])
+def test_a_weight_that_is_unfrozen_at_a_resume_begins_anew(engine: str, ranks: int, tmp_path: Path) -> None:
+    """Its moments and its count of steps begin at zero; those of the others go on."""
+    net, batches = part_frozen(True), make_batches(2 * STEPS, BATCH, torch.float32)
+    optimizer = make_optimizer("adamw_smooth", net.parameters())
+    for step, batch in enumerate(batches):
+        if step == STEPS:
+            net.mix.weight.requires_grad_(True)
+            optimizer.add_param_group({"params": [net.mix.weight]})
+        optimizer.zero_grad()
+        loss_fn(net, batch).backward()
+        optimizer.step()
+    for state in run_ranks(ranks, thawing, engine, str(tmp_path)):
+        for name, weight in net.named_parameters():
+            distance = float((state[name].view_as(weight) - weight.detach()).abs().max())
+            assert distance <= 2e-6 or name.startswith("unused"), (engine, name)
+
+
 def resumed(engine: str, folder: str) -> list[str]:
     """Names of the weights that differ in any bit between two legs and one of twice the length."""
     leg(engine, 0, folder)

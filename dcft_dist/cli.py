@@ -69,6 +69,12 @@ def _add_run(commands: Commands) -> None:
     check.add_argument("--ranks", type=int, default=1, help="number of ranks that will run it")
     check.add_argument("--data", action="store_true", help="also build the model, and read every input once")
     check.add_argument(
+        "--sheet",
+        type=Path,
+        metavar="FILE",
+        help="with --data: draw the first examples of each split as the model sees them (PNG)",
+    )
+    check.add_argument(
         "--hash", action="store_true", help="with --data: hash every file, and compare it with what the run first read"
     )
     inspect = commands.add_parser("inspect", help="show what a configuration does to each weight of its model")
@@ -203,10 +209,15 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
     check_model(config)
     if options.data:
         from .data.contents import Contents
+        from .data.understood import contact_sheet, description
         from .train.context import check_inputs, read_materials
 
         materials = read_materials(config)
         check_inputs(materials)
+        print(description(materials.task, materials.pretrained.processor))
+        if options.sheet:
+            number = contact_sheet(materials.task, materials.pretrained.processor, options.sheet)
+            print(f"{options.sheet}: {number} pictures")
         if options.hash:
             contents = Contents(materials.task.splits, RunFolder.of(config).contents)
             contents.load()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -49,7 +50,13 @@ class Examples(Protocol):
 
 
 class Processor(ABC):
-    """Turns the examples of a split into tensors."""
+    """Turns the examples of a split into tensors.
+
+    Attributes:
+        drawn_as: how to read what `picture` draws; may be empty.
+    """
+
+    drawn_as = ""
 
     @abstractmethod
     def __call__(self, split: Split) -> Examples:
@@ -66,6 +73,19 @@ class Processor(ABC):
         Raises:
             DataError: some inputs cannot be read; the message names the first.
         """
+        return None
+
+    def describe(self, value: Any, label: Any) -> str:
+        """Describes in a few words what was understood of one input, and of a label that is a mask or a text.
+
+        Args:
+            value: input of an example.
+            label: its label.
+        """
+        return f"{type(value).__name__}"
+
+    def picture(self, value: Any, label: Any) -> NDArray[np.uint8] | None:
+        """Draws one input as the model sees it: [height, width, 3]; None if it cannot be drawn. Arguments as above."""
         return None
 
     def save(self, folder: Path) -> None:

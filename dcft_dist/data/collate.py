@@ -115,6 +115,11 @@ class CollateProcessor(Processor):
         if problems:
             raise DataError(f"{len(problems)} of {len(examples)} examples cannot be used: {listing(problems, 3)}")
 
+    def describe(self, value: Any, label: Any) -> str:
+        """Shape, type and range of each of the model's arguments."""
+        batch = self.batch([(value, label) if self._makes_labels else value], "check")
+        return ", ".join(f"{name} {list(v.shape)} from {v.min():g} to {v.max():g}" for name, v in batch.items())
+
     def _problem(self, where: str, source: Any) -> str | None:
         try:
             batch = self.batch([source], where)

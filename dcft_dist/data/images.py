@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,6 +30,7 @@ from .library_processor import TRANSFORMERS, Library, as_picture, preprocessing_
 from .pictures import open_picture, plain_picture
 from .readers import LazyValue
 from .splits import Split, name_of, places_of
+from .understood import as_rgb, counted
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +77,12 @@ class ImageProcessor(Processor):
 
     def __call__(self, split: Split) -> Images:
         return Images(torch.from_numpy(split.inputs), split.labels, self.side)
+
+    def describe(self, value: Any, label: Any) -> str:
+        return f"{value.shape[1]} x {value.shape[0]} pixels, grey, from {value.min()} to {value.max()}"
+
+    def picture(self, value: Any, label: Any) -> NDArray[np.uint8]:
+        return as_rgb(value / 255)
 
     def save(self, folder: Path) -> None:
         """Writes `preprocessor_config.json` for transformers."""
@@ -204,6 +212,18 @@ class UserImageProcessor(Processor):
             pixels = self._augmented(pixels, draw)
         mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
         return (pixels - mean) / std
+
+    def describe(self, value: Any, label: Any) -> str:
+        """Size and range as stored, and the size for the model."""
+        pixels = np.asarray(_array(value))
+        channels = 1 if pixels.ndim == 2 else pixels.shape[2]
+        stored = f"{pixels.shape[1]} x {pixels.shape[0]} pixels, {counted(channels, 'channel')} of {pixels.dtype}"
+        return f"{stored} from {pixels.min():g} to {pixels.max():g}; for the model {self.side} x {self.side}"
+
+    def picture(self, value: Any, label: Any) -> NDArray[np.uint8]:
+        """The image for the model, before it is normalised."""
+        pixels = self._resized(value) / (1.0 if self._crop is not None else self._scale)
+        return as_rgb(pixels.permute(1, 2, 0).numpy())
 
     def _resized(self, source: Any) -> Tensor:
         if self._crop is not None:

@@ -71,6 +71,12 @@ class TextProcessor(Processor):
         ids = self.tokenizer(split.inputs, truncation=True, max_length=self._max_tokens)["input_ids"]
         return TokenizedTexts([list(row) for row in ids], split.labels, pad_id(self.tokenizer))
 
+    def describe(self, value: Any, label: Any) -> str:
+        """Length of the text, and whether the model gets all of it."""
+        tokens = len(self.tokenizer(value)["input_ids"])
+        cut = f", of which the model gets the first {self._max_tokens}" if tokens > self._max_tokens else ""
+        return f"{len(value)} characters, {tokens} tokens{cut}"
+
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)
 
@@ -164,6 +170,13 @@ class AnswerProcessor(Processor):
         """Returns the token ids of each instruction in the template, up to where its answer begins."""
         texts = [self._template.replace("{input}", str(text)) for text in split.inputs]
         return [list(row) for row in self.tokenizer(texts)["input_ids"]]
+
+    def describe(self, value: Any, label: Any) -> str:
+        """Length of instruction and answer, and how the answer begins."""
+        given = len(self.tokenizer(self._template.replace("{input}", str(value)))["input_ids"])
+        answer = len(self.tokenizer(str(label), add_special_tokens=False)["input_ids"])
+        cut = f", together cut at {self._max_tokens}" if given + answer >= self._max_tokens else ""
+        return f"{given} tokens, answer of {answer} tokens{cut}: {str(label)[:40]!r}"
 
     def save(self, folder: Path) -> None:
         self.tokenizer.save_pretrained(folder)

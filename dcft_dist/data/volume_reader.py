@@ -20,6 +20,7 @@ from .dicom import problem_of_series
 from .monai_readers import loader
 from .pictures import plain_channels, plain_mask
 from .splits import name_of
+from .understood import as_rgb, counted, stretched
 
 Pair = tuple[Any, Any]  # path of the image (several channels: a tuple of paths), path of the mask (None: no mask)
 
@@ -129,6 +130,35 @@ class VolumeReader:
             return str(error)
         return None
 
+    def described(self, pair: Pair) -> str:
+        """Size, voxel size and orientation as stored, range of each channel, number of voxels of each class in the mask."""
+        volume = self._read_files(pair)
+        image, mask = volume["image"], volume.get("mask")
+        stored, form = np.asarray(image.meta["original_affine"]), list(image.meta["spatial_shape"])
+        ranges = [f"{float(channel.min()):g} to {float(channel.max()):g}" for channel in image]
+        text = f"{_times(form)} voxels"
+        if image.ndim == 4:
+            text += f" of {_times(np.round(np.linalg.norm(stored[:3, :3], axis=0), 3))} mm, axes {_axes(stored)}"
+        text += f", {counted(len(image), 'channel')} from {', '.join(ranges)}; for the model {_times(image.shape[1:])}"
+        if image.ndim == 4:
+            text += f" of {_times(np.round(np.linalg.norm(np.asarray(image.affine)[:3, :3], axis=0), 3))} mm, axes RAS"
+        if mask is not None:
+            classes, counts = torch.unique(mask, return_counts=True)
+            text += "; mask " + ", ".join(f"{c:g}: {n}" for c, n in zip(classes.tolist(), counts.tolist(), strict=True))
+        return text
+
+    def drawn(self, pair: Pair) -> NDArray[np.uint8]:
+        """The middle slices along the three axes, the class of the mask in colour: [height, width, 3]."""
+        image, mask = self.whole(pair)
+        values, classes = stretched(image[0].numpy()), None if mask is None else mask[0].numpy()
+        planes = [values] if values.ndim == 2 else [values.take(n // 2, axis) for axis, n in enumerate(values.shape)]
+        masks = [classes] if classes is None or classes.ndim == 2 else [
+            classes.take(n // 2, axis) for axis, n in enumerate(classes.shape)]  # fmt: skip
+        drawn = [_drawn(plane, part) for plane, part in zip(planes, masks * (len(planes) // len(masks)), strict=True)]
+        height = max(plane.shape[0] for plane in drawn)
+        padded = [np.pad(plane, ((0, height - plane.shape[0]), (0, 2), (0, 0))) for plane in drawn]
+        return np.concatenate(padded, axis=1)
+
     def _read_files(self, pair: Pair) -> dict[str, Any]:
         channels, mask = files_of(pair)
         files: dict[str, Any] = {"image": channels if len(channels) > 1 else channels[0]}
@@ -175,6 +205,28 @@ class VolumeReader:
             last = self._num_classes - 1
             raise DataError(f"{pair[1]}: labels {listing(strays)}, but there are {self._num_classes} classes, 0 to {last}")
         self._classes_in[pair] = {int(v) for v in torch.unique(mask)}
+
+
+def _times(numbers: Any) -> str:
+    return " x ".join(f"{float(number):g}" for number in numbers)
+
+
+def _axes(affine: NDArray[Any]) -> str:
+    """The direction of each stored axis: R(ight), A(nterior), S(uperior), or the opposite."""
+    import nibabel
+
+    return "".join(str(code) for code in nibabel.aff2axcodes(affine))
+
+
+def _drawn(plane: NDArray[Any], mask: NDArray[Any] | None) -> NDArray[np.uint8]:
+    """One slice with the second axis upwards, the structures of its mask in red, green and so on."""
+    grey = as_rgb(plane.T[::-1])
+    if mask is None:
+        return grey
+    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]])
+    turned = mask.T[::-1].astype(int)
+    mixed: NDArray[np.uint8] = (0.6 * grey + 0.4 * colours[np.where(turned, (turned - 1) % 6 + 1, 0)]).astype(np.uint8)
+    return np.where((turned > 0)[:, :, None], mixed, grey)
 
 
 def check_all(pairs: Sequence[Pair], problem: Callable[[Pair], str | None]) -> None:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config.schema import Config
@@ -63,8 +65,13 @@ class Volumes:
         return {"image": torch.stack(images), "labels": torch.stack(masks).long()}
 
 
+_DRAWN_AS = "Middle slices: sagittal (its right is anterior), coronal and axial (their right is the patient's right)."
+
+
 class VolumeProcessor(Processor):
     """Makes training patches of the size `data.patch` from pairs of image and mask."""
+
+    drawn_as = _DRAWN_AS
 
     def __init__(self, config: Config) -> None:
         """Prepares the reader, and imports `data.transform`.
@@ -135,12 +142,20 @@ class VolumeProcessor(Processor):
         if pairs and pairs[0][1] is not None and training and self._augment:
             self.patch(pairs[0], "check")
 
+    def describe(self, value: Any, label: Any) -> str:
+        return self.reader.described((value, label))
+
+    def picture(self, value: Any, label: Any) -> NDArray[np.uint8]:
+        return self.reader.drawn((value, label))
+
     def classes_seen(self, split: Split) -> set[int] | None:
         return self.reader.classes_in(_pairs_of(split))
 
 
 class LabelledVolumeProcessor(Processor):
     """Cuts or pads volumes to the size `data.patch` around their centre; each volume has a label, such as a diagnosis."""
+
+    drawn_as = _DRAWN_AS
 
     def __init__(self, config: Config) -> None:
         """Prepares the reader, and imports `data.transform`.
@@ -207,6 +222,12 @@ class LabelledVolumeProcessor(Processor):
         check_all(every[rank::ranks], self._problem)
         if self._augment and len(splits) > 1 and len(splits[0]):
             self.image(splits[0].inputs[0], "check")
+
+    def describe(self, value: Any, label: Any) -> str:
+        return self._reader.described((value, None))
+
+    def picture(self, value: Any, label: Any) -> NDArray[np.uint8]:
+        return self._reader.drawn((value, None))
 
     def _problem(self, pair: Pair) -> str | None:
         if text := self._reader.problem(pair):

@@ -69,7 +69,7 @@ def check_replicas(model: nn.Module) -> int:
     if not several:
         return 0
     # Every element is owned once and stored `n` times: if copies are equal, all stored ones sum up to n times the owned.
-    parts = torch.stack([torch.stack([_of_owned(shard), checksum(shard.local, shard.box)]) for shard, _ in several]).cpu()
+    parts = torch.stack([torch.stack(_owned_and_stored(shard)) for shard, _ in several]).cpu()
     sums = collectives.all_reduce(parts, what="checksums of the replicas").tolist()
     for (shard, n), (owned, stored) in zip(several, sums, strict=True):
         if (n * owned - stored) % (1 << 64):
@@ -94,25 +94,34 @@ def _disagreement(shard: Shard) -> str:
 
 
 def _of_owned(shard: Shard) -> Tensor:
-    return checksum(shard.local.reshape(-1)[slice(*shard.owned)], shard.owned_box)
+    return checksum(shard.local, shard.box, *shard.owned)
+
+
+def _owned_and_stored(shard: Shard) -> tuple[Tensor, Tensor]:
+    """The checksums of the owned elements and of all elements of a shard, in one pass over them."""
+    begin, end = shard.owned
+    owned = _of_owned(shard)
+    rest = checksum(shard.local, shard.box, 0, begin) + checksum(shard.local, shard.box, end)
+    return owned, owned + rest
 
 
 @torch.no_grad()
-def checksum(values: Tensor, box: Box) -> Tensor:
-    """The part of a weight's checksum that these elements contribute: a scalar int64 tensor on their device.
+def checksum(values: Tensor, box: Box, begin: int = 0, end: int | None = None) -> Tensor:
+    """The part of a weight's checksum that some elements contribute: a scalar int64 tensor on their device.
 
     Args:
         values: the elements of `box`, in row-major order.
         box: which elements of the weight they are.
+        begin, end: the range of the elements of `box` to use; None: to the last.
     """
     flat, total = values.detach().reshape(-1), torch.zeros((), dtype=torch.int64, device=values.device)
-    chunk = _CHUNK.get(flat.device.type, 1 << 20)
-    first, odd = box.first, 2 * torch.arange(min(chunk, len(flat)), device=flat.device) + 1
-    for begin in range(0, len(flat), chunk):
-        bits = flat[begin : begin + chunk].contiguous().view(_BITS[flat.element_size()]).to(torch.int64)
+    chunk, end = _CHUNK.get(flat.device.type, 1 << 20), len(flat) if end is None else end
+    first, odd = box.first, 2 * torch.arange(min(chunk, end - begin), device=flat.device) + 1
+    for at in range(begin, end, chunk):
+        bits = flat[at : min(at + chunk, end)].contiguous().view(_BITS[flat.element_size()]).to(torch.int64)
         if first is None:
-            index = box.flat_index(begin, begin + len(bits), flat.device)
+            index = box.flat_index(at, at + len(bits), flat.device)
             total += (bits * (2 * index + 1)).sum()
         else:
-            total += (bits * odd[: len(bits)]).sum() + 2 * (first + begin) * bits.sum()
+            total += (bits * odd[: len(bits)]).sum() + 2 * (first + at) * bits.sum()
     return total

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .engines.checksum import check_replicas
     from .errors import DcftError
     from .method.fundamental_set import FundamentalSet
     from .method.head_warmup import WarmUp, warm_up_head
@@ -27,6 +28,7 @@ _HOME = {
     "Scores": "method.scores",
     "WarmUp": "method.head_warmup",
     "attach_penalty": "method.penalty",
+    "check_replicas": "engines.checksum",
     "load_scores": "method.scores",
     "load_weights": "weights.export",
     "save_scores": "method.scores",
@@ -42,6 +44,7 @@ __all__ = [
     "Scores",
     "WarmUp",
     "attach_penalty",
+    "check_replicas",
     "load_scores",
     "load_weights",
     "save_scores",

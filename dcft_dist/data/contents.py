@@ -1,8 +1,8 @@
 """What the files of a run's data contain: compared at every start, and with what was read first.
 
 A name and a size do not say what a file contains. So at each start every file gets a stamp: its size and a hash of its first
-and last 64 KiB. The hash of the whole file is taken at its first read, and kept in the run's folder with the stamp. A file
-whose size and time of change are those of the kept hash is not hashed again.
+and last 64 KiB. The hash of the whole file is taken at its first read, and kept in the run's folder with the stamp. It is not
+taken again while size and time of change stay the same.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Contents:
             write_atomic(self._folder / f"{name}.jsonl", "".join(_line(key, r) for key, r in self._known.items()))
 
     def watch(self, examples: Examples, split: str) -> Examples:
-        """The examples of a split, whose files are then compared at their first read; unchanged if there are no files."""
+        """The examples of a split, which then compare their files at the first read; unchanged if there are no files."""
         has_files = any(name == split for name, _ in self._of_example)
         return WatchedExamples(examples, self, split) if has_files else examples
 
@@ -228,7 +228,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class WatchedExamples:
-    """A split whose files are compared with `Contents` when they are first read.
+    """A split that compares its files with `Contents` when they are first read.
 
     Attributes:
         examples: the split.

@@ -114,10 +114,10 @@ def draw_of(task: Task, split: str) -> str:
 
 
 def content_of(value: Any) -> Any:
-    """What a checksum of inputs or labels depends on, in a form whose `repr` is the same in every process.
+    """What a checksum of inputs or labels depends on, in a form that has the same `repr` in every process.
 
-    Texts and numbers as they are, bytes of arrays, tensors and pictures, names and sizes of files; of an object whose `repr`
-    is its memory address, the class.
+    Texts and numbers as they are, bytes of arrays, tensors and pictures, names and sizes of files. If the `repr` of an object is
+    its memory address, only its class counts.
     """
     if isinstance(value, np.ndarray) and value.dtype != object:
         return hashlib.sha256(value.tobytes()).hexdigest()

@@ -137,7 +137,7 @@ def contact_sheet(task: TaskData, processor: Processor, file: Path) -> int:
 
 
 def _fitted(picture: NDArray[np.uint8], side: int) -> Any:
-    """The picture as an image of PIL whose longer side has `side` pixels."""
+    """The picture as an image of PIL; its longer side has `side` pixels."""
     from PIL import Image
 
     image = Image.fromarray(picture)

@@ -78,7 +78,7 @@ def check_replicas(model: nn.Module) -> int:
 
 
 def _disagreement(shard: Shard) -> str:
-    """Names the rank whose values differ from those of most ranks with the same elements. Collective."""
+    """Names the rank that differs from most ranks with the same elements. Collective."""
     here = hash((shard.box.start, shard.box.size)) & (1 << 62) - 1
     rows = collectives.all_gather_ints([here, int(checksum(shard.local, shard.box))], what=f"copies of {shard.name}")
     for place in dict.fromkeys(place for place, _ in rows):
@@ -88,7 +88,8 @@ def _disagreement(shard: Shard) -> str:
             others = ", ".join(str(rank) for rank, row in enumerate(rows) if row == [place, usual])
             return (
                 f"rank {odd[0]} has other values of {shard.name} than rank {others}, though all are copies: a fault of the "
-                "memory, or different hardware; start again to go on from the last checkpoint"
+                "memory, different hardware, or gradients that were not averaged (DDP with a tied weight under reentrant "
+                "checkpointing); start again to go on from the last checkpoint"
             )
     return f"the copies of {shard.name} differ"
 

@@ -118,7 +118,7 @@ class Training:
         return values | norms
 
     def _cause(self, micro_batches: list[Batch]) -> str:
-        """Why a loss is no number: the first example of the step whose input is none, on any rank. Collective."""
+        """Why a loss is no number: names the first example of the step with a NaN in its input, on any rank. Collective."""
         broken = [
             int(index)
             for batch in micro_batches

@@ -1,8 +1,8 @@
 """What the files of a run's data contain: compared at every start, and with what was read first.
 
 A name and a size do not say what a file contains. So at each start every file gets a stamp: its size and a hash of its first
-and last 64 KiB. The hash of the whole file is taken at its first read, and kept in the run's folder with the stamp. It is not
-taken again while size and time of change stay the same.
+and last 64 KiB. The hash of the whole file is taken at its first read, and kept in the run's folder with the stamp. It is
+not taken again while size and time of change stay the same.
 """
 
 from __future__ import annotations

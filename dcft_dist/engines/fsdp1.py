@@ -68,7 +68,7 @@ class FSDP1Engine(Engine):
         if outside or not isinstance(model, FullyShardedDataParallel):
             raise EngineError(
                 f"nothing reduces the gradients of {listing(outside) or 'a model whose root is not wrapped'}: "
-                "wrap the root module in FullyShardedDataParallel too"
+                "wrap the root module in FullyShardedDataParallel too, and freeze what is in ignored_states"
             )
         self._shares = {id(h.flat_param): _share(u, h) for u in self._units if (h := fsdp1_handle(u)) is not None}
         check_materialised(self.names)

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from ..data.batches import Examples
-from ..data.splits import Split, name_of
+from ..data.splits import READING, Split, name_of
 from ..distributed import collectives
 from ..distributed.world import World
 from ..engines.prepared import WrapOptions
 from ..engines.wrap import prepare
 from ..errors import ConfigError, RunError, listing
+from ..files import read_json
 from ..runs.folder import RunFolder
 from ..train.task_model import TaskModel, build_for_task
 
@@ -40,7 +41,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> TaskModel
         The model under its engine, with an optimizer that changes nothing.
 
     Raises:
-        RunError: the folder has no finished run, or the run has no exported model.
+        RunError: the folder has no finished run, the run has no exported model, or volumes were read otherwise then.
         ConfigError: an override may not change, or the data are missing.
     """
     folder = RunFolder(run)
@@ -57,6 +58,9 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> TaskModel
         raise ConfigError(f"which data? Give one of {', '.join(f'--{key}' for key in _SOURCES)}, as in the configuration")
     else:
         config, facts = folder.finished(overrides)
+    normalised = config.data.modality == "volume" and config.data.window is None
+    if normalised and read_json(folder.summary).get("reading", 1) < READING:
+        raise RunError(f"{run}: it was trained before voxels of 0 were normalised, so its inputs would differ: train again")
     if not folder.model.is_dir():
         raise RunError(f"{folder.model} is missing: it was deleted, or the run had checkpoint.keep_last = 0")
     objective, pretrained = build_for_task(config, facts)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..data.splits import READING
 from ..distributed import collectives
 from ..engines.whole_tensors import weights_checksum
 from ..errors import DivergedError
@@ -79,6 +80,7 @@ def finish(
         "git_commit": commit,
         "changes": changes_since_begin(writer.facts),
         "data_checksum": run.task.checksum,
+        "reading": READING,
         "weights_checksum": weights_checksum(run.model),
         "caveat": run.task.caveat,
         "removal": read_json(writer.removal) if writer.removal.exists() else None,

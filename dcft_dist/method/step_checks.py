@@ -1,8 +1,8 @@
 """Does the optimizer go on from what the penalty writes? Found by behaviour, not by a list of names.
 
 At the update level the penalty shortens a step by writing into the parameter after `optimizer.step`. An optimizer that keeps
-weights of its own (master copies, offloaded ones, further iterates) and copies them back undoes that. So at its steps 1, 2,
-3, 4, 8, 16 and so on, and at the next one after each `Penalty.in_force`, two things are checked:
+weights of its own (master copies, offloaded ones, further iterates) and copies them back undoes that. So at its steps 1 to 6,
+8, 16 and so on, and at the next one after each `Penalty.in_force`, two things are checked:
 
 - a trial: two small tensors, equal but for a constant, take the place of one weight for one step. What is left of the
   constant says how far the step goes on from the parameter. No other weight may change meanwhile.
@@ -34,6 +34,7 @@ Optimizer = torch.optim.Optimizer
 _DISTANCE = 64.0  # between the two tensors of a trial: large against any step, and exact in float32
 _LEFT = 0.95  # of the distance, that must be left, besides what weight decay takes away (lr * weight_decay)
 _MOST = 1 << 20  # elements of a trial
+_PARTS = 8  # in which the tensors are compared at later steps, so that a log costs little
 
 
 class StepChecks:
@@ -45,21 +46,28 @@ class StepChecks:
             engine: the engine of the model.
             names: names of the penalised weights.
         """
-        self._engine, self._names = engine, set(names)
+        self._engine, self._names = engine, list(names)
         self._steps: Counter[int] = Counter()  # by id of the optimizer
         self._asked: set[int] = set()  # optimizers whose next step is to be checked
-        self._written: dict[str, Tensor] = {}  # checksum of each weight after the last checked step
+        self._written: dict[str, Tensor] = {}  # checksums of weights after the last checked step
+        self._turn = 0
         self._untried = ""  # why the last trial failed
 
     def again(self) -> None:
         """Checks the next step of every optimizer."""
         self._asked = set(self._steps)
 
-    def _is_due(self, optimizer: Optimizer) -> bool:
-        """Whether its next step is checked."""
-        # What an optimizer sets up lazily shows at its second step; a phase of its own, such as that of RAdam, later.
+    def _is_early(self, optimizer: Optimizer) -> bool:
+        """Whether its next step is one of 1 to 6, 8, 16 and so on."""
+        # What an optimizer sets up lazily shows at its second step, what it does at every sixth (Lookahead) at that one; a phase
+        # of its own, such as that of RAdam, ends later.
         number = self._steps[id(optimizer)] + 1
-        return number <= 3 or number & (number - 1) == 0 or id(optimizer) in self._asked
+        return number <= 6 or number & (number - 1) == 0
+
+    def _compared(self, optimizer: Optimizer) -> list[str]:
+        """The weights to compare at its next step: all of them early, later a part of the tensors in turn."""
+        parts = min(_PARTS, len(self._names))
+        return self._names if self._is_early(optimizer) else self._names[self._turn % parts :: parts]
 
     def before(self, optimizer: Optimizer, shards: Sequence[Shard]) -> None:
         """Checks what has been written, and tries the optimizer, if it is time for that.
@@ -74,7 +82,8 @@ class StepChecks:
         if problem := self.problem():
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
         self._written, self._untried = {}, ""
-        if self._is_due(optimizer) and (problem := self._trial(optimizer, shards)):
+        due = self._is_early(optimizer) or id(optimizer) in self._asked
+        if due and (problem := self._trial(optimizer, shards)):
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
 
     def after(self, optimizer: Optimizer, watch: bool) -> None:
@@ -89,8 +98,9 @@ class StepChecks:
         """
         if self._untried:
             raise alone(PenaltyError(f"rank {collectives.rank()}: {self._untried}"))
-        if watch or self._is_due(optimizer):
-            self._written = self._sums()
+        if watch or self._is_early(optimizer) or id(optimizer) in self._asked:
+            self._written = self._sums(self._compared(optimizer))
+            self._turn += 1
         self._steps[id(optimizer)] += 1
         self._asked.discard(id(optimizer))
 
@@ -98,19 +108,22 @@ class StepChecks:
         """Which weights no longer hold what the penalty wrote, if the last step was checked; otherwise an empty string."""
         if not self._written:
             return ""
-        now = self._sums()
-        same = [now[name] == self._written[name] for name in now.keys() & self._written.keys()]
-        if not same or bool(torch.stack([s.cpu() for s in same]).all()):
+        now = self._sums(self._written)
+        changed = [name for name, value in now.items() if bool(value != self._written[name])]
+        if not changed:
             return ""
-        names = [name for name in self._written if name in now and bool(now[name] != self._written[name])]
         return (
-            f"{listing(names, 3)} changed after the penalty had shortened the last step, without a step that the penalty "
+            f"{listing(changed, 3)} changed after the penalty had shortened the last step, without a step that the penalty "
             "sees: by an optimizer that copies weights of its own back or steps them elsewhere, or by other code. After "
             "loading a checkpoint attach the penalty again"
         )
 
-    def _sums(self) -> dict[str, Tensor]:
-        return {s.name: checksum(s.local, s.box) for s in self._engine.shards() if s.name in self._names}
+    def _sums(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Checksums of weights, on the CPU: read together, since each read waits for a GPU."""
+        wanted = set(names)
+        shards = [shard for shard in self._engine.shards() if shard.name in wanted]
+        sums = [checksum(shard.local, shard.box) for shard in shards]
+        return dict(zip((s.name for s in shards), torch.stack(sums).cpu(), strict=True)) if sums else {}
 
     def _trial(self, optimizer: Optimizer, shards: Sequence[Shard]) -> str:
         """Tries a step of one weight; returns what is wrong with it, or an empty string."""
@@ -120,13 +133,14 @@ class StepChecks:
         if not tried:
             return ""
         shard, kind = min(tried, key=lambda s: s.parameter.numel()), type(optimizer).__name__
-        before = self._sums()
+        compared = self._compared(optimizer)
+        before = self._sums(compared)
         try:
             left = distance_left(own, shard.parameter)
         except Exception as error:  # whatever an optimizer may raise for a tensor that it has not seen before
             self._untried = f"{kind} cannot be tried on a copy of {shard.name} ({line_of(error)}); so {_ADVICE}"
             return ""  # the step itself may fail too, and says why
-        after = self._sums()
+        after = self._sums(compared)
         if moved := [name for name in before if bool(before[name] != after[name])]:
             return f"{kind} keeps weights of its own: without being given {listing(moved, 3)}, it changes them; so {_ADVICE}"
         if left < _LEFT * (1 - _decay(own, shard.parameter)):

@@ -1,8 +1,8 @@
 """Does the optimizer go on from what the penalty writes? Found by behaviour, not by a list of names.
 
 At the update level the penalty shortens a step by writing into the parameter after `optimizer.step`. An optimizer that keeps
-weights of its own (master copies, offloaded ones, further iterates) and copies them back undoes that. So at its steps 1 to 6,
-8, 16 and so on, and at the next one after each `Penalty.in_force`, two things are checked:
+weights of its own (master copies, offloaded ones, further iterates) and copies them back undoes that. So at its steps 1 to
+6, 8, 16 and so on, and at the next one after each `Penalty.in_force`, two things are checked:
 
 - a trial: two small tensors, equal but for a constant, take the place of one weight for one step. What is left of the
   constant says how far the step goes on from the parameter. No other weight may change meanwhile.
@@ -59,8 +59,8 @@ class StepChecks:
 
     def _is_early(self, optimizer: Optimizer) -> bool:
         """Whether its next step is one of 1 to 6, 8, 16 and so on."""
-        # What an optimizer sets up lazily shows at its second step, what it does at every sixth (Lookahead) at that one; a phase
-        # of its own, such as that of RAdam, ends later.
+        # What an optimizer sets up lazily shows at its second step, and what it does at every sixth (Lookahead) at that one.
+        # A phase of its own, such as that of RAdam, ends later.
         number = self._steps[id(optimizer)] + 1
         return number <= 6 or number & (number - 1) == 0
 

@@ -27,6 +27,9 @@ from ..runs.provenance import versions
 
 Facts = dict[str, str]
 
+# Files beside weights that are read: tensors, configurations, vocabularies.
+_READ = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".onnx", ".json", ".txt", ".model")
+
 
 def greet(config: Config) -> None:
     """Compares configuration, code and packages of all ranks, before they do anything else. Collective.
@@ -110,8 +113,9 @@ def compare_weights(place: Path | None, module: nn.Module, whole: bool) -> None:
     facts = {}
     if place is not None:
         found = sorted(place.iterdir()) if place.is_dir() else [place]
-        stamps = [(file.name, (stamp := stamp_of(file)).size, stamp.ends) for file in found if file.is_file()]
-        facts["content of the weights files"] = digest_of(stamps)
+        for file in (file for file in found if file.is_file() and file.suffix in _READ):
+            stamp = stamp_of(file)
+            facts[f"content of the weights file {file.name}"] = digest_of(stamp.size, stamp.ends)
     if whole:
         facts |= _weight_facts(own_checksums(module))
     require_equal(facts, "initial weights")

@@ -131,7 +131,7 @@ def test_a_rank_with_other_weights(folder: Path, engine: str) -> None:
     (folder / "elsewhere").mkdir()
     shutil.copy(folder / "other.safetensors", folder / "elsewhere/net.safetensors")
     odd = ["--model.weights", str(folder / "elsewhere/net.safetensors")]
-    assert "rank 1 has another content of the weights files than rank 0" in on_two_ranks(
+    assert "rank 1 has another content of the weights file net.safetensors than rank 0" in on_two_ranks(
         folder, *odd, extra=("--engine", engine)
     )
 

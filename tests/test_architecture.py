@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, str] = {
     "config": "",
     "distributed": "compat",
     "engines": "compat distributed",
-    "method": "distributed engines",
+    "method": "compat distributed engines",
     "controls": "distributed engines method",
     "integrations": "compat distributed engines method",
     "data": "config",

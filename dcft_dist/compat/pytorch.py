@@ -52,6 +52,13 @@ def number(value: Any) -> float:
     return 1.0 if isinstance(value, FakeTensor) else float(value)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor has values: not on the meta device, and not one on which `dcft plan` runs the code."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return not isinstance(tensor, FakeTensor) and not tensor.is_meta
+
+
 def fake_tensors(numbers: bool = False) -> Any:
     """Context in which new tensors have a shape and a data type but no values. Real tensors may be used too.
 

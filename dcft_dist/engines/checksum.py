@@ -19,7 +19,7 @@ from .box import Box
 from .find import find_engine
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element -> integer of that size
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements: fits in a core's cache; keeps a GPU busy
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements: fits in a core's cache; keeps a GPU busy
 
 
 def weight_checksums(model: nn.Module) -> dict[str, int]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
+from ..compat.pytorch import has_values
 from ..distributed import collectives
 from ..engines.base import Engine, Shard, local_tensor
 from ..engines.checksum import checksum
@@ -46,7 +47,7 @@ class StepChecks:
             engine: the engine of the model.
             names: names of the penalised weights.
         """
-        self._engine, self._names = engine, list(names)
+        self._engine, self._names = engine, list(names) if all(has_values(s.local) for s in engine.shards()) else []
         self._steps: Counter[int] = Counter()  # by id of the optimizer
         self._asked: set[int] = set()  # optimizers whose next step is to be checked
         self._written: dict[str, Tensor] = {}  # checksums of weights after the last checked step
@@ -79,6 +80,8 @@ class StepChecks:
         Raises:
             PenaltyError: the penalty's writing is undone, or something else changes the weights.
         """
+        if not self._names:  # `dcft plan`
+            return
         if problem := self.problem():
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
         self._written, self._untried = {}, ""
@@ -96,6 +99,8 @@ class StepChecks:
         Raises:
             PenaltyError: the optimizer could not be tried.
         """
+        if not self._names:
+            return
         if self._untried:
             raise alone(PenaltyError(f"rank {collectives.rank()}: {self._untried}"))
         if watch or self._is_early(optimizer) or id(optimizer) in self._asked:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..errors import DataError
 from ..files import read_lines, write_atomic
 from .batches import Examples
 from .readers import LazyValue
-from .splits import Split
+from .splits import Split, files_in
 
 END = 64 * 1024  # bytes at each end of a file that a stamp depends on
 _TOGETHER = 64  # files that a thread takes at a time
@@ -36,12 +36,14 @@ class Record:
     Attributes:
         size: in bytes.
         mtime_ns: time of its last change.
+        inode: its number in its file system. A copy on another node has another one, even if the time was copied too.
         ends: hash of its first and last 64 KiB.
         whole: hash of all of it; empty before its first read.
     """
 
     size: int
     mtime_ns: int
+    inode: int
     ends: str
     whole: str = ""
 
@@ -73,7 +75,7 @@ def stamp_of(file: Path) -> Record:
         found = file.stat()
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    return Record(found.st_size, found.st_mtime_ns, hash_of(file, whole=False))
+    return Record(found.st_size, found.st_mtime_ns, found.st_ino, hash_of(file, whole=False))
 
 
 class Contents:
@@ -103,8 +105,9 @@ class Contents:
         # Files of a saved dataset hold all examples, and may be large: they are stamped, and hashed only when asked to.
         lazy = (x for split in splits.values() for x in split.inputs if isinstance(x, LazyValue))
         self._tables = {file for x in lazy for file in x.files}
+        one_folder = len({file.parent for file in self._tables}) == 1  # the dataset's own; otherwise a folder for each split
         for file in sorted(self._tables):
-            self.files[f"dataset/{file.parent.name}/{file.name}"] = file
+            self.files["/".join(("dataset", *file.parts[-1 if one_folder else -2 :]))] = file
 
     def compact(self) -> None:
         """Puts what earlier starts have kept into one file. One process calls it, before any calls `load`."""
@@ -146,7 +149,7 @@ class Contents:
             old = self._known.get(key)
             if old is not None and (old.size, old.ends) != (record.size, record.ends):
                 raise self._changed(key)
-            kept = old is not None and old.mtime_ns == record.mtime_ns
+            kept = old is not None and (old.mtime_ns, old.inode) == (record.mtime_ns, record.inode)
             self._known[key] = old if kept and old is not None else record
             if old is not None and not kept and old.whole:  # another copy of the file: its contents are still to be compared
                 self._known[key] = replace(old, mtime_ns=-1)
@@ -202,13 +205,14 @@ class Contents:
         """The record with the whole hash; None if it is known already."""
         file, old = self.files[key], self._known.get(key)
         found = file.stat()
-        if old and old.whole and not again and (old.size, old.mtime_ns) == (found.st_size, found.st_mtime_ns):
+        same = old and (old.size, old.mtime_ns, old.inode) == (found.st_size, found.st_mtime_ns, found.st_ino)
+        if old and old.whole and same and not again:
             return None
         whole = hash_of(file, whole=True)
         if old and old.whole and old.whole != whole:
             raise self._changed(key)
         ends = old.ends if old else hash_of(file, whole=False)
-        return Record(found.st_size, found.st_mtime_ns, ends, whole)
+        return Record(found.st_size, found.st_mtime_ns, found.st_ino, ends, whole)
 
     def _append(self, key: str, record: Record) -> None:
         """Adds a line to a file of this process alone: worker processes read too, and know nothing of each other."""
@@ -269,7 +273,7 @@ def _files_in(value: Any, place: str = "") -> Iterator[tuple[str, Path]]:
         for i, part in enumerate(value):
             yield from _files_in(part, f"{place}{i}.")
     elif isinstance(value, Path) and value.is_dir():
-        for file in sorted(f for f in value.rglob("*") if f.is_file()):
+        for file in files_in(value):
             yield f"{place}/{file.relative_to(value).as_posix()}", file
     elif isinstance(value, Path):
         yield place, value
@@ -283,4 +287,4 @@ def _threaded(function: Any, items: Sequence[Any]) -> list[Any]:
 
 
 def _line(key: str, record: Record) -> str:
-    return json.dumps([key, record.size, record.mtime_ns, record.ends, record.whole]) + "\n"
+    return json.dumps([key, *astuple(record)]) + "\n"

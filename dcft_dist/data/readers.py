@@ -14,7 +14,7 @@ import numpy as np
 from ..config.task import Data
 from ..errors import DataError, did_you_mean
 from ..imports import find_object
-from .splits import SPLITS
+from .splits import SPLITS, is_hidden
 from .tables import is_blank, is_empty, records
 
 _SYNONYMS = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
@@ -179,19 +179,14 @@ def _classes_of(root: Path, data: Data) -> Iterator[Row]:
 
 
 def _folders_in(root: Path) -> list[Path]:
-    return sorted(child for child in root.iterdir() if child.is_dir() and not _is_hidden(child.name))
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether an operating system or an editor made it: `.ipynb_checkpoints`, `._scan.png`, `__MACOSX`."""
-    return name.startswith(".") or name == "__MACOSX"
+    return sorted(child for child in root.iterdir() if child.is_dir() and not is_hidden(child.name))
 
 
 def _images_in(folder: Path) -> list[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in _IMAGES and not any(map(_is_hidden, file.relative_to(folder).parts))
+        if file.suffix.lower() in _IMAGES and not any(map(is_hidden, file.relative_to(folder).parts))
     )
     if not files:
         raise DataError(f"{folder} contains no images ({', '.join(sorted(_IMAGES))})")

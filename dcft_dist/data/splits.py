@@ -116,6 +116,17 @@ def draw_of(task: Task, split: str) -> str:
     return f"sample:{task.sample_seed}" if resampled else f"{task.split_seed}:{split}"
 
 
+def is_hidden(name: str) -> bool:
+    """Whether an operating system or an editor made it: `.ipynb_checkpoints`, `._scan.png`, `__MACOSX`, `Thumbs.db`."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db")
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a folder and of the folders in it, sorted, without hidden ones."""
+    files = (file for file in folder.rglob("*") if not any(map(is_hidden, file.relative_to(folder).parts)))
+    return sorted(file for file in files if file.is_file())
+
+
 def content_of(value: Any) -> Any:
     """What a checksum of inputs or labels depends on, in a form that has the same `repr` in every process.
 
@@ -129,7 +140,7 @@ def content_of(value: Any) -> Any:
     if isinstance(value, dict):
         return [(key, content_of(part)) for key, part in value.items()]
     if isinstance(value, Path):
-        return (value.name, value.stat().st_size)
+        return (value.name, value.stat().st_size) if value.is_file() else [content_of(file) for file in files_in(value)]
     if callable(to_bytes := getattr(value, "tobytes", None)) and not isinstance(value, np.generic):  # a picture of PIL
         return (type(value).__name__, getattr(value, "size", ()), hashlib.sha256(to_bytes()).hexdigest())
     if callable(to_array := getattr(value, "__array__", None)):  # a tensor, whose `repr` leaves out most of it

@@ -32,8 +32,7 @@ def weight_checksums(model: nn.Module) -> dict[str, int]:
         Signed 64-bit numbers, equal for every engine and number of ranks.
     """
     shards = find_engine(model).shards()
-    parts = torch.stack([_of_owned(shard) for shard in shards]).cpu()
-    sums = collectives.all_reduce(parts, what="checksums of the weights")
+    sums = collectives.all_reduce(_on_cpu([_of_owned(shard) for shard in shards]), what="checksums of the weights")
     return {shard.name: int(value) for shard, value in zip(shards, sums.tolist(), strict=True)}
 
 
@@ -69,12 +68,21 @@ def check_replicas(model: nn.Module) -> int:
     if not several:
         return 0
     # Every element is owned once and stored `n` times: if copies are equal, all stored ones sum up to n times the owned.
-    parts = torch.stack([torch.stack(_owned_and_stored(shard)) for shard, _ in several]).cpu()
-    sums = collectives.all_reduce(parts, what="checksums of the replicas").tolist()
+    parts = _on_cpu([part for shard, _ in several for part in _owned_and_stored(shard)])
+    sums = collectives.all_reduce(parts.view(-1, 2), what="checksums of the replicas").tolist()
     for (shard, n), (owned, stored) in zip(several, sums, strict=True):
         if (n * owned - stored) % (1 << 64):
             raise TemporaryError(_disagreement(shard))
     return len(several)
+
+
+def _on_cpu(scalars: list[Tensor]) -> Tensor:
+    """Scalars of any devices as one tensor on the CPU: offloaded weights lie elsewhere than frozen ones."""
+    out = torch.zeros(len(scalars), dtype=torch.int64)
+    for device in {scalar.device for scalar in scalars}:
+        places = [i for i, scalar in enumerate(scalars) if scalar.device == device]
+        out[places] = torch.stack([scalars[i] for i in places]).cpu()
+    return out
 
 
 def _disagreement(shard: Shard) -> str:

@@ -361,6 +361,8 @@ class Penalty:
         closures = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
         if not closures:
             return self._gradients_ready(optimizer)
+        if self.level == "update":  # now, since the optimizer is in its step when the closure is called
+            self._steps.before(optimizer, self._shards(self._stepped), closure=True)
         wrapped = {id(closures[0]): self._closure(optimizer, closures[0])}
         return tuple(wrapped.get(id(a), a) for a in args), {k: wrapped.get(id(a), a) for k, a in kwargs.items()}
 

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 BEAT_S = 4.0  # seconds between two touches of the file
 SILENT_S = 20.0  # seconds without a touch after which its holder has ended; shorter than the wait for another job
 
+_claims: dict[str, str] = {}  # path of a lock -> what this process has written into it
+
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -54,7 +56,7 @@ def locked(folder: Path, timeout_s: float) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = _lock(folder, began, timeout_s)
         waiting = not any(acquired for (acquired,) in collectives.all_gather_ints([int(lock is not None)], what="lock"))
-    beating = _beating(lock) if lock is not None else None
+    beating = _beating(lock, folder) if lock is not None else None
     try:
         yield
     except Stopped:
@@ -66,7 +68,9 @@ def locked(folder: Path, timeout_s: float) -> Iterator[None]:
         if lock is not None and beating is not None:
             beating.set()
             with suppress(OSError):
-                lock.truncate(0)  # nobody has to wait
+                if _content(lock) == _mine(lock):
+                    lock.truncate(0)  # nobody has to wait
+                fcntl.flock(lock, fcntl.LOCK_UN)  # worker processes have the file too, and may end later
             lock.close()
 
 
@@ -118,6 +122,7 @@ def _taken(handle: IO[str]) -> str:
 def _claimed(handle: IO[str]) -> str:
     """Writes this process into the file, and returns the description of another one that has done so at the same time."""
     mine = f"process {os.getpid()} on {socket.gethostname()}, {_job()}, since {now()} UTC"
+    _claims[handle.name] = mine
     handle.truncate(0)
     handle.write(mine)
     handle.flush()
@@ -129,14 +134,26 @@ def _claimed(handle: IO[str]) -> str:
     return "" if content == mine else content
 
 
-def _beating(handle: IO[str]) -> threading.Event:
-    """Touches the file from now until the returned event is set."""
+def _mine(handle: IO[str]) -> str:
+    return _claims.get(handle.name, "")
+
+
+def _beating(handle: IO[str], folder: Path) -> threading.Event:
+    """Touches the file from now until the returned event is set. If another job has taken the lock, this process ends.
+
+    That happens to a job that was suspended for a while where nodes do not see each other's `flock`.
+    """
     end = threading.Event()
 
     def beat() -> None:
         while not end.wait(BEAT_S):
             with suppress(OSError, ValueError):  # the file system is away for a moment; or the file is closed
                 os.utime(handle.fileno())
+                holder = Path(handle.name).read_text().strip()
+                if holder and holder != _mine(handle) and not end.is_set():
+                    note_error(folder, RunError(f"{folder} is being written by {holder}, which took the lock meanwhile"))
+                    log.error("%s is being written by %s, which took the lock meanwhile: this process ends", folder, holder)
+                    os._exit(1)
 
     threading.Thread(target=beat, daemon=True, name="lock of the run").start()
     return end

@@ -64,9 +64,10 @@ def compare_data(config: Config, task: TaskData, contents: Contents, folder: Run
         MismatchError: the ranks have different data, or the run was begun with other data.
         DataError: a file was changed since an earlier start.
     """
-    facts = {**_code_of_the_user(config), "list of classes": digest_of(task.class_names)}
-    for name, split in task.splits.items():
-        facts |= _facts_of(name, split)
+    with collectives.agreed("classes, labels and inputs"):
+        facts = {**_code_of_the_user(config), "list of classes": digest_of(task.class_names)}
+        for name, split in task.splits.items():
+            facts |= _facts_of(name, split)
     require_equal(facts, "data")
     paths = digest_of([(key, str(file.resolve())) for key, file in contents.files.items()])
     position, number, views = same_view(paths)
@@ -96,7 +97,8 @@ def read_contents(contents: Contents) -> None:
     with collectives.agreed("contents of the data"):
         if contents.read_all(collectives.rank(), collectives.world_size()):
             contents.keep(f"read-{collectives.rank():05}")
-    contents.load()  # what the other ranks have hashed
+    with collectives.agreed("contents of the data"):
+        contents.load()  # what the other ranks have hashed
 
 
 def compare_weights(place: Path | None, module: nn.Module, whole: bool) -> None:
@@ -111,8 +113,8 @@ def compare_weights(place: Path | None, module: nn.Module, whole: bool) -> None:
         MismatchError: a rank has other weights.
     """
     facts = {}
-    if place is not None:
-        found = sorted(place.iterdir()) if place.is_dir() else [place]
+    with collectives.agreed("files of the weights"):
+        found = sorted(place.iterdir()) if place is not None and place.is_dir() else [place] if place is not None else []
         for file in (file for file in found if file.is_file() and file.suffix in _READ):
             stamp = stamp_of(file)
             facts[f"content of the weights file {file.name}"] = digest_of(stamp.size, stamp.ends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import itertools
+import multiprocessing
 import os
 import time
 from pathlib import Path
@@ -24,9 +25,10 @@ def no_flock(*_: Any) -> None:
     raise OSError(errno.ENOSYS, "Function not implemented")
 
 
-def held_elsewhere(
-    folder: Path, seconds_ago: float, holder: str = "process 7 on another-node, no Slurm job, since now"
-) -> None:
+ELSEWHERE = "process 7 on another-node, no Slurm job, since now"
+
+
+def held_elsewhere(folder: Path, seconds_ago: float, holder: str = ELSEWHERE) -> None:
     """The lock as a job on another node leaves it whose `flock` this node does not see."""
     (folder / "lock").write_text(holder)
     then = time.time() - seconds_ago
@@ -89,6 +91,38 @@ def test_without_flock_processes_take_turns(tmp_path: Path) -> None:
     times = sorted(tuple(map(float, file.read_text().split())) for file in tmp_path.glob("*.txt"))
     assert len(times) == 3
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(times))
+
+
+def test_worker_processes_do_not_keep_the_lock(tmp_path: Path) -> None:
+    """They are forked while it is held, have the file too, and may end later."""
+    with locked(tmp_path, 2):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        worker.start()
+    assert worker.is_alive() and lock_holder(tmp_path) == ""
+    with locked(tmp_path, 2):
+        pass
+    worker.kill()
+    worker.join()
+
+
+def suspended(folder: str) -> None:
+    fcntl.flock = no_flock
+    lock.BEAT_S = 0.1
+    with locked(Path(folder), 60):
+        (Path(folder) / "inside").touch()
+        time.sleep(30)
+
+
+def test_a_job_that_lost_the_lock_while_it_was_suspended_ends(tmp_path: Path) -> None:
+    process = context.Process(target=suspended, args=(str(tmp_path),))
+    process.start()
+    end = time.monotonic() + 30
+    while not (tmp_path / "inside").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    held_elsewhere(tmp_path, seconds_ago=0)
+    process.join(20)
+    assert process.exitcode == 1
+    assert (tmp_path / "lock").read_text() == ELSEWHERE, "the name of the other job stays"
 
 
 def test_another_error_of_the_file_system_is_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,8 @@ from torch import nn
 
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.contents import Contents
-from dcft_dist.data.splits import Split
+from dcft_dist.data.splits import Split, content_of
+from dcft_dist.data.user_task import user_task
 from dcft_dist.distributed.world import World
 from dcft_dist.errors import DataError, DcftError
 from dcft_dist.files import read_json
@@ -265,3 +266,52 @@ def test_masks_folders_and_saved_datasets_are_files_too(tmp_path: Path) -> None:
     (series / "1.dcm").unlink()
     with pytest.raises(DataError, match=r"1.dcm cannot be read"):
         contents.stamp()
+
+
+def test_a_copy_with_the_times_of_the_original_is_read_anew(tmp_path: Path) -> None:
+    """As `rsync -a` makes it on another node: damage in its middle is found, and where it lies is not compared."""
+    files = sorted((pictures(tmp_path / "pictures") / "normal").iterdir())
+    first = Contents(split_of(files), tmp_path / "kept")
+    sums = first.stamp()
+    first.read_all()
+    first.keep("now-00000")
+    shutil.copytree(tmp_path / "pictures", tmp_path / "copy")  # keeps the times
+    copied = [tmp_path / "copy/normal" / file.name for file in files]
+    again = Contents(split_of(copied), tmp_path / "kept")
+    again.load()
+    assert again.stamp() == sums and again.read_all() == len(files)
+    before = copied[3].stat()
+    data = bytearray(copied[3].read_bytes())
+    data[len(data) // 2] ^= 1
+    copied[3].write_bytes(data)
+    os.utime(copied[3], ns=(before.st_atime_ns, before.st_mtime_ns))
+    damaged = Contents(split_of(copied), tmp_path / "kept")
+    damaged.load()
+    assert damaged.stamp() == sums
+    with pytest.raises(DataError, match=r"has other contents than when this run first read it"):
+        damaged.read_all()
+
+
+def test_folders_and_datasets_are_what_is_in_them(tmp_path: Path) -> None:
+    """Not the size that a file system gives a folder, nor its own name, nor what an operating system puts into it."""
+    import datasets
+
+    for name in ("one", "two"):
+        (tmp_path / name / "series").mkdir(parents=True)
+        (tmp_path / name / "series/1.dcm").write_bytes(b"slice")
+    for i in range(400):  # makes the folder itself larger, for good
+        (tmp_path / f"two/series/{i}.tmp").touch()
+    for file in (tmp_path / "two/series").glob("*.tmp"):
+        file.unlink()
+    (tmp_path / "two/series/.DS_Store").write_bytes(b"x")
+    one, two = (tmp_path / name / "series" for name in ("one", "two"))
+    assert content_of(one) == content_of(two) == [("1.dcm", 5)]
+    assert Contents(split_of([one])).stamp() == Contents(split_of([two])).stamp()
+    images = [Image.fromarray(np.full((8, 8), i, np.uint8)) for i in range(20)]
+    datasets.Dataset.from_dict({"input": images, "label": [0, 1] * 10}).save_to_disk(tmp_path / "job1")
+    shutil.copytree(tmp_path / "job1", tmp_path / "job2")
+    sums = []
+    for name in ("job1", "job2"):
+        data = ["--data.path", str(tmp_path / name), "--data.format", "dataset", "--data.modality", "image"]
+        sums.append(Contents(user_task(load_config("smoke.toml", data)).splits).stamp())
+    assert sums[0] == sums[1] and set(sums[0]) == {"dataset"}

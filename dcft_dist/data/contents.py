@@ -12,7 +12,8 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ class Contents:
                 if found := {f"{name}/{i}/{place}": file for place, file in _files_in((value, label))}:
                     self._of_example[name, i] = list(found)
                     self.files |= found
-        self._folder, self._known, self._seen = folder, dict[str, Record](), set[str]()
+        self._folder, self._seen = folder, set[str]()
+        self._known, self._new = dict[str, Record](), dict[str, Record]()  # the second: not written yet
         # Files of a saved dataset hold all examples, and may be large: they are stamped, and hashed only when asked to.
         lazy = (x for split in splits.values() for x in split.inputs if isinstance(x, LazyValue))
         self._tables = {file for x in lazy for file in x.files}
@@ -124,7 +126,7 @@ class Contents:
         """Reads what is kept. A later line adds to an earlier one; incomplete lines of a killed process are skipped."""
         for file in sorted(self._folder.glob("*.jsonl")) if self._folder else ():
             rows: list[Any] = read_lines(file)
-            for key, *values in rows:
+            for key, *values in (row for row in rows if len(row) == 1 + len(fields(Record))):
                 old, new = self._known.get(key), Record(*values)
                 if old is None or new.whole or not old.whole:
                     self._known[key] = new
@@ -149,19 +151,18 @@ class Contents:
             old = self._known.get(key)
             if old is not None and (old.size, old.ends) != (record.size, record.ends):
                 raise self._changed(key)
-            kept = old is not None and (old.mtime_ns, old.inode) == (record.mtime_ns, record.inode)
-            self._known[key] = old if kept and old is not None else record
-            if old is not None and not kept and old.whole:  # another copy of the file: its contents are still to be compared
-                self._known[key] = replace(old, mtime_ns=-1)
+            if old is None:
+                self._known[key] = self._new[key] = record
             split = key.split("/")[0]
             digest = hashlib.blake2b(f"{key} {record.size} {record.ends}".encode(), digest_size=5).digest()
             sums[split] = sums.get(split, 0) + int.from_bytes(digest, "little")
         return sums
 
     def keep(self, name: str) -> None:
-        """Writes what this process knows to the file `<name>.jsonl`, in one step."""
-        if self._folder is not None and self._known:
-            write_atomic(self._folder / f"{name}.jsonl", "".join(_line(key, r) for key, r in self._known.items()))
+        """Writes what this process has found since the last call to the file `<name>.jsonl`, in one step."""
+        if self._folder is not None and self._new:
+            write_atomic(self._folder / f"{name}.jsonl", "".join(_line(key, r) for key, r in self._new.items()))
+        self._new = {}
 
     def watch(self, examples: Examples, split: str) -> Examples:
         """The examples of a split, which then compare their files at the first read; unchanged if there are no files."""
@@ -199,12 +200,16 @@ class Contents:
         found = _threaded(lambda key: self._first_read(key, again), keys)
         hashed = {key: record for key, record in zip(keys, found, strict=True) if record}
         self._known |= hashed
+        self._new |= hashed
         return len(hashed)
 
     def _first_read(self, key: str, again: bool = False) -> Record | None:
         """The record with the whole hash; None if it is known already."""
         file, old = self.files[key], self._known.get(key)
-        found = file.stat()
+        try:
+            found = file.stat()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
         same = old and (old.size, old.mtime_ns, old.inode) == (found.st_size, found.st_mtime_ns, found.st_ino)
         if old and old.whole and same and not again:
             return None
@@ -218,7 +223,7 @@ class Contents:
         """Adds a line to a file of this process alone: worker processes read too, and know nothing of each other."""
         self._known[key] = record
         if self._folder is not None:
-            with (self._folder / f"read-{os.uname().nodename}-{os.getpid()}.jsonl").open("a") as file:
+            with suppress(OSError), (self._folder / f"read-{os.uname().nodename}-{os.getpid()}.jsonl").open("a") as file:
                 file.write(_line(key, record))
 
     def _changed(self, key: str) -> DataError:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, line_of
 
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")  # photometric interpretations (C.7.6.3.1.2)
+_STRAIGHT = 0.5  # degrees: positions are rounded
 TOLERANCE = 0.05  # fraction of the distance between slices; scanners round positions
 
 
@@ -49,7 +50,21 @@ def problem_of_slices(folder: Path, names: Sequence[str], headers: Sequence[Any]
         return f"{folder}: the slices are not parallel"
     if len(sizes) > 1 or not all(np.allclose(spacings[0], spacing, rtol=1e-3) for spacing in spacings):
         return f"{folder}: the slices have different sizes or pixel spacings"
-    return _uneven_spacing(names, along_normal, folder) or _regular_gaps(headers, along_normal, folder)
+    return (
+        _uneven_spacing(names, along_normal, folder)
+        or _regular_gaps(headers, along_normal, folder)
+        or _tilt(headers, along_normal, folder)
+    )
+
+
+def _tilt(headers: Sequence[Any], positions: NDArray[np.float64], folder: Path) -> str | None:
+    """Checks that slices lie straight above each other. With a tilted gantry, the grid of voxels would be sheared."""
+    places: NDArray[np.float64] = np.stack([np.asarray(header.ImagePositionPatient, dtype=float) for header in headers])
+    whole = float(np.linalg.norm(places[positions.argmax()] - places[positions.argmin()]))
+    degrees = float(np.degrees(np.arccos(min(np.ptp(positions) / whole, 1.0)))) if whole else 0.0
+    if degrees < _STRAIGHT:
+        return None
+    return f"{folder}: the slices are shifted by {degrees:.1f} degrees (a tilted gantry): resample them to a straight grid"
 
 
 def positions_along_normal(headers: Sequence[Any]) -> NDArray[np.float64]:

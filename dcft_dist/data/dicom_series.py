@@ -40,8 +40,12 @@ def series_reader() -> Any:
 
         def get_data(self, data: Any) -> Any:
             series = self._series(data)
+            alone = data if isinstance(data, list) else [data]
+            for one in [header for slices in series for header in slices] or alone:
+                if (kind := str(one.get("PhotometricInterpretation"))) in ("MONOCHROME1", "PALETTE COLOR"):
+                    raise ValueError(f"its numbers are {kind}, not brightness: convert them, or use data.modality = 'image'")
             if not series:
-                for one in data if isinstance(data, list) else [data]:
+                for one in alone:
                     if (frames := int(one.get("NumberOfFrames") or 1)) > 1:
                         raise ValueError(f"the file has {frames} frames: convert it to NIfTI, or to one file for each slice")
             array, about = super().get_data(data)

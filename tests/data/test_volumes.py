@@ -249,6 +249,8 @@ def test_a_series_of_dicom_files_is_the_volume_it_came_from(tmp_path: Path) -> N
         ("two", r"series2: contains slices of 2 series; put each series into its own folder"),
         ("every second", r"series2: the slices are numbered in steps of 2 and lie 2 mm apart, but are 1 mm thick"),
         ("elsewhere", r"series2 and .*mask2.nii.gz have different affines"),
+        ("tilted", r"series2: the slices are shifted by 15.0 degrees \(a tilted gantry\): resample them"),
+        ("low is bright", r"series2 with .*: cannot be read: its numbers are MONOCHROME1, not brightness"),
         ("end", r"series2 has shape \[40, 40, 7\] after reorientation, but .*mask2.nii.gz \[40, 40, 8\]"),
     ],
 )
@@ -268,6 +270,14 @@ def test_series_with_mistakes_are_named(kind: str, message: str, tmp_path: Path)
                 del slice_.SeriesInstanceUID
             else:
                 slice_.ImagePositionPatient = [0, 0, 0]
+            slice_.save_as(file)
+    elif kind in ("tilted", "low is bright"):
+        for i, file in enumerate(sorted(series.iterdir())):
+            slice_ = pydicom.dcmread(file)
+            if kind == "tilted":
+                slice_.ImagePositionPatient[1] += i * np.tan(np.radians(15))
+            else:
+                slice_.PhotometricInterpretation = "MONOCHROME1"
             slice_.save_as(file)
     elif kind == "every second":
         for file in sorted(series.iterdir())[1::2]:

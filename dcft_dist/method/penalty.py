@@ -434,9 +434,9 @@ class Penalty:
                     self.proposal[shard.name] = self._multipliers.only_chosen(shard.name, shard.local - old)
                 self._multipliers.shorten(shard.name, old, shard.local)
                 self.calls[shard.name] += 1
+        self._old = []  # first, so that its memory is free
         if self.level == "update":
             self._steps.after(optimizer, self.watch)
-        self._old = []
         self._scaled -= self._stepped
         self._seen.after_step(self._stepped)
 

@@ -22,7 +22,7 @@ Optimizer = torch.optim.Optimizer
 
 _DISTANCE = 64.0  # between the two tensors: large against a step, and exact in float32
 _FAR = 1e6  # values at which float32 no longer resolves that distance: the training has diverged
-_MOST = 1 << 20  # elements of a trial
+_MOST = 1 << 14  # elements of a trial: it takes little memory beside the step
 _SMALL = 1 << 12  # elements of a tensor among an optimizer's attributes that is put back; larger ones are no counters
 
 

@@ -16,6 +16,7 @@ from torch.optim import optimizer as torch_optimizers
 from dcft_dist import FundamentalSet, attach_penalty
 from dcft_dist.errors import PenaltyError
 from dcft_dist.method import step_checks
+from dcft_dist.method.trial_step import distance_left
 
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 X, Y = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
@@ -324,13 +325,9 @@ def test_ordinary_loops_are_no_false_alarm() -> None:
                     p.add_(sign * e)
         optimizer.step()
         penalty.in_force()
-    wild = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 3))
-    fast = torch.optim.SGD(wild.parameters(), lr=1.0, momentum=0.9)
-    attach_penalty(wild, FundamentalSet.from_masks({"1.weight": torch.ones(16, 16).bool()}), optimizer=fast, level="update")
-    for _ in range(12):
-        fast.zero_grad()
-        wild(X).square().mean().backward()
-        fast.step()
+    huge = nn.Parameter(torch.ones(8))
+    huge.grad = torch.full((8,), 1e10)  # a step so large that float32 cannot tell the two tensors of a trial apart
+    assert distance_left(torch.optim.SGD([huge], lr=1.0), huge) == 1.0
     large = nn.Linear(1024, 1536)
     factored = torch.optim.Adafactor(large.parameters())
     attach_penalty(large, FundamentalSet.from_masks({"weight": torch.ones(1536, 1024).bool()}), optimizer=factored)

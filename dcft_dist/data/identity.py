@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
+from .contents import hash_of
 from .readers import Row
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
-_END = 64 * 1024  # bytes at each end of a file that are compared first
 
 
 def meaning(text: str) -> float | str:
@@ -81,23 +79,11 @@ def _alike_in_two_splits(files: list[tuple[str, Row, Path]], whole: bool) -> lis
     """The first of the groups of files with equal hashes that has members in two splits; empty if there is none."""
     if len({split for split, _, _ in files}) < 2:
         return []
-    by_hash: dict[bytes, list[tuple[str, Row, Path]]] = defaultdict(list)
+    by_hash: dict[str, list[tuple[str, Row, Path]]] = defaultdict(list)
     for one in files:
-        by_hash[_hash(one[2], whole)].append(one)
+        by_hash[hash_of(one[2], whole)].append(one)
     groups = [group for group in by_hash.values() if len({split for split, _, _ in group}) > 1]
     return [one for group in groups for one in group] if not whole else groups[0] if groups else []
-
-
-def _hash(file: Path, whole: bool) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            if whole:
-                return hashlib.file_digest(stream, "blake2b").digest()
-            begin = stream.read(_END)
-            stream.seek(max(len(begin), os.fstat(stream.fileno()).st_size - _END))
-            return hashlib.blake2b(begin + stream.read(_END)).digest()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def _leak(how: str, first_split: str, first: Row, split: str, row: Row) -> DataError:

@@ -22,10 +22,10 @@ from torch import Tensor
 from ..errors import DataError
 from ..files import read_lines, write_atomic
 from .batches import Examples
+from .hashes import hash_of
 from .readers import LazyValue
 from .splits import Split, files_in
 
-END = 64 * 1024  # bytes at each end of a file that a stamp depends on
 _TOGETHER = 64  # files that a thread takes at a time
 _THREADS = 16  # they wait for the file system more than they compute
 
@@ -47,23 +47,6 @@ class Record:
     inode: int
     ends: str
     whole: str = ""
-
-
-def hash_of(file: Path, whole: bool) -> str:
-    """BLAKE2b of a file, or of its first and last 64 KiB, as 32 hexadecimal digits.
-
-    Raises:
-        DataError: the file cannot be read.
-    """
-    try:
-        with file.open("rb") as stream:
-            if whole:
-                return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-            begin = stream.read(END)
-            stream.seek(max(len(begin), os.fstat(stream.fileno()).st_size - END))
-            return hashlib.blake2b(begin + stream.read(END), digest_size=16).hexdigest()
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
 
 
 def stamp_of(file: Path) -> Record:

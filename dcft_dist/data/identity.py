@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .contents import hash_of
+from .hashes import hash_of
 from .readers import Row
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")

@@ -16,7 +16,8 @@ from torch import nn
 
 from ..config.schema import Config
 from ..config.toml import resolved_keys
-from ..data.contents import Contents, hash_of, stamp_of
+from ..data.contents import Contents, stamp_of
+from ..data.hashes import hash_of
 from ..data.splits import Split, TaskData, content_of
 from ..distributed import collectives
 from ..distributed.handshake import digest_of, require_equal, same_view

@@ -13,7 +13,7 @@ from typing import Any
 from . import __version__
 from .config.checks import check_ranks, check_sizes
 from .config.toml import find_config, load_config
-from .errors import DcftError, RunError, WorldError
+from .errors import ConfigError, DcftError, RunError, WorldError
 from .runs.status import AGAIN, run_verdict, status
 
 Commands = Any  # the return type of argparse's `add_subparsers`; its class is private
@@ -200,6 +200,8 @@ def _status(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
     config = load_config(options.config, rest)
+    if (options.sheet or options.hash) and not options.data:
+        raise ConfigError("--sheet and --hash need --data, which reads the inputs")
     from .data.tasks import load_task
     from .models.build import check_model
     from .runs.folder import RunFolder

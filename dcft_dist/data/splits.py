@@ -105,6 +105,11 @@ def name_of(place: Any, otherwise: str) -> str:
     return str(first) if isinstance(first, str | Path) else otherwise
 
 
+def file_of(value: Any) -> str:
+    """Returns the path of an input for error messages, or nothing: a text may be a note on a patient, and not for logs."""
+    return "" if isinstance(value, str) else name_of(value, "")
+
+
 def draw_of(task: Task, split: str) -> str:
     """Returns the seed from which a split's examples are drawn.
 

@@ -81,6 +81,7 @@ class RunContext(TaskModel):
         if not math.isfinite(metrics["loss"]):
             why = "the learning rate is too high, or there is a NaN in the weights or the data"
             raise DivergedError(f"the validation loss is {metrics['loss']} {when}: {why}")
+        found.require_numbers(self.task.validation, "validation")
         return metrics
 
     def micro_batches(

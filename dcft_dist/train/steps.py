@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..data.batches import Batch, Feed, order
-from ..data.splits import name_of
+from ..data.splits import file_of
 from ..distributed import collectives
 from ..errors import DivergedError, PenaltyError
 from ..method.learned_factor import LearnedFactor
@@ -129,7 +129,7 @@ class Training:
         ]
         found = collectives.all_gather_ints([broken[0] if broken else -1], what="cause of a loss that is no number")
         if first := next((index + 1 for (index,) in found if index >= 0), 0):
-            place = name_of(self.run.task.train.inputs[first - 1], "")[:80]
+            place = file_of(self.run.task.train.inputs[first - 1])
             return f"the input of training example {first - 1} {place} has values that are NaN or infinite"
         return "lower optimizer.lr"
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config.schema import Config
 from ..data.batches import Batch, Examples, evaluation_batches
-from ..data.splits import Split, name_of
+from ..data.splits import Split, file_of
 from ..distributed import collectives
 from ..distributed.world import World
 from ..engines.find import find_engine
@@ -55,7 +55,7 @@ class Evaluation:
         """
         if self.broken:
             first, total = self.broken[0], len(self.indices)
-            place = name_of(split.inputs[first], "")[:80]
+            place = file_of(split.inputs[first])
             where = "the weights" if len(self.broken) == total else "the inputs, or in the weights"
             raise DivergedError(
                 f"the model's output is NaN for {len(self.broken)} of {total} {what} examples, first for example {first} "

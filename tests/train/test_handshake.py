@@ -181,6 +181,8 @@ def test_other_contents_are_found_at_a_later_start(folder: Path) -> None:
     assert done.returncode == 2 and "04.bmp" in done.stderr and "has other contents" in done.stderr
     file.write_bytes(good)
     assert "30 files" in output_of("check", *train[1:], "--data", "--hash")
+    done = dcft("check", *train[1:], "--hash")
+    assert done.returncode == 2 and "--sheet and --hash need --data" in done.stderr
 
 
 def test_data_and_weights_may_move(folder: Path) -> None:

@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: words of the command line without the program; None: those of this process.
 
     Returns:
-        The exit code: 0 for success, 2 for bad input, 1 for a temporary failure or a negative result, 75 for "start again".
+        The exit code: 0 for success, 2 for bad input, 1 for a temporary failure or a negative result, 75 for "start again",
+        130 after Ctrl-C.
         An error prints one line to standard error.
     """
     parser = _parser()
@@ -45,6 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where = f"rank {rank}: " if error.alone and not str(error).startswith("rank ") else ""
             print(f"dcft: error: {where}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"dcft: stopped; start {'it' if options.command == 'train' else 'the command'} again", file=sys.stderr)
+        return 130
+    except RecursionError:
+        print(f"dcft: error: {options.command}: an input is nested too deeply", file=sys.stderr, flush=True)
+        return 2
     except OSError as error:  # a full disk, a directory that cannot be written
         print(f"dcft: error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
         return 1

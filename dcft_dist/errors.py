@@ -54,6 +54,10 @@ class CheckpointError(DcftError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
+class DamagedError(DcftError, ValueError):
+    """A file of a run or a study is not what was written: it was cut, altered, or replaced."""
+
+
 class MismatchError(DcftError):
     """Ranks of one start, or two starts of one run, do not have the same configuration, code, data or weights."""
 

@@ -1,75 +1,208 @@
-"""Reads and writes files. A written file is always complete: a crash leaves the old version, never half of the new one."""
+"""Reads and writes files. A written file is always complete: a crash leaves the old version, never half of the new one.
+
+Every JSON object that is written, in a file or in a line, carries a seal: a checksum under the key `seal`. A reader that
+finds another checksum says that the file is damaged. Objects without a seal, from older versions, are read as they are.
+"""
 
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import secrets
-import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from .errors import DamagedError, line_of
+
+SEAL = "seal"
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # errors of a disk or a quota that is full
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replaces a file in one step: writes a temporary file beside it, syncs it to disk, and renames it.
+
+    A symbolic link is replaced; what it points to does not change.
 
     Args:
         path: the file; its folder is created if it does not exist.
         content: a text, stored as UTF-8, or bytes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The name is unique among processes, also those of other nodes.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk: leave it no fuller
+        raise
 
 
-def write_json(path: Path, data: Any) -> None:
-    """Replaces a file by `data` as indented JSON, in one step."""
-    write_atomic(path, json.dumps(data, indent=2) + "\n")
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside a file, unique among processes, also those of other nodes."""
+    return path.with_name(f".{path.name[:200]}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text())
+def open_own(path: Path, flags: int = os.O_RDWR | os.O_CREAT) -> IO[bytes]:
+    """Opens a file of ours for reading and writing, unbuffered.
+
+    Args:
+        path: the file.
+        flags: as for `os.open`.
+
+    Raises:
+        OSError: the file cannot be opened, or is a symbolic link: it might lead to a file of somebody else.
+    """
+    return os.fdopen(os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666), "r+b", buffering=0)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file with one JSON object on each line.
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, data: Mapping[str, Any], seal: bool = True) -> None:
+    """Replaces a file by `data` as JSON, in one step; without a seal if other programs read it."""
+    write_atomic(path, json.dumps(_sealed(data) if seal else data, indent=2) + "\n")
+
+
+def read_json(path: Path, *keys: str) -> Any:
+    """The content of a JSON file, without its seal.
+
+    Args:
+        path: the file.
+        *keys: keys that it must have; none: it may be any JSON.
+
+    Raises:
+        DamagedError: it is no JSON, its seal is wrong, or a key is missing.
+        OSError: it cannot be read.
+    """
+    try:
+        data = _opened(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged ({line_of(error)})") from error
+    if missing := [key for key in keys if not isinstance(data, dict) or key not in data]:
+        raise DamagedError(f"{path} is damaged (it has no {missing[0]})")
+    return data
+
+
+def read_json_or(path: Path, otherwise: Any, *keys: str) -> Any:
+    """The content of a JSON file; `otherwise` if the file is missing or damaged. For what is only shown."""
+    try:
+        return read_json(path, *keys)
+    except (OSError, DamagedError):
+        return otherwise
+
+
+def append_line(path: Path, data: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Appends `data` as one sealed line of JSON. If that fails, the file is as before.
+
+    Args:
+        path: the file; its folder exists.
+        data: an object or a list.
+
+    Raises:
+        OSError: the disk is full, the file cannot be written, or it is a symbolic link.
+    """
+    with open_own(path, os.O_RDWR | os.O_CREAT | os.O_APPEND) as file:
+        size = file.seek(0, os.SEEK_END)
+        torn = size and os.pread(file.fileno(), 1, size - 1) != b"\n"  # by a process that was killed
+        line = ("\n" if torn else "").encode() + json_line(data).encode()
+        if file.write(line) != len(line):
+            os.ftruncate(file.fileno(), size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def json_line(data: Mapping[str, Any] | Sequence[Any]) -> str:
+    """One sealed line of JSON, with its end."""
+    return json.dumps(_sealed(data)) + "\n"
+
+
+def read_lines(path: Path, damaged: Any = None) -> list[Any]:
+    """Reads a file with JSON on each line.
 
     Args:
         path: the file; need not exist.
+        damaged: what stands for a line that is damaged; None: such lines are left out. A last line without its end is always
+            left out: a killed process or a full disk left it incomplete.
 
     Returns:
-        The objects. Lines that a killed process or a full disk left incomplete are skipped.
+        The lines, without their seals.
     """
+    text = path.read_bytes() if path.exists() else b""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in text.split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+            rows.append(_opened(json.loads(line)))
+        except (ValueError, RecursionError):
+            if line.strip() and damaged is not None:
+                rows.append(damaged)
+    torn = damaged is not None and bool(text) and not text.endswith(b"\n") and rows[-1:] == [damaged]
+    return rows[:-1] if torn else rows
+
+
+def objects_in(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The lines of a file that are objects with certain keys."""
+    return [row for row in read_lines(path) if isinstance(row, dict) and row.keys() >= set(keys)]
+
+
+def _sealed(data: Mapping[str, Any] | Sequence[Any]) -> Any:
+    """The same object or list with its checksum: under the key `seal`, or as a last element."""
+    plain = json.loads(json.dumps(data))
+    return {**plain, SEAL: _checksum(plain)} if isinstance(plain, dict) else [*plain, f"{SEAL} {_checksum(plain)}"]
+
+
+def _opened(data: Any) -> Any:
+    """Removes the seal.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    plain, seal = data, None
+    if isinstance(data, dict) and SEAL in data:
+        plain, seal = {key: value for key, value in data.items() if key != SEAL}, data[SEAL]
+    elif isinstance(data, list) and data and isinstance(data[-1], str) and data[-1].startswith(f"{SEAL} "):
+        plain, seal = data[:-1], data[-1].removeprefix(f"{SEAL} ")
+    if seal is not None and seal != _checksum(plain):
+        raise ValueError("its checksum is another: it was altered after it was written")
+    return plain
+
+
+def _checksum(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# -- tables, checksums ---------------------------------------------------------------------------------------------------
 
 
 def table_of(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Formats columns as CSV.
+    """Formats columns as CSV. Text that a spreadsheet would take for a formula gets an apostrophe before it.
 
     Args:
         columns: header -> values; all columns have the same length.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
+    writer.writerow(map(_no_formula, columns))
+    writer.writerows(map(_no_formula, row) for row in zip(*columns.values(), strict=True))
     return text.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    """Spreadsheets run text that begins with one of these signs, which may come from a stranger's table. Numbers stay."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def sha256_of(path: Path) -> str:
@@ -78,90 +211,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class TensorFile:
-    """Writes a safetensors file tensor by tensor. The file gets its final name when it is complete.
-
-    The metadata key `sha256` is the checksum of `seed` and the bytes of all tensors. `write` stores an error of the disk,
-    and `close` raises it. The rank that writes can therefore still take part in the collectives that bring the tensors.
-    """
-
-    def __init__(
-        self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str], seed: bytes = b""
-    ) -> None:
-        """
-        Args:
-            path: the file; its folder is created if it does not exist.
-            tensors: name -> (data type as safetensors spells it, shape, number of bytes), in the order of the writes.
-            metadata: further metadata of the file.
-            seed: bytes that the checksum starts with.
-        """
-        self._path, self._tensors, self._metadata = path, tensors, metadata
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._digest = hashlib.sha256(seed)
-        self._failed: OSError | None = None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = self._temporary.open("wb")
-        self.write(self._header("0" * 64), counted=False)
-
-    def write(self, data: bytes, counted: bool = True) -> None:
-        """Appends bytes.
-
-        Args:
-            data: the next bytes of the tensors.
-            counted: True: include them in the checksum.
-        """
-        if counted:
-            self._digest.update(data)
-        try:
-            if self._failed is None:
-                self._handle.write(data)
-        except OSError as error:  # a full disk
-            self._failed = error
-
-    def close(self) -> None:
-        """Writes the checksum and gives the file its final name.
-
-        Raises:
-            OSError: this or an earlier write failed. The final file is then unchanged.
-        """
-        if self._failed is not None:
-            self._temporary.unlink(missing_ok=True)
-            raise self._failed
-        self._handle.seek(0)
-        self._handle.write(self._header(self._digest.hexdigest()))
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        self._handle.close()
-        self._temporary.replace(self._path)
-
-    def _header(self, checksum: str) -> bytes:
-        """The header of the file. Its length is the same for every checksum, so it can be replaced in place."""
-        entries: dict[str, Any] = {"__metadata__": {**self._metadata, "sha256": checksum}}
-        offset = 0
-        for name, (dtype, shape, size) in self._tensors.items():
-            entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)
-        return struct.pack("<Q", len(text)) + text
-
-
-def is_altered(path: Path) -> bool:
-    """Whether the tensors of a file differ from the checksum that `TensorFile` stored (without `seed`).
-
-    Args:
-        path: a safetensors file.
-
-    Returns:
-        True if they differ; False if they are equal, or the file has no checksum.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: the file is not a safetensors file.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:  # another kind of file; its "length" may exceed the memory
-            raise ValueError("no header")
-        checksum = json.loads(file.read(length)).get("__metadata__", {}).get("sha256")
-        return checksum is not None and hashlib.file_digest(file, "sha256").hexdigest() != checksum
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in the folders in it, sorted."""
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())

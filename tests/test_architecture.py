@@ -17,8 +17,8 @@ PACKAGE = Path(dcft_dist.__file__).parent
 ROOT = PACKAGE.parent
 
 # Room -> rooms it may import, late imports included. Modules beside the rooms that have no imports of their own among
-# them (errors, files, imports, packages, seeds) may be imported by all.
-COMMON = {"errors", "files", "imports", "packages", "seeds"}
+# them (errors, files, imports, packages, seeds, tensor_file) may be imported by all.
+COMMON = {"errors", "files", "imports", "packages", "seeds", "tensor_file"}
 MAY_IMPORT: dict[str, str] = {
     "compat": "",
     "config": "",

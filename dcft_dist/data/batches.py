@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import DataError, DcftError, alone
+from ..errors import DcftError, TemporaryError, alone, line_of
 from .splits import Split
 
 # Tensors of one batch by name. Every batch has `labels` and `index` [size], and `real` [size] (False: padding).
@@ -230,6 +230,21 @@ def evaluation_batches(
 Make = Callable[[int], list[Batch]]  # step -> this rank's micro-batches, on the CPU
 
 
+def is_of_worker(error: Exception) -> bool:
+    """Whether torch says that a process that reads data has ended. It says so by a signal, anywhere in the program."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def worker_error(error: Exception) -> TemporaryError:
+    """The error of a process that reads data: it was killed, or shared memory or file handles have run out."""
+    return alone(
+        TemporaryError(
+            f"a process that reads training data has ended: {line_of(error, -1)}. If it was killed for memory, set train.workers "
+            "lower; if /dev/shm is full, enlarge it, or set train.workers = 0"
+        )
+    )
+
+
 class _Steps(Dataset[list[Batch] | DcftError]):
     """The micro-batches by step, for a `DataLoader`."""
 
@@ -266,7 +281,8 @@ class Feed:
             end: the feed prepares steps below this one.
 
         Raises:
-            DataError: an input cannot be read, or a worker process was killed.
+            DataError: an input cannot be read.
+            TemporaryError: a worker process was ended from outside, or the shared memory is full.
         """
         if step != self._next:
             loader = DataLoader(self._steps, batch_size=None, sampler=range(step, end), num_workers=self._workers)
@@ -274,7 +290,7 @@ class Feed:
         try:
             batches = next(self._loaded)
         except RuntimeError as error:
-            raise alone(DataError(f"a worker process that reads training data died at step {step}: {error}")) from error
+            raise worker_error(error) from error
         if isinstance(batches, DcftError):
             raise batches
         self._next = step + 1

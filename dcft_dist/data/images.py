@@ -284,4 +284,4 @@ def save_preprocessing(folder: Path, side: int, mean: list[float], std: list[flo
     """
     size = {"height": side, "width": side}
     content = {"size": size, "image_mean": mean, "image_std": std, "resample": 2, "do_center_crop": False, **more}
-    write_json(folder / TRANSFORMERS, content)
+    write_json(folder / TRANSFORMERS, content, seal=False)

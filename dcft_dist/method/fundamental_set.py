@@ -23,7 +23,7 @@ from torch import Tensor
 from ..distributed import collectives
 from ..engines.box import Box
 from ..errors import FundamentalSetError, did_you_mean, listing
-from ..files import TensorFile
+from ..tensor_file import TensorFile
 from .bits import Packed, cut, num_bytes, pack, paste, popcount, unpack
 
 FORMAT = "dcft_dist.fundamental.v1"

@@ -18,7 +18,7 @@ from ..engines.box import Box
 from ..engines.find import find_engine
 from ..engines.whole_tensors import cells, whole_of
 from ..errors import ScoreError
-from ..files import TensorFile, is_altered
+from ..tensor_file import TensorFile, is_altered
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -11,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DcftError, RunError, WorldError
-from ..files import read_json, read_lines, write_json
+from ..files import append_line, read_json_or, read_lines, write_json
+
+# A start with a damaged line.
+_UNKNOWN: dict[str, Any] = {"time": "unknown time", "at": "an unknown point", "ranks": 0, "job": "unknown", "restart": -1}
+_UNKNOWN |= {"nodes": None}
+
+_RECORD = ("time", "clock", "rank", "host", "kind", "message", "permanent", "attempt")  # keys of an error's file
 
 
 def now() -> str:
@@ -72,8 +77,7 @@ def note_attempt(folder: Path, at: str, ranks: int) -> None:
         **this_start(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "attempts.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_line(folder / "attempts.jsonl", entry)
 
 
 def this_start() -> dict[str, Any]:
@@ -92,8 +96,12 @@ def is_stuck(folder: Path, starts: list[dict[str, Any]], at: str, limit: int) ->
 
 
 def attempts(folder: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first: time, at, ranks, nodes, job, restart."""
-    return read_lines(folder / "attempts.jsonl")
+    """The starts of a run, oldest first: time, at, ranks, nodes, job, restart. A damaged line still counts as a start."""
+    try:
+        rows = read_lines(folder / "attempts.jsonl", damaged=_UNKNOWN)
+    except OSError:
+        return []
+    return [row if isinstance(row, dict) and _UNKNOWN.keys() <= row.keys() else _UNKNOWN for row in rows]
 
 
 def error_files(folder: Path, attempt: int) -> list[Path]:
@@ -101,8 +109,8 @@ def error_files(folder: Path, attempt: int) -> list[Path]:
     return sorted((folder / "errors").glob(f"{attempt:05d}-*.json"))
 
 
-def note_error(folder: Path, error: BaseException) -> None:
-    """Saves the error that ended this rank to `errors/`. Never raises."""
+def note_error(folder: Path, error: BaseException) -> bool:
+    """Saves the error that ended this rank to `errors/`. Never raises; returns whether the error was written."""
     rank = int(os.environ.get("RANK", 0))
     text = str(error).strip()
     try:
@@ -119,7 +127,8 @@ def note_error(folder: Path, error: BaseException) -> None:
         }
         write_json(folder / "errors" / f"{attempt:05d}-rank{rank:05d}.json", record)
     except (OSError, ValueError):
-        return
+        return False
+    return True
 
 
 def refuse_repetition(folder: Path) -> None:
@@ -146,8 +155,10 @@ def errors(folder: Path) -> list[dict[str, Any]]:
     names = sorted(f.name for f in (folder / "errors").glob("*.json"))
     if not names:
         return []
-    records = [read_json(folder / "errors" / name) for name in names if name.startswith(names[-1].split("-")[0])]
-    return sorted(records, key=lambda e: (e["kind"] == WorldError.__name__, e["clock"]))
+    last = [name for name in names if name.startswith(names[-1].split("-")[0])]
+    records = [read_json_or(folder / "errors" / name, None, *_RECORD) for name in last]
+    whole = [record for record in records if record is not None and isinstance(record["clock"], float | int)]
+    return sorted(whole, key=lambda e: (e["kind"] == WorldError.__name__, e["clock"]))
 
 
 def first_failure(folder: Path) -> str:

@@ -8,17 +8,20 @@ contents/ (of the data files; see `data.contents`)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from ..config.schema import LOCAL_PATHS, Config
-from ..config.toml import differences, load_config, to_toml
-from ..errors import ConfigError, RunError, listing
-from ..files import read_json
+from ..config.toml import differences, load_config, resolved_keys, to_toml
+from ..errors import ConfigError, DamagedError, RunError, line_of, listing
+from ..files import read_json, read_json_or
 
 # Keys that may change when a run continues: they say how it runs, and change its results only by rounding.
 _FREE = (
+    "name",
+    "runs_dir",
     "engine",
     "sharding.",
     "train.micro_batch",
@@ -29,6 +32,11 @@ _FREE = (
     "max_attempts",
     "until",
 )
+
+
+# Keys without which the file of a result is damaged.
+SUMMARY_KEYS = ("name", "method", "labels", "validation", "test", "seconds")
+ESTIMATE_KEYS = ("seconds_per_step", "steps", "hours", "device", "device_hours", "time", "end")
 
 
 class RunFolder:
@@ -64,25 +72,51 @@ class RunFolder:
     def check(self, config: Config) -> None:
         """Checks that a run with this configuration may continue here.
 
-        These keys may differ: engine, `[sharding]`, `train.micro_batch`, `train.workers`, `[checkpoint]`, log_every,
-        timeout_s, max_attempts and until. Data and weights may lie elsewhere while the run is not finished: each start
-        compares what they contain (`runs.facts`).
+        These keys may differ: name, runs_dir, engine, `[sharding]`, `train.micro_batch`, `train.workers`, `[checkpoint]`,
+        log_every, timeout_s, max_attempts and until. Data and weights may lie elsewhere while the run is not finished: each
+        start compares what they contain (`runs.facts`). A run that has no results yet may change altogether.
 
         Raises:
             ConfigError: the directory holds a run with another configuration.
+            DamagedError: the run's `config.toml` is damaged.
         """
-        file = self.path / "config.toml"
-        if not file.exists():
+        if not self.has_results():
             return
-        comparable = self.facts.exists() or self.reached() == "the beginning"
-        moved = LOCAL_PATHS if comparable and not self.summary.exists() else ()
-        differing = differences(file.read_text(), to_toml(config)).items()
-        changed = [text for key, text in differing if not key.startswith(_FREE) and key not in moved]
+        moved = LOCAL_PATHS if self.facts.exists() and not self.summary.exists() else ()
+        changed = [text for key, text in self.changes(config).items() if key not in moved]
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with another configuration ({listing(changed)}): "
                 "give the run another --name, or delete the directory"
             )
+
+    def result(self) -> dict[str, Any] | None:
+        """The summary of a finished run, or the estimate of one with `train.max_steps`; None if absent or damaged."""
+        summary: dict[str, Any] | None = read_json_or(self.summary, None, *SUMMARY_KEYS)
+        return summary if summary is not None else read_json_or(self.estimate, None, *ESTIMATE_KEYS)
+
+    def has_results(self) -> bool:
+        """Whether a start has left something that the next one goes on from, or a result."""
+        files = (self.head, self.scores, self.fundamental, self.metrics, self.summary, self.estimate)
+        return any(file.exists() for file in files) or any(self.checkpoints.glob("*_*"))
+
+    def changes(self, config: Config) -> dict[str, str]:
+        """Dotted key -> message, for each key that differs from the run's `config.toml` and must not; {} without that file.
+
+        Raises:
+            DamagedError: the file is damaged.
+        """
+        file = self.path / "config.toml"
+        if not file.exists():
+            return {}
+        try:
+            found = differences(file.read_text(encoding="utf-8"), to_toml(config))
+        except ValueError as error:
+            raise DamagedError(
+                f"{file} is damaged ({line_of(error)}): restore it; or delete it, if you are sure that the run has this "
+                "configuration"
+            ) from error
+        return {key: text for key, text in found.items() if not key.startswith(_FREE)}
 
     def finished(self, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
         """Reads a finished run.
@@ -100,7 +134,7 @@ class RunFolder:
         """
         if not self.summary.is_file():
             raise RunError(f"{self.path} contains no finished run")
-        return load_config(self.path / "config.toml", overrides, without), read_json(self.summary)["labels"]
+        return load_config(self.path / "config.toml", overrides, without), read_json(self.summary, *SUMMARY_KEYS)["labels"]
 
     def reached(self) -> str:
         """The point that the next start continues from, in words.
@@ -108,13 +142,24 @@ class RunFolder:
         Returns:
             `step 5`, `the fundamental set`, `the warmed-up head` or `the beginning`.
         """
-        steps = sorted(f.name for f in self.checkpoints.glob("step_*"))
-        if steps:
-            return f"step {int(steps[-1].removeprefix('step_'))}"
+        if steps := self.steps():
+            return f"step {steps[-1]}"
         if self.fundamental.exists():
             return "the fundamental set"
         return "the warmed-up head" if self.head.exists() else "the beginning"
 
-    def checkpoint(self, step: int) -> Path:
+    def steps(self, kind: str = "step") -> list[int]:
+        """Steps of the checkpoints of a kind, `step` or `best`, in order."""
+        names = (folder.name.removeprefix(f"{kind}_") for folder in self.checkpoints.glob(f"{kind}_*"))
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def checkpoint(self, step: int, kind: str = "step") -> Path:
         """Folder of the checkpoint after `step` steps."""
-        return self.checkpoints / f"step_{step:08d}"
+        return self.checkpoints / f"{kind}_{step:08d}"
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The settings by which a checkpoint knows its run: those that may not change, and are not the default."""
+    default = resolved_keys(Config(name="default"))
+    keys = {key: value for key, value in resolved_keys(config).items() if value != default.get(key)}
+    return {key: json.loads(value) for key, value in keys.items() if not key.startswith(_FREE)}

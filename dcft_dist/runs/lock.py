@@ -29,6 +29,18 @@ log = logging.getLogger(__name__)
 BEAT_S = 4.0  # seconds between two touches of the file
 SILENT_S = 20.0  # seconds without a touch after which its holder has ended; shorter than the wait for another job
 
+_held: list[IO[str]] = []  # lock files of this process
+
+
+def _leave_to_parent() -> None:
+    """In a forked process, such as one that reads data: closes its copy, which would hold the lock beyond our end."""
+    for handle in _held:
+        with suppress(OSError):
+            handle.close()
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
+
 _claims: dict[str, str] = {}  # path of a lock -> what this process has written into it
 
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -59,7 +71,7 @@ def locked(folder: Path, timeout_s: float) -> Iterator[None]:
     beating = _beating(lock, folder) if lock is not None else None
     try:
         yield
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):
         raise
     except BaseException as error:
         note_error(folder, error)
@@ -71,7 +83,18 @@ def locked(folder: Path, timeout_s: float) -> Iterator[None]:
                 if _content(lock) == _mine(lock):
                     lock.truncate(0)  # nobody has to wait
                 fcntl.flock(lock, fcntl.LOCK_UN)  # worker processes have the file too, and may end later
+            _held.remove(lock)
             lock.close()
+
+
+def _open(file: Path, mode: str) -> IO[str]:
+    """Opens the lock file, unless it is a symbolic link: that might lead to a file of somebody else."""
+    try:
+        return open(file, mode, opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RunError(f"{file} is a symbolic link, which the lock of a run may not be: delete it") from error
+        raise
 
 
 def _lock(folder: Path, began: float, timeout_s: float) -> IO[str] | None:
@@ -88,8 +111,9 @@ def _lock(folder: Path, began: float, timeout_s: float) -> IO[str] | None:
     """
     pause = time.monotonic() + timeout_s / 4
     while True:
-        handle = (folder / "lock").open("a+")  # anew: a network file system then asks for the file's present state
+        handle = _open(folder / "lock", "a+")  # anew: a network file system then asks for the file's present state
         if not (holder := _taken(handle)) and not (holder := _claimed(handle)):
+            _held.append(handle)
             return handle
         handle.close()
         if time.monotonic() > began + (timeout_s + 60 if is_this_job(holder) else min(timeout_s / 2, 30)):
@@ -190,9 +214,11 @@ def _is_alive(process: int) -> bool:
 
 def lock_holder(folder: Path) -> str:
     """Description of the job that has the lock: process, host, Slurm job, time. Empty if no job has it."""
-    if not (folder / "lock").exists():
+    try:
+        handle = _open(folder / "lock", "r")
+    except (FileNotFoundError, PermissionError):
         return ""
-    with (folder / "lock").open("a+") as handle:
+    with handle:
         return _taken(handle)
 
 

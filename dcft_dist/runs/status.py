@@ -12,12 +12,17 @@ The decision also uses the stop request and Slurm's environment variables.
 
 from __future__ import annotations
 
+import errno
+import os
+from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import RunError, TemporaryError
-from ..files import read_json
+from ..files import FULL, read_json_or
 from .attempts import attempts, error_files, first_failure, is_permanent, is_stuck, note_attempt, note_error, this_start
+from .folder import ESTIMATE_KEYS, RunFolder
 from .lock import is_this_job, lock_holder
 from .stop import stop_requested
 
@@ -46,30 +51,62 @@ def run_verdict(folder: Path, reached: str, limit: int, until: str = "train") ->
         The verdict and its reason in words. Verdicts: `finished` (the run is complete), `again` (start the run again) and
         `failed` (do not start it again).
     """
-    progress = folder / "progress.json"
-    phase = read_json(progress)["phase"] if progress.exists() else ""
-    if (folder / "summary.json").exists() or (folder / "estimate.json").exists() or phase == f"{REACHED} {until}":
+    phase = read_json_or(folder / "progress.json", {}, "phase").get("phase", "")
+    if RunFolder(folder).result() is not None or phase == f"{REACHED} {until}":
         return "finished", "it is done"
     starts = attempts(folder)
     of_this_job = bool(starts) and {key: starts[-1][key] for key in this_start()} == this_start()
     if stop_requested():
         for file in error_files(folder, len(starts)) if of_this_job else ():
-            file.unlink()  # errors of ranks that the stop ended: no failures
+            with suppress(OSError):
+                file.unlink()  # errors of ranks that the stop ended: no failures
         return "again", f"it was asked to stop, and goes on from {reached}"
     if not of_this_job:
         holder = lock_holder(folder)
         if holder and not is_this_job(holder):
             return "failed", f"it is being written by {holder}"
-        note_attempt(folder, reached, 0)  # count it; otherwise such starts would repeat forever
+        try:
+            note_attempt(folder, reached, 0)  # count it; otherwise such starts would repeat forever
+        except OSError as error:
+            return _without_record(folder, starts, reached, limit, error)
         starts = attempts(folder)
     if is_permanent(folder):
         return "failed", first_failure(folder)
     if not error_files(folder, len(starts)):
         cause = "it was killed, or ran out of memory" if of_this_job else "its ranks did not start"
-        note_error(folder, TemporaryError(f"{cause}: see the log"))
+        if not note_error(folder, TemporaryError(f"{cause}: see the log")):
+            return _without_record(folder, starts, reached, limit, OSError(errno.EIO, "no error could be recorded"))
     if is_stuck(folder, starts, reached, limit):
         return "failed", f"{limit} starts at {reached} made no progress; {first_failure(folder)}"
     return "again", f"{first_failure(folder)}; it goes on from {reached}"
+
+
+def _without_record(
+    folder: Path, starts: list[dict[str, Any]], reached: str, limit: int, error: OSError
+) -> tuple[Verdict, str]:
+    """The verdict if the run's directory cannot be written: Slurm's count of restarts stands for the missing records."""
+    why = space_problem(folder) or f"{folder} cannot be written: {error.strerror}"
+    this = this_start()
+    of_this_job = [start for start in starts if start["job"] == this["job"]]
+    here = list(takewhile(lambda start: start["at"] == reached, reversed(of_this_job)))
+    tries = max(this["restart"] + 1 - len(of_this_job), len(here))
+    if this["job"] is None or tries >= limit:
+        return "failed", f"{why}; {tries} starts at {reached} could not be recorded"
+    return "again", f"{why}; it goes on from {reached}"
+
+
+def space_problem(folder: Path) -> str:
+    """Whether the disk of a folder is full, or a small file cannot be written there; empty if all is well."""
+    try:
+        probe = folder / f".space.{os.getpid()}"
+        probe.write_bytes(b" " * 65536)
+        probe.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            probe.unlink()
+        if error.errno in FULL:
+            return f"no space: the disk of {folder} is full, or your quota is used up"
+    return ""
 
 
 def status(folder: Path) -> str:
@@ -83,31 +120,41 @@ def status(folder: Path) -> str:
     """
     if not (folder / "config.toml").exists():
         raise RunError(f"no run has started in {folder}: the job may still be queued, or failed earlier (see its log)")
-    lines = []
-    progress_file, estimate = folder / "progress.json", folder / "estimate.json"
-    if progress_file.exists():
-        progress = read_json(progress_file)
-        line = f"{folder.name}: {progress['phase']}"
-        if progress.get("steps"):
-            line += f", step {progress['step']} of {progress['steps']}"
-        if progress.get("seconds_per_step") and progress["phase"] == "train":
-            seconds = progress["seconds_per_step"]
-            line += f", {seconds:.2f} s a step, {_span((progress['steps'] - progress['step']) * seconds)} left"
-        lines.append(f"{line} ({progress.get('updated', 'unknown time')} UTC)")
+    lines, run = [], RunFolder(folder)
+    progress = read_json_or(run.progress, None, "phase", "step")
+    if progress is not None:
+        lines.append(f"{folder.name}: {_point(progress, folder)}")
+    elif run.progress.exists():
+        lines.append(f"{folder.name}: unknown, since {run.progress.name} is damaged; the next start writes it again")
     starts = attempts(folder)
     if starts:
         last = starts[-1]
         nodes = f" on {last['nodes']} nodes" if last["nodes"] else ""
         job = f", Slurm job {last['job']}, restart {last['restart']}" if last["job"] else ""
         lines.append(f"start {len(starts)}: {last['time']} UTC at {last['at']}, {last['ranks']} ranks{nodes}{job}")
-    checkpoints = sorted((folder / "checkpoints").glob("step_*"))
-    lines.append(f"last checkpoint: step {int(checkpoints[-1].name[5:])}" if checkpoints else "no checkpoint yet")
-    if estimate.exists():
-        lines.append(estimate_text(read_json(estimate)))
+    steps = run.steps()
+    lines.append(f"last checkpoint: step {steps[-1]}" if steps else "no checkpoint yet")
+    if (estimate := read_json_or(run.estimate, None, *ESTIMATE_KEYS)) is not None:
+        lines.append(estimate_text(estimate))
     failure = first_failure(folder)
     if failure:
         lines.append(f"last failure: {failure}")
+    if problem := space_problem(folder):
+        lines.append(problem)
     return "\n".join(lines)
+
+
+def _point(progress: dict[str, Any], folder: Path) -> str:
+    """Phase, step and time left. A phase in which nobody holds the lock is one that was ended from outside."""
+    phase = str(progress["phase"])
+    ended = phase in ("done", "stopped") or phase.startswith(REACHED)
+    text = phase if ended or lock_holder(folder) else f"not running; it ended in the phase {phase}"
+    steps, seconds = progress.get("steps"), progress.get("seconds_per_step")
+    if steps:
+        text += f", step {progress['step']} of {steps}"
+    if steps and seconds and text.startswith("train"):
+        text += f", {seconds:.2f} s a step, {_span((steps - progress['step']) * seconds)} left"
+    return f"{text} ({progress.get('updated', 'unknown time')} UTC)"
 
 
 def estimate_text(e: dict[str, Any]) -> str:

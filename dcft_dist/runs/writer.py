@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
 from ..config.toml import differences, to_toml
 from ..distributed import collectives
-from ..errors import CheckpointError, ConfigError, listing
-from ..files import read_json, read_lines, write_atomic, write_json
+from ..errors import CheckpointError, ConfigError, DamagedError, TemporaryError, listing
+from ..files import FULL, append_line, json_line, objects_in, read_json_or, write_atomic, write_json
 from .attempts import now
 from .folder import RunFolder
+
+log = logging.getLogger(__name__)
+
+_told: set[Path] = set()  # files that could not be written, which was said
 
 # Keys that must be equal in both runs before this run uses the head, the scores or the set of another run.
 _HEAD = ("task.", "data.", "model.", "import_roots", "seed", "head_warmup.")
@@ -41,20 +48,34 @@ class RunWriter(RunFolder):
         self._seconds: dict[str, float] = {}
         self._phase = ""
 
+    def begin_anew(self, config: Config) -> None:
+        """If nothing was computed yet: data and settings may change, and failures under others are forgotten. Collective."""
+        with collectives.agreed("begin the run"):
+            if collectives.rank() or self.has_results():
+                return
+            self.facts.unlink(missing_ok=True)
+            shutil.rmtree(self.contents, ignore_errors=True)
+            with suppress(DamagedError):
+                if not self.changes(config):
+                    return
+            shutil.rmtree(self.path / "errors", ignore_errors=True)
+            (self.path / "attempts.jsonl").unlink(missing_ok=True)
+
     def open(self, config: Config) -> None:
         """Creates the directory, or opens it to continue the run in it. Collective.
 
         Raises:
             ConfigError: the directory cannot be written.
+            TemporaryError: its disk is full.
         """
         with collectives.agreed("open run directory"):
             if collectives.rank() == 0:
                 try:
                     write_atomic(self.path / "config.toml", to_toml(config))
                 except OSError as error:
-                    raise ConfigError(f"runs_dir: {self.path} cannot be written: {error}") from error
-                if self.progress.exists():
-                    self._seconds = read_json(self.progress)["seconds"]
+                    kind = TemporaryError if error.errno in FULL else ConfigError
+                    raise kind(f"runs_dir: {self.path} cannot be written: {error}") from error
+                self._seconds = read_json_or(self.progress, {"seconds": {}}, "seconds")["seconds"]
 
     def take_from(self, source: Path, config: Config) -> str:
         """Takes results of another run that this run would compute again: head, scores, fundamental set. Collective.
@@ -108,7 +129,8 @@ class RunWriter(RunFolder):
             progress = {"phase": name, "step": step, "updated": now(), "seconds": self._seconds}
             if steps:
                 progress |= {"steps": steps, "seconds_per_step": seconds_per_step}
-            write_json(self.progress, progress)
+            with logging_only(self.progress):
+                write_json(self.progress, progress)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -118,31 +140,42 @@ class RunWriter(RunFolder):
     def log(self, step: int, **values: Any) -> None:
         """Appends a line with the step and the values to `metrics.jsonl`."""
         if collectives.rank() == 0:
-            with self.metrics.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            with logging_only(self.metrics):
+                append_line(self.metrics, {"step": step, **values})
 
     def forget_after(self, step: int) -> None:
         """Removes logged lines of later steps: a run that continues from `step` writes them again."""
         if collectives.rank() == 0 and self.metrics.exists():
-            write_atomic(
-                self.metrics, "".join(json.dumps(row) + "\n" for row in read_lines(self.metrics) if row["step"] <= step)
-            )
+            with logging_only(self.metrics):
+                rows = (row for row in objects_in(self.metrics, "step") if isinstance(row["step"], int))
+                write_atomic(self.metrics, "".join(json_line(row) for row in rows if row["step"] <= step))
 
-    def latest_checkpoint(self) -> Path | None:
-        """Folder of the newest complete checkpoint, or None. Collective.
+    def all_checkpoints(self, kind: str = "step") -> list[Path]:
+        """Folders of the checkpoints of a kind, `step` or `best`, the newest first. Collective.
 
         Raises:
-            CheckpointError: a rank cannot see the folder.
+            CheckpointError: a rank cannot see a folder.
         """
-        names = [f.name for f in self.checkpoints.glob("step_*")] if collectives.rank() == 0 else []
-        steps = [int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdecimal()]
-        latest = collectives.all_gather_ints([max(steps, default=-1)], what="latest checkpoint")[0][0]
-        if latest < 0:
-            return None
-        folder = self.checkpoint(latest)
-        with collectives.agreed("latest checkpoint"):
-            if not folder.is_dir():
-                raise CheckpointError(
-                    f"{folder} is not visible on this rank: runs_dir must be on a file system that all ranks share"
-                )
-        return folder
+        steps = self.steps(kind) if collectives.rank() == 0 else []
+        number = collectives.all_gather_ints([len(steps)], what="checkpoints")[0][0]
+        steps += [0] * (number - len(steps))
+        steps = collectives.all_gather_ints(steps, what="checkpoints")[0] if number else []
+        folders = [self.checkpoint(step, kind) for step in reversed(steps)]
+        with collectives.agreed("checkpoints"):
+            for folder in folders:
+                if not folder.is_dir():
+                    raise CheckpointError(
+                        f"{folder} is not visible on this rank: runs_dir must be on a file system that all ranks share"
+                    )
+        return folders
+
+
+@contextmanager
+def logging_only(file: Path) -> Iterator[None]:
+    """What is only shown does not stop a run: if it cannot be written, that is said once."""
+    try:
+        yield
+    except OSError as error:
+        if file not in _told:
+            _told.add(file)
+            log.warning("%s cannot be written, and the run goes on without it: %s", file, error)

@@ -23,13 +23,14 @@ from torch.utils.tensorboard import SummaryWriter
 from ..distributed import collectives
 from ..engines.checksum import check_replicas
 from ..engines.whole_tensors import average_buffers
-from ..errors import CheckpointError, RunError
+from ..errors import CheckpointError, DivergedError, RunError, listing
 from ..files import sha256_of, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..objectives.base import Metrics, oriented
+from ..runs.folder import identity
 from ..runs.status import REACHED, estimate_text
 from ..runs.stop import Stopped, stop_requested
-from ..weights.checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
+from ..weights.checkpoint import damage_in, is_complete, load_checkpoint, model_state, read_state, save_checkpoint
 from .context import RunContext
 from .find_set import find_fundamental
 from .finish import finish
@@ -63,11 +64,13 @@ class Trainer:
         run: the context of the run; `config` and `writer` are its configuration and folder.
         training: makes the optimizer steps.
         step_seconds: wall-clock seconds of the last 50 steps.
+        identity: settings by which checkpoints know their run.
     """
 
     def __init__(self, run: RunContext) -> None:
         self.run, self.config, self.writer = run, run.config, run.writer
         self.training = Training(run)
+        self.identity = identity(run.config)
         self.step_seconds: list[float] = []
 
     def carry_out(self, commit: str | None) -> dict[str, Any]:
@@ -93,7 +96,8 @@ class Trainer:
         best = self.fine_tune(fundamental)
         if self.config.train.max_steps:
             return self._estimate()
-        return finish(self.run, fundamental, self._best_folder(best), self.training.penalty, commit)
+        chosen, loss = self._best_that_is_left(best)
+        return finish(self.run, fundamental, chosen, self.training.penalty, commit, loss)
 
     def _stop_between_phases(self) -> None:
         if any(requested for (requested,) in collectives.all_gather_ints([int(stop_requested())], what="stop request")):
@@ -163,9 +167,10 @@ class Trainer:
         value = self._validation_value(metrics)
         if not may_not_win and (best.value is None or value > best.value):
             best = Best(epoch, value, step)
-            save_checkpoint(self._best_folder(best), model_state(self.run.model), {"epoch": epoch, "validation": metrics})
+            state = {"epoch": epoch, "validation": metrics}
+            save_checkpoint(self._best_folder(best), model_state(self.run.model), state, self.identity)
         if write:
-            self._save(step, best, validated=True)
+            self._save(step, best, validated=True, epoch=epoch, validation=None if may_not_win else metrics)
         self.writer.phase("train", step)
         return best
 
@@ -176,44 +181,83 @@ class Trainer:
             raise RunError(f"train.metric: {name!r} is not defined on the validation data: choose another metric")
         return oriented(name, metrics[name])
 
-    def _save(self, step: int, best: Best, validated: bool) -> None:
+    def _save(self, step: int, best: Best, validated: bool, **result: Any) -> None:
+        """Saves a checkpoint, and then deletes older ones. Nothing is saved, or deleted, unless all is well on every rank.
+
+        Args:
+            step: steps done.
+            best: the best epoch so far.
+            validated: whether this step was validated.
+            **result: of the validation, with which this checkpoint can stand in for a damaged best one.
+        """
         if self.config.checkpoint.keep_last == 0:
             if self.run.world.is_first:
                 self._remove_old("best", best.step, self.config.checkpoint.keep_best)
             return
         average_buffers(self.run.model)  # a resumed run then has the same buffers as this one
         check_replicas(self.run.model)
+        self.training.check_penalty()
         state = model_state(self.run.model, self.run.prepared.optimizer)
         progress = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
         progress["data"] = self.run.task.checksum
         progress["factor"] = self.training.learned.state() if self.training.learned else None
-        save_checkpoint(self.writer.checkpoint(step), state, progress)
+        try:
+            save_checkpoint(self.writer.checkpoint(step), state, progress | result, self.identity)
+        except DivergedError as error:
+            good = self.writer.steps()
+            kept = f"step {good[-1]} is the last good checkpoint" if good else "there is no checkpoint yet"
+            raise DivergedError(f"after step {step}: {error}; {kept}. Lower optimizer.lr, under another --name") from error
         if self.run.world.is_first:  # the new checkpoint is complete: older ones are no longer needed
             self._remove_old("step", step, self.config.checkpoint.keep_last)
             self._remove_old("best", best.step, self.config.checkpoint.keep_best)
 
     def _remove_old(self, kind: str, newest: int, keep: int) -> None:
-        """Keeps the last `keep` checkpoints up to step `newest`. Deletes older ones, and later ones of a lost attempt."""
-        steps = sorted(int(folder.name[5:]) for folder in self.writer.checkpoints.glob(f"{kind}_*"))
-        recent = [step for step in steps if step <= newest][-keep:]
+        """Keeps the last `keep` complete checkpoints up to step `newest`; deletes all others, also those of a lost start."""
+        steps = self.writer.steps(kind)
+        complete = [step for step in steps if step <= newest and is_complete(self.writer.checkpoint(step, kind))]
         for step in steps:
-            if step not in recent:
-                shutil.rmtree(self.writer.checkpoints / f"{kind}_{step:08d}")
+            if step not in complete[-keep:]:
+                shutil.rmtree(self.writer.checkpoint(step, kind))
 
     def _set_checksum(self) -> str | None:
         file = self.writer.fundamental
         return sha256_of(file) if file.exists() else None
 
     def _best_folder(self, best: Best) -> Path:
-        return self.writer.checkpoints / f"best_{best.step:08d}"
+        return self.writer.checkpoint(best.step, "best")
+
+    def _best_that_is_left(self, best: Best) -> tuple[Path, str]:
+        """The folder of the best epoch; if that is damaged, of the best other epoch, and what was lost. Collective.
+
+        Raises:
+            CheckpointError: no validated checkpoint is left.
+        """
+        wanted = self._best_folder(best)
+        if not (problem := damage_in(wanted)):
+            return wanted, ""
+        found: list[tuple[float, int, Path]] = []
+        for folder in (*self.writer.all_checkpoints("best"), *self.writer.all_checkpoints()):
+            if folder != wanted and not damage_in(folder):
+                state = read_state(folder, self.identity)
+                if metrics := state.get("validation"):
+                    found.append((self._validation_value(metrics), -int(state["epoch"]), folder))
+        if not found:
+            raise CheckpointError(
+                f"{problem}. It has the best epoch, {best.epoch}, and no other validated checkpoint is left: restore it, or "
+                f"delete {self.writer.checkpoints} to fine-tune again"
+            )
+        _, epoch, folder = max(found)
+        loss = f"epoch {best.epoch} was the best, but {problem}: epoch {-epoch} stands in for it"
+        log.warning("%s", loss)
+        return folder, loss
 
     def _resume(self) -> tuple[int, Best, bool]:
         """Loads the newest checkpoint: (steps done, best epoch so far, whether this step was validated)."""
-        latest = self.writer.latest_checkpoint() if self.config.train.max_steps is None else None
+        latest = self._latest_whole() if self.config.train.max_steps is None else None
         if latest is None:
             self.writer.forget_after(-1)
             return 0, Best(), False
-        state = read_state(latest)
+        state = read_state(latest, self.identity)
         if state["fundamental"] != self._set_checksum():
             raise CheckpointError(f"{self.writer.fundamental} is not the set that {latest} was trained with")
         if state.get("data") != self.run.task.checksum:
@@ -226,6 +270,25 @@ class Trainer:
         self.writer.forget_after(state["step"])
         log.info("going on from step %d", state["step"])
         return int(state["step"]), Best(**state["best"]), bool(state["validated"])
+
+    def _latest_whole(self) -> Path | None:
+        """The newest checkpoint that is not damaged; None if there are no checkpoints. Collective.
+
+        Raises:
+            CheckpointError: all are damaged.
+        """
+        problems = []
+        for folder in self.writer.all_checkpoints():
+            if not (problem := damage_in(folder)):
+                return folder
+            problems.append(problem)
+            log.warning("%s: the run goes on from an older checkpoint", problem)
+        if problems:
+            raise CheckpointError(
+                f"no checkpoint is whole: {listing(problems, 3)}. Restore one, or delete {self.writer.checkpoints} to "
+                "fine-tune again"
+            )
+        return None
 
     def _estimate(self) -> dict[str, Any]:
         """After `train.max_steps`: estimates how long all steps would take. Tests nothing."""

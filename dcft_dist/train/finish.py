@@ -25,7 +25,12 @@ from .methods import merge_adapters
 
 
 def finish(
-    run: RunContext, fundamental: FundamentalSet | None, best: Path, penalty: Penalty | None, commit: str | None
+    run: RunContext,
+    fundamental: FundamentalSet | None,
+    best: Path,
+    penalty: Penalty | None,
+    commit: str | None,
+    loss: str = "",
 ) -> dict[str, Any]:
     """Tests and exports the best epoch, and writes `summary.json`. Collective.
 
@@ -35,6 +40,7 @@ def finish(
         best: folder of the checkpoint of the best epoch.
         penalty: the attached penalty, if the method uses one.
         commit: git commit of the code that the run began with; None if unknown.
+        loss: what was lost with a damaged checkpoint; empty if nothing was.
 
     Returns:
         The summary, as in `summary.json`.
@@ -46,7 +52,7 @@ def finish(
     test, test_intervals = _test(run) if config.test else (None, None)
     if config.checkpoint.keep_last:
         _export(run, fundamental)
-    writer.phase("done", int(best.name.removeprefix("best_")))
+    writer.phase("done", int(best.name.partition("_")[2]))
     extra = fundamental.info.extra if fundamental else {}
     summary = {
         "name": config.name,
@@ -78,7 +84,7 @@ def finish(
         "machine": machine(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "git_commit": commit,
-        "changes": changes_since_begin(writer.facts),
+        "changes": [*changes_since_begin(writer.facts), *([loss] if loss else [])],
         "data_checksum": run.task.checksum,
         "reading": READING,
         "weights_checksum": weights_checksum(run.model),

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..config.checks import check_ranks
 from ..config.schema import Config
+from ..data.batches import is_of_worker, worker_error
 from ..distributed import collectives
 from ..distributed.world import World, joined_world
 from ..errors import WorldError
 from ..files import read_json
 from ..runs.attempts import begin_attempt, note_failed_meeting, refuse_repetition
+from ..runs.folder import RunFolder
 from ..runs.lock import locked
 from ..runs.provenance import git_commit
 from ..runs.stop import Stopped, listen_for_stop
@@ -83,18 +86,20 @@ def run(config: Config, world: World) -> dict[str, Any]:
         DcftError: bad input, a missing package, or a damaged file.
         Stopped: the run was asked to stop.
     """
-    greet(config)
     writer = RunWriter.of(config)
-    with collectives.agreed("set-up"):
-        check_ranks(config, world.world_size)
-        writer.check(config)
-    for result in (writer.summary, writer.estimate):
-        if collectives.on_every_rank(result.exists()):
-            log.info("%s is finished already: delete it to run it again", writer.path)
-            return dict(read_json(result))
-    with locked(writer.path, config.timeout_s):
-        writer.open(config)
+    if (result := _earlier_result(writer)) is not None:
+        with collectives.agreed("set-up"):
+            writer.check(config)
+        log.info("%s is finished already: delete it to run it again", writer.path)
+        return result
+    with locked(writer.path, config.timeout_s), _named_workers():
+        writer.begin_anew(config)
         previous = begin_attempt(writer.path, writer.reached(), config.max_attempts)
+        greet(config)  # under the lock, so that an error is recorded and the verdict is `failed`
+        with collectives.agreed("set-up"):
+            check_ranks(config, world.world_size)
+            writer.check(config)
+        writer.open(config)
         if previous and previous["ranks"] != world.world_size:
             log.info(
                 "going on with %d ranks instead of %d: the global batch stays %d, by accumulation",
@@ -107,3 +112,25 @@ def run(config: Config, world: World) -> dict[str, Any]:
         commit = git_commit()  # now, since the working tree may change during the run
         writer.phase("setup")
         return Trainer(make_context(config, world, writer)).carry_out(commit)
+
+
+@contextmanager
+def _named_workers() -> Iterator[None]:
+    """Names the cause if a process that reads data ends while this one does something else."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_of_worker(error):
+            raise worker_error(error) from error
+        raise
+
+
+def _earlier_result(folder: RunFolder) -> dict[str, Any] | None:
+    """The summary or the estimate of an earlier start; None if there is none, or if it is damaged. Collective."""
+    result = folder.result()
+    if collectives.on_every_rank(result is not None):
+        return result
+    for file in (folder.summary, folder.estimate):
+        if result is None and file.exists():
+            log.warning("%s is damaged: it is made again from the checkpoints", file)
+    return None

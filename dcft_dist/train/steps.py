@@ -117,6 +117,15 @@ class Training:
             }
         return values | norms
 
+    def check_penalty(self) -> None:
+        """Checks, if there is a penalty, that it is in force on every rank. Collective.
+
+        Raises:
+            PenaltyError: it is not; see `Penalty.in_force`.
+        """
+        if self.penalty:
+            self.penalty.in_force()
+
     def _cause(self, micro_batches: list[Batch]) -> str:
         """Why a loss is no number: names the first example of the step with a NaN in its input, on any rank. Collective."""
         broken = [
@@ -147,6 +156,10 @@ class Training:
             raise PenaltyError(
                 f"the factor is {penalty.factor:g} at step {step}, but the configuration asks for {wanted:g}: something has "
                 "changed it during the run"
+            )
+        if math.isinf(measured):
+            raise PenaltyError(
+                f"the penalty has applied an infinite change at step {step}: a weight or its step is infinite"
             )
         if not collectives.reduce_numbers([new_calls], what="multiplied weights")[0]:
             raise PenaltyError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..compat.pytorch import clean, persistent_buffers
@@ -23,8 +23,9 @@ from ..engines.find import find_engine
 from ..engines.meta import Materialiser
 from ..engines.whole_tensors import average_buffers, fill_weights, whole_weight
 from ..errors import CheckpointError, ConfigError, DivergedError, alone
-from ..files import write_atomic
 from ..method.head_warmup import warm_up_head
+from ..tensor_file import is_altered
+from ..weights.export import write_tensors
 from .context import RunContext
 from .steps import Training
 
@@ -52,6 +53,8 @@ def warm_up_or_load(run: RunContext) -> None:
     if collectives.on_every_rank(file.exists()):
         with collectives.agreed("load the warmed-up head"):
             try:
+                if is_altered(file):
+                    raise ValueError("it was altered after it was written")
                 state = load_file(file)
                 if set(state) != {*names, *_buffers(run, names)}:
                     raise ValueError("it has other weights than this model's head")
@@ -66,7 +69,7 @@ def warm_up_or_load(run: RunContext) -> None:
     state = _state(run, names)
     with collectives.agreed("save the warmed-up head"):  # not read back: another node may not see the new file yet
         if run.world.is_first:
-            write_atomic(file, save({name: value.cpu().contiguous() for name, value in state.items()}))
+            write_tensors(file, state)
 
 
 def _state(run: RunContext, names: list[str]) -> dict[str, Tensor]:

@@ -3,16 +3,16 @@
 A checkpoint stores weights, buffers and the optimizer's state by parameter name, flattened, each element once. So any engine
 on any number of ranks can read it, whichever wrote it.
 
-A checkpoint is a folder `step_00000100`: safetensors files of all ranks, `state.json`, and `manifest.json` with the SHA-256
-of each file. It is written under a temporary name and renamed when it is complete on every rank. So a folder with its final
-name is complete; the next save deletes an interrupted one.
+A checkpoint is a folder `step_00000100`: safetensors files of all ranks, `state.json`, and `manifest.json`, which has the
+folder's name, the settings of its run, and size and SHA-256 of each file. It is written under a temporary name, and renamed
+when all ranks are done. So a folder with its final name is complete; the next save deletes an interrupted one.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -35,10 +35,12 @@ from ..distributed import collectives
 from ..engines.base import Engine, Shard
 from ..engines.find import find_engine
 from ..engines.whole_tensors import whole_weight
-from ..errors import CheckpointError, TemporaryError, line_of
+from ..errors import CheckpointError, DamagedError, DivergedError, TemporaryError, line_of, listing
 from ..files import read_json, sha256_of, write_json
 
-_STATE, _MANIFEST = "state.json", "manifest.json"
+log = logging.getLogger(__name__)
+
+_STATE, _MANIFEST, _FORMAT = "state.json", "manifest.json", 2
 
 
 State = dict[str, Any]
@@ -135,17 +137,20 @@ def _owned(shard: Shard, values: Tensor) -> FlatPiece:
     return FlatPiece(values.detach().reshape(-1)[begin:end], numel, first + begin)
 
 
-def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any]) -> None:
+def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any], identity: Mapping[str, Any] | None = None) -> None:
     """Writes one checkpoint, which gets its final name only when it is complete. Collective.
 
     Args:
         folder: folder of the checkpoint; replaced if it exists.
         tensors: made by `model_state`.
         state: further values for `state.json`.
+        identity: settings of the run, which `read_state` compares; keys with their default values may be left out.
 
     Raises:
+        DivergedError: a weight, a buffer or the optimizer's state is not finite. Nothing was written.
         TemporaryError: the file system failed; running again may help.
     """
+    _require_finite(tensors)
     temporary = folder.with_name(f".{folder.name}.tmp")
     with collectives.agreed("checkpoint: prepare the folder"):
         if collectives.rank() == 0:
@@ -160,32 +165,108 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any]) -> None
         if collectives.rank() == 0:
             write_json(temporary / _STATE, state)
             files = sorted(file for file in temporary.iterdir() if file.is_file())
-            write_json(temporary / _MANIFEST, {file.name: sha256_of(file) for file in files})
+            entries = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+            about = {"format": _FORMAT, "name": folder.name, "identity": dict(identity or {}), "files": entries}
+            write_json(temporary / _MANIFEST, about)
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.rename(folder)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Checks a checkpoint's checksums, each rank some of the files, and reads its `state.json`. Collective.
+def _require_finite(tensors: State) -> None:
+    """Checks that no NaN or infinity would be saved. Buffers may be infinite, as masks of attention are. Collective.
+
+    Raises:
+        DivergedError: there is one; the message names the first weight.
+    """
+    with collectives.agreed("checkpoint: numbers"):
+        for name, entry in tensors.items():
+            values = (entry.values if isinstance(entry, FlatPiece) else entry).detach()
+            if not (values.is_floating_point() or values.is_complex()):
+                continue
+            wrong = torch.isnan(values) if name.startswith("buffer.") else ~torch.isfinite(values)
+            if number := int(wrong.sum()):
+                kind, _, rest = name.partition(".")
+                what = {"model": f"weight {rest}", "buffer": f"buffer {rest}"}.get(kind, f"optimizer's state {rest}")
+                raise DivergedError(f"{number} elements of the {what} are NaN or infinite: nothing was saved")
+
+
+def damage_in(folder: Path) -> str:
+    """Compares a checkpoint's files with its checksums, each rank some of them. Collective.
 
     Args:
         folder: folder of the checkpoint.
 
-    Raises:
-        CheckpointError: a file is missing or was altered.
+    Returns:
+        What is damaged, the same text on every rank; empty if the checkpoint is whole.
     """
-    with collectives.agreed(f"checkpoint {folder.name}: verify"):
-        try:
-            manifest = read_json(folder / _MANIFEST)
-            for name, checksum in sorted(manifest.items())[collectives.rank() :: collectives.world_size()]:
-                if sha256_of(folder / name) != checksum:
-                    raise CheckpointError(
-                        f"{folder / name} was altered after it was written: delete {folder} to go on without it"
-                    )
-            state: dict[str, Any] = read_json(folder / _STATE)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder} is damaged ({error}): delete it to go on without it") from error
+    problem = ""
+    try:
+        for name, entry in sorted(_manifest(folder)["files"].items())[collectives.rank() :: collectives.world_size()]:
+            if sha256_of(folder / name) != entry["sha256"]:
+                raise DamagedError(f"{folder / name} was altered after it was written")
+        read_json(folder / _STATE)
+    except (OSError, DamagedError) as error:
+        problem = str(error)
+    found = collectives.all_gather_ints([int(bool(problem))], what=f"checkpoint {folder.name}: verify")
+    first = next((rank for rank, (damaged,) in enumerate(found) if damaged), None)
+    return "" if first is None else collectives.broadcast_text(problem, first, what=f"checkpoint {folder.name}: verify")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all files of a checkpoint are there in full length. No communication; their contents are not read."""
+    try:
+        found = [(entry, (folder / name).stat().st_size) for name, entry in _manifest(folder)["files"].items()]
+    except (OSError, DamagedError):
+        return False
+    return all(entry.get("size", size) == size for entry, size in found)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, checked for its form.
+
+    Raises:
+        DamagedError: it is damaged, it belongs to another folder, or a file of weights is not in it.
+        OSError: it cannot be read.
+    """
+    path = folder / _MANIFEST
+    content = read_json(path)
+    if isinstance(content, dict) and content and "format" not in content:  # before version 2: file -> checksum
+        content = {"name": folder.name, "identity": None, "files": {n: {"sha256": s} for n, s in content.items()}}
+    if not isinstance(content, dict) or not isinstance(files := content.get("files"), dict) or _STATE not in files:
+        raise DamagedError(f"{path} is damaged (it does not list the files)")
+    if any(Path(name).name != name or not isinstance(entry, dict) or "sha256" not in entry for name, entry in files.items()):
+        raise DamagedError(f"{path} is damaged (a file has no checksum)")
+    if content["name"] != folder.name:
+        raise DamagedError(f"{folder} is the checkpoint {content['name']} under another name")
+    if strange := {file.name for file in folder.glob("*.safetensors")} ^ {n for n in files if n.endswith(".safetensors")}:
+        raise DamagedError(f"{folder}: {listing(sorted(strange))} is missing, or was added after the checkpoint was written")
+    return content
+
+
+def read_state(folder: Path, identity: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Checks a checkpoint's checksums, each rank some of the files, and reads its `state.json`. Collective.
+
+    Args:
+        folder: folder of the checkpoint.
+        identity: settings that the checkpoint must have been saved with; None: they are not compared.
+
+    Raises:
+        CheckpointError: a file is missing or was altered, or another run has written it.
+    """
+    if problem := damage_in(folder):
+        raise CheckpointError(problem)
+    with collectives.agreed(f"checkpoint {folder.name}: read"):
+        stored = _manifest(folder)["identity"]
+        if identity is not None and stored is None:
+            log.warning("%s is from an older version: it does not say which run it belongs to", folder)
+        elif identity is not None:
+            both = sorted(stored.keys() | identity.keys())
+            changed = [key for key in both if stored.get(key) != identity.get(key)]
+            if changed:
+                said = (f"{k} = {stored.get(k, 'default')}, not {identity.get(k, 'default')}" for k in changed)
+                raise CheckpointError(f"{folder} belongs to another run: it was saved with {listing(said, 3)}")
+        state: dict[str, Any] = read_json(folder / _STATE)
     return state
 
 

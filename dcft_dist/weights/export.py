@@ -20,8 +20,9 @@ from ..distributed import collectives
 from ..engines.base import Engine, Shard
 from ..engines.find import find_engine
 from ..engines.whole_tensors import cells, whole_weight
-from ..errors import CheckpointError, listing
-from ..files import TensorFile, is_altered, read_json, write_json
+from ..errors import CheckpointError, DamagedError, listing
+from ..files import read_json, write_json
+from ..tensor_file import TensorFile, is_altered
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -152,7 +153,7 @@ def _tidy(folder: Path, files: dict[str, list[str]], total: int) -> None:
     """Writes the index last, and deletes files of an earlier export, which readers would take for this one's."""
     if len(files) > 1:
         file_of = {name: file for file, names in files.items() for name in names}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of}, seal=False)
     else:
         (folder / INDEX).unlink(missing_ok=True)
     for old in folder.glob("model*.safetensors"):
@@ -163,10 +164,38 @@ def _tidy(folder: Path, files: dict[str, list[str]], total: int) -> None:
 def _names_in(folder: Path) -> dict[str, str]:
     """Name of a tensor -> file that contains it."""
     if (folder / INDEX).exists():
-        file_of: dict[str, str] = read_json(folder / INDEX)["weight_map"]
-        return file_of
+        return files_of_index(folder / INDEX)
     with safe_open(folder / FILE, framework="pt") as opened:
         return dict.fromkeys(opened.keys(), FILE)
+
+
+def files_of_index(file: Path) -> dict[str, str]:
+    """Name of a tensor -> name of the file that contains it, from an index as transformers writes it.
+
+    Raises:
+        DamagedError: it is no such index, or a file lies outside the folder.
+    """
+    file_of = read_json(file, "weight_map")["weight_map"]
+    if not isinstance(file_of, dict) or not all(isinstance(part, str) for part in file_of.values()):
+        raise DamagedError(f"{file} is damaged (weight_map does not give a file for each tensor)")
+    if outside := [part for part in file_of.values() if Path(part).name != part or part in ("", ".", "..")]:
+        raise DamagedError(f"{file} names {outside[0]!r}, which is not a file beside it")
+    return file_of
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Writes tensors that this rank has, each whole, to one file with checksums.
+
+    Args:
+        path: the file.
+        tensors: name -> tensor.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    entries = {n: (_DTYPES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for n, t in plain.items()}
+    file = TensorFile(path, entries, {"format": "pt"})
+    for tensor in plain.values():
+        file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    file.close()
 
 
 def _check(

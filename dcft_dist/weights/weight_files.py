@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError, line_of, listing
-from ..files import read_json
+from .export import files_of_index
 
 _INDEXED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -158,7 +158,7 @@ def _files(place: Path) -> list[Path]:
         raise CheckpointError(missing_weights_advice(str(place)))
     for name in _INDEXED:
         if (place / name).is_file():
-            files = [place / part for part in sorted(set(read_json(place / name)["weight_map"].values()))]
+            files = [place / part for part in sorted(set(files_of_index(place / name).values()))]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise CheckpointError(f"{place} is incomplete: {listing(missing)} of its index are missing")

@@ -17,8 +17,9 @@ import pytest
 
 from dcft_dist.cli import main
 from dcft_dist.errors import DcftError, RunError, WorldError
-from dcft_dist.files import read_lines
+from dcft_dist.files import read_lines, write_json
 from dcft_dist.runs.attempts import attempts, error_files, errors, note_error, refuse_repetition
+from dcft_dist.runs.folder import SUMMARY_KEYS
 from dcft_dist.runs.lock import _lock, lock_holder, locked
 from dcft_dist.runs.status import run_verdict, status
 
@@ -150,6 +151,8 @@ def test_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_verdict(run, "step 5", 3, "select")[0] == "failed"
     assert run_verdict(run, "step 5", 3, "score")[0] == "finished"
     (run / "summary.json").write_text("{}")
+    assert run_verdict(run, "step 5", 3)[0] == "failed", "an emptied summary is no result"
+    write_json(run / "summary.json", dict.fromkeys(SUMMARY_KEYS))
     assert run_verdict(run, "step 5", 3)[0] == "finished"
 
 

@@ -24,6 +24,7 @@ from dcft_dist.data.user_task import user_task
 from dcft_dist.distributed.world import World
 from dcft_dist.errors import DataError, DcftError
 from dcft_dist.files import read_json
+from dcft_dist.runs.status import run_verdict
 from dcft_dist.train.run import run
 
 from ..processes import dcft, output_of
@@ -107,7 +108,9 @@ def on_two_ranks(folder: Path, *odd: str, extra: tuple[str, ...] = (), make: Cal
 )
 def test_a_rank_with_another_configuration(tmp_path: Path, odd: list[str], said: str) -> None:
     assert f"rank 1 has {said}" in on_two_ranks(tmp_path, *odd)
-    assert not (tmp_path / "runs").exists(), "nothing was begun"
+    run = tmp_path / "runs/smoke"
+    assert not (run / "config.toml").exists(), "nothing was begun"
+    assert run_verdict(run, "the beginning", 3)[0] == "failed", "it would differ again"
 
 
 def test_a_rank_with_other_data(folder: Path) -> None:

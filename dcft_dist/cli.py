@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except OSError as error:  # a full disk, a directory that cannot be written
         print(f"dcft: error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr, flush=True)
-        return 1
+        return 2 if error.errno == errno.ENAMETOOLONG else 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,6 +88,11 @@ def _add_run(commands: Commands) -> None:
     )
     inspect = commands.add_parser("inspect", help="show what a configuration does to each weight of its model")
     inspect.add_argument("config")
+    _add_trust(inspect)
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--trust-code", action="store_true", help="import the code that the run or configuration names")
 
 
 def _add_use(commands: Commands) -> None:
@@ -96,6 +102,7 @@ def _add_use(commands: Commands) -> None:
     ):
         use = commands.add_parser(name, help=text, epilog="the data: --data.path new.csv, and any other key of [data]")
         use.add_argument("run", type=Path)
+        _add_trust(use)
         use.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
         if name == "predict":
             use.add_argument(
@@ -107,12 +114,15 @@ def _add_use(commands: Commands) -> None:
         "run", type=Path, help="directory of a finished run (with --apply its config.toml and summary.json are enough)"
     )
     delta.add_argument("file", type=Path)
+    _add_trust(delta)
     delta.add_argument(
         "--apply", type=Path, metavar="FOLDER", help="apply the file, and write the fine-tuned model to this folder"
     )
 
 
 def _add_compare(commands: Commands) -> None:
+    verify = commands.add_parser("verify", help="check every file of a run or of a study: is it as it was written?")
+    verify.add_argument("folder", type=Path, metavar="RUN|STUDY")
     report = commands.add_parser("report", help="write report.html of a run or of a study again")
     report.add_argument("run", type=Path)
     report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG to this folder")
@@ -176,6 +186,7 @@ def _add_plan(commands: Commands) -> None:
     plan.add_argument("--fp32", dest="bf16", action="store_false", default=None, help="compute in float32, not bfloat16")
     plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of one GPU in GiB")
     plan.add_argument("--json", action="store_true")
+    _add_trust(plan)
 
 
 def _add_generated(commands: Commands) -> None:
@@ -185,9 +196,15 @@ def _add_generated(commands: Commands) -> None:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
+    from .config.trust import remember
     from .train.run import train
 
-    train(load_config(options.config, rest))
+    config = load_config(options.config, rest)
+    if os.environ.get("RANK", "0") == "0":
+        remember(config)  # to start a training is the user's word for its code
+    if config.private:
+        os.umask(0o077)
+    train(config)
 
 
 def _status(options: argparse.Namespace, rest: list[str]) -> int:
@@ -240,7 +257,10 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
+    from .config.trust import require_trust
+
     config = load_config(options.config, rest)
+    require_trust(config, options.config, options.trust_code)
     from .data.tasks import load_task
     from .models.build import build_model
     from .objectives.make import label_facts, make_objective
@@ -263,7 +283,9 @@ def _use(options: argparse.Namespace, rest: list[str]) -> None:
     from .inference.predict import evaluate_split, given_split, predictions, report_of
 
     with joined_world(600.0) as world:
-        adapted = load_adapted(options.run, rest, world)
+        adapted = load_adapted(options.run, rest, world, options.trust_code)
+        if adapted.config.private:
+            os.umask(0o077)
         split = given_split(adapted, labelled=options.command == "evaluate")
         if options.command == "evaluate":
             text = json.dumps(report_of(adapted, split, *evaluate_split(adapted, split)), indent=2) + "\n"
@@ -275,12 +297,14 @@ def _use(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _delta(options: argparse.Namespace, rest: list[str]) -> None:
+    from .config.trust import require_trust
     from .distributed.world import joined_world
     from .inference.delta import apply_delta, write_delta
     from .runs.folder import RunFolder
 
     folder = RunFolder(options.run)
     config, facts = folder.finished()
+    require_trust(config, options.run, options.trust_code)
     with joined_world(600.0):
         if options.apply:
             apply_delta(config, facts, options.file, options.apply)
@@ -292,30 +316,54 @@ def _delta(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
+    from .reports.render import expected_form
+
     if (options.run / "study.toml").exists():
         from .studies.report import write_study_report
 
-        print(write_study_report(options.run, options.pictures))
+        with expected_form(options.run):
+            print(write_study_report(options.run, options.pictures))
         return
     from .reports.run_report import write_report
 
-    print(write_report(options.run, options.pictures))
+    with expected_form(options.run):
+        print(write_report(options.run, options.pictures))
+
+
+def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    if (options.folder / "study.toml").exists():
+        from .studies.results import StudyFolder
+        from .studies.study import load_study
+
+        study = StudyFolder(load_study(options.folder / "study.toml"), options.folder)
+        missing, number = study.missing()
+        whole, broken = [f"{number - missing} of {number} cells have results"], study.problems()
+    else:
+        from .train.verify import verify_run
+
+        whole, broken = verify_run(options.folder)
+    print("\n".join([*(f"whole    {line}" for line in whole), *(f"DAMAGED  {line}" for line in broken)]))
+    return int(bool(broken))
 
 
 def _table(options: argparse.Namespace, rest: list[str]) -> None:
+    from .reports.render import expected_form
+
     if (options.runs[0] / "study.toml").exists():
         from .studies.results import StudyFolder
         from .studies.study import load_study
         from .studies.table import table
 
         folder = options.runs[0]
-        if options.pack:
-            StudyFolder(load_study(folder / "study.toml"), folder).pack(options.pack)
-        print(table(folder, options.format))
+        with expected_form(folder):
+            if options.pack:
+                StudyFolder(load_study(folder / "study.toml"), folder).pack(options.pack)
+            print(table(folder, options.format))
         return
     from .reports.comparison import comparison, removal_table
 
-    print("\n\n".join(map(removal_table, options.runs)) if options.removal else comparison(options.runs))
+    with expected_form(options.runs[0]):
+        print("\n\n".join(map(removal_table, options.runs)) if options.removal else comparison(options.runs))
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
@@ -374,11 +422,15 @@ def _submit(options: argparse.Namespace, rest: list[str]) -> None:
 def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     import json
 
+    from .config.trust import require_trust
     from .planning.memory import forecast, table
-    from .planning.planned_models import request_of
+    from .planning.planned_models import is_configuration, request_of
 
-    fields = {key: value for key, value in vars(options).items() if key not in ("command", "json")}
-    result = forecast(request_of(fields.pop("model"), rest, **fields))
+    fields = {key: value for key, value in vars(options).items() if key not in ("command", "json", "trust_code")}
+    request = request_of(fields.pop("model"), rest, **fields)
+    if is_configuration(request.model):
+        require_trust(load_config(request.model, list(request.words)), request.model, options.trust_code)
+    result = forecast(request)
     print(json.dumps(result.to_json()) if options.json else table(result))
 
 
@@ -405,6 +457,7 @@ _COMMANDS = {
     "predict": _use,
     "delta": _delta,
     "status": _status,
+    "verify": _verify,
     "report": _report,
     "table": _table,
     "compare": _compare,

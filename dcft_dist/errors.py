@@ -58,6 +58,10 @@ class DamagedError(DcftError, ValueError):
     """A file of a run or a study is not what was written: it was cut, altered, or replaced."""
 
 
+class TrustError(DcftError):
+    """A folder or a configuration names code, and the user has not said that it may run."""
+
+
 class MismatchError(DcftError):
     """Ranks of one start, or two starts of one run, do not have the same configuration, code, data or weights."""
 

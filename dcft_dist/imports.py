@@ -10,6 +10,18 @@ from typing import Any
 
 from .errors import ConfigError, did_you_mean
 
+# What may stand in a key, for the refusal of what cannot be meant.
+_MAY = {
+    "model.build": "a function or class that returns a torch module, such as timm.create_model, or your own",
+    "task.loss": "a function (outputs, labels) -> losses [size], such as one of torch.nn.functional, or your own",
+    "task.metrics": "functions (records, labels) -> {name: number}, such as your own",
+    "data.build": "your function without arguments that returns rows",
+    "data.collate": "your function that turns a list of inputs into a dictionary of tensors",
+    "data.transform": "a class or function of MONAI, or your own",
+    "model.args": "an object such as torch.nn.SiLU",
+    "engine": "your subclass of dcft_dist.engines.base.Engine",
+}
+
 
 def find_object(path: str, roots: Sequence[str], what: str) -> Any:
     """Imports the object that an import path names.
@@ -30,6 +42,10 @@ def find_object(path: str, roots: Sequence[str], what: str) -> Any:
     parts = path.replace(":", ".").split(".")
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise ConfigError(f"{what}: {path!r} is not an import path such as timm.create_model")
+    own = any((Path(root) / f"{parts[0]}.py").is_file() or (Path(root) / parts[0]).is_dir() for root in roots)
+    if parts[0] in sys.stdlib_module_names and not own:
+        may = _MAY.get(what, "the path of your own function, in a folder of import_roots")
+        raise ConfigError(f"{what}: {path} belongs to Python itself, and is none of what may stand here: {may}")
     for cut in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:cut])
         try:

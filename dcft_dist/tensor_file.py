@@ -7,7 +7,7 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .files import temporary_name
 
@@ -101,21 +101,40 @@ def is_altered(path: Path) -> bool:
         ValueError: the file is not a safetensors file.
     """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:  # another kind of file; its "length" may exceed the memory
-            raise ValueError("no header")
-        text = file.read(length)
-        try:
-            header = json.loads(text)
-        except RecursionError as error:
-            raise ValueError("no header") from error
-        metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
-        if not isinstance(metadata, dict):
-            raise ValueError("no header")
+        text, metadata = _header_in(file)
         seal, checksum = metadata.get("header"), metadata.get("sha256")
         if seal is not None and _checksum(text.replace(str(seal).encode(), _BLANK.encode())) != seal:
             return True
         return checksum is not None and hashlib.file_digest(file, "sha256").hexdigest() != checksum
+
+
+def stored_checksum(path: Path) -> str:
+    """The checksum of the tensors that a file states; empty if it states none, or cannot be read. It is not computed."""
+    try:
+        with path.open("rb") as file:
+            return str(_header_in(file)[1].get("sha256", ""))
+    except (OSError, ValueError):
+        return ""
+
+
+def _header_in(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:
+    """The header of an open file as bytes, and the metadata in it.
+
+    Raises:
+        ValueError: the file is not a safetensors file.
+    """
+    length = int.from_bytes(file.read(8), "little")
+    if length > os.fstat(file.fileno()).st_size:  # another kind of file; its "length" may exceed the memory
+        raise ValueError("no header")
+    text = file.read(length)
+    try:
+        header = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("no header") from error
+    metadata = header.get("__metadata__", {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("no header")
+    return text, metadata
 
 
 def _checksum(header: bytes) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from ..config.checks import check_ranks
 from ..config.schema import Config
-from ..config.section import Section
+from ..config.section import Count, OneLine, Section
 from ..config.toml import find_config, load_config
 from ..errors import ConfigError, did_you_mean
 
@@ -27,22 +28,39 @@ SIGNAL_S = 120  # seconds before the time limit at which Slurm signals the job, 
 GRACE_S = 90  # seconds to wait, after the signal, for ranks in a phase without steps
 
 
+_TIME = r"\d+|\d+:\d+|\d+:\d+:\d+|\d+-\d+|\d+-\d+:\d+|\d+-\d+:\d+:\d+|UNLIMITED"
+
+
+def _time_limit(text: str) -> str:
+    if not re.fullmatch(_TIME, text, re.ASCII):
+        raise ValueError(f"{text!r} is no time limit: write minutes, 24:00:00 or 2-00:00:00 (days first)")
+    return text
+
+
+TimeLimit = Annotated[str, AfterValidator(_time_limit)]
+
+
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+
+
 class Site(Section):
     """Settings of a cluster, from the file that DCFT_SITE names. Every key is optional."""
 
-    partition: str | None = Field(None, description="Partition (queue).")
-    account: str | None = Field(None, description="Account or project to charge.")
-    qos: str | None = Field(None, description="Quality of service.")
-    constraint: str | None = Field(None, description="Features that nodes must have.")
-    time: str | None = Field(None, description="Time limit in the format of sbatch (`24:00:00`).")
+    partition: OneLine | None = Field(None, description="Partition (queue).")
+    account: OneLine | None = Field(None, description="Account or project to charge.")
+    qos: OneLine | None = Field(None, description="Quality of service.")
+    constraint: OneLine | None = Field(None, description="Features that nodes must have.")
+    time: TimeLimit | None = Field(None, description="Time limit in the format of sbatch (`24:00:00`).")
     gpu_option: Literal["gpus-per-node", "gres"] = Field("gpus-per-node", description="Option of sbatch that requests GPUs.")
-    gpu_type: str | None = Field(None, description="Type of GPU, for sites with several (`a100`).")
-    cpus_per_gpu: int | None = Field(None, description="CPU cores for each rank.")
-    sbatch: list[str] = Field([], description="Additional options of sbatch (`--exclusive`, `--mem=0`).")
+    gpu_type: OneLine | None = Field(None, description="Type of GPU, for sites with several (`a100`).")
+    cpus_per_gpu: Count | None = Field(None, description="CPU cores for each rank.")
+    sbatch: list[OneLine] = Field([], description="Additional options of sbatch (`--exclusive`, `--mem=0`).")
     setup: list[str] = Field([], description="Shell lines that run first (`module load ...`, `source .../activate`).")
-    environment: dict[str, str] = Field({}, description="Environment variables (`NCCL_SOCKET_IFNAME`, `HF_HUB_OFFLINE`).")
-    container: list[str] = Field([], description="Words before python (`apptainer exec --nv dcft.sif`).")
-    srun: list[str] = Field([], description="Additional options of srun (pyxis: `--container-image=...`).")
+    environment: dict[Variable, str] = Field(
+        {}, description="Environment variables (`NCCL_SOCKET_IFNAME`, `HF_HUB_OFFLINE`)."
+    )
+    container: list[OneLine] = Field([], description="Words before python (`apptainer exec --nv dcft.sif`).")
+    srun: list[OneLine] = Field([], description="Additional options of srun (pyxis: `--container-image=...`).")
     runs_dir: str | None = Field(None, description="Directory of all runs, on a file system that all nodes share.")
 
 
@@ -111,18 +129,34 @@ def load_site(environment: dict[str, str] | None = None) -> Site:
         return Site.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"DCFT_SITE: {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
     except ValidationError as error:
-        known = Site.model_fields
-        problems = [
-            f"{e['loc'][0]}: {e['msg']}" + (did_you_mean(str(e["loc"][0]), known) if e["type"] == "extra_forbidden" else "")
-            for e in error.errors()
-        ]
+        known, problems = Site.model_fields, []
+        for found in error.errors():
+            key = ".".join(map(str, found["loc"]))
+            guess = did_you_mean(key, known) if found["type"] == "extra_forbidden" else ""
+            problems.append(f"{key}: {found['msg'].removeprefix('Value error, ')}{guess}")
         raise ConfigError(f"{path}: {'; '.join(problems)}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
 
 
 # -- submitting --------------------------------------------------------------------------------------------------------
+
+
+def _check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Checks the sizes of a job.
+
+    Raises:
+        ConfigError: one is too small, or the time limit is none.
+    """
+    least = {"nodes": 1, "gpus_per_node": 0, "ranks_per_node": 1, "cpus_per_task": 1}
+    for key, number in least.items():
+        if sizes.get(key) is not None and sizes[key] < number:
+            raise ConfigError(f"--{key.replace('_', '-')} is {sizes[key]}: give at least {number}")
+    try:
+        _time_limit(sizes.get("time") or "1")
+    except ValueError as error:
+        raise ConfigError(f"--time: {error}") from error
 
 
 def make_job(config_path: str, overrides: Sequence[str], *, smoke: bool, site: Site, **sizes: Any) -> tuple[Job, Config]:
@@ -142,6 +176,7 @@ def make_job(config_path: str, overrides: Sequence[str], *, smoke: bool, site: S
         ConfigError: the configuration is wrong, the ranks cannot share its batches equally, or runs_dir cannot be written.
     """
     words = list(overrides)
+    _check_sizes(sizes)
     if site.runs_dir and not any(word.split("=")[0] == "--runs_dir" for word in words):
         words = ["--runs_dir", site.runs_dir, *words]
     config = load_config(config_path, words)

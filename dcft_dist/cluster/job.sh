@@ -29,6 +29,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 
 # -- bad input, and nodes that cannot reach each other: found before any rank starts, and not tried again --
 "${one[@]}" -m dcft_dist.cli check "$@" --ranks $((nodes * ranks))
+export DCFT_SECRET=${DCFT_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}   # by which the nodes of this job know each other
 [ "$nodes" = 1 ] || srun "${each[@]}" --kill-on-bad-exit=0 \
     "${run[@]}" -m dcft_dist.cluster.node_check "$address" "$port" "${DCFT_MEET_S:-60}" "${names[@]}"
 [ ! -e "$DCFT_STOP_FILE" ] || again

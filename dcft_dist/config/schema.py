@@ -18,7 +18,7 @@ from .training import Checkpoint, Optimizer, Sharding, Train
 class Config(Section):
     """Keys of the whole run."""
 
-    name: str = Field(description="Name of the run's directory.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(description="Name of the run's directory.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     method: Literal["dcft", "equal_displacement", "full", "linear_probe", "bitfit", "lora"] = Field(
         "dcft",
         description="`dcft`: `penalty.factor` multiplies the set of `[selection]`, `penalty.rest_factor` the other eligible "
@@ -59,6 +59,9 @@ class Config(Section):
         "checkpoint, the fundamental set, the warmed-up head, or the beginning. A preempted start does not count.",
     )
     log_every: Count = Field(10, description="Steps between log lines.")
+    private: bool = Field(
+        False, description="Whether only you can read the run's files; `predictions.csv` has the groups, such as patients."
+    )
     model: Model = Model()
     task: Task = Task()
     data: Data = Data()

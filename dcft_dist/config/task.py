@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -158,6 +159,10 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _groups_can_be_found(self) -> Data:
+        try:
+            re.compile(self.group_pattern or "")
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"group_pattern is no regular expression: {error}") from error
         if self.group_pattern and self.format != "image_folder":
             raise ValueError(
                 f"group_pattern is for format = 'image_folder', not for '{self.format}': name a column as group"

@@ -7,6 +7,7 @@ its base, and overrides replace both. An error lists all problems at once, each 
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ..errors import ConfigError, did_you_mean
+from ..errors import ConfigError, did_you_mean, line_of
 from .schema import LOCAL_PATHS, Config, sections
+from .section import DEPTH
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> Config:
@@ -31,6 +33,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequen
         ConfigError: the file does not exist or is not TOML, or keys or values are wrong. The message lists all of them.
     """
     raw = _read(find_config(path))
+    if any(len(key.split(".")) > DEPTH for key, _ in _pairs(overrides)):
+        raise ConfigError(f"{path}: a key has more than {DEPTH} parts")
     for section, _, last in (key.rpartition(".") for key in without):
         raw.get(section, {}).pop(last, None)
     problems = []
@@ -77,8 +81,8 @@ def find_config(path: str | Path) -> Path:
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    except (ValueError, RecursionError) as error:  # also an integer with thousands of digits
+        raise ConfigError(f"{path}: not a TOML file: {line_of(error)}") from error
     base = raw.pop("extends", None)
     if base is None:
         return raw
@@ -107,9 +111,10 @@ def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return found["value"] if len(found) == 1 else text  # several lines may be several keys
 
 
 def _key(detail: Any) -> str:
@@ -153,10 +158,12 @@ def to_toml(config: Config) -> str:
 def _as_toml(value: Any) -> str:
     """A value as TOML: numbers, texts and lists as in JSON, a table inline."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_as_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{_as_toml(k)} = {_as_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_as_toml, value)) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # nan, inf, -inf
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def differences(before: str, after: str) -> dict[str, str]:
@@ -173,7 +180,8 @@ def differences(before: str, after: str) -> dict[str, str]:
     """
     defaults = to_toml(Config(name="defaults"))
     old, new = (_resolved(defaults) | _resolved(text) for text in (before, after))
-    return {k: f"{k} was {old.get(k)} and is {new.get(k)}" for k in old | new if old.get(k) != new.get(k)}
+    changed = [key for key in old | new if json.dumps(old.get(key)) != json.dumps(new.get(key))]  # NaN equals NaN
+    return {key: f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed}
 
 
 def resolved_keys(config: Config) -> dict[str, str]:

@@ -235,12 +235,12 @@ def is_of_worker(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
-def worker_error(error: Exception) -> TemporaryError:
+def worker_error(error: Exception) -> DcftError:
     """The error of a process that reads data: it was killed, or shared memory or file handles have run out."""
     return alone(
         TemporaryError(
-            f"a process that reads training data has ended: {line_of(error, -1)}. If it was killed for memory, set train.workers "
-            "lower; if /dev/shm is full, enlarge it, or set train.workers = 0"
+            f"a process that reads training data has ended: {line_of(error, -1)}. If it was killed for memory, set "
+            "train.workers lower; if /dev/shm is full, enlarge it, or set train.workers = 0"
         )
     )
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..config.schema import Config
-from ..errors import ConfigError, DataError, line_of, listing
+from ..errors import ConfigError, DataError, listing
 from ..imports import find_function
 from ..seeds import seed_of, seeded
 from .batches import Processor
@@ -87,8 +89,9 @@ class CollateProcessor(Processor):
             with seeded(seed_of(self._seed, draw)):
                 batch = self._collate(sources)
         except Exception as error:
-            names = listing([str(source)[:80] for source in sources], 2)
-            raise DataError(f"data.collate: {self._path} fails on {names}: {line_of(error)}") from error
+            # Neither the inputs nor the message, which may quote them: logs are read by more people than patients' data.
+            what = f"{type(error).__name__} at {_place(error)}"
+            raise DataError(f"data.collate: {self._path} fails on {len(sources)} examples ({draw}): {what}") from error
         fits = isinstance(batch, dict) and all(isinstance(v, Tensor) and len(v) == len(sources) for v in batch.values())
         if not fits or not batch:
             raise ConfigError(f"data.collate: {self._path} must return a dictionary of tensors [{len(sources)}, ...]")
@@ -127,3 +130,9 @@ class CollateProcessor(Processor):
             return f"{where}: {error}"
         broken = [key for key, value in batch.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
         return f"{where}: NaN or infinite values in {listing(broken)}" if broken else None
+
+
+def _place(error: Exception) -> str:
+    """File and line of the user's code at which an error arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else "an unknown place"

@@ -135,7 +135,7 @@ def _of_transformers(file: Path, facts: dict[str, Any]) -> Preprocessing:
     def make() -> Library:
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(file.parent, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(file.parent, local_files_only=True, trust_remote_code=False)
 
         def pixels(picture: Any, **options: bool) -> Tensor:
             values: Tensor = processor(picture, return_tensors="pt", **options)["pixel_values"][0]

@@ -34,11 +34,27 @@ def loader(key: str, convert: Callable[[Any], Any]) -> Any:
             return all(Path(file).suffix.lower() in _PICTURES for file in files)
 
     load = mt.LoadImaged([key], ensure_channel_first=True, image_only=True, allow_missing_keys=True)
-    for reader in (data.NumpyReader, data.NibabelReader):
-        load.register(_real(reader))
+    load.register(_real(_arrays(data.NumpyReader)))
+    load.register(_real(data.NibabelReader))
     load.register(PictureReader())
     load.register(series_reader())
     return load
+
+
+def _arrays(reader: Any) -> Any:
+    """A reader of .npy and .npz files that never unpickles. Some versions of MONAI do, and a pickle may run any code."""
+
+    class Arrays(reader):  # type: ignore[misc]
+        def read(self, data: Any, **_: Any) -> Any:
+            arrays = []
+            for name in [data] if isinstance(data, str | Path) else data:
+                loaded = np.load(name, allow_pickle=False)
+                arrays += [loaded] if isinstance(loaded, np.ndarray) else [loaded[key] for key in loaded]
+            if not arrays or any(array.ndim < 1 for array in arrays):
+                raise ValueError("it has numbers, not arrays")
+            return arrays if len(arrays) > 1 else arrays[0]
+
+    return Arrays
 
 
 def _real(reader: Any) -> Any:

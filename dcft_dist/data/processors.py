@@ -37,7 +37,7 @@ def make_processor(config: Config) -> Processor:
 
     folder = minilm_folder() if config.model.name == "minilm" else config.model.weights
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.weights: no tokenizer in {folder}: {error}") from error
     if config.task.kind == "causal_lm":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..config.task import Data
-from ..errors import DataError, did_you_mean
+from ..errors import DataError, did_you_mean, line_of
 from ..imports import find_object
 from .splits import SPLITS, is_hidden
 from .tables import is_blank, is_empty, records
@@ -220,8 +219,10 @@ def _medmnist(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
                 values = (labels if isinstance(data.label, list) else labels.reshape(len(labels), -1)[:, 0]).tolist()
                 wheres = [f"{file}, {short} image {i}" for i in range(len(images))]
                 rows_by_split[split] = [Row(x, y, where, where) for x, y, where in zip(images, values, wheres, strict=True)]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(f"{file} is not a MedMNIST file: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # the type depends on what is odd in the file
+        raise DataError(f"{file} is not a MedMNIST file: {line_of(error)}") from error
     return rows_by_split
 
 
@@ -232,8 +233,8 @@ def _dataset(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
         raise DataError("data.format = 'dataset' needs the package datasets: pip install datasets") from error
     try:
         loaded = datasets.load_from_disk(str(data.path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{data.path} is not a saved dataset: {error}") from error
+    except Exception as error:  # of datasets, pyarrow, json
+        raise DataError(f"{data.path} is not a saved dataset: {line_of(error)}") from error
     tables = loaded if isinstance(loaded, Mapping) else {"": loaded}
     rows_by_split: dict[str, list[Row]] = {}
     for name, table in tables.items():

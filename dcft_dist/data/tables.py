@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, listing
+from ..errors import DataError, line_of, listing
 
 _NOTHING = {"nan", "na", "n/a", "<na>", "#n/a", "null"}
 
@@ -53,8 +53,10 @@ def records(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from readers[file.suffix](file)
     except ImportError as error:
         raise DataError(f"{file} needs the package pyarrow: pip install pyarrow") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+    except DataError:
+        raise
+    except Exception as error:  # the type depends on what is odd in the file, and on the library that reads it
+        raise DataError(f"{file} cannot be read: {line_of(error)}") from error
 
 
 def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -98,8 +100,8 @@ def _json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 record = json.loads(line, object_pairs_hook=unique)
-            except ValueError as error:
-                raise DataError(f"{file}, line {number}: not a JSON object: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{file}, line {number}: not a JSON object: {line_of(error)}") from error
             if not isinstance(record, dict):
                 raise DataError(f"{file}, line {number}: not a JSON object but a {type(record).__name__}")
             yield number, record

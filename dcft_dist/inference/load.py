@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config.trust import require_trust
 from ..data.batches import Examples
 from ..data.splits import READING, Split, name_of
 from ..distributed import collectives
@@ -28,7 +29,7 @@ _SOURCES = ("data.path", "data.train", "data.validation", "data.test", "data.bui
 _FREE = ("--data.", "--engine", "--sharding.", "--import_roots", "--test_resamples", "--train.evaluation_batch")
 
 
-def load_adapted(run: Path, overrides: Sequence[str], world: World) -> TaskModel:
+def load_adapted(run: Path, overrides: Sequence[str], world: World, trust: bool = False) -> TaskModel:
     """Reads the exported model of a finished run. Collective.
 
     Args:
@@ -36,6 +37,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> TaskModel
         overrides: command-line words that change the run's configuration, such as `--data.path` and its value; only the
             data, the engine and a few settings of the evaluation may change.
         world: the joined ranks; with one rank the engine is `single`.
+        trust: whether the code that the run names may be imported (see `config.trust`).
 
     Returns:
         The model under its engine, with an optimizer that changes nothing.
@@ -43,6 +45,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> TaskModel
     Raises:
         RunError: the folder has no finished run, the run has no exported model, or volumes were read otherwise then.
         ConfigError: an override may not change, or the data are missing.
+        TrustError: the run names code, and the user has not said that it may run.
     """
     folder = RunFolder(run)
     unknown = [word for word in overrides if word.startswith("--") and not word.startswith(_FREE)]
@@ -58,6 +61,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World) -> TaskModel
         raise ConfigError(f"which data? Give one of {', '.join(f'--{key}' for key in _SOURCES)}, as in the configuration")
     else:
         config, facts = folder.finished(overrides)
+    require_trust(config, run, trust)
     normalised = config.data.modality == "volume" and config.data.window is None
     if normalised and read_json(folder.summary).get("reading", 1) < READING:
         raise RunError(f"{run}: it was trained before voxels of 0 were normalised, so its inputs would differ: train again")

@@ -167,7 +167,11 @@ def _from_config(make: Any, settings: Model, args: dict[str, Any]) -> Any:
     if not settings.weights or not (Path(settings.weights) / "config.json").is_file():
         raise ConfigError(f"model.weights: {settings.build} needs a folder with a config.json, not {settings.weights}")
     folder = str(settings.weights)
-    config, other_args = AutoConfig.from_pretrained(folder, local_files_only=True, return_unused_kwargs=True, **args)
+    trust = bool(args.pop("trust_remote_code", False))  # without a value, transformers would ask, also where nobody sits
+    options = {"local_files_only": True, "return_unused_kwargs": True, "trust_remote_code": trust}
+    config, other_args = AutoConfig.from_pretrained(folder, **options, **args)
+    if getattr(make, "__module__", "").startswith("transformers.models.auto."):
+        other_args["trust_remote_code"] = trust
     return make.from_config(config, **other_args)
 
 

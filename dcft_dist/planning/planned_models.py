@@ -233,7 +233,7 @@ def _model(name: str) -> nn.Module:
         kind, sizes = MODELS[name]
         config = getattr(transformers, kind)(**sizes)
     elif (Path(name) / "config.json").is_file():
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     else:
         raise ConfigError(f"unknown model {name!r}{did_you_mean(name, MODELS)}: use {', '.join(MODELS)}, or a folder "
                           "with a transformers config.json")  # fmt: skip

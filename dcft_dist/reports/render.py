@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 
-from ..errors import DataError
+from ..errors import DamagedError, DataError, DcftError, line_of
 from ..files import read_json
 from .pictures import shown_metrics
+
+# Keys of a summary that a report shows.
+_KEYS = ("name", "method", "engine", "ranks", "validation", "test", "seconds", "removal", "caveat", "splits", "optimizer")
 
 
 def shown_value(metrics: dict[str, float] | None, key: str) -> str:
@@ -28,10 +33,27 @@ def summary_of(run: Path) -> dict[str, Any]:
         DataError: the file is missing or unreadable.
     """
     try:
-        summary: dict[str, Any] = read_json(run / "summary.json")
-    except (OSError, ValueError) as error:
+        summary: dict[str, Any] = read_json(run / "summary.json", *_KEYS)
+    except OSError as error:
         raise DataError(f"{run} contains no finished run: its summary.json is missing or unreadable") from error
+    except DamagedError as error:
+        raise DataError(f"{error}: delete it and start the run again, which makes it again") from error
     return summary
+
+
+@contextmanager
+def expected_form(place: Path) -> Iterator[None]:
+    """Inside the block, files of a run or study are read that may have been made by anybody.
+
+    Raises:
+        DataError: they have an unexpected form.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+        if isinstance(error, DcftError):
+            raise
+        raise DataError(f"{place}: a file has an unexpected form ({type(error).__name__}: {line_of(error)})") from error
 
 
 def results_of(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:

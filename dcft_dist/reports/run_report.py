@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..files import read_lines, write_atomic
+from ..files import objects_in, write_atomic
 from ..method.fundamental_set import FundamentalSet
 from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture
 from .render import png, results_of, summary_of, template, what_it_is
@@ -46,7 +46,7 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:
     """(file name, title, caption, figure) of each picture for which the run has data."""
-    rows = read_lines(run / "metrics.jsonl")
+    rows = objects_in(run / "metrics.jsonl", "step")
     yield "loss", "Loss", "Training loss of each logged step, validation loss of each epoch.", loss_curves(rows)
     caption = "Epoch 0 is the warmed-up head on the frozen body. The marked epoch was tested."
     yield "metrics", "Validation metrics", caption, metric_curves(rows, summary)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..distributed.handshake import Facts, differences
-from ..errors import MismatchError
+from ..errors import CheckpointError, DamagedError, MismatchError
 from ..files import read_json, write_json
+from ..tensor_file import stored_checksum
 from .attempts import now
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def compare_with_first_start(file: Path, facts: Facts) -> list[str]:
     Raises:
         MismatchError: something that may not change has changed; the message names the first.
     """
-    first: Mapping[str, str] = read_json(file)["first"] if file.exists() else {}
+    first: Mapping[str, str] = _kept(file)["first"]
     changed = [(k, new, old) for k, new, old in differences(facts, first) if new is not None and old is not None]
     for key, _, _ in changed:
         if not key.startswith(_MAY_CHANGE):
@@ -53,7 +55,7 @@ def note_start(file: Path, facts: Facts, changes: list[str]) -> None:
         facts: what this start has.
         changes: as `compare_with_first_start` returned them.
     """
-    kept = read_json(file) if file.exists() else {"first": {}, "changes": []}
+    kept = _kept(file)
     kept["first"] = {**facts, **kept["first"]}  # a start under another engine adds facts of its own
     if changes and (not kept["changes"] or kept["changes"][-1]["changed"] != changes):
         log.warning("since the run began, this has changed: %s", "; ".join(changes))
@@ -61,7 +63,44 @@ def note_start(file: Path, facts: Facts, changes: list[str]) -> None:
     write_json(file, kept)
 
 
+def note_file(file: Path, result: Path) -> None:
+    """Writes down which file a run has made. One process calls it.
+
+    Args:
+        file: `facts.json` of the run.
+        result: the file, written by `TensorFile`.
+    """
+    kept = _kept(file)
+    kept["files"] = {**kept.get("files", {}), result.name: stored_checksum(result)}
+    write_json(file, kept)
+
+
+def require_own(file: Path, result: Path) -> None:
+    """Checks that a file is the one that the run has made, as far as that was written down.
+
+    Raises:
+        CheckpointError: it is another, though it may be whole.
+    """
+    own = _kept(file).get("files", {}).get(result.name)
+    if own is not None and own != stored_checksum(result):
+        raise CheckpointError(f"{result} is not the file that this run made: restore it, or delete it to make it again")
+
+
+def _kept(file: Path) -> dict[str, Any]:
+    """The content of `facts.json`.
+
+    Raises:
+        DamagedError: it is damaged.
+    """
+    try:
+        return dict(read_json(file, "first", "changes")) if file.exists() else {"first": {}, "changes": []}
+    except DamagedError as error:
+        raise DamagedError(
+            f"{error}: restore it; without it (delete it) the run goes on, but nothing can be compared with its beginning"
+        ) from error
+
+
 def changes_since_begin(file: Path) -> list[str]:
     """Everything that has changed between the starts of a run, without repetitions."""
-    notes = read_json(file)["changes"] if file.exists() else []
+    notes = _kept(file)["changes"]
     return list(dict.fromkeys(text for note in notes for text in note["changed"]))

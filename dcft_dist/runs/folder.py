@@ -16,7 +16,8 @@ from typing import Any, Self
 from ..config.schema import LOCAL_PATHS, Config
 from ..config.toml import differences, load_config, resolved_keys, to_toml
 from ..errors import ConfigError, DamagedError, RunError, line_of, listing
-from ..files import read_json, read_json_or
+from ..files import files_below, read_json, read_json_or, sha256_of
+from ..tensor_file import stored_checksum
 
 # Keys that may change when a run continues: they say how it runs, and change its results only by rounding.
 _FREE = (
@@ -31,6 +32,7 @@ _FREE = (
     "timeout_s",
     "max_attempts",
     "until",
+    "private",
 )
 
 
@@ -95,6 +97,20 @@ class RunFolder:
         summary: dict[str, Any] | None = read_json_or(self.summary, None, *SUMMARY_KEYS)
         return summary if summary is not None else read_json_or(self.estimate, None, *ESTIMATE_KEYS)
 
+    def checksums(self) -> dict[str, str]:
+        """Checksum of each file of a finished run that does not change any more, by its path in the folder.
+
+        Of files of tensors it is the one that they state: whether they agree with it is checked when they are read.
+        """
+        files = [self.path / "config.toml", self.metrics, self.head, self.scores, self.fundamental, self.removal]
+        files = [*files, self.predictions, *(files_below(self.model) if self.model.is_dir() else ())]
+        return {file.relative_to(self.path).as_posix(): _checksum(file) for file in files if file.is_file()}
+
+    def altered(self) -> list[str]:
+        """Files of a finished run that are missing, or are not those that it wrote; [] if its summary does not list any."""
+        stored = read_json_or(self.summary, {}).get("files", {})
+        return [n for n, checksum in stored.items() if not (f := self.path / n).is_file() or _checksum(f) != checksum]
+
     def has_results(self) -> bool:
         """Whether a start has left something that the next one goes on from, or a result."""
         files = (self.head, self.scores, self.fundamental, self.metrics, self.summary, self.estimate)
@@ -130,11 +146,17 @@ class RunFolder:
 
         Raises:
             RunError: the directory contains no finished run.
+            DamagedError: its files are not those that the run wrote.
             ConfigError: an override is wrong.
         """
         if not self.summary.is_file():
             raise RunError(f"{self.path} contains no finished run")
-        return load_config(self.path / "config.toml", overrides, without), read_json(self.summary, *SUMMARY_KEYS)["labels"]
+        facts = read_json(self.summary, *SUMMARY_KEYS)["labels"]
+        if not isinstance(facts, dict) or not isinstance(facts.get("names"), list):
+            raise DamagedError(f"{self.summary} is damaged (labels has no names)")
+        if altered := self.altered():
+            raise DamagedError(f"{self.path} is not as the run left it: {listing(altered)} missing or altered")
+        return load_config(self.path / "config.toml", overrides, without), facts
 
     def reached(self) -> str:
         """The point that the next start continues from, in words.
@@ -156,6 +178,10 @@ class RunFolder:
     def checkpoint(self, step: int, kind: str = "step") -> Path:
         """Folder of the checkpoint after `step` steps."""
         return self.checkpoints / f"{kind}_{step:08d}"
+
+
+def _checksum(file: Path) -> str:
+    return (stored_checksum(file) if file.suffix == ".safetensors" else "") or sha256_of(file)
 
 
 def identity(config: Config) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from typing import Any
 from ..config.schema import Config
 from ..config.toml import differences, to_toml
 from ..distributed import collectives
-from ..errors import CheckpointError, ConfigError, DamagedError, TemporaryError, listing
+from ..errors import CheckpointError, ConfigError, DamagedError, TemporaryError, line_of, listing
 from ..files import FULL, append_line, json_line, objects_in, read_json_or, write_atomic, write_json
 from .attempts import now
+from .facts import note_file, require_own
 from .folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,10 @@ class RunWriter(RunFolder):
         with collectives.agreed("start_from"):
             if not (source / "config.toml").is_file():
                 raise ConfigError(f"start_from: no run in {source}")
-            changes = differences((source / "config.toml").read_text(), to_toml(config))
+            try:
+                changes = differences((source / "config.toml").read_text(encoding="utf-8"), to_toml(config))
+            except ValueError as error:
+                raise ConfigError(f"start_from: {source / 'config.toml'} is damaged: {line_of(error)}") from error
             # Scores after some epochs of training also depend on the settings of that training.
             training = _TRAINING if config.importance.after_epochs else ()
             score_keys, set_keys = (*_SCORES, *training), (*_SET, *training)
@@ -110,6 +114,22 @@ class RunWriter(RunFolder):
                 if collectives.rank() == 0 and (source / file.name).exists() and not file.exists():
                     write_atomic(file, (source / file.name).read_bytes())
         return taken
+
+    def keep(self, file: Path) -> None:
+        """Writes down that the run has made a file, so that another one in its place is found. Collective."""
+        with collectives.agreed(f"keep {file.name}"):
+            if collectives.rank() == 0:
+                note_file(self.facts, file)
+
+    def require_own(self, file: Path) -> None:
+        """Checks that a file is the one that the run has made. Collective.
+
+        Raises:
+            CheckpointError: it is another.
+        """
+        with collectives.agreed(f"check {file.name}"):
+            if collectives.rank() == 0:
+                require_own(self.facts, file)
 
     def phase(self, name: str, step: int = 0, steps: int = 0, seconds_per_step: float = 0.0) -> None:
         """Writes the progress of the run to `progress.json`. Collective.

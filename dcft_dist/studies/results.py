@@ -6,17 +6,20 @@ a line of `cells.jsonl`.
 
 from __future__ import annotations
 
-import json
+import itertools
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
-from ..errors import DataError, RunError, listing
-from ..files import read_json, read_lines, write_atomic
-from .study import Cell, Study, Values, make_config, settings_of
+from ..errors import DamagedError, DataError, RunError, listing
+from ..files import json_line, objects_in, read_json, sha256_of, write_atomic, write_json
+from .study import Cell, Study, Values, make_config, settings_of, tuning_cells
 
 Result = dict[str, Any]
+
+CHECKSUMS = "checksums.json"  # of a packed study
 
 
 _DEFAULTS = settings_of(Config(name="defaults"))
@@ -28,6 +31,18 @@ def completed(result: Result) -> Result:
     A result from before a key existed was computed with what is now the key's default.
     """
     return result | {"config": _DEFAULTS | result["config"]}
+
+
+def write_checksums(folder: Path, cells: int) -> None:
+    """Writes the checksums of a packed study's files.
+
+    Args:
+        folder: of the study.
+        cells: number of results in it.
+    """
+    files = (folder / "study.toml", folder / "cells.jsonl", *sorted((folder / "examples").glob("*.json")))
+    checksums = {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
+    write_json(folder / CHECKSUMS, {"cells": cells, "files": checksums})
 
 
 class StudyFolder:
@@ -43,7 +58,36 @@ class StudyFolder:
 
     @cached_property
     def _packed(self) -> dict[str, Result]:
-        return {row["cell"]: row for row in read_lines(self.path / "cells.jsonl")}
+        return {row["cell"]: row for row in objects_in(self.path / "cells.jsonl", "cell", "config")}
+
+    def check(self) -> None:
+        """Compares the study's files with the checksums of its pack, if it is packed.
+
+        Raises:
+            DamagedError: files are missing or altered, or a result is damaged; the message names them.
+        """
+        if problems := self.problems():
+            raise DamagedError(f"{self.path} is not as it was written: {listing(problems, 3)}")
+
+    def problems(self) -> list[str]:
+        """What is damaged: files that differ from the checksums of a pack, and results of cells that cannot be read."""
+        file, problems = self.path / CHECKSUMS, list[str]()
+        if file.exists():
+            try:
+                stored = read_json(file, "cells", "files")
+            except DamagedError as error:
+                return [str(error)]
+            for name, checksum in stored["files"].items():
+                if not (self.path / name).is_file() or sha256_of(self.path / name) != checksum:
+                    problems.append(f"{name} is missing or was altered")
+            if (lost := stored["cells"] - len(self._packed)) > 0:
+                problems.append(f"{lost} of {stored['cells']} cells cannot be read")
+        for file in sorted((self.path / "cells").glob("*.json")):
+            try:
+                read_json(file, "cell", "config")
+            except DamagedError as error:
+                problems.append(f"{error}: delete it to run the cell again")
+        return problems
 
     def file(self, cell: Cell) -> Path:
         """The path of a cell's result, whether or not the file exists."""
@@ -55,15 +99,17 @@ class StudyFolder:
 
     def put(self, cell: Cell, result: Result) -> None:
         """Writes the result of a cell."""
-        write_atomic(self.file(cell), json.dumps(result))
+        write_atomic(self.file(cell), json_line(result))
 
     def get(self, cell: Cell) -> Result:
         """Reads the result of a cell.
 
         Raises:
             RunError: the result was computed with another version of the study.
+            DamagedError: the result is damaged.
         """
-        result: Result = read_json(self.file(cell)) if self.file(cell).exists() else self._packed[cell.name]
+        own = self.file(cell)
+        result: Result = read_json(own, "cell", "config") if own.exists() else self._packed[cell.name]
         expected = settings_of(make_config(self.study, cell, self.path))
         actual = completed(result)["config"]
         different = [key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key)]
@@ -77,7 +123,7 @@ class StudyFolder:
     def examples(self, setting: str) -> dict[str, list[Any]]:
         """Reads `"group"` and `"label"` of each test example; both lists are empty before the first test."""
         file = self.path / "examples" / f"{setting}.json"
-        examples: dict[str, list[Any]] = read_json(file) if file.exists() else {"group": [], "label": []}
+        examples: dict[str, list[Any]] = read_json(file, "group", "label") if file.exists() else {"group": [], "label": []}
         return examples
 
     def pack(self, target: Path) -> int:
@@ -87,11 +133,25 @@ class StudyFolder:
             The number of results.
         """
         names = {f.stem for f in (self.path / "cells").glob("*.json")}
+        self.check()
         rows = self._packed | {name: read_json(self.path / "cells" / f"{name}.json") for name in names}
-        write_atomic(target / "cells.jsonl", "".join(json.dumps(rows[name]) + "\n" for name in sorted(rows)))
+        write_atomic(target / "cells.jsonl", "".join(json_line(rows[name]) for name in sorted(rows)))
         for file in (self.path / "study.toml", *(self.path / "examples").glob("*.json")):
             write_atomic(target / file.relative_to(self.path), file.read_bytes())
+        write_checksums(target, len(rows))
         return len(rows)
+
+    def missing(self) -> tuple[int, int]:
+        """Number of cells without a result, and of all cells. Of arms that are not tuned yet, one cell a seed counts."""
+        tuning = list(tuning_cells(self.study))
+        tested = len(self.study.settings) * len(self.study.arms) * len(self.study.seeds)
+        found = 0
+        for setting, arm in itertools.product(self.study.settings, self.study.arms if self.study.seeds else ()):
+            with suppress(DataError):  # tuning is not finished
+                values = self.choose(setting, arm)
+                found += sum(self.has(Cell(setting, arm, values, seed, False)) for seed in self.study.seeds)
+        done = sum(map(self.has, tuning)) + found
+        return len(tuning) + tested - done, len(tuning) + tested
 
     # -- choosing ------------------------------------------------------------------------------------------------------
 

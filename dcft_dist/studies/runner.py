@@ -12,7 +12,6 @@ every eighth cell. At the end of a phase it waits for the files of the others.
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import math
 import os
@@ -26,7 +25,7 @@ from typing import Any
 
 from ..distributed.world import World
 from ..errors import DivergedError, RunError, UnfinishedError, listing
-from ..files import read_json, read_lines, write_atomic
+from ..files import json_line, objects_in, read_json, read_json_or, write_atomic
 from ..runs.provenance import machine
 from ..train.run import run
 from .results import StudyFolder, completed
@@ -173,13 +172,13 @@ class Runner:
         except DivergedError as error:  # too high a learning rate is a result, not a failure
             return {**identity, "config": settings_of(config), "diverged": str(error)}
         run_folder = self.folder / "runs" / cell.name
-        rows = read_lines(run_folder / "metrics.jsonl")
+        rows = objects_in(run_folder / "metrics.jsonl", "step")
         prefixes = ("validation/", "movement/")
         return {
             **identity,
             "config": settings_of(config),
             "summary": {key: value for key, value in summary.items() if key not in ("name", "removal")},
-            "prepared_seconds": read_json(source / "progress.json")["seconds"],
+            "prepared_seconds": read_json_or(source / "progress.json", {"seconds": {}}, "seconds")["seconds"],
             "epochs": [{k: v for k, v in row.items() if k.startswith(prefixes)} for row in rows if "validation/loss" in row],
             "train_loss": _train_loss(rows),
             "in_force": _mean(
@@ -198,8 +197,8 @@ class Runner:
         examples = {"group": [row["group"] for row in rows], "label": [int(row["label"]) for row in rows]}
         shared = self.folder / "examples" / f"{cell.setting}.json"
         if not shared.exists():
-            write_atomic(shared, json.dumps(examples))
-        elif read_json(shared) != examples:
+            write_atomic(shared, json_line(examples))
+        elif read_json(shared, "group", "label") != examples:
             raise RunError(f"{cell.name} has other test data than {shared}: move it to a separate setting")
         return [int(row["predicted"]) for row in rows]
 

@@ -31,7 +31,7 @@ from pydantic import Field, ValidationError, model_validator
 from ..config.schema import Config
 from ..config.section import Section, Seed
 from ..config.toml import flat_keys, load_config
-from ..errors import ConfigError
+from ..errors import ConfigError, line_of
 
 Values = tuple[tuple[str, Any], ...]  # dotted key, value
 
@@ -51,7 +51,7 @@ class Contrast(Section):
 class Study(Section):
     """A study as its TOML file describes it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)
     base: str
     tune_seeds: list[Seed]
     seeds: list[Seed] = Field([], description="Seeds of the tested cells. Empty: the study only tunes, on validation data.")
@@ -124,11 +124,11 @@ def load_study(path: Path) -> Study:
         study = Study.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"no study {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from error
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise ConfigError(f"{path}: " + "; ".join(text.removeprefix(": ") for text in problems)) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {line_of(error)}") from error
     for setting in study.settings:
         for arm in study.arms:
             for values in study.grid(arm):

@@ -103,6 +103,7 @@ def results(folder: Path) -> tuple[Study, list[SettingResult]]:
         raise DataError(f"{folder} is not the folder of a study: it has no study.toml")
     study = load_study(folder / "study.toml")
     store = StudyFolder(study, folder)
+    store.check()
     return study, [_setting(study, store, setting) for setting in study.settings]
 
 
@@ -329,7 +330,9 @@ def table(folder: Path, form: Format) -> str:
         "Jaccard: of a control's set with the selected one; minutes: median of a cell + its head and scores, which the arms "
         "of a seed share, as long as they took beside what else ran."
     )
-    return "\n\n".join([*parts, note] if form == "md" else parts)
+    missing, number = store.missing()
+    lacking = [f"{missing} of {number} cells have no result yet."] if missing else []
+    return "\n\n".join([*parts, note, *lacking] if form == "md" else parts)
 
 
 def _markdown(rows: list[dict[str, str]], title: str) -> str:

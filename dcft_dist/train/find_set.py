@@ -11,7 +11,7 @@ from ..controls.control_sets import control_set
 from ..controls.removal import check_removal, choose_fraction
 from ..data.batches import order
 from ..distributed import collectives
-from ..files import write_json
+from ..files import read_json, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..method.gradual_pruning import scores_after_training
 from ..method.importance import score_importance
@@ -40,7 +40,10 @@ def find_fundamental(run: RunContext, train: TrainSteps) -> FundamentalSet | Non
     wants_check = bool(run.config.removal.fractions) and settings.kind == "top"
     complete = writer.fundamental.exists() and (writer.removal.exists() or not wants_check)
     if collectives.on_every_rank(complete):
+        writer.require_own(writer.fundamental)
         with collectives.agreed("load the fundamental set"):
+            if writer.removal.exists():
+                read_json(writer.removal, "base", "removed")
             return FundamentalSet.load(writer.fundamental)
     scores = _scores(run, train)
     if run.config.until == "score":
@@ -58,6 +61,7 @@ def find_fundamental(run: RunContext, train: TrainSteps) -> FundamentalSet | Non
         if run.world.is_first:
             write_json(writer.removal, {"chance": chance, **check})
     fundamental.save(writer.fundamental)
+    writer.keep(writer.fundamental)
     return fundamental
 
 
@@ -95,10 +99,13 @@ def _scores(run: RunContext, train: TrainSteps) -> Scores:
             seed=run.config.seed,
         )
     if collectives.on_every_rank(file.exists()):
+        if file.parent == run.writer.path:
+            run.writer.require_own(file)
         return load_scores(file, run.model)
     scores = _score_after_training(run, train) if settings.after_epochs else _score(run)
     if run.config.until == "score":
         save_scores(scores, file)
+        run.writer.keep(file)
     return scores
 
 

@@ -91,8 +91,9 @@ def finish(
         "caveat": run.task.caveat,
         "removal": read_json(writer.removal) if writer.removal.exists() else None,
     }
-    if run.world.is_first:
-        write_json(writer.summary, summary)
+    with collectives.agreed("write the summary"):
+        if run.world.is_first:
+            write_json(writer.summary, summary | {"files": writer.checksums()})
     return summary
 
 

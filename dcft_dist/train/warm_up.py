@@ -51,6 +51,7 @@ def warm_up_or_load(run: RunContext) -> None:
     if not names:
         return
     if collectives.on_every_rank(file.exists()):
+        run.writer.require_own(file)
         with collectives.agreed("load the warmed-up head"):
             try:
                 if is_altered(file):
@@ -70,6 +71,7 @@ def warm_up_or_load(run: RunContext) -> None:
     with collectives.agreed("save the warmed-up head"):  # not read back: another node may not see the new file yet
         if run.world.is_first:
             write_tensors(file, state)
+    run.writer.keep(file)
 
 
 def _state(run: RunContext, names: list[str]) -> dict[str, Tensor]:

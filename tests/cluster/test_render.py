@@ -97,7 +97,7 @@ def meet_all(nodes: list[str], present: list[str], port: int, timeout_s: float =
     found: dict[str, str] = {}
 
     def one(me: str) -> None:
-        found[me] = meet(me, "127.0.0.1", port, nodes, timeout_s)
+        found[me] = meet(me, "127.0.0.1", port, nodes, timeout_s, "a secret")
 
     threads = [threading.Thread(target=one, args=(me,)) for me in present]
     for thread in threads:
@@ -115,5 +115,7 @@ def test_nodes_meet_and_leave_the_port_free() -> None:
     assert found["a"] == f"a: no contact from c on 127.0.0.1 port {port} within 1 s"
     assert found["b"] == f"b: cannot reach the head node a at 127.0.0.1 port {port} (other nodes were missing)"
     with socket.create_server(("127.0.0.1", port)):
-        assert meet("a", "127.0.0.1", port, nodes, 1.0) == f"a: port {port} cannot be opened here: Address already in use"
-    assert meet("b", "127.0.0.1", port, nodes, 0.5).endswith("(Connection refused)")
+        assert (
+            meet("a", "127.0.0.1", port, nodes, 1.0, "") == f"a: port {port} cannot be opened here: Address already in use"
+        )
+    assert meet("b", "127.0.0.1", port, nodes, 0.5, "").endswith("(Connection refused)")

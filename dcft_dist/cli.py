@@ -305,6 +305,8 @@ def _delta(options: argparse.Namespace, rest: list[str]) -> None:
     folder = RunFolder(options.run)
     config, facts = folder.finished()
     require_trust(config, options.run, options.trust_code)
+    if not options.apply:
+        folder.require_unaltered()
     with joined_world(600.0):
         if options.apply:
             apply_delta(config, facts, options.file, options.apply)

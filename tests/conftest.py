@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +15,11 @@ import torch.distributed as dist
 # Set by pytest, by torch when its optimizers load, and when datasets, MONAI and scikit-learn are imported.
 OF_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_NVML_BASED_CUDA_CHECK"}
 OF_OTHERS |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK"}
+
+
+# Records of trust go here, not into the home of whoever runs the tests.
+os.environ["XDG_STATE_HOME"] = _state = tempfile.mkdtemp(prefix="dcft-state-")
+atexit.register(shutil.rmtree, _state, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

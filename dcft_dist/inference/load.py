@@ -45,6 +45,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World, trust: bool 
     Raises:
         RunError: the folder has no finished run, the run has no exported model, or volumes were read otherwise then.
         ConfigError: an override may not change, or the data are missing.
+        DamagedError: configuration or model are not those that the run wrote.
         TrustError: the run names code, and the user has not said that it may run.
     """
     folder = RunFolder(run)
@@ -62,6 +63,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World, trust: bool 
     else:
         config, facts = folder.finished(overrides)
     require_trust(config, run, trust)
+    folder.require_unaltered()
     normalised = config.data.modality == "volume" and config.data.window is None
     if normalised and read_json(folder.summary).get("reading", 1) < READING:
         raise RunError(f"{run}: it was trained before voxels of 0 were normalised, so its inputs would differ: train again")

@@ -102,7 +102,8 @@ class RunFolder:
 
         Of files of tensors it is the one that they state: whether they agree with it is checked when they are read.
         """
-        files = [self.path / "config.toml", self.metrics, self.head, self.scores, self.fundamental, self.removal]
+        scores = self.path / self.scores.name  # not those of another run
+        files = [self.path / "config.toml", self.metrics, self.head, scores, self.fundamental, self.removal]
         files = [*files, self.predictions, *(files_below(self.model) if self.model.is_dir() else ())]
         return {file.relative_to(self.path).as_posix(): _checksum(file) for file in files if file.is_file()}
 
@@ -110,6 +111,15 @@ class RunFolder:
         """Files of a finished run that are missing, or are not those that it wrote; [] if its summary does not list any."""
         stored = read_json_or(self.summary, {}).get("files", {})
         return [n for n, checksum in stored.items() if not (f := self.path / n).is_file() or _checksum(f) != checksum]
+
+    def require_unaltered(self) -> None:
+        """Checks that configuration and exported model of a finished run are those that it wrote.
+
+        Raises:
+            DamagedError: they are not; the message names the files.
+        """
+        if wrong := [name for name in self.altered() if name.startswith(("config.toml", f"{self.model.name}/"))]:
+            raise DamagedError(f"{self.path} is not as the run left it: {listing(wrong)} is missing or was altered")
 
     def has_results(self) -> bool:
         """Whether a start has left something that the next one goes on from, or a result."""
@@ -146,7 +156,7 @@ class RunFolder:
 
         Raises:
             RunError: the directory contains no finished run.
-            DamagedError: its files are not those that the run wrote.
+            DamagedError: its summary is damaged.
             ConfigError: an override is wrong.
         """
         if not self.summary.is_file():
@@ -154,8 +164,6 @@ class RunFolder:
         facts = read_json(self.summary, *SUMMARY_KEYS)["labels"]
         if not isinstance(facts, dict) or not isinstance(facts.get("names"), list):
             raise DamagedError(f"{self.summary} is damaged (labels has no names)")
-        if altered := self.altered():
-            raise DamagedError(f"{self.path} is not as the run left it: {listing(altered)} missing or altered")
         return load_config(self.path / "config.toml", overrides, without), facts
 
     def reached(self) -> str:

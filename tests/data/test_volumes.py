@@ -117,7 +117,7 @@ def test_patches_are_varied_with_their_masks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.transform: returned a NoneType, not an array"):
         patches("--data.transform", "tests.data.test_volumes.emptied")
     with pytest.raises(ConfigError, match=r"data.transform: it must return a dictionary with image and mask"):
-        patches("--data.transform", "builtins.len")
+        patches("--data.transform", "numpy.ndim")
 
 
 def test_a_variant_does_not_depend_on_the_place_of_the_patch(tmp_path: Path) -> None:

@@ -231,6 +231,9 @@ def test_another_set_than_the_checkpoint_was_trained_with(tiny: Path, tmp_path: 
     finish(processes)
     (tmp_path / "tiny/fundamental.safetensors").write_bytes((tmp_path / "other/fundamental.safetensors").read_bytes())
     code, printed = finish(start(tiny, tmp_path, *one, ranks=1))[0]
+    assert code == 2 and "fundamental.safetensors is not the file that this run made" in printed
+    (tmp_path / "tiny/facts.json").unlink()
+    code, printed = finish(start(tiny, tmp_path, *one, ranks=1))[0]
     assert code == 2 and "fundamental.safetensors is not the set that" in printed
 
 

@@ -1,0 +1,238 @@
+"""A disk, a quota, shared memory or the table of file handles is full; a folder is gone or read-only; a worker is killed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcft_dist import files
+from dcft_dist.errors import TemporaryError
+from dcft_dist.files import append_line, read_json, read_lines
+from dcft_dist.runs.attempts import attempts, note_error
+from dcft_dist.runs.status import run_verdict, space_problem, status
+
+from ..processes import Process, finish
+from ..train.test_run import encoder, start, tiny, train, wait_for_phase
+from .harness import own_mounts, same_result, small_disk
+from .test_kills import undisturbed
+
+__all__ = ["encoder", "tiny", "undisturbed"]
+
+
+def fill(folder: Path) -> None:
+    """Uses up all space of a small disk."""
+    with (folder / "ballast").open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left on device"):
+        while True:
+            file.write(b"0" * 512)
+
+
+def test_a_full_disk(tiny: Path, tmp_path: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run ends with one line; the verdict is `again` a few times and then `failed`; with space it goes on."""
+    with small_disk(tmp_path / "disk", "24m") as disk:
+        processes = start(tiny, disk)
+        assert wait_for_phase(disk / "tiny", "train", processes)
+        fill(disk)
+        results = finish(processes)
+        assert {code for code, _ in results} == {1} and all("Traceback" not in said for _, said in results)
+        assert "No space left on device" in results[0][1]
+        said = status(disk / "tiny")
+        assert "no space: the disk of " in said
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        verdicts = []
+        for restart in range(6):
+            monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+            verdicts.append(run_verdict(disk / "tiny", "the fundamental set", 3))
+        found = [verdict for verdict, _ in verdicts]
+        assert "failed" in found[:4] and set(found[found.index("failed") :]) == {"failed"}, "not for ever"
+        assert "no space: " in verdicts[-1][1]
+        monkeypatch.delenv("SLURM_JOB_ID")
+        (disk / "ballast").unlink()
+        assert same_result(train(tiny, disk, "--max_attempts", "99"), undisturbed)
+
+
+def test_a_disk_that_is_full_from_the_beginning(tiny: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        fill(disk)
+        results = finish(start(tiny, disk))
+        assert {code for code, _ in results} == {1} and all("Traceback" not in said for _, said in results)
+
+
+def test_logs_do_not_stop_a_run(tiny: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """Metrics, progress and TensorBoard cannot be written; checkpoints and results can."""
+    run = tmp_path / "tiny"
+    for name in ("metrics.jsonl", "progress.json"):
+        (run / name).mkdir(parents=True)
+    (run / "tensorboard").write_text("a file where a folder should be")
+    found = train(tiny, tmp_path)
+    assert same_result(found, undisturbed)
+
+
+def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        append_line(disk / "lines.jsonl", {"a": 1})
+        fill(disk)
+        with pytest.raises(OSError, match="No space left"):
+            for _ in range(100):
+                append_line(disk / "lines.jsonl", {"long": "x" * 500})
+        assert read_lines(disk / "lines.jsonl", damaged="damaged")[0] == {"a": 1}
+        assert "damaged" not in read_lines(disk / "lines.jsonl", damaged="damaged")
+
+
+def test_a_quota_that_is_used_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quota has an error of its own. It cannot be set for root, so the error is made here."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert space_problem(tmp_path).startswith("no space: ") and errno.EDQUOT in files.FULL
+
+
+def test_a_read_only_folder(tiny: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        (disk / "tiny").mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        results = finish(start(tiny, disk))
+        assert all(code in (1, 2) and "Traceback" not in said for code, said in results)
+        assert "Read-only file system" in results[0][1]
+        assert run_verdict(disk / "tiny", "the beginning", 3)[0] == "failed"
+
+
+def test_a_folder_that_vanishes(tiny: Path, tmp_path: Path) -> None:
+    processes = start(tiny, tmp_path)
+    assert wait_for_phase(tmp_path / "tiny", "train", processes)
+    (tmp_path / "tiny").rename(tmp_path / "gone")
+    results = finish(processes)
+    for code, said in results:
+        assert code in (0, 1, 2) and "Traceback" not in said and "terminate called" not in said, said
+    assert any(code for code, _ in results)
+
+
+def test_few_file_handles(tiny: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """Not enough to begin with is an error in words; the run goes on once there are more."""
+    results = finish(
+        [Process(["train", str(tiny), "--runs_dir", str(tmp_path), "--engine", "single"], dict(os.environ), few)]
+    )
+    assert results[0][0] in (1, 2) and "Traceback" not in results[0][1] and "Too many open files" in results[0][1]
+    assert train(tiny, tmp_path, "--max_attempts", "99")["test"] == undisturbed["test"]
+
+
+def few() -> None:
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 4, used + 4))
+
+
+# -- processes that read data ------------------------------------------------------------------------------------------
+
+WORKERS = ("--train.workers", "2", "--engine", "single")
+
+
+def children(process: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process)], capture_output=True, text=True).stdout
+    return [int(word) for word in found.split()]
+
+
+def test_a_killed_worker(tiny: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    words = [*WORKERS, "--train.epochs", "40"]
+    process = Process(["train", str(tiny), "--runs_dir", str(tmp_path), *words], dict(os.environ))
+    assert wait_for_phase(tmp_path / "tiny", "train", [process])
+    while not (found := children(process.pid)) and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(found[0], signal.SIGKILL)
+    (code, said) = finish([process])[0]
+    assert code == 1 and "Traceback" not in said, said
+    assert "a process that reads training data has ended" in said and "set train.workers lower" in said
+    assert run_verdict(tmp_path / "tiny", "step 0", 3)[0] == "again"
+
+
+def test_full_shared_memory(tiny: Path, tmp_path: Path) -> None:
+    command = ["train", str(tiny), "--runs_dir", str(tmp_path), *WORKERS]
+    process = Process(command, dict(os.environ), partial(own_mounts, Path("/dev/shm"), "size=4k"))
+    (code, said) = finish([process])[0]
+    if code:
+        assert code == 1 and "Traceback" not in said.split("dcft: error")[-1] and "/dev/shm" in said, said
+
+
+def test_a_worker_does_not_keep_the_lock(tiny: Path, tmp_path: Path) -> None:
+    """Rank 0 is killed, and its worker is suspended, so that it outlives it. The next start is let in at once."""
+    words = [*WORKERS, "--train.epochs", "40"]
+    process = Process(["train", str(tiny), "--runs_dir", str(tmp_path), *words], dict(os.environ))
+    assert wait_for_phase(tmp_path / "tiny", "train", [process])
+    while not (found := children(process.pid)) and process.poll() is None:
+        time.sleep(0.01)
+    for worker in found:
+        os.kill(worker, signal.SIGSTOP)
+    process.kill()
+    process.wait(10)
+    try:
+        (code, said) = finish(
+            start(tiny, tmp_path, "--engine", "single", "--train.epochs", "40", "--until", "select", ranks=1)
+        )[0]
+        assert code == 0, said
+    finally:
+        for worker in found:
+            os.kill(worker, signal.SIGKILL)
+
+
+# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_saves_a_checkpoint(tiny: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    processes = start(tiny, tmp_path)
+    assert wait_for_phase(tmp_path / "tiny", "train", processes)
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    results = finish(processes)
+    assert [code for code, _ in results] == [0, 0] and "stopping after this step, with a checkpoint" in results[0][1]
+    assert same_result(train(tiny, tmp_path), undisturbed)
+
+
+def test_ctrl_c_twice_ends_at_once(tiny: Path, tmp_path: Path) -> None:
+    process = start(tiny, tmp_path, "--engine", "single", ranks=1)[0]
+    assert wait_for_phase(tmp_path / "tiny", "warm_up", [process])
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    (code, said) = finish([process])[0]
+    assert code == 130 and "dcft: stopped; start it again" in said and "Traceback" not in said
+    assert attempts(tmp_path / "tiny") and not list((tmp_path / "tiny").glob("errors/*")), "no failure"
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+def jumping_clock() -> None:
+    real, began = time.time, time.time()
+    time.time = lambda: real() + (-31e6 if real() > began + 2 else 31e6)
+
+
+def test_clocks_that_jump(tiny: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    """A year forwards, then two back. No result, limit or lock depends on the time of day."""
+    command = ["train", str(tiny), "--runs_dir", str(tmp_path), "--engine", "single"]
+    (code, said) = finish([Process(command, dict(os.environ), jumping_clock)])[0]
+    assert code == 0, said
+    single = train(tiny, tmp_path / "b", "--engine", "single", ranks=1)
+    assert same_result(read_json(tmp_path / "tiny/summary.json"), single)
+
+
+def test_files_from_the_future(tiny: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    processes = start(tiny, tmp_path)
+    assert wait_for_phase(tmp_path / "tiny", "train", processes)
+    for process in processes:
+        process.kill()
+    finish(processes)
+    note_error(tmp_path / "tiny", TemporaryError("the node failed"))
+    for file in (tmp_path / "tiny").rglob("*"):
+        os.utime(file, (4e9, 4e9))
+    assert same_result(train(tiny, tmp_path), undisturbed)
+    shutil.rmtree(tmp_path / "tiny")

@@ -157,15 +157,16 @@ def main() -> None:
         ]
         same["every logged loss"] = logs[0] == logs[1]
     print(f"{datetime.now(UTC):%Y-%m-%d}, 2 ranks (gloo), {os.cpu_count()} cores\n")
-    print(
-        "| steps | epochs | kills | starts | equal results | memory, MiB per 1,000 steps | open files per 1,000 steps | minutes |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    print(
-        f"| {samples[-1][0]:,}+ | {calm['best_epoch']} best of {-(-options.steps // PER_EPOCH)} | {kills} | {kills + 1} | "
-        f"{', '.join(k for k, v in same.items() if v) or 'none'}{'' if all(same.values()) else ' (NOT: ' + ', '.join(k for k, v in same.items() if not v) + ')'} "
-        f"| {slope(samples, 1):+.2f} | {slope(samples, 2):+.3f} | {seconds / 60:.0f} |"
-    )
+    different = [key for key, value in same.items() if not value]
+    row = {
+        "steps": f"{-(-options.steps // PER_EPOCH) * PER_EPOCH:,}",
+        "kills": kills,
+        "equal to the bit": "all but " + ", ".join(different) if different else ", ".join(same),
+        "memory per 1,000 steps": f"{slope(samples, 1):+.2f} MiB",
+        "open files per 1,000 steps": f"{slope(samples, 2):+.3f}",
+        "minutes undisturbed": f"{seconds / 60:.0f}",
+    }
+    print("| " + " | ".join(row) + " |", "|" + "---|" * len(row), "| " + " | ".join(map(str, row.values())) + " |", sep="\n")
 
 
 if __name__ == "__main__":

@@ -210,11 +210,15 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 def _status(options: argparse.Namespace, rest: list[str]) -> int:
     from .runs.folder import RunFolder
 
-    file = options.run if options.run.endswith(".toml") else str(Path(options.run) / "config.toml")
-    if not Path(file).exists() and not options.run.endswith(".toml"):
+    is_folder = not options.run.endswith(".toml")
+    if is_folder and not options.verdict and not rest:  # also of a run with a damaged configuration
+        print(status(Path(options.run)))
+        return 0
+    file = str(Path(options.run) / "config.toml") if is_folder else options.run
+    if is_folder and not Path(file).exists():
         raise RunError(f"no run in {options.run}")
     config = load_config(file, rest)
-    folder = RunFolder.of(config) if options.run.endswith(".toml") else RunFolder(Path(options.run))
+    folder = RunFolder(Path(options.run)) if is_folder else RunFolder.of(config)
     if not options.verdict:
         print(status(folder.path))
         return 0
@@ -476,6 +480,7 @@ def entry() -> None:
     After an error the threads of a process group cannot be joined. After a success gloo's threads abort the process if they
     still have tensors to free while the interpreter shuts down (pytorch issue 190489).
     """
+    sys.unraisablehook = lambda _: None  # destructors of half-made objects, after an error that was told already
     code = main()
     logging.shutdown()
     sys.stdout.flush()

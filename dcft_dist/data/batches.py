@@ -284,12 +284,14 @@ class Feed:
             DataError: an input cannot be read.
             TemporaryError: a worker process was ended from outside, or the shared memory is full.
         """
-        if step != self._next:
-            loader = DataLoader(self._steps, batch_size=None, sampler=range(step, end), num_workers=self._workers)
-            self._loaded = iter(loader)
         try:
+            if step != self._next:
+                loader = DataLoader(self._steps, batch_size=None, sampler=range(step, end), num_workers=self._workers)
+                self._loaded = iter(loader)
             batches = next(self._loaded)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
+            if not self._workers:
+                raise
             raise worker_error(error) from error
         if isinstance(batches, DcftError):
             raise batches

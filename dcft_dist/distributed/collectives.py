@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -86,6 +87,18 @@ def arrive(what: str) -> None:
 
 def missing_ranks() -> str:
     """After a failed collective: says which ranks lag behind this one or do not answer. Part of an error message."""
+    found: list[str] = []
+    asking = threading.Thread(target=lambda: found.append(_missing_ranks()), daemon=True)
+    asking.start()
+    asking.join(3 * ANSWER_S)  # a host that is suspended keeps the connection open, and says nothing
+    return found[0] if found else f"the key-value store does not answer: {_store_host()} does not react"
+
+
+def _store_host() -> str:
+    return f"{os.environ.get('MASTER_ADDR', 'its host')} (usually the host of rank 0)"
+
+
+def _missing_ranks() -> str:
     try:
         store = _store()
         others = [r for r in range(world_size()) if r != rank()]
@@ -97,8 +110,7 @@ def missing_ranks() -> str:
         ]
         return "; ".join(missing) or _silent_ranks(store, {r: host for r, (_, host, _) in notes.items()})
     except Exception:
-        host = os.environ.get("MASTER_ADDR", "its host")
-        return f"the key-value store does not answer: {host} (usually the host of rank 0) has died or lost its network"
+        return f"the key-value store does not answer: {_store_host()} has died or lost its network"
 
 
 def _note(store: Any, other_rank: int) -> tuple[int, str, str]:

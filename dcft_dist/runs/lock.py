@@ -167,10 +167,13 @@ def _beating(handle: IO[str], folder: Path) -> threading.Event:
 
     That happens to a job that was suspended for a while where nodes do not see each other's `flock`.
     """
-    end = threading.Event()
+    end, place = threading.Event(), _place_of(folder)
 
     def beat() -> None:
         while not end.wait(BEAT_S):
+            if _place_of(folder) not in (place, None) or not folder.parent.exists() or not folder.exists():
+                log.error("%s was removed, or moved away, while the run goes on: this process ends", folder)
+                os._exit(1)
             with suppress(OSError, ValueError):  # the file system is away for a moment; or the file is closed
                 os.utime(handle.fileno())
                 holder = Path(handle.name).read_text().strip()
@@ -181,6 +184,15 @@ def _beating(handle: IO[str], folder: Path) -> threading.Event:
 
     threading.Thread(target=beat, daemon=True, name="lock of the run").start()
     return end
+
+
+def _place_of(folder: Path) -> tuple[int, int] | None:
+    """What a folder is for its file system; None if that does not answer for a moment."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _content(handle: IO[str]) -> str:

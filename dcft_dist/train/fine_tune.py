@@ -30,6 +30,7 @@ from ..objectives.base import Metrics, oriented
 from ..runs.folder import identity
 from ..runs.status import REACHED, estimate_text
 from ..runs.stop import Stopped, stop_requested
+from ..runs.writer import logging_only
 from ..weights.checkpoint import damage_in, is_complete, load_checkpoint, model_state, read_state, save_checkpoint
 from .context import RunContext
 from .find_set import find_fundamental
@@ -116,7 +117,10 @@ class Trainer:
         self.writer.phase("train")
         start, best, validated = self._resume()
         first_new = start + (validated or start > 0)  # the log row of a checkpoint's step is older than the checkpoint
-        writer = SummaryWriter(str(self.writer.tensorboard), purge_step=first_new) if run.world.is_first else None
+        writer = None
+        with logging_only(self.writer.tensorboard):
+            if run.world.is_first:
+                writer = SummaryWriter(str(self.writer.tensorboard), purge_step=first_new)
         if not validated and start % per_epoch == 0:
             best = self._end_of_epoch(start, start // per_epoch, best, groups, writer, write=epochs > 0)
         total = epochs * per_epoch
@@ -139,8 +143,9 @@ class Trainer:
                 best = self._end_of_epoch(step, epoch, best, groups, writer)
             elif config.checkpoint.every and step % config.checkpoint.every == 0:
                 self._save(step, best, validated=False)
-        if writer:
-            writer.close()
+        with logging_only(self.writer.tensorboard):
+            if writer:
+                writer.close()
         return best
 
     # -- epochs ----------------------------------------------------------------------------------------------------
@@ -314,9 +319,10 @@ class Trainer:
 
     def _log(self, writer: SummaryWriter | None, step: int, values: dict[str, float]) -> None:
         self.writer.log(step, **values)
-        if writer:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
+        if writer is not None:
+            with logging_only(self.writer.tensorboard):
+                for tag, value in values.items():
+                    writer.add_scalar(tag, value, step)
 
     def _print_header(self, fundamental: FundamentalSet | None, steps: int) -> None:
         run, penalty = self.run, self.training.penalty

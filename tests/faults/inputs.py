@@ -71,9 +71,25 @@ def deep(levels: int) -> str:
 # -- configurations ----------------------------------------------------------------------------------------------------
 
 KEYS = [f"{prefix}.{key}" if prefix else key for prefix, section in sections() for key in section.model_fields]
-USUAL = """true|1|0.5|'auto'|[]|['a']|{}|{a = nan}|{a = {b = [inf, 1]}}|1979-05-27|07:32:00|'own'|'timm.create_model'|fsdp2
-zero3|[1, 2]|''|'([' |{x = [[1979-05-27T07:32:00Z]]}|'tests.nets:make'""".replace("
-", "|").split("|")
+USUAL = [
+    *[
+        "true",
+        "1",
+        "0.5",
+        "'auto'",
+        "[]",
+        "['a']",
+        "{}",
+        "{a = nan}",
+        "{a = {b = [inf, 1]}}",
+        "1979-05-27",
+        "07:32:00",
+        "'own'",
+        "fsdp2",
+        "zero3",
+    ]
+]
+USUAL += [*["'timm.create_model'", "[1, 2]", "''", "'([' ", "{x = [[1979-05-27T07:32:00Z]]}", "'tests.nets:make'"]]
 words_of_values = st.one_of(st.sampled_from(USUAL), texts, numbers.map(repr), st.integers(1, 3000).map(deep))
 overrides = st.lists(
     st.tuples(st.one_of(st.sampled_from(KEYS), texts), words_of_values).map(lambda pair: f"--{pair[0]}={pair[1]}"),
@@ -207,10 +223,34 @@ def _all_of(place: Path) -> None:
 
 # -- files of a run ----------------------------------------------------------------------------------------------------
 
-RUN_FILES = """progress.json attempts.jsonl metrics.jsonl summary.json estimate.json facts.json removal.json config.toml
-errors/00001-rank00000.json checkpoints/step_00000001/manifest.json""".split()
+RUN_FILES = [
+    "progress.json",
+    "attempts.jsonl",
+    "metrics.jsonl",
+    "summary.json",
+    "estimate.json",
+    "facts.json",
+    "removal.json",
+    "config.toml",
+    "errors/00001-rank00000.json",
+    "checkpoints/step_00000001/manifest.json",
+]
 _ERROR = {"time": "", "clock": 1, "rank": 0, "host": "", "kind": "", "message": "", "permanent": True, "attempt": 1}
-_SUMMARY = "name method engine ranks validation test seconds removal caveat splits optimizer labels files".split()
+_SUMMARY = [
+    "name",
+    "method",
+    "engine",
+    "ranks",
+    "validation",
+    "test",
+    "seconds",
+    "removal",
+    "caveat",
+    "splits",
+    "optimizer",
+    "labels",
+    "files",
+]
 _MANIFEST = {"format": 2, "name": "step_00000001", "identity": {}, "files": {"state.json": {}}}
 SHAPES: dict[str, dict[str, Any]] = {
     "progress.json": {"phase": "train", "step": 1, "steps": 3, "seconds": {}, "seconds_per_step": 1.0},
@@ -273,9 +313,38 @@ def check_run(file: tuple[str, bytes], folder: Path) -> None:
 
 # -- command lines -----------------------------------------------------------------------------------------------------
 
-COMMANDS = "status report table verify submit plan compare delta predict config-reference --version".split()
-OPTIONS = """--nodes --time --cpus-per-task --gpus-per-node --ranks-per-node --with --dry-run --smoke --verdict --share --format
---pack --ranks --json --name --optimizer.lr --train.global_batch""".split()
+COMMANDS = [
+    "status",
+    "report",
+    "table",
+    "verify",
+    "submit",
+    "plan",
+    "compare",
+    "delta",
+    "predict",
+    "config-reference",
+    "--version",
+]
+OPTIONS = [
+    "--nodes",
+    "--time",
+    "--cpus-per-task",
+    "--gpus-per-node",
+    "--ranks-per-node",
+    "--with",
+    "--dry-run",
+    "--smoke",
+    "--verdict",
+    "--share",
+    "--format",
+    "--pack",
+    "--ranks",
+    "--json",
+    "--name",
+    "--optimizer.lr",
+    "--train.global_batch",
+]
 arguments = st.one_of(
     st.sampled_from(
         [

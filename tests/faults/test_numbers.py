@@ -12,7 +12,7 @@ import torch
 
 from dcft_dist.errors import DivergedError
 from dcft_dist.runs.status import run_verdict
-from dcft_dist.weights.checkpoint import damage_in, model_state, save_checkpoint
+from dcft_dist.weights.checkpoint import FlatPiece, damage_in, model_state, save_checkpoint
 
 from ..nets import loss_fn, make_batches, make_net
 from ..processes import Process, finish
@@ -79,7 +79,7 @@ def poisoned(kind: str, folder: str) -> list[str]:
     }[kind]
     if key.startswith("buffer"):
         state[key] = torch.zeros(3)
-    values: Any = getattr(state[key], "values", state[key])
+    values: Any = state[key].values if isinstance(state[key], FlatPiece) else state[key]
     if dist.get_rank() == 1 and len(values):
         values[-1] = value
     try:

@@ -20,6 +20,7 @@ from dcft_dist.config.toml import load_config
 from dcft_dist.data.user_task import user_task
 from dcft_dist.data.volumes import LabelledVolumeProcessor
 from dcft_dist.errors import DataError
+from dcft_dist.files import write_json
 from dcft_dist.models.build import build_model
 
 from ..data.volume_words import KEYS

@@ -2,6 +2,7 @@
 # Everything that must pass: style, types, tests. Sets itself up (.venv, .venv-vision).
 #   tests/run.sh                     all
 #   tests/run.sh --quick             the fast ones; prints what they cover
+#   tests/run.sh --faults            the full product of faults and a hundred thousand random inputs; about an hour
 #   tests/run.sh -k clip tests/method    style, types, and pytest with these arguments
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -25,6 +26,7 @@ if [ "${1:-}" = --quick ]; then
         tests/engines/test_{new_engine,silent_failures}.py tests/cluster/test_render.py \
         "tests/test_parity.py::test_equals_one_process[fsdp2]" "tests/test_parity.py::test_equals_one_process[zero2]"
 fi
+if [ "${1:-}" = --faults ]; then exec env DCFT_FAULTS=all "$PYTHON" -m pytest -n 2 --dist worksteal -rP tests/faults; fi
 if [ $# -gt 0 ]; then exec "$PYTHON" -m pytest "$@"; fi
 
 "$PYTHON" -m pytest -n 2 --dist worksteal --ignore tests/cluster/test_slurm.py

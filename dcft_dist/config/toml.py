@@ -70,12 +70,19 @@ def find_config(path: str | Path) -> Path:
     """
     package = Path(__file__).parent.parent
     for candidate in (Path(path), package / "configs" / path, package.parent / "configs" / path):
-        if candidate.is_file():
+        if _is_file(candidate):
             return candidate
     shipped = sorted(f.name for d in (package / "configs", package.parent / "configs") for f in d.glob("*.toml"))
     raise ConfigError(
         f"no configuration file {path}{did_you_mean(str(path), shipped)}; the package ships {', '.join(shipped)}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or has a null character
+        return False
 
 
 def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -87,7 +94,7 @@ def _read(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return raw
     beside = path.parent / str(base)
-    parent = beside if beside.is_file() else find_config(str(base))
+    parent = beside if _is_file(beside) else find_config(str(base))
     if parent.resolve() in (*extending, path.resolve()):
         raise ConfigError(f"{path}: extends itself through {base}")
     return _merged(_read(parent, (*extending, path.resolve())), raw)
@@ -180,8 +187,12 @@ def differences(before: str, after: str) -> dict[str, str]:
     """
     defaults = to_toml(Config(name="defaults"))
     old, new = (_resolved(defaults) | _resolved(text) for text in (before, after))
-    changed = [key for key in old | new if json.dumps(old.get(key)) != json.dumps(new.get(key))]  # NaN equals NaN
+    changed = [key for key in old | new if _text(old.get(key)) != _text(new.get(key))]  # NaN equals NaN
     return {key: f"{key} was {old.get(key)} and is {new.get(key)}" for key in changed}
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, default=str)  # a file of a stranger may have dates
 
 
 def resolved_keys(config: Config) -> dict[str, str]:

@@ -109,8 +109,11 @@ class RunFolder:
 
     def altered(self) -> list[str]:
         """Files of a finished run that are missing, or are not those that it wrote; [] if its summary does not list any."""
-        stored = read_json_or(self.summary, {}).get("files", {})
-        return [n for n, checksum in stored.items() if not (f := self.path / n).is_file() or _checksum(f) != checksum]
+        stored = read_json_or(self.summary, {"files": {}}, "files")["files"]
+        if not isinstance(stored, dict):
+            return [self.summary.name]
+        found = self.checksums()
+        return [name for name, checksum in stored.items() if found.get(name) != checksum]
 
     def require_unaltered(self) -> None:
         """Checks that configuration and exported model of a finished run are those that it wrote.
@@ -137,7 +140,7 @@ class RunFolder:
             return {}
         try:
             found = differences(file.read_text(encoding="utf-8"), to_toml(config))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DamagedError(
                 f"{file} is damaged ({line_of(error)}): restore it; or delete it, if you are sure that the run has this "
                 "configuration"

@@ -21,7 +21,7 @@ from ..runs.folder import RunFolder
 from ..runs.lock import locked
 from ..runs.provenance import git_commit
 from ..runs.stop import Stopped, listen_for_stop
-from ..runs.writer import RunWriter
+from ..runs.writer import RunWriter, logging_only
 from .context import make_context
 from .fine_tune import Trainer
 from .handshake import greet
@@ -60,11 +60,12 @@ def train(config: Config) -> bool:
                 from ..reports.run_report import write_report
 
                 summary = read_json(folder / "summary.json")
-                if (folder / "model").is_dir():
-                    write_card(folder / "model", config, summary)
                 if text := what_it_is(summary):
                     print(text, flush=True)
-                print(f"report: {write_report(folder)}", flush=True)
+                with logging_only(folder / "report.html"):
+                    if (folder / "model").is_dir():
+                        write_card(folder / "model", config, summary)
+                    print(f"report: {write_report(folder)}", flush=True)
     except Stopped as stopped:
         if first:
             print(f"stopped {stopped}, as asked; start it again to go on", flush=True)

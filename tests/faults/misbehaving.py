@@ -11,12 +11,10 @@ from torch.nn import functional
 
 
 def _now(outputs: Tensor) -> bool:
-    """Whether this is a training step after step 5."""
-    try:
-        progress = json.loads((Path(os.environ["MISBEHAVING_RUN"]) / "progress.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return outputs.requires_grad and progress["phase"] == "train" and progress["step"] == 5
+    """Whether this is the training step after the checkpoint of step 5."""
+    run = Path(os.environ["MISBEHAVING_RUN"])
+    training = json.loads((run / "progress.json").read_text())["phase"] == "train"
+    return outputs.requires_grad and training and (run / "checkpoints/step_00000005").exists()
 
 
 def loss_becomes_nan(outputs: Tensor, labels: Tensor) -> Tensor:

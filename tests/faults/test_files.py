@@ -89,6 +89,15 @@ def test_a_damaged_file(name: str, how: str, runs: dict[str, Any], tmp_path: Pat
     check_file(name, how, runs, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["head.safetensors", "fundamental.safetensors"])
+def test_a_file_of_another_run(name: str, runs: dict[str, Any], tmp_path: Path) -> None:
+    """It is whole, and has the right names and shapes."""
+    run = copied(runs, tmp_path)
+    shutil.copyfile(runs["folder"] / "other/tiny" / name, run / name)
+    code, said = resumed(runs, tmp_path)
+    assert code == 2 and f"{name} is not the file that this run made" in said
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over(runs: dict[str, Any], tmp_path: Path) -> None:
     run = copied(runs, tmp_path)
     damage(place_of(run, "newest/weights"), "flipped")

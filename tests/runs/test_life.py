@@ -213,6 +213,21 @@ def test_torchrun_starts_again_on_one_node(tiny: Path, tmp_path: Path) -> None:
     assert (run / "summary.json").exists()
 
 
+def test_ctrl_c_reaches_the_ranks_of_torchrun_as_a_request(tiny: Path, tmp_path: Path) -> None:
+    """The script alone gets it, and torchrun, which would end its ranks, does not."""
+    environment = os.environ | {"DCFT_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RANKS": "2"}
+    command = [str(ROOT / "launch/torchrun_local.sh"), "tiny.toml", *QUICK, "--train.epochs", "400"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for_step(tmp_path / "runs/tiny", 2)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopping after this step, with a checkpoint" in said
+    assert "start it again to go on" in said and "Traceback" not in said
+    assert json.loads((tmp_path / "runs/tiny/progress.json").read_text())["phase"] == "stopped"
+
+
 def test_checkpoints_that_are_kept(tiny: Path, tmp_path: Path) -> None:
     more = ("--checkpoint.keep_last", "3", "--checkpoint.keep_best", "2", "--train.epochs", "2")
     train(tiny, tmp_path, *QUICK, *more, "--engine", "single", ranks=1)

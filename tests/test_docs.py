@@ -189,6 +189,17 @@ def test_the_page_of_errors_is_complete_and_current() -> None:
     assert [p for p in pieces if p and p not in code] == []
 
 
+def test_every_row_of_reliability_is_a_test() -> None:
+    """A row names a test that exists, and there are many."""
+    page = (ROOT / "docs/reliability.md").read_text()
+    tables = re.findall(r"^\| fault \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    rows = [row for table in tables for row in table.splitlines()]
+    names = [re.findall(r"`(test_\w+)(?:\[[^\]]*\])?`", row.rsplit("|", 2)[1]) for row in rows]
+    assert len(rows) >= 60 and all(names), [row for row, found in zip(rows, names, strict=True) if not found]
+    code = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for found in names for name in found if f"def {name}(" not in code] == []
+
+
 def string_constants(file: Path) -> Iterator[str]:
     """Each text of a program, with `...` for what is filled in."""
     for node in ast.walk(ast.parse(file.read_text())):

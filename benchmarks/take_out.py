@@ -2,7 +2,7 @@
 
     python benchmarks/take_out.py [WORD ...]     only the entries whose names contain a word
 
-What is taken out stands in take_out.toml. It prints the table of docs/results/faults.md. The tests are those of docs/reliability.md and docs/security.md.
+What is taken out stands in take_out.toml. It prints a table of docs/results/faults.md.
 """
 
 from __future__ import annotations

@@ -264,7 +264,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     from .config.trust import require_trust
 
     config = load_config(options.config, rest)
-    require_trust(config, options.config, options.trust_code)
+    require_trust(config, options.config, options.trust_code, rest)
     from .data.tasks import load_task
     from .models.build import build_model
     from .objectives.make import label_facts, make_objective
@@ -435,7 +435,7 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> None:
     fields = {key: value for key, value in vars(options).items() if key not in ("command", "json", "trust_code")}
     request = request_of(fields.pop("model"), rest, **fields)
     if is_configuration(request.model):
-        require_trust(load_config(request.model, list(request.words)), request.model, options.trust_code)
+        require_trust(load_config(request.model, list(request.words)), request.model, options.trust_code, rest)
     result = forecast(request)
     print(json.dumps(result.to_json()) if options.json else table(result))
 

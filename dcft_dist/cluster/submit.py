@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from ..errors import RunError, did_you_mean
+from ..files import write_atomic
 from .job import Job, Site
 from .render import render_sbatch
 
@@ -67,9 +68,8 @@ def submit_sbatch(job: Job, site: Site, folder: Path) -> str:
     Raises:
         RunError: sbatch is missing, or it rejects the job.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / "job.sbatch"
-    file.write_text(render_sbatch(job, site))
+    write_atomic(file, render_sbatch(job, site))
     return run_slurm("sbatch", "--parsable", str(file)).strip().split(";")[0]
 
 

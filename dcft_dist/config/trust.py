@@ -58,21 +58,26 @@ def named_code(config: Config) -> dict[str, str]:
     return wanted
 
 
-def require_trust(config: Config, place: Path | str, given: bool = False) -> None:
+def require_trust(config: Config, place: Path | str, given: bool = False, typed: Sequence[str] = ()) -> None:
     """Checks that the user has given their word for all code that a configuration names.
 
     Args:
         config: the configuration.
         place: where it comes from, for the message.
         given: whether the user has said `--trust-code`.
+        typed: words of the command line. What the user types there needs no further word.
 
     Raises:
         TrustError: the user has not; the message lists the code.
     """
-    wanted = named_code(config)
-    if not wanted or given or _digest(wanted) in _recorded():
-        if wanted and given:
-            remember(config)
+    keys = tuple(word.partition("=")[0].removeprefix("--") for word in typed if word.startswith("--"))
+    named = named_code(config)
+    if given:
+        _record_all(named)
+        return
+    recorded = _recorded() if named else set()
+    wanted = [said for said, source in named.items() if not _is_of(said, keys) and _digest(said, source) not in recorded]
+    if not wanted:
         return
     allowed = _allowed()
     left = [said for said in wanted if not any(fnmatchcase(said.partition(" = ")[2] or said, name) for name in allowed)]
@@ -88,13 +93,23 @@ def require_trust(config: Config, place: Path | str, given: bool = False) -> Non
 
 def remember(config: Config) -> None:
     """Records that the user runs this code, so that they need not say so again. Nothing happens if it cannot be written."""
-    if not (wanted := named_code(config)):
-        return
-    digest, file = _digest(wanted), _record()
+    _record_all(named_code(config))
+
+
+def _is_of(said: str, keys: Sequence[str]) -> bool:
+    """Whether an entry of `named_code` is of one of these keys, or of a part of one."""
+    key = said.split(" ")[0]
+    return any(key == other or key.startswith(f"{other}.") or other.startswith(f"{key}.") for other in keys)
+
+
+def _record_all(named: dict[str, str]) -> None:
+    file = _record()
     try:
-        if digest not in _recorded():
-            file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            append_line(file, {"code": digest, "names": sorted(wanted)})
+        recorded = _recorded() if named else set()
+        for said, source in named.items():
+            if (digest := _digest(said, source)) not in recorded:
+                file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                append_line(file, {"code": digest, "name": said})
     except OSError as error:
         log.warning("%s cannot be written: predictions will ask for --trust-code (%s)", file, error)
 
@@ -141,8 +156,8 @@ def _source(path: str, roots: Sequence[str]) -> str:
     return "not found"
 
 
-def _digest(wanted: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+def _digest(said: str, source: str) -> str:
+    return hashlib.sha256(json.dumps([said, source]).encode()).hexdigest()
 
 
 def _record() -> Path:

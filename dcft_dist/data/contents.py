@@ -8,7 +8,6 @@ not taken again while size and time of change stay the same.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DataError
-from ..files import read_lines, write_atomic
+from ..files import append_line, json_line, read_lines, write_atomic
 from .batches import Examples
 from .hashes import hash_of
 from .readers import LazyValue
@@ -206,8 +205,9 @@ class Contents:
         """Adds a line to a file of this process alone: worker processes read too, and know nothing of each other."""
         self._known[key] = record
         if self._folder is not None:
-            with suppress(OSError), (self._folder / f"read-{os.uname().nodename}-{os.getpid()}.jsonl").open("a") as file:
-                file.write(_line(key, record))
+            with suppress(OSError):
+                file = self._folder / f"read-{os.uname().nodename}-{os.getpid()}.jsonl"
+                append_line(file, [key, *astuple(record)])
 
     def _changed(self, key: str) -> DataError:
         split, index, *_ = key.split("/")
@@ -275,4 +275,4 @@ def _threaded(function: Any, items: Sequence[Any]) -> list[Any]:
 
 
 def _line(key: str, record: Record) -> str:
-    return json.dumps([key, *astuple(record)]) + "\n"
+    return json_line([key, *astuple(record)])

@@ -62,7 +62,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World, trust: bool 
         raise ConfigError(f"which data? Give one of {', '.join(f'--{key}' for key in _SOURCES)}, as in the configuration")
     else:
         config, facts = folder.finished(overrides)
-    require_trust(config, run, trust)
+    require_trust(config, run, trust, overrides)
     folder.require_unaltered()
     normalised = config.data.modality == "volume" and config.data.window is None
     if normalised and read_json(folder.summary).get("reading", 1) < READING:

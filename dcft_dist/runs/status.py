@@ -13,14 +13,13 @@ The decision also uses the stop request and Slurm's environment variables.
 from __future__ import annotations
 
 import errno
-import os
 from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import RunError, TemporaryError
-from ..files import FULL, read_json_or
+from ..files import FULL, read_json_or, temporary_name, write_atomic
 from .attempts import attempts, error_files, first_failure, is_permanent, is_stuck, note_attempt, note_error, this_start
 from .folder import ESTIMATE_KEYS, RunFolder
 from .lock import is_this_job, lock_holder
@@ -97,9 +96,9 @@ def _without_record(
 
 def space_problem(folder: Path) -> str:
     """Whether the disk of a folder is full, or a small file cannot be written there; empty if all is well."""
+    probe = temporary_name(folder / "space")
     try:
-        probe = folder / f".space.{os.getpid()}"
-        probe.write_bytes(b" " * 65536)
+        write_atomic(probe, b" " * 65536)
         probe.unlink()
     except OSError as error:
         with suppress(OSError):

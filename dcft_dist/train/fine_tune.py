@@ -243,7 +243,7 @@ class Trainer:
         found: list[tuple[float, int, Path]] = []
         for folder in (*self.writer.all_checkpoints("best"), *self.writer.all_checkpoints()):
             if folder != wanted and not damage_in(folder):
-                state = read_state(folder, self.identity)
+                state = read_state(folder, self.identity, verified=True)
                 if metrics := state.get("validation"):
                     found.append((self._validation_value(metrics), -int(state["epoch"]), folder))
         if not found:
@@ -262,7 +262,7 @@ class Trainer:
         if latest is None:
             self.writer.forget_after(-1)
             return 0, Best(), False
-        state = read_state(latest, self.identity)
+        state = read_state(latest, self.identity, verified=True)
         if state["fundamental"] != self._set_checksum():
             raise CheckpointError(f"{self.writer.fundamental} is not the set that {latest} was trained with")
         if state.get("data") != self.run.task.checksum:

@@ -47,7 +47,7 @@ def finish(
     """
     config, writer = run.config, run.writer
     writer.phase("test")
-    state = read_state(best)
+    state = read_state(best, verified=True)
     load_checkpoint(best, run.model)
     test, test_intervals = _test(run) if config.test else (None, None)
     if config.checkpoint.keep_last:

@@ -26,6 +26,7 @@ from dcft_dist.data.tables import records
 from dcft_dist.errors import DcftError
 from dcft_dist.files import json_line, write_json
 from dcft_dist.runs.folder import RunFolder, identity
+from dcft_dist.runs.status import run_verdict, status
 from dcft_dist.weights.checkpoint import damage_in, is_complete
 from dcft_dist.weights.weight_files import WeightFiles
 
@@ -310,6 +311,19 @@ def check_run(file: tuple[str, bytes], folder: Path) -> None:
         is_complete(place), damage_in(place)
     finally:
         target.unlink() if before is None else target.write_bytes(before)
+
+
+def check_small(name: str, content: bytes, folder: Path) -> None:
+    """A file of a run, by the functions that read it."""
+    run = folder / "run"
+    if not run.exists():
+        make_run(run)
+    (run / name).write_bytes(content)
+    status(run)
+    run_verdict(run, "the beginning", 3)
+    is_complete(run / "checkpoints/step_00000001"), damage_in(run / "checkpoints/step_00000001")
+    for file in [*(run / "errors").glob("*"), run / "attempts.jsonl"]:
+        file.unlink(missing_ok=True)
 
 
 # -- command lines -----------------------------------------------------------------------------------------------------

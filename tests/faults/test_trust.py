@@ -93,6 +93,28 @@ def test_ones_own_training_is_ones_word(tiny: Path, tmp_path: Path) -> None:
     assert record.exists() and not list((tmp_path / "tiny").rglob("code.jsonl"))
 
 
+def test_what_is_typed_needs_no_further_word(tmp_path: Path) -> None:
+    words = [
+        "--task.loss",
+        "somewhere.loss",
+        "--import_roots",
+        "['x']",
+        "--data.build=other.rows",
+        "--data.format",
+        "python",
+    ]
+    config = load_config("icd.toml", words)
+    require_trust(config, "a run", typed=words)
+    with pytest.raises(TrustError, match=r"task\.loss = somewhere\.loss\. Read"):
+        require_trust(config, "a run", typed=words[2:])
+    require_trust(config, "a run", given=True)
+    require_trust(config, "a run")
+    remember(load_config("icd.toml", ["--task.metrics", "['somewhere.metric']"]))
+    require_trust(
+        load_config("icd.toml", ["--task.metrics", "['somewhere.metric']", "--task.loss", "somewhere.loss"]), "a run"
+    )
+
+
 def test_settings_of_the_user(tmp_path: Path) -> None:
     config = load_config("icd.toml", ["--task.loss", "somewhere.loss"])
     with pytest.raises(TrustError, match=r"task\.loss = somewhere\.loss"):

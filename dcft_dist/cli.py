@@ -13,8 +13,10 @@ from typing import Any
 
 from . import __version__
 from .config.checks import check_ranks, check_sizes
+from .config.schema import Config
 from .config.toml import find_config, load_config
 from .errors import ConfigError, DcftError, RunError, WorldError
+from .files import expected_form
 from .runs.status import AGAIN, run_verdict, status
 
 Commands = Any  # the return type of argparse's `add_subparsers`; its class is private
@@ -195,15 +197,24 @@ def _add_generated(commands: Commands) -> None:
     files.add_argument("folder", type=Path)
 
 
+def _load(path: str | Path, words: Sequence[str]) -> Config:
+    """Reads a configuration. If it is private, so is every file that this process writes from now on."""
+    return _keep_private(load_config(path, words))
+
+
+def _keep_private(config: Config) -> Config:
+    if config.private:
+        os.umask(0o077)
+    return config
+
+
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from .config.trust import remember
     from .train.run import train
 
-    config = load_config(options.config, rest)
+    config = _load(options.config, rest)
     if os.environ.get("RANK", "0") == "0":
         remember(config)  # to start a training is the user's word for its code
-    if config.private:
-        os.umask(0o077)
     train(config)
 
 
@@ -212,15 +223,17 @@ def _status(options: argparse.Namespace, rest: list[str]) -> int:
 
     is_folder = not options.run.endswith(".toml")
     if is_folder and not options.verdict and not rest:  # also of a run with a damaged configuration
-        print(status(Path(options.run)))
+        with expected_form(Path(options.run)):
+            print(status(Path(options.run)))
         return 0
     file = str(Path(options.run) / "config.toml") if is_folder else options.run
     if is_folder and not Path(file).exists():
         raise RunError(f"no run in {options.run}")
-    config = load_config(file, rest)
+    config = _load(file, rest)
     folder = RunFolder(Path(options.run)) if is_folder else RunFolder.of(config)
     if not options.verdict:
-        print(status(folder.path))
+        with expected_form(folder.path):
+            print(status(folder.path))
         return 0
     verdict, reason = run_verdict(folder.path, folder.reached(), config.max_attempts, config.until)
     print(f"{folder.path}: {verdict}: {reason}", flush=True)
@@ -228,7 +241,7 @@ def _status(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
-    config = load_config(options.config, rest)
+    config = _load(options.config, rest)
     if (options.sheet or options.hash) and not options.data:
         raise ConfigError("--sheet and --hash need --data, which reads the inputs")
     from .data.tasks import load_task
@@ -263,7 +276,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
 def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     from .config.trust import require_trust
 
-    config = load_config(options.config, rest)
+    config = _load(options.config, rest)
     require_trust(config, options.config, options.trust_code, rest)
     from .data.tasks import load_task
     from .models.build import build_model
@@ -288,8 +301,7 @@ def _use(options: argparse.Namespace, rest: list[str]) -> None:
 
     with joined_world(600.0) as world:
         adapted = load_adapted(options.run, rest, world, options.trust_code)
-        if adapted.config.private:
-            os.umask(0o077)
+        _keep_private(adapted.config)
         split = given_split(adapted, labelled=options.command == "evaluate")
         if options.command == "evaluate":
             text = json.dumps(report_of(adapted, split, *evaluate_split(adapted, split)), indent=2) + "\n"
@@ -322,18 +334,14 @@ def _delta(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
-    from .reports.render import expected_form
-
     if (options.run / "study.toml").exists():
-        from .studies.report import write_study_report
-
-        with expected_form(options.run):
-            print(write_study_report(options.run, options.pictures))
-        return
-    from .reports.run_report import write_report
-
+        from .studies.report import write_study_report as write
+    else:
+        from .reports.run_report import write_report as write
     with expected_form(options.run):
-        print(write_report(options.run, options.pictures))
+        if (options.run / "config.toml").is_file():
+            _load(options.run / "config.toml", ())  # private?
+        print(write(options.run, options.pictures))
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
@@ -347,14 +355,13 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         from .train.verify import verify_run
 
-        whole, broken = verify_run(options.folder)
+        with expected_form(options.folder):
+            whole, broken = verify_run(options.folder)
     print("\n".join([*(f"whole    {line}" for line in whole), *(f"DAMAGED  {line}" for line in broken)]))
     return int(bool(broken))
 
 
 def _table(options: argparse.Namespace, rest: list[str]) -> None:
-    from .reports.render import expected_form
-
     if (options.runs[0] / "study.toml").exists():
         from .studies.results import StudyFolder
         from .studies.study import load_study
@@ -415,6 +422,7 @@ def _submit(options: argparse.Namespace, rest: list[str]) -> None:
     site = load_site()
     sizes = {key: getattr(options, key) for key in ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time")}
     job, config = make_job(options.config, rest, smoke=options.smoke, site=site, **sizes)
+    _keep_private(config)
     folder = Path(config.runs_dir) / config.name
     if options.way == "torchrun" or options.dry_run:
         render = render_torchrun if options.way == "torchrun" else render_sbatch

@@ -14,10 +14,11 @@ import json
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from .errors import DamagedError, line_of
+from .errors import DamagedError, DataError, DcftError, line_of
 
 SEAL = "seal"
 
@@ -98,6 +99,21 @@ def read_json_or(path: Path, otherwise: Any, *keys: str) -> Any:
         return read_json(path, *keys)
     except (OSError, DamagedError):
         return otherwise
+
+
+@contextmanager
+def expected_form(place: Path) -> Iterator[None]:
+    """Inside the block, files of a run or study are read that may have been made by anybody.
+
+    Raises:
+        DataError: they have an unexpected form.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+        if isinstance(error, DcftError):
+            raise
+        raise DataError(f"{place}: a file has an unexpected form ({type(error).__name__}: {line_of(error)})") from error
 
 
 def append_line(path: Path, data: Mapping[str, Any] | Sequence[Any]) -> None:

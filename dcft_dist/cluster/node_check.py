@@ -97,11 +97,15 @@ class _Listener:
         connection, _ = self._server.accept()
         if len(self._heard) >= _AT_ONCE:
             self._drop(next(iter(self._heard)), selector)
-        connection.setblocking(False)
-        nonce = self._nonces[connection] = secrets.token_bytes(_NONCE)
-        self._heard[connection] = b""
-        connection.send(nonce)
+        nonce = secrets.token_bytes(_NONCE)
+        try:
+            connection.setblocking(False)
+            connection.send(nonce)
+        except OSError:  # it has gone again
+            connection.close()
+            return
         selector.register(connection, selectors.EVENT_READ)
+        self._nonces[connection], self._heard[connection] = nonce, b""
 
     def _hear(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
         try:
@@ -173,6 +177,8 @@ def main(arguments: Sequence[str]) -> int:
     address, port, timeout_s, *nodes = arguments
     me = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     problem = meet(me, address, int(port), nodes, float(timeout_s), os.environ.get("DCFT_SECRET", ""))
+    if not os.environ.get("DCFT_SECRET") and me == nodes[0]:
+        print("dcft: warning: no DCFT_SECRET: any program may take the place of a node", file=sys.stderr, flush=True)
     if problem:
         print(f"dcft: error: {problem}", file=sys.stderr, flush=True)
     return int(bool(problem))

@@ -5,7 +5,7 @@ commands that look at a run or a configuration (`predict`, `evaluate`, `delta`, 
 builders by themselves. Everything else needs the user's word, which is one of these:
 
 - the option `--trust-code`;
-- the user's settings, `~/.config/dcft_dist/trusted.toml`: `callables = ["my_models.make"]`;
+- the user's settings, `~/.config/dcft_dist/trusted.toml`: `callables = ["my_models.make"]`, `roots = ["/home/me/code"]`;
 - a training of the user with the same code, which `dcft train` records in `~/.local/state/dcft_dist/code.jsonl`, outside of
   the run's folder;
 - an answer to a question, if a person sits at a terminal. Nobody else is ever asked.
@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -30,17 +31,39 @@ from .schema import Config
 
 log = logging.getLogger(__name__)
 
-# Import paths that run no code of a configuration's author, by key.
+# Import paths that run no code of a configuration's author, by key: patterns of the whole path. None of them has a further
+# dot, since a module shows what it imports: `monai.transforms.inverse.torch.os.system`.
 _KNOWN = {
-    "model.build": ("timm.create_model", "transformers.Auto*", "monai.networks.nets.*", "open_clip.create_model"),
-    "task.loss": ("torch.nn.functional.*", "monai.losses.*"),
-    "task.metrics": ("torchmetrics.functional.*",),
-    "data.transform": ("monai.transforms.*", "torchvision.transforms.*"),
-    "model.args": ("torch.nn.*",),
+    "model.build": r"timm\.create_model|transformers\.Auto[A-Za-z]+|monai\.networks\.nets\.[A-Z]\w*|open_clip\.create_model",
+    "task.loss": r"torch\.nn\.functional\.[a-z]\w*|monai\.losses\.[A-Z]\w*",
+    "task.metrics": r"torchmetrics\.functional\.[a-z]\w*",
+    "data.transform": r"monai\.transforms\.Rand[A-Za-z]+|torchvision\.transforms\.(Random[A-Za-z]+|ColorJitter)",
+    "model.args": r"torch\.nn\.[A-Z]\w*",
 }
 
-# Arguments that make a well-known builder run code, or read a pickle.
-_RUNS_CODE = ("trust_remote_code", "code_revision", "checkpoint_path")
+# Words in the names of arguments by which a well-known builder may run code, or read a pickle, a file or an address.
+_DANGEROUS = set(
+    [
+        "trust",
+        "remote",
+        "code",
+        "checkpoint",
+        "pretrained",
+        "weights",
+        "path",
+        "file",
+        "filename",
+        "dir",
+        "url",
+        "repo",
+        "reader",
+        "func",
+        "fn",
+        "cfg",
+    ]
+)
+_ALWAYS = ("weights_only", "load_weights_only", "use_safetensors")  # also if they are false
+_PLAIN = re.compile(r"[\w+-]+(\.\w+)?")  # words, and names of models such as vit_base_patch16_224.mae
 
 _OBJECT = "object:"  # marks an import path in model.args
 
@@ -50,12 +73,23 @@ def named_code(config: Config) -> dict[str, str]:
     roots = [str(Path(root).resolve()) for root in config.import_roots]
     wanted = {f"import_roots {root}": root for root in roots}
     for key, path in _paths(config):
-        if not any(fnmatchcase(path, known) for known in _KNOWN.get(key, ())):
+        if not re.fullmatch(_KNOWN.get(key, "(?!)"), path):
             wanted[f"{key} = {path}"] = _source(path, roots)
-    for name, value in _nested(config.model.args):
-        if name in _RUNS_CODE and value:
-            wanted[f"model.args.{name} = {value}"] = str(config.model.weights)
+    for section, arguments in (("model.args", config.model.args), ("data.transform_args", config.data.transform_args)):
+        for name, value in _nested(arguments):
+            if _needs_a_word(name, value):
+                wanted[f"{section}.{name} = {value}"] = str(config.model.weights)
     return wanted
+
+
+def _needs_a_word(name: str, value: Any) -> bool:
+    """Whether an argument is more than a number, a switch or a plain word."""
+    if isinstance(value, str) and value.startswith(_OBJECT):  # looked at as an import path
+        return False
+    if isinstance(value, str) and not _PLAIN.fullmatch(value):
+        return True
+    says_more = value is True or isinstance(value, str)
+    return name in _ALWAYS or (says_more and not _DANGEROUS.isdisjoint(name.lower().split("_")))
 
 
 def require_trust(config: Config, place: Path | str, given: bool = False, typed: Sequence[str] = ()) -> None:
@@ -80,14 +114,12 @@ def require_trust(config: Config, place: Path | str, given: bool = False, typed:
     if not wanted:
         return
     allowed = _allowed()
-    left = [said for said in wanted if not any(fnmatchcase(said.partition(" = ")[2] or said, name) for name in allowed)]
-    if all(said.startswith("import_roots ") for said in left) and len(left) < len(wanted):
-        return  # the folders of callables that are allowed by name
+    left = [said for said in wanted if not any(fnmatchcase(said.split(" ")[-1], name) for name in allowed)]
     if not left or _answered(place, left):
         return
     raise TrustError(
         f"{place} names code that would run: {listing(left, 4)}. Read it first. Then say --trust-code, or list it in "
-        f"{_settings()} (callables = [...])"
+        f"{_settings()} (callables = [...], roots = [...])"
     )
 
 
@@ -106,12 +138,14 @@ def _record_all(named: dict[str, str]) -> None:
     file = _record()
     try:
         recorded = _recorded() if named else set()
+        if file is None and named:
+            raise OSError("there is no home for it")
         for said, source in named.items():
-            if (digest := _digest(said, source)) not in recorded:
+            if file and (digest := _digest(said, source)) not in recorded:
                 file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 append_line(file, {"code": digest, "name": said})
     except OSError as error:
-        log.warning("%s cannot be written: predictions will ask for --trust-code (%s)", file, error)
+        log.warning("the record of code cannot be written: predictions will ask for --trust-code (%s)", error)
 
 
 def _paths(config: Config) -> Iterator[tuple[str, str]]:
@@ -150,7 +184,7 @@ def _source(path: str, roots: Sequence[str]) -> str:
     for root in (*roots, *sys.path):
         for end in range(len(parts) - 1, 0, -1):
             module = Path(root or ".", *parts[:end])
-            for file in (module.with_suffix(".py"), module / "__init__.py"):
+            for file in (module / "__init__.py", Path(f"{module}.py")):  # as Python does
                 if file.is_file():
                     return f"{file.resolve()} {hashlib.sha256(file.read_bytes()).hexdigest()}"
     return "not found"
@@ -160,37 +194,47 @@ def _digest(said: str, source: str) -> str:
     return hashlib.sha256(json.dumps([said, source]).encode()).hexdigest()
 
 
-def _record() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "dcft_dist" / "code.jsonl"
+def _record() -> Path | None:
+    return _own_file("XDG_STATE_HOME", ".local/state", "code.jsonl")
+
+
+def _settings() -> Path | None:
+    return _own_file("XDG_CONFIG_HOME", ".config", "trusted.toml")
+
+
+def _own_file(variable: str, folder: str, name: str) -> Path | None:
+    """A file of the user's; None if the user has no home, as in some containers."""
+    try:
+        return Path(os.environ.get(variable) or Path.home() / folder) / "dcft_dist" / name
+    except RuntimeError:
+        return None
 
 
 def _recorded() -> set[str]:
+    file = _record()
     try:
-        return {str(row["code"]) for row in objects_in(_record(), "code")}
+        return {str(row["code"]) for row in objects_in(file, "code")} if file else set()
     except OSError:
         return set()
 
 
-def _settings() -> Path:
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dcft_dist" / "trusted.toml"
-
-
 def _allowed() -> list[str]:
-    """Import paths that the user's settings allow; `my_models.*` allows all in a module.
+    """What the user's settings allow: import paths (`my_models.*` allows all in a module), and folders of code.
 
     Raises:
-        ConfigError: the file is not TOML, or has no list `callables`.
+        ConfigError: the file is not TOML, or its keys are not lists.
     """
     file = _settings()
-    if not file.is_file():
+    if file is None or not file.is_file():
         return []
     try:
-        names = tomllib.loads(file.read_text(encoding="utf-8"))["callables"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"{file}: it must have a list, such as callables = ['my_models.make'] ({error})") from error
-    if not isinstance(names, list):
-        raise ConfigError(f"{file}: callables must be a list")
-    return [str(name) for name in names]
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: not a TOML file: {error}") from error
+    lists = content.get("callables", []), content.get("roots", [])
+    if content.keys() - {"callables", "roots"} or not all(isinstance(names, list) for names in lists):
+        raise ConfigError(f"{file}: it has two lists, such as callables = ['my_models.make'] and roots = ['/home/me/code']")
+    return [*map(str, lists[0]), *(str(Path(root).expanduser().resolve()) for root in lists[1])]
 
 
 def _answered(place: Path | str, wanted: list[str]) -> bool:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
 
-from ..errors import DamagedError, DataError, DcftError, line_of
+from ..errors import DamagedError, DataError
 from ..files import read_json
 from .pictures import shown_metrics
 
@@ -39,21 +37,6 @@ def summary_of(run: Path) -> dict[str, Any]:
     except DamagedError as error:
         raise DataError(f"{error}: delete it and start the run again, which makes it again") from error
     return summary
-
-
-@contextmanager
-def expected_form(place: Path) -> Iterator[None]:
-    """Inside the block, files of a run or study are read that may have been made by anybody.
-
-    Raises:
-        DataError: they have an unexpected form.
-    """
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-        if isinstance(error, DcftError):
-            raise
-        raise DataError(f"{place}: a file has an unexpected form ({type(error).__name__}: {line_of(error)})") from error
 
 
 def results_of(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:

@@ -9,6 +9,7 @@ contents/ (of the data files; see `data.contents`)
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -105,7 +106,8 @@ class RunFolder:
         scores = self.path / self.scores.name  # not those of another run
         files = [self.path / "config.toml", self.metrics, self.head, scores, self.fundamental, self.removal]
         files = [*files, self.predictions, *(files_below(self.model) if self.model.is_dir() else ())]
-        return {file.relative_to(self.path).as_posix(): _checksum(file) for file in files if file.is_file()}
+        files = [file for file in files if file.is_file() and file != self.model / "README.md"]  # people write into the card
+        return {file.relative_to(self.path).as_posix(): _checksum(file) for file in files}
 
     def altered(self) -> list[str]:
         """Files of a finished run that are missing, or are not those that it wrote; [] if its summary does not list any."""
@@ -140,6 +142,8 @@ class RunFolder:
             return {}
         try:
             found = differences(file.read_text(encoding="utf-8"), to_toml(config))
+            if "name" not in tomllib.loads(file.read_text(encoding="utf-8")):
+                raise ValueError("it has no name")
         except (ValueError, RecursionError) as error:
             raise DamagedError(
                 f"{file} is damaged ({line_of(error)}): restore it; or delete it, if you are sure that the run has this "

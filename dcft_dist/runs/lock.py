@@ -43,7 +43,7 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 _claims: dict[str, str] = {}  # path of a lock -> what this process has written into it
 
-_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF)  # EBADF: NFS, opened for reading
 
 
 @contextmanager
@@ -171,10 +171,10 @@ def _beating(handle: IO[str], folder: Path) -> threading.Event:
 
     def beat() -> None:
         while not end.wait(BEAT_S):
-            if _place_of(folder) not in (place, None) or not folder.parent.exists() or not folder.exists():
-                log.error("%s was removed, or moved away, while the run goes on: this process ends", folder)
-                os._exit(1)
             with suppress(OSError, ValueError):  # the file system is away for a moment; or the file is closed
+                if _place_of(folder) != place:
+                    log.error("%s was removed, or moved away, while the run goes on: this process ends", folder)
+                    os._exit(1)
                 os.utime(handle.fileno())
                 holder = Path(handle.name).read_text().strip()
                 if holder and holder != _mine(handle) and not end.is_set():
@@ -186,12 +186,16 @@ def _beating(handle: IO[str], folder: Path) -> threading.Event:
     return end
 
 
-def _place_of(folder: Path) -> tuple[int, int] | None:
-    """What a folder is for its file system; None if that does not answer for a moment."""
+def _place_of(folder: Path) -> tuple[int, int]:
+    """What a folder is for its file system; zeros if it does not exist.
+
+    Raises:
+        OSError: the file system does not answer.
+    """
     try:
         found = folder.stat()
-    except OSError:
-        return None
+    except FileNotFoundError:
+        return 0, 0
     return found.st_dev, found.st_ino
 
 
@@ -226,12 +230,16 @@ def _is_alive(process: int) -> bool:
 
 def lock_holder(folder: Path) -> str:
     """Description of the job that has the lock: process, host, Slurm job, time. Empty if no job has it."""
-    try:
-        handle = _open(folder / "lock", "r")
-    except (FileNotFoundError, PermissionError):
-        return ""
-    with handle:
-        return _taken(handle)
+    for mode in ("r+", "r"):  # NFS locks only what is open for writing
+        try:
+            with _open(folder / "lock", mode) as handle:
+                return _taken(handle)
+        except FileNotFoundError:
+            return ""
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+    return ""
 
 
 def _job() -> str:

@@ -72,6 +72,8 @@ class RunWriter(RunFolder):
         with collectives.agreed("open run directory"):
             if collectives.rank() == 0:
                 try:
+                    if config.private:
+                        self.path.chmod(0o700)
                     write_atomic(self.path / "config.toml", to_toml(config))
                 except OSError as error:
                     kind = TemporaryError if error.errno in FULL else ConfigError

@@ -31,7 +31,15 @@ from ..runs.folder import identity
 from ..runs.status import REACHED, estimate_text
 from ..runs.stop import Stopped, stop_requested
 from ..runs.writer import logging_only
-from ..weights.checkpoint import damage_in, is_complete, load_checkpoint, model_state, read_state, save_checkpoint
+from ..weights.checkpoint import (
+    bring_back,
+    damage_in,
+    is_complete,
+    load_checkpoint,
+    model_state,
+    read_state,
+    save_checkpoint,
+)
 from .context import RunContext
 from .find_set import find_fundamental
 from .finish import finish
@@ -239,6 +247,7 @@ class Trainer:
         """
         wanted = self._best_folder(best)
         if not (problem := damage_in(wanted)):
+            read_state(wanted, self.identity, verified=True)  # of this run?
             return wanted, ""
         found: list[tuple[float, int, Path]] = []
         for folder in (*self.writer.all_checkpoints("best"), *self.writer.all_checkpoints()):
@@ -283,6 +292,9 @@ class Trainer:
             CheckpointError: all are damaged.
         """
         problems = []
+        with collectives.agreed("checkpoints"):
+            if self.run.world.is_first:
+                bring_back(self.writer.checkpoints)
         for folder in self.writer.all_checkpoints():
             if not (problem := damage_in(folder)):
                 return folder

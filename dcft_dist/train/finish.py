@@ -127,4 +127,5 @@ def _export(run: RunContext, fundamental: FundamentalSet | None) -> None:
         fundamental.save(folder / run.writer.fundamental.name)
     with collectives.agreed("export"):
         if run.world.is_first:
+            (folder / "README.md").unlink(missing_ok=True)  # the card of an earlier export
             run.pretrained.save_description(folder)

@@ -63,7 +63,7 @@ def train(config: Config) -> bool:
                 if text := what_it_is(summary):
                     print(text, flush=True)
                 with logging_only(folder / "report.html"):
-                    if (folder / "model").is_dir():
+                    if (folder / "model").is_dir() and not (folder / "model/README.md").exists():
                         write_card(folder / "model", config, summary)
                     print(f"report: {write_report(folder)}", flush=True)
     except Stopped as stopped:

@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 _STATE, _MANIFEST, _FORMAT = "state.json", "manifest.json", 2
 
+ASIDE = ".aside"  # end of the name of a checkpoint while it is replaced
+
 
 State = dict[str, Any]
 
@@ -168,9 +170,26 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any], identit
             entries = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
             about = {"format": _FORMAT, "name": folder.name, "identity": dict(identity or {}), "files": entries}
             write_json(temporary / _MANIFEST, about)
-            if folder.exists():
-                shutil.rmtree(folder)
+            aside = folder.with_name(f".{folder.name}{ASIDE}")
+            if folder.exists():  # it has its place until the new one has
+                folder.rename(aside)
             temporary.rename(folder)
+            if aside.exists():
+                shutil.rmtree(aside)
+
+
+def bring_back(checkpoints: Path) -> None:
+    """After a start that ended while it replaced a checkpoint: gives the former one its name again. One process calls it.
+
+    Args:
+        checkpoints: the folder of all checkpoints; need not exist.
+    """
+    for aside in checkpoints.glob(f".*{ASIDE}"):
+        folder = aside.with_name(aside.name.removesuffix(ASIDE)[1:])
+        if folder.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(folder)
 
 
 def _require_finite(tensors: State) -> None:

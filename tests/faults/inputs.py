@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from hypothesis import strategies as st
 
@@ -390,6 +391,7 @@ command_lines = st.tuples(st.sampled_from(COMMANDS), st.lists(arguments, max_siz
 
 
 def check_command(words: list[str]) -> None:
+    threads = torch.get_num_threads()
     try:
         code: Any = main(words)
     except SystemExit as end:  # of argparse
@@ -397,6 +399,7 @@ def check_command(words: list[str]) -> None:
     if dist.is_initialized():  # a command ends its process with the group
         dist.destroy_process_group()
     os.environ.pop("TQDM_DISABLE", None)  # as a study sets it
+    torch.set_num_threads(threads)
     assert code in (0, 1, 2, 75)
 
 

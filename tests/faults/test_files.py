@@ -81,7 +81,9 @@ def check_file(name: str, how: str, runs: dict[str, Any], target: Path) -> None:
         assert stands_in or same_result(found, runs["summary"]), (name, how)
         return
     line = said.strip().splitlines()[-1]
-    assert code == 2 and line.startswith("dcft: error: ") and Path(name).parts[0].removesuffix(".safetensors") in line, said
+    of_another = name in ("config.toml", "facts.json") and ("holds a run with another" in line or "was begun with" in line)
+    assert code == 2 and line.startswith("dcft: error: ")
+    assert of_another or Path(name).parts[0].removesuffix(".safetensors") in line, said
 
 
 @pytest.mark.parametrize(("name", "how"), [(name, DAMAGES[i % 4]) for i, name in enumerate(FILES)])
@@ -197,6 +199,33 @@ def test_a_damaged_best_checkpoint(runs: dict[str, Any], tmp_path: Path) -> None
     assert code == 2 and "no other validated checkpoint is left: restore it, or delete" in said, said
 
 
+def test_a_best_checkpoint_of_another_run(runs: dict[str, Any], tmp_path: Path) -> None:
+    """It is whole, and its weights would be tested under this run's name."""
+    shutil.copytree(runs["folder"] / "whole/tiny", tmp_path / "tiny")
+    run, theirs = tmp_path / "tiny", runs["folder"] / "other/tiny/checkpoints"
+    (run / "summary.json").unlink()
+    for best in (run / "checkpoints").glob("best_*"):
+        shutil.rmtree(best)
+        shutil.copytree(next(theirs.glob("best_*")), best)
+        manifest = read_json(best / "manifest.json")
+        write_json(best / "manifest.json", manifest | {"name": best.name})
+    code, said = resumed(runs, tmp_path)
+    assert code == 2 and "belongs to another run: it was saved with seed = 1" in said, said
+
+
+def test_a_start_that_ends_while_it_replaces_a_checkpoint(runs: dict[str, Any], tmp_path: Path) -> None:
+    """The former one lies aside, and is brought back."""
+    run = copied(runs, tmp_path)
+    for step in RunFolder(run).steps()[:-1]:
+        shutil.rmtree(RunFolder(run).checkpoint(step))
+    newest = RunFolder(run).checkpoint(RunFolder(run).steps()[-1])
+    newest.rename(newest.with_name(f".{newest.name}.aside"))
+    code, said = resumed(runs, tmp_path)
+    assert code == 0 and "going on from step" in said
+    assert same_result(read_json(run / "summary.json"), runs["summary"])
+    assert not list((run / "checkpoints").glob(".*"))
+
+
 def test_a_run_folder_that_was_moved(runs: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(runs["folder"] / "stopped/tiny", tmp_path / "elsewhere/renamed")
     done = dcft("train", runs["config"], "--runs_dir", tmp_path / "elsewhere", "--name", "renamed", *KEEP)
@@ -217,9 +246,13 @@ def test_a_damaged_summary_is_made_again(runs: dict[str, Any], tmp_path: Path) -
         (tmp_path / "tiny/summary.json").write_bytes(content)
         assert main(["report", str(tmp_path / "tiny")]) == 2 and main(["table", str(tmp_path / "tiny")]) == 2
         assert dcft("evaluate", tmp_path / "tiny").returncode == 2
+    (tmp_path / "tiny/model/README.md").write_text("what a person wrote")
     code, said = resumed(runs, tmp_path)
     assert code == 0 and "summary.json is damaged: it is made again from the checkpoints" in said
     assert same_result(read_json(tmp_path / "tiny/summary.json"), runs["summary"])
+    (tmp_path / "tiny/model/README.md").write_text("what a person wrote")
+    assert resumed(runs, tmp_path)[0] == 0 and "a person" in (tmp_path / "tiny/model/README.md").read_text()
+    assert main(["verify", str(tmp_path / "tiny")]) == 0
 
 
 @pytest.mark.parametrize(

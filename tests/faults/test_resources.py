@@ -85,6 +85,7 @@ def test_a_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> N
             for _ in range(100):
                 append_line(disk / "lines.jsonl", {"long": "x" * 500})
         assert read_lines(disk / "lines.jsonl", damaged="damaged")[0] == {"a": 1}
+        assert (disk / "lines.jsonl").read_bytes().endswith(b"}\n"), "no half of a line"
         assert "damaged" not in read_lines(disk / "lines.jsonl", damaged="damaged")
 
 

@@ -1,4 +1,4 @@
-"""What comes from others: folders of runs, files of data, programs on the network, links, tables."""
+"""What comes from others: folders of runs, files of data, links, tables."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import os
 import pickle
 import pty
 import shutil
-import socket
 import stat
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,6 @@ import numpy as np
 import pytest
 
 from dcft_dist.cli import main
-from dcft_dist.cluster.node_check import meet
 from dcft_dist.config.toml import load_config
 from dcft_dist.config.trust import named_code, remember, require_trust
 from dcft_dist.data.monai_readers import loader
@@ -123,8 +119,13 @@ def test_settings_of_the_user(tmp_path: Path) -> None:
     settings = tmp_path / "settings/dcft_dist/trusted.toml"
     settings.write_text('callables = ["somewhere.*"]')
     require_trust(config, "a run")
+    theirs = load_config("icd.toml", ["--task.loss", "somewhere.loss", "--import_roots", json.dumps([str(tmp_path)])])
+    with pytest.raises(TrustError, match="import_roots"):  # another module of that name
+        require_trust(theirs, "a run")
+    settings.write_text(f'callables = ["somewhere.*"]\nroots = ["{tmp_path}"]')
+    require_trust(theirs, "a run")
     settings.write_text('callables = "somewhere.*"')
-    with pytest.raises(ConfigError, match="callables must be a list"):
+    with pytest.raises(ConfigError, match="it has two lists"):
         require_trust(config, "a run")
 
 
@@ -156,6 +157,41 @@ def test_nobody_is_asked_but_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model.build", "monai.networks.nets.UNet", "--model.args", '{act = "object:torch.nn.SiLU"}'], False),
         (["--model.build", "monai.networks.nets.UNet", "--model.args", '{act = ["object:evil.Act"]}'], True),
         (["--model.build", "monai.bundle.load"], True),
+        (["--model.build", "monai.networks.nets.swin_unetr.torch.os.system", "--model.args", '{command = "x"}'], True),
+        (["--model.build", "monai.networks.nets.swin_unetr.torch.hub.load"], True),
+        (["--model.build", "transformers.AutoModel.from_pretrained", "--model.args", "{weights_only = false}"], True),
+        (["--model.build", "transformers.AutoModel", "--model.args", "{weights_only = false}"], True),
+        (["--model.build", "timm.create_model", "--model.args", '{model_name = "hf-hub:theirs/model"}'], True),
+        (
+            [
+                "--model.build",
+                "timm.create_model",
+                "--model.args",
+                '{model_name = "vit_base_patch16_224.mae", pretrained = true}',
+            ],
+            True,
+        ),
+        (
+            [
+                "--model.build",
+                "timm.create_model",
+                "--model.args",
+                '{model_name = "vit_base_patch16_224.mae", drop_path_rate = 0.1}',
+            ],
+            False,
+        ),
+        (
+            ["--model.build", "monai.networks.nets.UNet", "--model.args", '{num_classes = "num_outputs", decoder_num = 3}'],
+            False,
+        ),
+        (["--task.loss", "torch.nn.functional.importlib.import_module"], True),
+        (["--task.loss", "torch.nn.functional.cross_entropy"], False),
+        (["--data.modality", "image", "--data.path", "x", "--data.transform", "monai.transforms.RandFlip"], False),
+        (["--data.modality", "image", "--data.path", "x", "--data.transform", "monai.transforms.LoadImage"], True),
+        (
+            ["--data.modality", "image", "--data.path", "x", "--data.transform", "monai.transforms.inverse.torch.os.system"],
+            True,
+        ),
         (["--engine", "theirs:Engine"], True),
         (["--import_roots", '["."]'], True),
         (["--task.metrics", '["theirs.metric"]'], True),
@@ -169,6 +205,32 @@ def test_a_record_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "state").write_text("no folder")
     remember(load_config("icd.toml", ["--task.loss", "somewhere.loss"]))
     assert "predictions will ask for --trust-code" in caplog.text
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """As in some containers: no variable, and no entry in the list of users."""
+    import pwd
+
+    def nobody(_: int) -> Any:
+        raise KeyError("no such user")
+
+    for name in ("HOME", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    config = load_config("icd.toml", ["--task.loss", "somewhere.loss"])
+    remember(config)
+    assert "the record of code cannot be written" in caplog.text
+    with pytest.raises(TrustError):
+        require_trust(config, "a run")
+
+
+def test_the_source_is_the_one_that_python_takes(tmp_path: Path) -> None:
+    """A package goes before a module of the same name."""
+    (tmp_path / "both").mkdir()
+    (tmp_path / "both/__init__.py").write_text("x = 1\n")
+    (tmp_path / "both.py").write_text("x = 2\n")
+    words = ["--task.loss", "both.x", "--import_roots", json.dumps([str(tmp_path)])]
+    assert "both/__init__.py" in named_code(load_config("icd.toml", words))["task.loss = both.x"]
 
 
 @pytest.mark.parametrize(
@@ -235,82 +297,6 @@ def test_weights_with_pickles(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read without running code in it"):
         WeightFiles(tmp_path / "model.pth")
     assert not (tmp_path / "it_ran").exists()
-
-
-# -- the meeting of the nodes ------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def meeting(nodes: list[str], port: int, secrets: dict[str, str], timeout_s: float) -> dict[str, str]:
-    found: dict[str, str] = {}
-
-    def one(me: str) -> None:
-        found[me] = meet(me, "127.0.0.1", port, nodes, timeout_s, secrets.get(me, "a secret"))
-
-    threads = [threading.Thread(target=one, args=(me,)) for me in nodes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
-
-
-def strangers(port: int, number: int, say: bytes, kept: list[socket.socket]) -> None:
-    """They connect first, and stay."""
-    while len(kept) < number:
-        try:
-            kept.append(socket.create_connection(("127.0.0.1", port), timeout=1))
-            kept[-1].sendall(say)
-        except OSError:
-            time.sleep(0.01)
-
-
-@pytest.mark.parametrize(("number", "say"), [(1, b""), (300, b""), (5, b"b"), (5, b"x" * 32 + b"b\n"), (5, b"y" * 5000)])
-def test_strangers_at_the_meeting(number: int, say: bytes) -> None:
-    """They say nothing, or the name of a node: they keep nobody waiting, and take nobody's place."""
-    port, kept = free_port(), list[socket.socket]()
-    crowd = threading.Thread(target=strangers, args=(port, number, say, kept), daemon=True)
-    crowd.start()
-    began = time.monotonic()
-    assert meeting(["a", "b", "c"], port, {}, 10.0) == {"a": "", "b": "", "c": ""}
-    assert time.monotonic() - began < 9
-    for connection in kept:
-        connection.close()
-
-
-def test_a_stranger_takes_nobodys_place() -> None:
-    port, kept = free_port(), list[socket.socket]()
-    threading.Thread(target=strangers, args=(port, 5, b"x" * 32 + b"b\n", kept), daemon=True).start()
-    found = meet("a", "127.0.0.1", port, ["a", "b"], 2.0, "a secret")
-    assert found == f"a: no contact from b on 127.0.0.1 port {port} within 2 s"
-    for connection in kept:
-        connection.close()
-
-
-def test_another_job_at_the_meeting() -> None:
-    port = free_port()
-    found = meeting(["a", "b"], port, {"b": "another secret"}, 2.0)
-    assert "no contact from b" in found["a"] and "cannot reach the head node a" in found["b"]
-
-
-def test_a_head_that_does_not_know_the_secret() -> None:
-    port = free_port()
-    server = socket.create_server(("127.0.0.1", port))
-
-    def pretend() -> None:
-        connection, _ = server.accept()
-        connection.sendall(b"0" * 16)
-        connection.recv(400)
-        connection.sendall(b"go" + b"0" * 32)
-
-    threading.Thread(target=pretend, daemon=True).start()
-    assert "another program answers there" in meet("b", "127.0.0.1", port, ["a", "b"], 3.0, "a secret")
-    server.close()
 
 
 # -- links, tables, rights, words --------------------------------------------------------------------------------------

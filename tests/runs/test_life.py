@@ -218,7 +218,13 @@ def test_ctrl_c_reaches_the_ranks_of_torchrun_as_a_request(tiny: Path, tmp_path:
     environment = os.environ | {"DCFT_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RANKS": "2"}
     command = [str(ROOT / "launch/torchrun_local.sh"), "tiny.toml", *QUICK, "--train.epochs", "400"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )
     wait_for_step(tmp_path / "runs/tiny", 2)
     process.send_signal(signal.SIGINT)

@@ -334,13 +334,13 @@ def _delta(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
-    if (options.run / "study.toml").exists():
-        from .studies.report import write_study_report as write
-    else:
-        from .reports.run_report import write_report as write
+    from .reports.run_report import write_report
+    from .studies.report import write_study_report
+
     with expected_form(options.run):
         if (options.run / "config.toml").is_file():
             _load(options.run / "config.toml", ())  # private?
+        write: Any = write_study_report if (options.run / "study.toml").exists() else write_report
         print(write(options.run, options.pictures))
 
 

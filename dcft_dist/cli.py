@@ -209,13 +209,9 @@ def _keep_private(config: Config) -> Config:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
-    from .config.trust import remember
     from .train.run import train
 
-    config = _load(options.config, rest)
-    if os.environ.get("RANK", "0") == "0":
-        remember(config)  # to start a training is the user's word for its code
-    train(config)
+    train(_load(options.config, rest))
 
 
 def _status(options: argparse.Namespace, rest: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config.checks import check_ranks
 from ..config.schema import Config
+from ..config.trust import remember
 from ..data.batches import is_of_worker, worker_error
 from ..distributed import collectives
 from ..distributed.world import World, joined_world
@@ -43,6 +44,10 @@ def train(config: Config) -> bool:
     """
     folder, first = Path(config.runs_dir) / config.name, os.environ.get("RANK", "0") == "0"
     refuse_repetition(folder)
+    if config.private:
+        os.umask(0o077)
+    if first:
+        remember(config)  # to start a training is the user's word for its code
     listen_for_stop()
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -35,7 +36,7 @@ def same_result(found: dict[str, Any], undisturbed: dict[str, Any]) -> bool:
 def strike(
     config: Path, runs: Path, phase: str, action: str, rank: int, *words: str
 ) -> tuple[float, list[tuple[int, str]]] | None:
-    """Starts two ranks, and does something to one of them in a phase.
+    """Starts two ranks, and does something to one of them at a random moment of a phase.
 
     Args:
         action: `kill`, `terminate`, or `suspend`: until the other rank has given up.
@@ -49,6 +50,7 @@ def strike(
     if not wait_for_phase(run, phase, processes):
         finish(processes)
         return None
+    time.sleep(random.random() * (0.2 if phase in ("setup", "warm_up", "score", "train") else 0.02))
     number = {"kill": signal.SIGKILL, "terminate": signal.SIGTERM, "suspend": signal.SIGSTOP}[action]
     began = time.monotonic()
     processes[rank].send_signal(number)

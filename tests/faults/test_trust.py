@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import pty
@@ -132,7 +133,7 @@ def test_settings_of_the_user(tmp_path: Path) -> None:
 def test_nobody_is_asked_but_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load_config("icd.toml", ["--task.loss", "somewhere.loss"])
     ours, theirs = pty.openpty()
-    os.write(ours, b"y\n")
+    os.write(ours, b"y\ny\n")
     with open(theirs, "r+b", buffering=0) as terminal:
         import io
         import sys
@@ -344,6 +345,24 @@ def test_a_private_run(tiny: Path, tmp_path: Path) -> None:
     )
     files = [tmp_path / "tiny", *(tmp_path / "tiny").rglob("*")]
     assert len(files) > 20 and all(stat.S_IMODE(file.stat().st_mode) & 0o077 == 0 for file in files)
+
+
+def by_library(config: str, folder: str) -> list[str]:
+    """A training without the command line, as submitit starts it. Returns the modes of what can be read by others."""
+    from dcft_dist.train.run import train as run
+
+    run(load_config(config, ["--runs_dir", folder, "--private", "true", "--until", "select", "--removal.fractions", "[]"]))
+    files = Path(folder).rglob("*")
+    return [
+        f"{file.name} {stat.S_IMODE(file.stat().st_mode):o}" for file in files if stat.S_IMODE(file.stat().st_mode) & 0o077
+    ]
+
+
+def test_a_private_run_through_submitit(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir(mode=0o755)
+    context: Any = multiprocessing.get_context("fork")
+    with context.Pool(1) as pool:
+        assert pool.apply(by_library, (str(tiny), str(tmp_path / "runs"))) == []
 
 
 def test_patients_stand_where_the_list_says(tmp_path: Path) -> None:

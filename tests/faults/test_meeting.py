@@ -65,20 +65,21 @@ def test_a_stranger_takes_nobodys_place() -> None:
 
 
 def test_strangers_that_break_off() -> None:
-    """Hundreds connect and reset at once. The listener goes on."""
-    port = free_port()
-
-    def break_off() -> None:
-        for _ in range(600):
-            try:
-                with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            except OSError:
-                time.sleep(0.01)
-
-    threading.Thread(target=break_off, daemon=True).start()
-    time.sleep(0.2)
-    assert meeting(["a", "b"], port, {}, 10.0) == {"a": "", "b": ""}
+    """Six hundred connect and reset at once, before the second node comes. The head still hears it."""
+    port, found = free_port(), dict[str, str]()
+    head = threading.Thread(target=lambda: found.update(a=meet("a", "127.0.0.1", port, ["a", "b"], 20.0, "a secret")))
+    head.start()
+    broken, end = 0, time.monotonic() + 8
+    while broken < 600 and time.monotonic() < end:
+        try:
+            with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            broken += 1
+        except OSError:
+            time.sleep(0.01)
+    assert meet("b", "127.0.0.1", port, ["a", "b"], 10.0, "a secret") == ""
+    head.join()
+    assert found == {"a": ""}
 
 
 def test_another_job_at_the_meeting() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def note_failed_meeting(folder: Path, error: WorldError) -> None:
     """Records a start at which the ranks did not meet, and its error. Such a start counts as failed."""
     if os.environ.get("RANK", "0") == "0":
         previous = attempts(folder)
-        note_attempt(folder, previous[-1]["at"] if previous else "the beginning", int(os.environ.get("WORLD_SIZE", 1)))
+        with suppress(OSError):  # a full disk; the error itself is told anyway
+            note_attempt(folder, previous[-1]["at"] if previous else "the beginning", int(os.environ.get("WORLD_SIZE", 1)))
         note_error(folder, error)
 
 

@@ -117,7 +117,7 @@ def status(folder: Path) -> str:
     Raises:
         RunError: no run has started there.
     """
-    if not (folder / "config.toml").exists():
+    if not (folder / "config.toml").exists() and not attempts(folder):
         raise RunError(f"no run has started in {folder}: the job may still be queued, or failed earlier (see its log)")
     lines, run = [], RunFolder(folder)
     progress = read_json_or(run.progress, None, "phase", "step")

@@ -32,6 +32,7 @@ from ..runs.status import REACHED, estimate_text
 from ..runs.stop import Stopped, stop_requested
 from ..runs.writer import logging_only
 from ..weights.checkpoint import (
+    State,
     bring_back,
     damage_in,
     is_complete,
@@ -181,7 +182,7 @@ class Trainer:
         if not may_not_win and (best.value is None or value > best.value):
             best = Best(epoch, value, step)
             state = {"epoch": epoch, "validation": metrics}
-            save_checkpoint(self._best_folder(best), model_state(self.run.model), state, self.identity)
+            self._write(self._best_folder(best), step, model_state(self.run.model), state)
         if write:
             self._save(step, best, validated=True, epoch=epoch, validation=None if may_not_win else metrics)
         self.writer.phase("train", step)
@@ -214,15 +215,23 @@ class Trainer:
         progress = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
         progress["data"] = self.run.task.checksum
         progress["factor"] = self.training.learned.state() if self.training.learned else None
+        self._write(self.writer.checkpoint(step), step, state, progress | result)
+        if self.run.world.is_first:  # the new checkpoint is complete: older ones are no longer needed
+            self._remove_old("step", step, self.config.checkpoint.keep_last)
+            self._remove_old("best", best.step, self.config.checkpoint.keep_best)
+
+    def _write(self, folder: Path, step: int, tensors: State, state: dict[str, Any]) -> None:
+        """Writes a checkpoint after a step.
+
+        Raises:
+            DivergedError: a number is not finite; the message names the last good checkpoint.
+        """
         try:
-            save_checkpoint(self.writer.checkpoint(step), state, progress | result, self.identity)
+            save_checkpoint(folder, tensors, state, self.identity)
         except DivergedError as error:
             good = self.writer.steps()
             kept = f"step {good[-1]} is the last good checkpoint" if good else "there is no checkpoint yet"
             raise DivergedError(f"after step {step}: {error}; {kept}. Lower optimizer.lr, under another --name") from error
-        if self.run.world.is_first:  # the new checkpoint is complete: older ones are no longer needed
-            self._remove_old("step", step, self.config.checkpoint.keep_last)
-            self._remove_old("best", best.step, self.config.checkpoint.keep_best)
 
     def _remove_old(self, kind: str, newest: int, keep: int) -> None:
         """Keeps the last `keep` complete checkpoints up to step `newest`; deletes all others, also those of a lost start."""

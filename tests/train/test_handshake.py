@@ -24,7 +24,7 @@ from dcft_dist.data.user_task import user_task
 from dcft_dist.distributed.world import World
 from dcft_dist.errors import DataError, DcftError
 from dcft_dist.files import read_json
-from dcft_dist.runs.status import run_verdict
+from dcft_dist.runs.status import run_verdict, status
 from dcft_dist.train.run import run
 
 from ..processes import dcft, output_of
@@ -111,6 +111,7 @@ def test_a_rank_with_another_configuration(tmp_path: Path, odd: list[str], said:
     run = tmp_path / "runs/smoke"
     assert not (run / "config.toml").exists(), "nothing was begun"
     assert run_verdict(run, "the beginning", 3)[0] == "failed", "it would differ again"
+    assert "last failure: rank" in status(run)
 
 
 def test_a_rank_with_other_data(folder: Path) -> None:

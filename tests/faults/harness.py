@@ -25,7 +25,7 @@ PHASES = ("setup", "warm_up", "score", "select", "removal_check", "train", "vali
 DAMAGES = ("cut", "flipped", "emptied", "swapped")
 SAME = ("weights_checksum", "test", "validation", "best_epoch", "num_selected")  # keys that a fault may not change
 
-_NEWNS, _PRIVATE = 0x20000, 1 << 18 | 1 << 14  # a mount namespace of one's own; mounts in it stay in it
+_NEWNS, _PRIVATE = 0x20000, 1 << 18 | 1 << 14  # a mount namespace for this process; mounts in it stay in it
 
 
 def same_result(found: dict[str, Any], undisturbed: dict[str, Any]) -> bool:

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ..processes import Process, finish
 from ..train.test_run import start, wait_for_phase
 
@@ -64,7 +66,9 @@ def strike(
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of a few bytes, mounted at a new folder."""
+    """A file system of a few bytes, mounted at a new folder. Only root can do that."""
+    if os.geteuid():
+        pytest.skip("only root can mount a small disk")
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=True)
     try:
@@ -74,7 +78,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def own_mounts(folder: Path, options: str) -> None:
-    """In a process that is about to begin: a file system at a folder that only it and its children see."""
+    """In a process that is about to begin, as root: a file system at a folder that only it and its children see."""
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.unshare(_NEWNS) == 0 and libc.mount(b"none", b"/", None, _PRIVATE, None) == 0, ctypes.get_errno()
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)

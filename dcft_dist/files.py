@@ -110,7 +110,7 @@ def expected_form(place: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RecursionError) as error:
         if isinstance(error, DcftError):
             raise
         raise DataError(f"{place}: a file has an unexpected form ({type(error).__name__}: {line_of(error)})") from error

@@ -171,6 +171,8 @@ def objects_in(path: Path, *keys: str) -> list[dict[str, Any]]:
 def _sealed(data: Mapping[str, Any] | Sequence[Any]) -> Any:
     """The same object or list with its checksum: under the key `seal`, or as a last element."""
     plain = json.loads(json.dumps(data))
+    if isinstance(plain, dict):
+        plain.pop(SEAL, None)  # of what was read without this module
     return {**plain, SEAL: _checksum(plain)} if isinstance(plain, dict) else [*plain, f"{SEAL} {_checksum(plain)}"]
 
 

@@ -146,13 +146,13 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
-        if world_size() == 1 or not _is_communication(error):
+        if world_size() == 1 or not is_communication(error):
             raise
         first_line = str(error).strip().splitlines()[0][:200]
         raise WorldError(f"rank {rank()}: {what} failed: {missing_ranks()} [{first_line}]") from error
 
 
-def _is_communication(error: Exception) -> bool:
+def is_communication(error: Exception) -> bool:
     """Whether an error comes from the communication between ranks."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or any(

@@ -126,6 +126,10 @@ class StepChecks:
         try:
             left = distance_left(own, tried)
         except Exception as error:  # whatever an optimizer may raise for a tensor that it has not seen before
+            if collectives.world_size() > 1 and collectives.is_communication(
+                error
+            ):  # a rank was lost meanwhile, which is no fault of the optimizer
+                raise
             if not closure:
                 self._untried = f"{kind} cannot be tried on a copy of {name} ({line_of(error)}); so {_ADVICE}"
             return ""  # the step itself may fail too, and says why

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizers
 
 from dcft_dist import FundamentalSet, attach_penalty
+from dcft_dist.distributed import collectives
 from dcft_dist.errors import PenaltyError
 from dcft_dist.method import step_checks
 from dcft_dist.method.trial_step import distance_left
@@ -292,6 +294,25 @@ def test_an_optimizer_with_weights_of_its_own_is_refused(name: str) -> None:
     make, message = BAD[name]
     with pytest.raises(PenaltyError, match=message):
         trained(make, 20, ask=False)
+
+
+def test_a_rank_that_is_lost_during_the_trial_is_no_fault_of_the_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step may communicate. Its time limit must not end a run for good."""
+
+    def lost(*_: Any) -> float:
+        raise RuntimeError(
+            "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"
+        )
+
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    attach_penalty(model, FundamentalSet.from_masks(MASKS), 0.1, optimizer=optimizer)
+    backward(model, 0)
+    monkeypatch.setattr(step_checks, "distance_left", lost)
+    two_ranks = SimpleNamespace(world_size=lambda: 2, rank=lambda: 0, is_communication=collectives.is_communication)
+    monkeypatch.setattr(step_checks, "collectives", two_ranks)
+    with pytest.raises(RuntimeError, match="Timed out"):
+        optimizer.step()
 
 
 def test_what_changes_weights_between_steps_is_found() -> None:

@@ -16,6 +16,7 @@ from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.tasks import load_task
 from dcft_dist.errors import ConfigError, DataError, RunError
+from dcft_dist.files import write_json
 from dcft_dist.studies.bootstrap import Estimate, contrast_verdict, estimate
 from dcft_dist.studies.results import StudyFolder
 from dcft_dist.studies.runner import _train_loss
@@ -332,7 +333,7 @@ def test_running_cells_again(small_base: Path, tmp_path: Path) -> None:
     assert result["summary"]["machine"]["threads"] == 1  # unless the environment says another number
     result["summary"]["machine"]["threads"] = 3
     del result["train_loss"]  # as in a result of a version that did not keep it
-    kept.write_text(json.dumps(result))
+    write_json(kept, result)
     again = dcft("compare", study, "--folder", folder, "--again", "1")
     assert again.returncode == 0 and "every cell has the same results, to the last digit" in again.stdout
     assert "DIFFERENT" not in again.stdout + again.stderr
@@ -340,7 +341,7 @@ def test_running_cells_again(small_base: Path, tmp_path: Path) -> None:
     assert sum(result["prepared_seconds"].values()) > 0
     last, was = len(result["epochs"]) - 1, result["epochs"][-1]["validation/loss"]
     result["epochs"][-1]["validation/loss"] += 1e-7
-    kept.write_text(json.dumps(result))
+    write_json(kept, result)
     again = dcft("compare", study, "--folder", folder, "--again", "1")
     assert again.returncode == 1 and again.stdout.endswith(
         f"\n{kept.stem}: epoch {last}, validation/loss: {was + 1e-7} before, {was} now\n"

@@ -141,15 +141,25 @@ def explained(what: str) -> Iterator[None]:
     """Explains a collective that fails or times out inside the block.
 
     Raises:
-        WorldError: a collective between several ranks failed; the message names the missing ranks.
+        WorldError: a collective between several ranks failed; the message names the missing ranks. Also if another error of
+            this package arose while things were put in order after it.
     """
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
-        if world_size() == 1 or not is_communication(error):
+    except (dist.DistError, RuntimeError, DcftError) as error:
+        if world_size() == 1 or isinstance(error, TemporaryError) or (lost := _lost_contact(error)) is None:
             raise
-        first_line = str(error).strip().splitlines()[0][:200]
+        first_line = str(lost).strip().splitlines()[0][:200]
         raise WorldError(f"rank {rank()}: {what} failed: {missing_ranks()} [{first_line}]") from error
+
+
+def _lost_contact(error: BaseException | None) -> BaseException | None:
+    """The error of the communication that this one is, or that it arose after; None if there is none."""
+    while error is not None:
+        if isinstance(error, dist.DistError | RuntimeError) and is_communication(error):
+            return error
+        error = None if error.__suppress_context__ else error.__context__
+    return None
 
 
 def is_communication(error: Exception) -> bool:

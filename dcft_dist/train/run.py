@@ -98,7 +98,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
             writer.check(config)
         log.info("%s is finished already: delete it to run it again", writer.path)
         return result
-    with locked(writer.path, config.timeout_s), _named_workers():
+    with locked(writer.path, config.timeout_s), collectives.explained("training"), _named_workers():
         writer.begin_anew(config)
         previous = begin_attempt(writer.path, writer.reached(), config.max_attempts)
         greet(config)  # under the lock, so that an error is recorded and the verdict is `failed`

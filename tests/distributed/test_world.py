@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from dcft_dist.distributed import collectives
-from dcft_dist.errors import DcftError, WorldError
+from dcft_dist.errors import DcftError, EngineError, WorldError
 
 from ..ranks import run_ranks
 
@@ -89,3 +89,22 @@ def still_held() -> bool:
 def test_no_reduction_is_left_to_threads_that_outlive_the_interpreter() -> None:
     """Else the process may abort at its exit, after all was done."""
     assert run_ranks(2, references_after_reductions) == [0, 0]
+
+
+def test_what_arises_while_a_lost_rank_is_cleaned_up_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward that lost a rank leaves a module half gathered; the engine then complains. The cause is the lost rank."""
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "missing_ranks", lambda: "rank 1 does not answer")
+    said = r"training failed: rank 1 does not answer \[\[gloo\] Connection reset by peer\]"
+    with pytest.raises(WorldError, match=said), collectives.explained("training"):
+        try:
+            raise RuntimeError("[gloo] Connection reset by peer")
+        finally:
+            raise EngineError("these weights are outside every fully_shard group")
+    with pytest.raises(EngineError), collectives.explained("training"):  # another error alone stays what it is
+        raise EngineError("these weights are outside every fully_shard group")
+    with pytest.raises(EngineError), collectives.explained("training"):
+        try:
+            raise RuntimeError("[gloo] Connection reset by peer")
+        except RuntimeError as error:
+            raise EngineError("it was looked at, and this is what it means") from error

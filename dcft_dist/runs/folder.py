@@ -141,9 +141,10 @@ class RunFolder:
         if not file.exists():
             return {}
         try:
-            found = differences(file.read_text(encoding="utf-8"), to_toml(config))
-            if "name" not in tomllib.loads(file.read_text(encoding="utf-8")):
+            text = file.read_text(encoding="utf-8")
+            if "name" not in tomllib.loads(text):
                 raise ValueError("it has no name")
+            found = differences(text, to_toml(config))
         except (ValueError, RecursionError) as error:
             raise DamagedError(
                 f"{file} is damaged ({line_of(error)}): restore it; or delete it, if you are sure that the run has this "

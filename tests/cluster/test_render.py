@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def meet_all(nodes: list[str], present: list[str], port: int, timeout_s: float = 3.0) -> dict[str, str]:
+def meet_all(
+    nodes: list[str], present: list[str], port: int, timeout_s: float = 3.0, secrets: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """What each node says. `secrets`: of nodes that have another than the others."""
     found: dict[str, str] = {}
 
     def one(me: str) -> None:
-        found[me] = meet(me, "127.0.0.1", port, nodes, timeout_s, "a secret")
+        found[me] = meet(me, "127.0.0.1", port, nodes, timeout_s, (secrets or {}).get(me, "a secret"))
 
     threads = [threading.Thread(target=one, args=(me,)) for me in present]
     for thread in threads:

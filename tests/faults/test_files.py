@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from dcft_dist.cli import main
 from dcft_dist.files import read_json, write_json
 from dcft_dist.runs.folder import RunFolder
+from dcft_dist.runs.writer import RunWriter
+from dcft_dist.train.fine_tune import Trainer
 
 from ..processes import dcft, finish
 from ..train.test_run import encoder, start, tiny, train, wait_for_phase, write_tiny
@@ -106,6 +109,21 @@ def test_a_damaged_newest_checkpoint_is_passed_over(runs: dict[str, Any], tmp_pa
     code, said = resumed(runs, tmp_path)
     assert code == 0 and "was altered after it was written: the run goes on from an older checkpoint" in said
     assert same_result(read_json(run / "summary.json"), runs["summary"])
+
+
+def test_only_complete_checkpoints_count_among_the_last(runs: dict[str, Any], tmp_path: Path) -> None:
+    """Two are to be kept; one that is cut off is not one of them."""
+    writer = RunWriter(copied(runs, tmp_path))
+    newest, older = (place_of(writer.path, f"{kind}/state.json").parent for kind in ("newest", "older"))
+    last = RunFolder(writer.path).steps()[-1]
+    for step in (last + 1, last + 2):  # the first of them is cut off
+        shutil.copytree(newest, writer.checkpoint(step))
+        manifest = read_json(newest / "manifest.json")
+        write_json(writer.checkpoint(step) / "manifest.json", manifest | {"name": writer.checkpoint(step).name})
+    damage(next(writer.checkpoint(last + 1).glob("*.safetensors")), "cut")
+    trainer: Any = SimpleNamespace(writer=writer)
+    Trainer._remove_old(trainer, "step", last + 2, 2)
+    assert writer.steps() == [last, last + 2] and older not in writer.checkpoints.iterdir()
 
 
 def test_no_checkpoint_is_left(runs: dict[str, Any], tmp_path: Path) -> None:

@@ -11,25 +11,7 @@ import pytest
 
 from dcft_dist.cluster.node_check import meet
 
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def meeting(nodes: list[str], port: int, secrets: dict[str, str], timeout_s: float) -> dict[str, str]:
-    found: dict[str, str] = {}
-
-    def one(me: str) -> None:
-        found[me] = meet(me, "127.0.0.1", port, nodes, timeout_s, secrets.get(me, "a secret"))
-
-    threads = [threading.Thread(target=one, args=(me,)) for me in nodes]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return found
+from ..cluster.test_render import free_port, meet_all
 
 
 def strangers(port: int, number: int, say: bytes, kept: list[socket.socket]) -> None:
@@ -49,7 +31,7 @@ def test_strangers_at_the_meeting(number: int, say: bytes) -> None:
     crowd = threading.Thread(target=strangers, args=(port, number, say, kept), daemon=True)
     crowd.start()
     began = time.monotonic()
-    assert meeting(["a", "b", "c"], port, {}, 10.0) == {"a": "", "b": "", "c": ""}
+    assert meet_all(["a", "b", "c"], ["a", "b", "c"], port, 10.0) == {"a": "", "b": "", "c": ""}
     assert time.monotonic() - began < 9
     for connection in kept:
         connection.close()
@@ -84,7 +66,7 @@ def test_strangers_that_break_off() -> None:
 
 def test_another_job_at_the_meeting() -> None:
     port = free_port()
-    found = meeting(["a", "b"], port, {"b": "another secret"}, 2.0)
+    found = meet_all(["a", "b"], ["a", "b"], port, 2.0, {"b": "another secret"})
     assert "no contact from b" in found["a"] and "cannot reach the head node a" in found["b"]
 
 

@@ -126,9 +126,8 @@ class StepChecks:
         try:
             left = distance_left(own, tried)
         except Exception as error:  # whatever an optimizer may raise for a tensor that it has not seen before
-            if collectives.world_size() > 1 and collectives.is_communication(
-                error
-            ):  # a rank was lost meanwhile, which is no fault of the optimizer
+            # A rank was lost meanwhile, which is no fault of the optimizer.
+            if collectives.world_size() > 1 and collectives.is_communication(error):
                 raise
             if not closure:
                 self._untried = f"{kind} cannot be tried on a copy of {name} ({line_of(error)}); so {_ADVICE}"

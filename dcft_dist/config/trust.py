@@ -96,7 +96,8 @@ def require_trust(config: Config, place: Path | str, given: bool = False, typed:
     if not wanted:
         return
     allowed = _allowed()
-    left = [said for said in wanted if not any(fnmatchcase(said.split(" ")[-1], name) for name in allowed)]
+    values = {said: said.partition(" = ")[2] or said.removeprefix("import_roots ") for said in wanted}
+    left = [said for said, value in values.items() if not any(fnmatchcase(value, name) for name in allowed)]
     if not left or _answered(place, left):
         return
     raise TrustError(

@@ -123,6 +123,9 @@ def test_settings_of_the_user(tmp_path: Path) -> None:
     theirs = load_config("icd.toml", ["--task.loss", "somewhere.loss", "--import_roots", json.dumps([str(tmp_path)])])
     with pytest.raises(TrustError, match="import_roots"):  # another module of that name
         require_trust(theirs, "a run")
+    sly = load_config("icd.toml", ["--import_roots", json.dumps([str(tmp_path / "theirs somewhere.loss")])])
+    with pytest.raises(TrustError, match="import_roots"):  # a folder with the name of a function
+        require_trust(sly, "a run")
     settings.write_text(f'callables = ["somewhere.*"]\nroots = ["{tmp_path}"]')
     require_trust(theirs, "a run")
     settings.write_text('callables = "somewhere.*"')

@@ -45,7 +45,7 @@ _KNOWN = {
 _DANGEROUS = {"trust", "remote", "code", "checkpoint", "pretrained", "weights", "path", "file", "filename", "dir", "url"}
 _DANGEROUS |= {"repo", "reader", "func", "cfg"}
 _ALWAYS = ("weights_only", "load_weights_only", "use_safetensors")  # also if they are false
-_PLAIN = re.compile(r"[\w+-]+(\.\w+)?")  # words, and names of models such as vit_base_patch16_224.mae
+_PLAIN = re.compile(r"([\w+-]+(\.\w+)?)?")  # nothing, words, and names of models such as vit_base_patch16_224.mae
 
 _OBJECT = "object:"  # marks an import path in model.args
 

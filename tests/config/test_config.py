@@ -10,6 +10,7 @@ import pytest
 
 from dcft_dist.config.checks import check_ranks, check_sizes
 from dcft_dist.config.toml import differences, find_config, load_config, to_toml
+from dcft_dist.config.trust import named_code
 from dcft_dist.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -21,6 +22,7 @@ def test_shipped_configurations_are_valid_and_round_trip(path: Path, tmp_path: P
     (tmp_path / "again.toml").write_text(to_toml(loaded))
     assert load_config(tmp_path / "again.toml") == loaded
     assert load_config(path.name) == loaded  # found by name as well
+    assert not named_code(loaded)  # `dcft plan` reads it without a further word
 
 
 def test_overrides() -> None:

@@ -17,7 +17,7 @@ import torch
 from side_by_side import gpu_peak_bytes, parser, seconds, show
 
 from dcft_dist.method import multipliers
-from dcft_dist.method.multipliers import Multipliers
+from dcft_dist.method.multipliers import Multipliers, Plane, on
 
 
 def main() -> None:
@@ -26,8 +26,7 @@ def main() -> None:
     options = arguments.parse_args()
     number, gpu = options.weights, torch.device("cuda")
     octets = np.random.default_rng(0).integers(0, 256, -(-number // 8), dtype=np.uint8)
-    ours = Multipliers({"w": octets}, gpu, 1.0, 1.0)
-    ours.set_factor(0.1)
+    ours, plane = Multipliers(0.1, 1.0, 1.0), Plane(on(gpu, octets), "factor", "rest")
     mask = torch.from_numpy(np.unpackbits(octets, count=number, bitorder="little")).bool().to(gpu)
     old, new = (torch.randn(number, device=gpu) for _ in range(2))
 
@@ -35,19 +34,19 @@ def main() -> None:
         """The call without the Triton kernels."""
 
         def run() -> None:
-            fused, multipliers._fused = multipliers._fused, lambda *_: False  # type: ignore[assignment]
+            fused, multipliers.is_fused = multipliers.is_fused, lambda *_: False  # type: ignore[assignment]
             try:
                 call()
             finally:
-                multipliers._fused = fused
+                multipliers.is_fused = fused
 
         return run
 
     def scale() -> None:
-        ours.scale_into("w", new, new)
+        ours.multiply([(new, plane, new, None)])
 
     def shorten() -> None:
-        ours.shorten("w", old, new)
+        ours.multiply([(new, plane, new, old)])
 
     def public_practice() -> None:
         scaled = new.clone()

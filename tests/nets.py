@@ -61,6 +61,20 @@ def make_net(dtype: torch.dtype = torch.float32, seed: int = 0) -> OddNet:
     return OddNet().to(DEVICE, dtype)
 
 
+class PlainReduceScatter:
+    """A communication of FSDP2's such as a user may have; counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        self.calls += 1
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group, op=op, async_op=async_op)
+
+
 def make_batches(num: int, size: int, dtype: torch.dtype, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     """Global batches: [size, 3, 5] inputs and [size] labels."""
     g = torch.Generator().manual_seed(seed)

@@ -12,15 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
-from dcft_dist.method import multipliers as multipliers_module
-from dcft_dist.method.multipliers import Multipliers
 
+from .method import kernel_cases
 from .nets import HEAD, OddNet, loss_fn, make_batches, make_net, make_optimizer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -30,48 +28,9 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 # -- kernels -------------------------------------------------------------------------------------------------------------
 
 
-def both_paths(monkeypatch: pytest.MonkeyPatch, call: Any) -> tuple[Tensor, Tensor]:
-    """What Triton's kernels and torch make of it."""
-    fused = call()
-    monkeypatch.setattr(multipliers_module, "_fused", lambda *_: False)
-    plain = call()
-    monkeypatch.undo()
-    return fused, plain
-
-
-@pytest.mark.parametrize("numel", [1, 7, 4096, 10_001, 9_000_001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kernels_do_what_torch_does(numel: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    octets = np.random.default_rng(0).integers(0, 256, -(-numel // 8), dtype=np.uint8)
-    torch.manual_seed(0)
-    for factor, rest in ((0.1, 1.0), (0.0, 0.7), (1.0, 0.0)):
-        multipliers = Multipliers({"w": octets}, GPU, rest, 1.0)
-        multipliers.set_factor(factor)
-        room, old, new = (torch.randn(numel + 1, device=GPU).to(dtype) for _ in range(3))
-        gradient = room[1:]  # where a weight in a flat buffer may begin: not at a multiple of 16 bytes
-        assert multipliers_module._fused(gradient, multipliers.bits["w"])
-
-        def scaled(gradient: Tensor = gradient, multipliers: Multipliers = multipliers) -> Tensor:
-            out = torch.full_like(gradient, torch.nan)
-            multipliers.scale_into("w", gradient, out)
-            return out
-
-        fused, plain = both_paths(monkeypatch, scaled)
-        assert torch.equal(fused, plain)
-        if dtype != torch.float32:
-            continue  # weights are kept in float32
-
-        def shortened(old: Tensor = old, new: Tensor = new, multipliers: Multipliers = multipliers) -> Tensor:
-            out = new.clone()
-            multipliers.shorten("w", old[1:], out[1:])
-            return out
-
-        fused, plain = both_paths(monkeypatch, shortened)
-        torch.testing.assert_close(fused, plain, rtol=1e-6, atol=1e-6)
-        bits = torch.from_numpy(np.unpackbits(octets, count=numel, bitorder="little")).bool().to(GPU)
-        for value, cells in ((factor, bits), (rest, ~bits)):
-            if value in (0.0, 1.0):  # exact at both ends
-                assert torch.equal(fused[1:][cells], (old if value == 0.0 else new)[1:][cells])
+def test_kernels_do_what_torch_does() -> None:
+    kernel_cases.one_tensor(GPU, (1, 7, 4096, 10_001, 9_000_001))
+    kernel_cases.tables(GPU)
 
 
 # -- against the CPU -----------------------------------------------------------------------------------------------------

@@ -212,6 +212,12 @@ def zero_steps(optimizer: Any, flats: list[FlatPartition]) -> bool:
     return all(current.data_ptr() == expected.data_ptr() for current, expected in storages)
 
 
+def zero_owners(flats: list[FlatPartition]) -> list[Any]:
+    """Objects that another `deepspeed.initialize` replaces; `zero_steps` depends on nothing else."""
+    parameters = [part.parameter for flat in flats for part in flat.parts]
+    return [getattr(p, "_z3_optimizer", getattr(p, "_hp_mapping", None)) for p in parameters]
+
+
 def zero_step_that_reads(optimizer: Any, inner: Any, read: list[tuple[Any, Tensor]]) -> None:
     """Runs a DeepSpeed step that changes no weight, to read the reduced gradients. Collective.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +26,16 @@ def persistent_buffers(module: Any) -> dict[str, Tensor]:
             if slot not in sub._non_persistent_buffers_set:
                 buffers[clean(f"{prefix}.{slot}" if prefix else slot)] = buffer
     return buffers
+
+
+def slots(module: Any, *kinds: str) -> list[dict[str, Any]]:
+    """The dictionaries in which all modules keep what they consist of.
+
+    Args:
+        module: the outermost module.
+        kinds: "_modules", "_parameters".
+    """
+    return [getattr(sub, kind) for sub in module.modules() for kind in kinds]
 
 
 def fsdp2_materialise(module: Any, device: torch.device) -> None:
@@ -133,6 +144,10 @@ def real_tensors() -> Any:
     return unset_fake_temporarily()
 
 
+# The values of a DTensor on this rank, without a copy, in C.
+local_values = attrgetter("_local_tensor")
+
+
 # -- FSDP2 ----------------------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +181,79 @@ def fsdp2_accumulates(group: Any) -> bool:
     leaves = [getattr(p, "_unsharded_param", None) for p in group.fsdp_params]  # exists after the first unshard
     unreduced = any(leaf is not None and leaf.grad is not None for leaf in leaves)
     return unreduced or any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+
+
+def fsdp2_members(group: Any) -> list[Any]:
+    """The parameters of a group, in the order in which they are reduced."""
+    return list(group.fsdp_params)
+
+
+def fsdp2_ranks(group: Any) -> int:
+    """Number of ranks that the weights of a group are sharded over; 0 if they are only replicated."""
+    return int(getattr(group.mesh_info, "shard_mesh_size", 0))
+
+
+def fsdp2_dim(parameter: Any) -> int:
+    """The dimension along which a parameter is sharded."""
+    return int(parameter.fsdp_placement.dim)
+
+
+# The sharded parameter, and what reduces the buffer of a group: in C, since every step asks for them.
+fsdp2_sharded_of = attrgetter("sharded_param")
+fsdp2_reductions = attrgetter("_reduce_scatter_comm", "_all_reduce_hook")
+
+
+def fsdp2_replicated(group: Any) -> bool:
+    """Whether a reduction between replicas follows (HSDP)."""
+    return getattr(group.mesh_info, "replicate_mesh_size", 1) > 1
+
+
+def fsdp2_leaf(parameter: Any) -> Tensor | None:
+    """The unsharded parameter, which receives the gradient; None before the first unshard."""
+    leaf: Tensor | None = getattr(parameter, "_unsharded_param", None)
+    return leaf
+
+
+# Whether the buffer of a group has zeros for weights that no backward has reached.
+fsdp2_with_unused = attrgetter("reduce_scatter_unused_params")
+
+
+def fsdp2_knows_unused(group: Any) -> bool:
+    """Whether `fsdp2_with_unused` exists: since torch 2.13."""
+    return hasattr(group, "reduce_scatter_unused_params")
+
+
+def fsdp2_reduction(group: Any, ranks: int) -> Any:
+    """What reduces the buffer of a group: a communication; on one rank, the hook after it, or None."""
+    return group._reduce_scatter_comm if ranks > 1 else group._all_reduce_hook
+
+
+def fsdp2_set_reduction(unit: Any, group: Any, ranks: int, reduction: Any) -> None:
+    """Sets what `fsdp2_reduction` returns.
+
+    Args:
+        unit: a module of the group.
+        group: the parameter group.
+        ranks: number of ranks that its weights are sharded over.
+        reduction: the communication, or the hook.
+    """
+    alone = len(fsdp2_groups(unit)) == 1 and reduction is not None
+    if ranks > 1 and alone:
+        unit.set_custom_reduce_scatter(reduction)
+    elif ranks > 1:  # torch has no public way for a module with several groups
+        group._reduce_scatter_comm = reduction
+    elif alone:
+        unit.set_all_reduce_hook(reduction)
+    else:
+        group._all_reduce_hook = reduction
+
+
+def chunk_cat(tensors: list[Tensor], ranks: int) -> Tensor:
+    """Tensors in the order of a reduce-scatter's buffer: by rank, each padded along its first dimension."""
+    rows = [-(-t.shape[0] // ranks) * t[:1].numel() for t in tensors]
+    flat = torch.zeros(ranks, sum(rows), dtype=tensors[0].dtype)
+    torch._chunk_cat(tensors, dim=0, num_chunks=ranks, out=flat)
+    return flat.view(-1)
 
 
 def fsdp2_sharded(unit: Any) -> list[Any]:

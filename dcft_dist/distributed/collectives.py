@@ -265,6 +265,21 @@ def all_gather_equal(mine: Tensor, *, what: str) -> Tensor:
     return moved.to(mine.device)
 
 
+def all_gather_begun(mine: Tensor, *, what: str) -> tuple[Tensor, Any] | None:
+    """Begins `all_gather_equal`. Collective.
+
+    Returns:
+        The gathered tensor, to be read after `wait()` of the second value. None if there is nothing to gather, or if the
+        process group cannot send from the device of `mine`.
+    """
+    if world_size() == 1 or _reachable(mine) is not mine:
+        return None
+    gathered = mine.new_empty(world_size() * mine.numel())
+    _count(gathered)
+    with explained(what):
+        return gathered, dist.all_gather_into_tensor(gathered, mine, async_op=True)
+
+
 def all_gather_uneven(mine: Tensor, sizes: list[int], *, what: str) -> Tensor:
     """Gathers flat integer tensors of different lengths from all ranks. Collective.
 

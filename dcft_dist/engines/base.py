@@ -1,8 +1,9 @@
 """The base class of all engines. `Engine` lists what a new engine must implement.
 
-Scoring, selection and penalty see a model through two views:
+Scoring, selection and penalty see a model through these views:
 
 - `leaves()`: the autograd leaves that receive unsharded gradients on this rank, and the weights inside each leaf.
+- `buckets()`: under engines that reduce gradients in flat buffers, those buffers, right before the reduction.
 - `shards()`: this rank's part of every weight, its reduced gradient, and the range of elements that this rank *owns*.
   Over all ranks, the owned ranges cover every weight exactly once.
 """
@@ -10,7 +11,7 @@ Scoring, selection and penalty see a model through two views:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..compat.pytorch import has_values
 from ..errors import EngineError
 from .box import Box
 from .names import ParameterNames
@@ -94,6 +96,53 @@ class Shard:
         return values if self.span is None else values.view(-1)[slice(*self.span)]
 
 
+class Bucket(ABC):
+    """Gradients that one collective reduces together, in one flat buffer.
+
+    Attributes:
+        segments: the trainable weights that may be in the buffer; their offsets have no meaning.
+        device: where the buffer is.
+        reached: leaves that a backward has reached since the last reduction; the engine clears it.
+    """
+
+    segments: tuple[Segment, ...]
+    device: torch.device
+    reached: list[Tensor]
+
+    @abstractmethod
+    def lay_out(self, masks: Mapping[str, Tensor], present: Collection[str]) -> Tensor:
+        """Puts masks of weights in the order of the buffer.
+
+        Args:
+            masks: name -> bool tensor in the shape of the weight's box. Cells of other weights are False.
+            present: names of the weights with a gradient in the buffer.
+
+        Returns:
+            Flat bool tensor of the buffer's size.
+        """
+
+    @abstractmethod
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Reverses `lay_out` for a buffer with every weight: name -> bool tensor in the shape of the weight's box."""
+
+    @abstractmethod
+    def intercept(self, before: Callable[[Tensor, frozenset[str]], None]) -> None:
+        """Lets `before(buffer, names of the weights in it)` change the buffer right before each reduction."""
+
+    @classmethod
+    @abstractmethod
+    def renew(cls, buckets: Sequence[Any]) -> None:
+        """Does so for communications that the user has set since, in any of these buckets. Each step calls it."""
+
+    @abstractmethod
+    def waits(self) -> bool:
+        """Whether the bucket has gradients that a later backward will reduce."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Ends what `intercept` began."""
+
+
 ENGINES: dict[str, type[Engine]] = {}  # name in a configuration -> engine class; each `Engine` subclass adds itself
 
 
@@ -120,6 +169,8 @@ class Engine(ABC):
           must know which backward of a score batch is the last; `scoring_model`, if scoring must bypass the wrapper.
         - `full_shapes`, if parameters do not have the shape of their weights.
         - `gradients_aside` and `clear_gradients`, if gradients also live outside `module.parameters()`.
+        - `buckets`, if gradients are reduced in flat buffers that can be reached before the reduction.
+        - `marks`, if it can tell faster than by looking at every shard that nothing has changed.
         - `stepped`, if an optimizer steps other tensors than the module's parameters; `holds`, if weights can be moved
           to new storage without a change of those tensors.
         - `settle`, if a forward leaves unsharded weights behind; `publish`, if the model computes with copies.
@@ -173,6 +224,14 @@ class Engine(ABC):
     @abstractmethod
     def shards(self) -> list[Shard]:
         """This rank's part of every weight, frozen weights included, in model order. No communication."""
+
+    def buckets(self, leaves: Sequence[Leaf]) -> list[Bucket]:
+        """The flat buffers in which gradients are reduced, in the same order on every rank.
+
+        Args:
+            leaves: what `leaves` returned. Those that no bucket contains are hooked themselves.
+        """
+        return []
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """The unsharded shape of every weight, by canonical name."""
@@ -276,6 +335,16 @@ class Engine(ABC):
         """Whether the weights are still stored as when this engine was created. Only for changes `stepped` cannot show."""
         return True
 
+    def marks(self) -> tuple[list[Any], list[int]]:
+        """What `shards`, `stepped` and `holds` depend on. A step asks for it twice, so it should call little Python.
+
+        Returns:
+            Objects, and addresses of memory. As long as the objects are the same ones and the addresses are equal, the
+            three methods return the same.
+        """
+        local = [shard.local for shard in self.shards()]
+        return [self.holds()], [*self.stepped(), *addresses(local)]
+
     def settle(self) -> None:
         """Frees unsharded copies of the weights, which a forward without backward may leave behind."""
         return None
@@ -297,6 +366,12 @@ class Engine(ABC):
 def local_tensor(tensor: Tensor) -> Tensor:
     """The values on this rank, without a copy: the local tensor of a DTensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+
+
+def addresses(tensors: Iterable[Tensor]) -> list[int]:
+    """Where these tensors are in memory; tensors without memory, on which `dcft plan` runs the code, never move."""
+    tensors = list(tensors)
+    return list(map(Tensor.data_ptr, tensors)) if not tensors or has_values(tensors[0]) else []
 
 
 def flat_shard(

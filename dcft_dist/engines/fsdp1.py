@@ -31,7 +31,7 @@ from ..compat.pytorch import (
 )
 from ..distributed import collectives
 from ..errors import EngineError, listing
-from .base import Engine, Leaf, Segment, Shard, check_materialised, flat_shard
+from .base import Engine, Leaf, Segment, Shard, addresses, check_materialised, flat_shard
 from .box import Box
 from .fsdp2 import mesh_of
 from .meta import Materialiser
@@ -162,6 +162,10 @@ class FSDP1Engine(Engine):
             flat, i = self._positions[name]
             shapes[name] = fsdp1_members(flat)[i][2]
         return shapes
+
+    def marks(self) -> tuple[list[Any], list[int]]:
+        shards = [fsdp1_shard(h.flat_param) for h in self._handles]
+        return list(self.names.parameters.values()), addresses([*shards, *self.names.parameters.values()])
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:

@@ -9,9 +9,10 @@ Under tensor parallelism the unsharded parameter is itself a DTensor: this rank'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -25,15 +26,23 @@ from torch.distributed.tensor.placement_types import Placement
 from ..compat.pytorch import (
     fsdp2_accumulates,
     fsdp2_groups,
+    fsdp2_leaf,
     fsdp2_materialise,
     fsdp2_mean_with_every_backward,
+    fsdp2_members,
+    fsdp2_ranks,
+    fsdp2_replicated,
     fsdp2_sharded,
+    fsdp2_sharded_of,
     local_shape_and_offset,
+    local_values,
+    slots,
 )
 from ..distributed import collectives
 from ..errors import EngineError, listing
-from .base import Engine, Leaf, Segment, Shard, check_materialised, flat_shard, local_tensor
+from .base import Bucket, Engine, Leaf, Segment, Shard, addresses, check_materialised, flat_shard, local_tensor
 from .box import Box
+from .fsdp2_buckets import FSDP2Bucket
 from .meta import Materialiser
 from .names import ParameterNames
 from .prepared import Prepared, WrapOptions
@@ -72,6 +81,8 @@ class FSDP2Engine(Engine):
                 "are supported"
             )
         check_materialised(self.names)
+        self._slots = slots(model, "_modules")
+        self._params = [p for _, group in _groups(model) for p in fsdp2_members(group)]
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
@@ -127,6 +138,19 @@ class FSDP2Engine(Engine):
             shards.append(Shard(name, p, local, *_layout_of(p)))
         return shards
 
+    def buckets(self, leaves: Sequence[Leaf]) -> list[Bucket]:
+        by_id = {id(leaf.tensor): leaf for leaf in leaves}
+        # Between replicas there may be nothing to hook before their reduction: leaves are hooked instead.
+        reduced = [
+            (unit, group) for unit, group in _groups(self.module) if fsdp2_ranks(group) > int(fsdp2_replicated(group))
+        ]
+        found = [(unit, group) for unit, group in reduced if any(id(fsdp2_leaf(p)) in by_id for p in fsdp2_members(group))]
+        return [FSDP2Bucket(unit, group, by_id) for unit, group in found]
+
+    def marks(self) -> tuple[list[Any], list[int]]:
+        sharded = list(map(fsdp2_sharded_of, self._params))
+        return [*chain.from_iterable(map(dict.values, self._slots)), *sharded], addresses(map(local_values, sharded))
+
     def stepped(self) -> dict[int, list[str]]:
         current = {id(p) for unit in _units(self.module) for p in fsdp2_sharded(unit)}
         weights = self.names.parameters.items()
@@ -147,6 +171,11 @@ class FSDP2Engine(Engine):
     def _gradient_holders(self) -> list[Any]:
         # `parameters()` shows sharded or unsharded parameters, depending on the moment. The sharded ones stay the same.
         return list(self.names.parameters.values())
+
+
+def _groups(model: nn.Module) -> list[tuple[Any, Any]]:
+    """(module, parameter group) of every group; modules that share a group count once."""
+    return list({id(group): (unit, group) for unit in _units(model) for group in fsdp2_groups(unit)}.values())
 
 
 def _units(model: nn.Module) -> list[Any]:

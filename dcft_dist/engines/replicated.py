@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..compat.pytorch import clean
+from ..compat.pytorch import clean, slots
 from ..distributed import collectives
 from ..errors import EngineError
-from .base import Engine, Leaf, Segment, Shard, flat_shard
+from .base import Engine, Leaf, Segment, Shard, addresses, flat_shard
 from .box import Box
 from .names import ParameterNames
 from .prepared import Prepared, WrapOptions
@@ -50,6 +51,7 @@ class ReplicatedEngine(Engine):
         _refuse_other_wrappers(model)
         super().__init__(model, module, ParameterNames.of(module))
         self.name = name
+        self._slots = slots(module, "_modules", "_parameters")
         self._shapes = {id(p): p.shape for p in self.names.parameters.values()}
         group = getattr(model, "process_group", None) if name == "ddp" else None
         if group is not None and dist.get_world_size(group) != collectives.world_size():
@@ -86,6 +88,9 @@ class ReplicatedEngine(Engine):
         # or they are the same objects with only a part of the values (FSDP1 with use_orig_params).
         now = {id(p): (clean(name), p.shape) for name, p in self.module.named_parameters()}
         return {key: [name] for key, (name, shape) in now.items() if self._shapes.get(key, shape) == shape}
+
+    def marks(self) -> tuple[list[Any], list[int]]:
+        return list(chain.from_iterable(map(dict.values, self._slots))), addresses(self.names.parameters.values())
 
     def scoring_model(self) -> nn.Module:
         return self.module  # the module inside DDP

@@ -23,6 +23,14 @@ CHUNK = 1 << 20  # elements processed at a time: limits the extra memory of a pa
 STEP = {"cpu": 1 << 18, "cuda": 1 << 22}  # elements, for speed: fits in a core's cache; keeps a GPU busy
 
 
+BLOCK = 4096  # cells per program of a kernel; a multiple of 8
+
+
+# For kernels over many shards: addresses, addresses of the bits (0: an unscored weight) and sizes of the shards; of each
+# block the number of its shard and its first cell.
+Blocks = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def step_of(device: torch.device) -> int:
     """Elements to process at a time on this device, where speed matters."""
     return STEP.get(device.type, CHUNK)

@@ -1,7 +1,8 @@
-"""The two operations of `Multipliers` as Triton kernels, for GPUs.
+"""The operations of `Multipliers` and `AddressTable` as Triton kernels, for GPUs.
 
-A kernel reads the packed bits directly, in one pass over the weights. The torch code unpacks them first. Only code that runs
-on a GPU with Triton imports this module; torch's CUDA builds include Triton.
+A kernel reads the packed bits directly, in one pass over the weights. The torch code unpacks them first. The numbers are
+read from memory, so a captured CUDA graph goes on with a new factor. Only code that runs on a GPU with Triton imports this
+module; torch's CUDA builds include Triton.
 """
 
 from __future__ import annotations
@@ -10,33 +11,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096  # cells per program
+from .bits import BLOCK, Blocks
 
 
-def scale(gradient: Tensor, octets: Tensor, factor: float, rest: float, out: Tensor) -> None:
-    """out <- m * gradient, where m is `factor` if the bit is set and `rest` if not.
+def scale(gradient: Tensor, octets: Tensor, numbers: Tensor, high: int, low: int, out: Tensor) -> None:
+    """out <- m * gradient, where m is one of the numbers.
 
     Args:
         gradient: flat, float32 or a shorter floating-point type.
         octets: packed bits, uint8 [ceil(numel / 8)].
-        factor: multiplier of fundamental weights.
-        rest: multiplier of the other weights.
+        numbers: float32.
+        high: position of m among the numbers where the bit is set (fundamental weights).
+        low: the same where it is not.
         out: flat, of the size of `gradient`; may be `gradient`. Products are computed in float32 and rounded once.
     """
-    _scale[_grid(out)](gradient, octets, out, out.numel(), factor, rest, BLOCK=BLOCK)
+    _scale[_grid(out)](gradient, octets, out, out.numel(), numbers, high, low, BLOCK=BLOCK)
 
 
-def shorten(start: Tensor, octets: Tensor, factor: float, rest: float, new: Tensor) -> None:
+def shorten(start: Tensor, octets: Tensor, numbers: Tensor, high: int, low: int, new: Tensor) -> None:
     """new <- start + m * (new - start), in place: exactly `start` where m is 0, exactly `new` where m is 1.
 
     Args:
         start: flat float32 weights before the step.
-        octets: packed bits, uint8 [ceil(numel / 8)].
-        factor: m where the bit is set (fundamental weights).
-        rest: m where it is not.
+        octets, numbers, high, low: as for `scale`.
         new: flat float32 weights after the step, changed in place.
     """
-    _shorten[_grid(new)](start, octets, new, new.numel(), factor, rest, BLOCK=BLOCK)
+    _shorten[_grid(new)](start, octets, new, new.numel(), numbers, high, low, BLOCK=BLOCK)
+
+
+def scale_many(blocks: Blocks, numbers: Tensor) -> None:
+    """Multiplies the tensors of a table by factor, rest or unscored, in place.
+
+    Args:
+        blocks: the tensors, float32.
+        numbers: factor, rest and unscored, float32.
+    """
+    _scale_many[(blocks[3].numel(),)](*blocks, numbers, BLOCK=BLOCK)
+
+
+def save_many(blocks: Blocks, saved_at: Tensor, copy: Tensor, packed: bool) -> None:
+    """Copies the tensors of a table one after the other.
+
+    Args:
+        blocks: the tensors, float32.
+        saved_at: where the cells of each block begin in the copy.
+        copy: flat float32.
+        packed: True: only cells with a bit are copied, without gaps.
+    """
+    _save_many[(blocks[3].numel(),)](*blocks, saved_at, copy, PACKED=packed, BLOCK=BLOCK)
+
+
+def shorten_many(blocks: Blocks, numbers: Tensor, saved_at: Tensor, copy: Tensor, packed: bool) -> None:
+    """Shortens the steps of the tensors of a table since `save_many`, in place.
+
+    Args:
+        blocks, saved_at, copy, packed: as for `save_many`.
+        numbers: as for `scale_many`.
+    """
+    _shorten_many[(blocks[3].numel(),)](*blocks, numbers, saved_at, copy, PACKED=packed, BLOCK=BLOCK)
 
 
 def _grid(cells: Tensor) -> tuple[int]:
@@ -47,27 +79,101 @@ def _grid(cells: Tensor) -> tuple[int]:
 
 
 @triton.jit
-def _multipliers(octets, cells, inside, factor, rest):
+def _bits(octets, cells, inside):
     octet = tl.load(octets + cells // 8, mask=inside, other=0).to(tl.int32)
-    return tl.where((octet >> (cells % 8).to(tl.int32)) & 1 == 1, factor, rest)
+    return (octet >> (cells % 8).to(tl.int32)) & 1
 
 
 @triton.jit
-def _scale(source, octets, target, numel, factor, rest, BLOCK: tl.constexpr):
+def _between(old, new, m):
+    # Like torch.lerp, start from the nearer end, so that both ends are exact.
+    return tl.where(m < 0.5, old + m * (new - old), new - (new - old) * (1.0 - m))
+
+
+@triton.jit
+def _scale(source, octets, target, numel, numbers, high, low, BLOCK: tl.constexpr):
     cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = cells < numel
-    m = _multipliers(octets, cells, inside, factor, rest)
+    m = tl.where(_bits(octets, cells, inside) == 1, tl.load(numbers + high), tl.load(numbers + low))
     value = tl.load(source + cells, mask=inside, other=0).to(tl.float32)
     tl.store(target + cells, (m * value).to(target.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _shorten(source, octets, target, numel, factor, rest, BLOCK: tl.constexpr):
+def _shorten(source, octets, target, numel, numbers, high, low, BLOCK: tl.constexpr):
     cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = cells < numel
-    m = _multipliers(octets, cells, inside, factor, rest)
+    m = tl.where(_bits(octets, cells, inside) == 1, tl.load(numbers + high), tl.load(numbers + low))
     old = tl.load(source + cells, mask=inside, other=0)
     new = tl.load(target + cells, mask=inside, other=0)
-    # Like torch.lerp, start from the nearer end, so that both ends are exact.
-    value = tl.where(m < 0.5, old + m * (new - old), new - (new - old) * (1.0 - m))
-    tl.store(target + cells, value, mask=inside)
+    tl.store(target + cells, _between(old, new, m), mask=inside)
+
+
+@triton.jit
+def _block(addresses, octets, sizes, block_entry, block_first, BLOCK: tl.constexpr):
+    """Tensor, cells, mask of the cells inside, whether the weight is scored, and bits of one block."""
+    block = tl.program_id(0)
+    entry = tl.load(block_entry + block)
+    cells = tl.load(block_first + block) + tl.arange(0, BLOCK)
+    size = tl.load(sizes + entry)
+    inside = cells < size
+    tensor = tl.load(addresses + entry).to(tl.pointer_type(tl.float32))
+    at = tl.load(octets + entry)
+    scored = at != 0
+    bits = _bits(at.to(tl.pointer_type(tl.uint8)), cells, cells < tl.where(scored, size, 0))
+    return tensor, cells, inside, scored, bits
+
+
+@triton.jit
+def _numbers(numbers, scored, bits):
+    low = tl.where(scored, tl.load(numbers + 1), tl.load(numbers + 2))
+    return tl.where(bits == 1, tl.load(numbers), low)
+
+
+@triton.jit
+def _scale_many(addresses, octets, sizes, block_entry, block_first, numbers, BLOCK: tl.constexpr):
+    tensor, cells, inside, scored, bits = _block(addresses, octets, sizes, block_entry, block_first, BLOCK)
+    m = _numbers(numbers, scored, bits)
+    value = tl.load(tensor + cells, mask=inside, other=0)
+    tl.store(tensor + cells, m * value, mask=inside)
+
+
+@triton.jit
+def _save_many(
+    addresses, octets, sizes, block_entry, block_first, saved_at, copy, PACKED: tl.constexpr, BLOCK: tl.constexpr
+):
+    tensor, cells, inside, _scored, bits = _block(addresses, octets, sizes, block_entry, block_first, BLOCK)
+    first = tl.load(saved_at + tl.program_id(0))
+    if PACKED:
+        wanted = inside & (bits == 1)
+        place = tl.cumsum(bits, 0) - bits
+    else:
+        wanted = inside
+        place = tl.arange(0, BLOCK)
+    tl.store(copy + first + place, tl.load(tensor + cells, mask=wanted, other=0), mask=wanted)
+
+
+@triton.jit
+def _shorten_many(
+    addresses,
+    octets,
+    sizes,
+    block_entry,
+    block_first,
+    numbers,
+    saved_at,
+    copy,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, cells, inside, scored, bits = _block(addresses, octets, sizes, block_entry, block_first, BLOCK)
+    first = tl.load(saved_at + tl.program_id(0))
+    if PACKED:
+        wanted = inside & (bits == 1)
+        place = tl.cumsum(bits, 0) - bits
+    else:
+        wanted = inside
+        place = tl.arange(0, BLOCK)
+    old = tl.load(copy + first + place, mask=wanted, other=0)
+    new = tl.load(tensor + cells, mask=wanted, other=0)
+    tl.store(tensor + cells, _between(old, new, _numbers(numbers, scored, bits)), mask=wanted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ..distributed import collectives
-from ..engines.base import Engine, Leaf, Segment, Shard, local_tensor
+from ..engines.base import Engine, Leaf
 from ..engines.box import Box
+from ..engines.current import Current
 from ..engines.find import find_engine
-from ..errors import EngineError, PenaltyError, alone, listing
+from ..errors import PenaltyError, alone, listing
 from .bits import Packed, cut
 from .fundamental_set import FundamentalSet
+from .gradient_hooks import GradientHooks
 from .multipliers import Multipliers
 from .penalty_checks import (
     CANCELLED,
@@ -38,8 +40,10 @@ from .penalty_checks import (
     choose_level,
 )
 from .penalty_hooks import ForwardHook, is_in_place, is_watched, unwatch, watch_optimizers
-from .penalty_watch import LeafCount, PenaltyWatch
-from .step_checks import StepChecks, is_where_it_was
+from .penalty_watch import PenaltyWatch
+from .shard_table import CellBits, ShardTable, cell_bits
+from .step_checks import StepChecks
+from .stepped import Stepped, SteppedWeights
 
 log = logging.getLogger(__name__)
 
@@ -118,13 +122,11 @@ def attach_penalty(
         check_placement(mask_placement)
     leaves = engine.leaves() if chosen == "gradient" and where == "before" else []
     boxes = {s.name: s.box for leaf in leaves for s in leaf.segments} or {s.name: s.box for s in engine.shards()}
-    device = leaves[0].tensor.device if leaves else engine.shards()[0].local.device
     if shared := mask_placement == "sharded" and bool(leaves):
         check_shareable(leaves, fundamental)
     bits = _read_bits(engine, fundamental, boxes, unscored_factor)
-    multipliers = Multipliers(bits, device, rest_factor, unscored_factor, shared)
-    multipliers.set_factor(factor)
-    engine.penalty = penalty = Penalty(engine, multipliers, leaves, chosen, where, optimizer)
+    multipliers = Multipliers(factor, rest_factor, unscored_factor)
+    engine.penalty = penalty = Penalty(engine, multipliers, bits, leaves, chosen, where, optimizer, shared)
     return penalty
 
 
@@ -172,20 +174,24 @@ class Penalty:
         self,
         engine: Engine,
         multipliers: Multipliers,
+        bits: Mapping[str, Packed | None],
         leaves: list[Leaf],
         level: Literal["gradient", "update"],
         where: Where,
         optimizer: Optimizer | None,
+        shared: bool,
     ) -> None:
         """Installs the hooks. Use `attach_penalty`, which checks its arguments first.
 
         Args:
             engine: the engine of the model.
-            multipliers: the multipliers of all penalised weights.
-            leaves: autograd leaves to hook; used at the gradient level before the reduction.
+            multipliers: the numbers to multiply by.
+            bits: name of each penalised weight -> packed bits of its cells on this rank; None for an unscored weight.
+            leaves: autograd leaves; used at the gradient level before the reduction.
             level: what is multiplied.
             where: before or after the reduction, at the gradient level.
             optimizer: the optimizer passed to `attach_penalty`, if any.
+            shared: True: each rank stores an equal part of the bits; used at the gradient level before the reduction.
 
         Raises:
             EngineError: a penalised weight belongs to no leaf.
@@ -194,21 +200,26 @@ class Penalty:
         self._attached_optimizer = weakref.ref(optimizer) if optimizer is not None else None
         self.level, self.where = level, where
         self.calls: Counter[str] = Counter()
-        self._engine, self._multipliers = engine, multipliers
-        self._seen = PenaltyWatch(engine, multipliers.bits)
-        self._steps = StepChecks(engine, multipliers.bits)
+        self._engine, self._multipliers, self._names = engine, multipliers, list(bits)
+        self._current = Current(engine)
+        before = level == "gradient" and where == "before"
+        self._hooks = GradientHooks(engine, leaves, bits, multipliers, self.calls, shared) if before else None
+        self._bits: dict[str, CellBits] = {}
+        if self._hooks is None:
+            by_index = level == "update" and multipliers.rest == 1.0
+            self._bits = {n: cell_bits(packed, self._current.shards[n], by_index) for n, packed in bits.items()}
+        self._seen = PenaltyWatch(engine, bits, self._current, self._hooks)
+        self._steps = StepChecks(self._current, bits)
         self.frozen = self._seen.frozen
         self._handles: list[Any] = []
+        self._weights = SteppedWeights(self._current, self._seen, self._bits, multipliers)
+        self._stepping: Stepped | None = None  # what the optimizer steps that is in its step
         self._scaled: set[str] = set()  # weights whose reduced gradient is already multiplied for the next step
-        self._old: list[tuple[Shard, Tensor]] = []
-        self._stepping: Optimizer | None = None  # the optimizer that is in its step
-        self._stepped: set[str] = set()  # penalised weights that it steps
+        self._saved: list[int] = []  # entries of the table of which the old weights are saved
         self.keep_proposal = False
         self.proposal: dict[str, Tensor] = {}
         if self.frozen:
             log.info("penalty: %d frozen weights are skipped: %s", len(self.frozen), listing(self.frozen))
-        if level == "gradient" and where == "before":
-            self._hook_leaves(leaves)
         self._hook_optimizers()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -216,7 +227,7 @@ class Penalty:
 
     def __repr__(self) -> str:
         timing = f", {self.where} the reduction" if self.level == "gradient" else ""
-        return f"Penalty(factor {self.factor:g} on the {self.level}{timing}, {len(self._multipliers.bits)} weight tensors)"
+        return f"Penalty(factor {self.factor:g} on the {self.level}{timing}, {len(self._names)} weight tensors)"
 
     @property
     def factor(self) -> float:
@@ -228,9 +239,10 @@ class Penalty:
         """Memory that this rank uses for the bits of the set, in bytes.
 
         One bit per penalised weight of this rank's shard. At the gradient level before the reduction: one bit per penalised
-        weight of the model, or this rank's part of these bits with mask_placement "sharded".
+        weight of the model, or this rank's part of these bits with mask_placement "sharded"; a flat buffer has bits for all
+        of its elements. At the update level on a CPU also 4 bytes per fundamental weight of a sparse set.
         """
-        return sum(packed.numel() for packed in self._multipliers.bits.values() if packed is not None)
+        return self._hooks.num_bytes if self._hooks is not None else sum(bits.num_bytes for bits in self._bits.values())
 
     @property
     def watch(self) -> bool:
@@ -262,12 +274,14 @@ class Penalty:
         Raises:
             PenaltyError: the engine (DeepSpeed) clips inside its own step, before the reduced gradients can be reached.
         """
-        if self.level == "gradient" and self.where == "after" and self._engine.clips_inside:
+        if self.level == "update" or self.where == "before":
+            return
+        if self._engine.clips_inside:
             raise PenaltyError(
                 "DeepSpeed clips inside its step, before a penalty with where='after' can be applied: use where='before' to "
                 "clip penalised gradients, or do not call apply() to clip plain ones"
             )
-        self._scale_reduced(list(self._multipliers.bits))
+        self._scale_reduced(self._weights.every(), set(self._names))
 
     def in_force(self) -> float:
         """Measures the penalty and checks it over all ranks. Collective; call it when you log.
@@ -293,7 +307,8 @@ class Penalty:
         """What has taken the penalty off, or an empty string."""
         if self._engine.penalty is not self:
             return "the penalty was removed from the model"
-        if not is_watched(self) or not all(is_in_place(handle) for handle in self._handles):
+        hooks = self._hooks.handles if self._hooks is not None else []
+        if not is_watched(self) or not all(map(is_in_place, [*self._handles, *hooks])):
             return "a hook of the penalty was taken off: attach the penalty again"
         return ""
 
@@ -303,7 +318,8 @@ class Penalty:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._seen.leaves.clear()
+        if self._hooks is not None:
+            self._hooks.remove()
         if self._engine.penalty is self:
             self._engine.penalty = None
 
@@ -312,40 +328,6 @@ class Penalty:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.remove()
-
-    # -- gradient level, before the reduction -----------------------------------------------------------------------
-
-    def _hook_leaves(self, leaves: list[Leaf]) -> None:
-        for leaf in leaves:
-            segments = [s for s in leaf.segments if s.name in self._multipliers.bits]
-            if segments:
-                count = self._seen.leaf([s.name for s in segments])
-                self._handles.append(leaf.tensor.register_hook(self._leaf_hook(segments, count)))
-                self._handles.append(leaf.tensor.register_post_accumulate_grad_hook(count.reach))
-        if missed := self._seen.unhooked():
-            raise EngineError(f"no autograd leaf receives the gradient of {listing(missed)}")
-
-    def _leaf_hook(self, segments: list[Segment], count: LeafCount) -> Callable[[Tensor], Tensor]:
-        multipliers, calls = self._multipliers, self.calls
-        cells = sum(s.box.numel for s in segments)
-
-        def hook(gradient: Tensor) -> Tensor:
-            # Out of place, since other leaves may share this memory. Gradients are enabled under create_graph.
-            plain = local_tensor(gradient) is gradient and not torch.is_grad_enabled()
-            if plain and gradient.is_contiguous() and gradient.numel() == cells:
-                scaled, source = torch.empty_like(gradient), gradient.detach().view(-1)
-                flat = scaled.view(-1)
-            else:
-                scaled = gradient.clone(memory_format=torch.contiguous_format)
-                flat = source = local_tensor(scaled).detach().view(-1)
-            for s in segments:
-                part = slice(s.offset, s.offset + s.box.numel)
-                multipliers.scale_into(s.name, source[part], flat[part])
-                calls[s.name] += 1
-            count.fired += 1
-            return scaled
-
-        return hook
 
     # -- around optimizer.step --------------------------------------------------------------------------------------
 
@@ -356,21 +338,22 @@ class Penalty:
 
     def on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Called before a step of any optimizer; returns new arguments for the step, or None to leave them."""
-        if not self._before_step(optimizer):
+        if (stepped := self._before_step(optimizer)) is None:
             return None
         closures = [a for a in (*args, *kwargs.values()) if callable(a) and a is not optimizer]
         if not closures:
-            return self._gradients_ready(optimizer)
+            return self._gradients_ready(stepped)
         if self.level == "update":  # now, since the optimizer is in its step when the closure is called
-            self._steps.before(optimizer, self._shards(self._stepped), closure=True)
-        wrapped = {id(closures[0]): self._closure(optimizer, closures[0])}
+            self._steps.before(optimizer, stepped.shards, closure=True)
+        wrapped = {id(closures[0]): self._closure(stepped, closures[0])}
         return tuple(wrapped.get(id(a), a) for a in args), {k: wrapped.get(id(a), a) for k, a in kwargs.items()}
 
-    def _before_step(self, optimizer: Optimizer) -> bool:
-        """Called when a step begins. Returns whether the optimizer steps weights that are penalised, or should be."""
-        nested = getattr(self._stepping, "optim", None) is optimizer  # inside a ZeroRedundancyOptimizer
-        names = set() if nested else self._seen.stepped_by(optimizer)
-        if not self._seen.concerns(optimizer, names):
+    def _before_step(self, optimizer: Optimizer) -> Stepped | None:
+        """Called when a step begins. Returns None if the optimizer steps no weights that are penalised, or should be."""
+        if self._stepping is not None and getattr(self._stepping.optimizer, "optim", None) is optimizer:
+            return None  # inside a ZeroRedundancyOptimizer
+        stepped = self._weights.by(optimizer)
+        if not stepped.concerned:
             passed = self._attached_optimizer is not None and self._attached_optimizer() is optimizer
             if passed and self._seen.has_lost(optimizer):
                 raise alone(
@@ -379,40 +362,44 @@ class Penalty:
                         "steps any weight of the model: attach the penalty after deepspeed.initialize, or after wrapping"
                     )
                 )
-            return False
+            return None
         self._warn_if_cancelled(optimizer)
-        self._stepping, self._stepped, self._old = optimizer, names, []
-        return True
+        self._stepping, self._saved = stepped, []
+        return stepped
 
-    def _gradients_ready(self, optimizer: Optimizer | None = None) -> None:
+    def _gradients_ready(self, stepped: Stepped, in_step: bool = False) -> None:
         """Checks and multiplies the gradients, or saves the old weights, right before the optimizer steps.
 
         Args:
-            optimizer: tried before its step, if it is time for that; None: it is in its step already.
+            stepped: what the optimizer steps.
+            in_step: whether it is in its step already. Otherwise it is tried, if it is time for that.
         """
-        self._seen.check(self._stepped, self.factor)
-        self._scale_reduced([n for n in self._multipliers.bits if n in self._stepped])
-        if self.level == "update":
-            shards = [shard for shard in self._shards(self._stepped) if shard.gradient is not None]
-            if optimizer is not None:
-                self._steps.before(optimizer, shards)
-            self._old = [(shard, shard.local.clone()) for shard in shards]
+        self._seen.check(stepped.names, self.factor)
+        if stepped.table is None:
+            return
+        if self.level == "gradient":
+            self._scale_reduced(stepped.table, stepped.names)
+            return
+        self._saved, _ = stepped.table.with_gradient()
+        if not in_step:
+            self._steps.before(stepped.optimizer, [stepped.shards[number] for number in self._saved])
+        stepped.table.save(self._saved, self.keep_proposal)
 
-    def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _closure(self, stepped: Stepped, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Wraps the closure of `optimizer.step(closure)`, which computes the gradients inside the step."""
-        evaluations, names = 0, self._stepped
+        evaluations = 0
 
         def evaluate() -> Any:
             nonlocal evaluations
             evaluations += 1
             if evaluations > 1 and (self.level == "update" or self.where == "after"):
                 raise PenaltyError(
-                    f"{type(optimizer).__name__} evaluates its closure more than once per step, which only a gradient "
-                    "penalty before the reduction supports: use level='gradient', where='before'"
+                    f"{type(stepped.optimizer).__name__} evaluates its closure more than once per step, which only a "
+                    "gradient penalty before the reduction supports: use level='gradient', where='before'"
                 )
             loss = closure()
-            self._stepping, self._stepped = optimizer, names  # the closure may have stepped another optimizer
-            self._gradients_ready()
+            self._stepping = current = self._weights.by(stepped.optimizer)  # the closure may have stepped another optimizer
+            self._gradients_ready(current, in_step=True)
             return loss
 
         return evaluate
@@ -425,41 +412,34 @@ class Penalty:
 
     def on_stepped(self, optimizer: Optimizer) -> None:
         """Called after a step of any optimizer: at the update level, shortens the step."""
-        if self._stepping is not optimizer:
+        stepped = self._stepping
+        if stepped is None or stepped.optimizer is not optimizer:
             return
         self._stepping = None
-        with torch.no_grad():
-            for shard, old in self._where_they_are_now():
-                if self.keep_proposal:
-                    self.proposal[shard.name] = self._multipliers.only_chosen(shard.name, shard.local - old)
-                self._multipliers.shorten(shard.name, old, shard.local)
-                self.calls[shard.name] += 1
-        self._old = []  # first, so that its memory is free
-        if self.level == "update":
+        if self.level == "update" and stepped.table is not None:
+            self._current.refresh()
+            if self._current.version != stepped.version:  # some optimizers put new tensors into the parameters
+                stepped.table.move(self._current.shards)
+            stepped.table.shorten(self._saved, self.proposal if self.keep_proposal else None)
+            for number in self._saved:
+                self.calls[stepped.shards[number].name] += 1
+            self._saved = []
             self._steps.after(optimizer, self.watch)
-        self._scaled -= self._stepped
-        self._seen.after_step(self._stepped)
+        self._scaled -= stepped.names
+        self._seen.after_step(stepped.names)
 
-    def _where_they_are_now(self) -> list[tuple[Shard, Tensor]]:
-        """The shards that were just stepped, with their old values. Some optimizers put new tensors into the parameters."""
-        if all(is_where_it_was(shard) for shard, _ in self._old):
-            return self._old
-        now = {shard.name: shard for shard in self._shards(self._stepped)}
-        return [(now[shard.name], old) for shard, old in self._old]
-
-    def _shards(self, names: set[str]) -> list[Shard]:
-        """This rank's shards of these weights, in model order."""
-        return [shard for shard in self._engine.shards() if shard.name in names]
-
-    def _scale_reduced(self, names: list[str]) -> None:
+    def _scale_reduced(self, table: ShardTable, names: set[str]) -> None:
         """At the gradient level after the reduction: multiplies the gradients of these weights, once per step."""
-        if self.level == "update" or self.where == "before":
-            return
-        for shard in self._shards(set(names) - self._scaled):
-            if (gradient := shard.gradient) is not None:
-                self._multipliers.scale(shard.name, gradient)
-                self.calls[shard.name] += 1
-                self._scaled.add(shard.name)
+        numbers, gradients = table.with_gradient()
+        if self._scaled:
+            wanted = names - self._scaled
+            pairs = [(n, g) for n, g in zip(numbers, gradients, strict=True) if table.entries[n].shard.name in wanted]
+            numbers, gradients = [n for n, _ in pairs], [g for _, g in pairs]
+        table.scale(numbers, gradients)
+        for number in numbers:
+            name = table.entries[number].shard.name
+            self.calls[name] += 1
+            self._scaled.add(name)
 
     def sees_forward_of(self, module: torch.nn.Module) -> bool:
         """Whether a forward of this module is one of the model, and not of a part or a copy of it."""
@@ -469,6 +449,8 @@ class Penalty:
         """Called before a forward in training: new gradients follow, so those of a skipped step no longer count."""
         self._scaled.clear()
         self._seen.forwards += 1
+        if self._hooks is not None:
+            self._hooks.renew()
 
 
 def _nothing() -> None:

@@ -31,7 +31,7 @@ class Watcher(Protocol):
 
 
 # Penalties in the order in which they were attached. It must be the same on every rank, since they call collectives.
-_watching: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
+_watching: dict[int, weakref.ref[Watcher]] = {}
 
 
 _numbers = itertools.count()
@@ -49,7 +49,7 @@ def watch_optimizers(penalty: Watcher) -> int:
     if not all(map(is_in_place, _handles)) or not _handles:
         _handles[:] = [register_optimizer_step_pre_hook(_before), register_optimizer_step_post_hook(_after)]
     number = next(_numbers)
-    _watching[number] = penalty
+    _watching[number] = weakref.ref(penalty, lambda _: unwatch(number))
     return number
 
 
@@ -60,7 +60,7 @@ def unwatch(number: int) -> None:
 
 def is_watched(penalty: Watcher) -> bool:
     """Whether the penalty is told of steps: it has not ended, and nobody has cleared torch's hooks on optimizers."""
-    return penalty in _watching.values() and all(map(is_in_place, _handles))
+    return any(watcher() is penalty for watcher in _watching.values()) and all(map(is_in_place, _handles))
 
 
 def is_in_place(handle: Any) -> bool:
@@ -86,16 +86,19 @@ def unseen() -> Iterator[None]:
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     changed = None
-    for penalty in list(_watching.values()):
-        new_arguments = penalty.on_step(optimizer, args, kwargs)
+    for watcher in list(_watching.values()):
+        penalty = watcher()
+        new_arguments = penalty.on_step(optimizer, args, kwargs) if penalty is not None else None
         if new_arguments is not None:
             changed = args, kwargs = new_arguments
     return changed
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for penalty in list(_watching.values()):
-        penalty.on_stepped(optimizer)
+    for watcher in list(_watching.values()):
+        penalty = watcher()
+        if penalty is not None:
+            penalty.on_stepped(optimizer)
 
 
 class ForwardHook:

@@ -7,34 +7,14 @@ nothing. Checks that need all ranks wait until `Penalty.in_force` is called.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
 
 from ..distributed import collectives
-from ..engines.base import Engine, Shard
+from ..engines.base import Engine
+from ..engines.current import Current
 from ..errors import PenaltyError, alone, listing
+from .gradient_hooks import BucketCount, GradientHooks, LeafCount
 from .penalty_checks import Optimizer, names_stepped
-
-
-@dataclass
-class LeafCount:
-    """Counts of one leaf with a hook.
-
-    Attributes:
-        names: penalised weights in the leaf.
-        fired: how often the hook fired since the last step.
-        reached: how often a backward reached the leaf since the last step.
-        forwards: the number of forwards of the model at the last step (`PenaltyWatch.forwards`).
-    """
-
-    names: list[str]
-    fired: int = 0
-    reached: int = 0
-    forwards: int = 0
-
-    def reach(self, _: Any) -> None:
-        """Hook for a backward that has reached the leaf."""
-        self.reached += 1
 
 
 class PenaltyWatch:
@@ -42,41 +22,35 @@ class PenaltyWatch:
 
     Attributes:
         frozen: names of the weights that were not trained when the penalty was attached.
-        leaves: counts of the leaves that have hooks.
+        hooks: the hooks on gradients, with their counts; None if there are none.
         forwards: number of forwards of the model in training.
+        current: the shards of the model.
     """
 
-    def __init__(self, engine: Engine, names: Iterable[str]) -> None:
+    def __init__(self, engine: Engine, names: Iterable[str], current: Current, hooks: GradientHooks | None) -> None:
         """Notes the state of the model when the penalty is attached.
 
         Args:
             engine: the engine of the model.
             names: names of the penalised weights.
+            current: the shards of the model.
+            hooks: the hooks on gradients, if there are any.
         """
-        self._engine, self._names = engine, list(names)
-        self._at_attach = engine.stepped()
+        self._engine, self._names, self.current, self.hooks = engine, list(names), current, hooks
+        self._at_attach = current.stepped
         self.frozen = tuple(n for n, p in engine.names.parameters.items() if not p.requires_grad)
+        self._frozen = [engine.names.parameters[n] for n in self.frozen]
         self.forwards = 0
-        self.leaves: list[LeafCount] = []
+        self._ranks = collectives.world_size()
         self._agreed: set[str] = set()  # weights whose first step all ranks have checked together
         self._fired: set[str] = set()  # since the ranks last agreed: multiplied on this rank
         self._silent: set[str] = set()  # since then: had a gradient that was not multiplied, both on this rank
-
-    def leaf(self, names: list[str]) -> LeafCount:
-        """Adds a leaf with these weights; its hooks update the returned counts."""
-        self.leaves.append(LeafCount(names))
-        return self.leaves[-1]
-
-    def unhooked(self) -> list[str]:
-        """Names of penalised weights that belong to no leaf."""
-        covered = {name for count in self.leaves for name in count.names}
-        return [name for name in self._names if name not in covered]
 
     # -- which weights an optimizer steps ------------------------------------------------------------------------------
 
     def stepped_by(self, optimizer: Optimizer) -> set[str]:
         """Penalised weights that the optimizer steps, in the model as it is now or was when the penalty was attached."""
-        return set(self._names).intersection(names_stepped(optimizer, self._at_attach | self._engine.stepped()))
+        return set(self._names).intersection(names_stepped(optimizer, self._at_attach | self.current.stepped))
 
     def concerns(self, optimizer: Optimizer, names: set[str]) -> bool:
         """Whether the optimizer steps penalised weights, or weights that have replaced them.
@@ -87,22 +61,36 @@ class PenaltyWatch:
         """
         if names:
             return True
-        new_ids = self._engine.stepped().keys() - self._at_attach.keys()
+        new_ids = self.current.stepped.keys() - self._at_attach.keys()
         replaced = any(id(p) in new_ids for group in optimizer.param_groups for p in group["params"])
-        return replaced or not self._engine.holds()
+        return replaced or not self.current.holds
 
     def has_lost(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer that used to step weights of the model now steps none of them."""
-        return not names_stepped(optimizer, self._at_attach | self._engine.stepped())
+        return not names_stepped(optimizer, self._at_attach | self.current.stepped)
 
     def after_step(self, names: set[str]) -> None:
-        """Resets the counts of the leaves with these weights, once they have been stepped."""
-        for count in self.leaves:
-            if names.intersection(count.names):
-                count.fired = count.reached = 0
-                count.forwards = self.forwards
+        """Resets the counts of the hooks on these weights, once they have been stepped."""
+        for leaf in self._leaves:
+            if not names.isdisjoint(leaf.names):
+                leaf.fired = 0
+                leaf.reached.clear()
+                leaf.forwards = self.forwards
+        for bucket in self._buckets:
+            if not names.isdisjoint(bucket.names):
+                bucket.fired.difference_update(names)
+                bucket.problem = ""
+                bucket.forwards = self.forwards
 
     # -- checks -----------------------------------------------------------------------------------------------------
+
+    @property
+    def _leaves(self) -> list[LeafCount]:
+        return self.hooks.leaves if self.hooks is not None else []
+
+    @property
+    def _buckets(self) -> list[BucketCount]:
+        return self.hooks.buckets if self.hooks is not None else []
 
     def check(self, names: set[str], factor: float) -> None:
         """Checks the penalty before a step, when the gradients are complete.
@@ -117,18 +105,36 @@ class PenaltyWatch:
             PenaltyError: the penalty is not in force.
         """
         problem = self._local_problem()
-        leaves = [count for count in self.leaves if names.intersection(count.names)]
-        with_gradient = self._with_gradient({n for c in leaves if c.fired == 0 for n in c.names})
-        self._fired.update(n for c in leaves if c.fired for n in c.names)
-        silent = [c for c in leaves if c.fired == 0 and with_gradient.intersection(c.names)]
-        self._silent.update(n for c in silent for n in c.names)
-        if self.forwards and any(c.forwards == self.forwards for c in silent):  # no forward, so no backward on any rank
-            problem = problem or _without_hook([n for c in silent for n in c.names])
-        if not names <= self._agreed or collectives.world_size() == 1:
+        silent, stale = self._silent_names(names)
+        self._silent |= silent
+        if stale and self.forwards:  # no forward, so no backward on any rank
+            problem = problem or _without_hook(sorted(stale, key=self._names.index))
+        if not names <= self._agreed or self._ranks == 1:
             self.agree(factor, problem)
             self._agreed |= names
         elif problem:
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
+
+    def _silent_names(self, names: set[str]) -> tuple[set[str], set[str]]:
+        """Weights among these with a gradient on this rank that no hook has multiplied; and those of them that the model
+        has not computed since the last step."""
+        quiet: set[str] = set()
+        old: set[str] = set()
+        for leaf in self._leaves:
+            if leaf.fired:
+                self._fired.update(leaf.names)
+            elif not names.isdisjoint(leaf.names):
+                quiet.update(leaf.names)
+                if leaf.forwards == self.forwards:
+                    old.update(leaf.names)
+        for bucket in self._buckets:
+            self._fired |= bucket.fired
+            missing = names.intersection(bucket.names) - bucket.fired
+            quiet |= missing
+            if bucket.forwards == self.forwards:
+                old |= missing
+        silent = self._with_gradient(quiet) if quiet else quiet
+        return silent, silent & old
 
     def agree(self, factor: float, problem: str = "", cause: str = "") -> None:
         """Checks over all ranks that the factor is the same, and that each gradient was multiplied on some rank. Collective.
@@ -143,11 +149,15 @@ class PenaltyWatch:
         Raises:
             PenaltyError: the penalty is not in force on this or another rank.
         """
-        flags = [float(n in names) for names in (self._fired, self._silent) for n in self._names]
-        state = [bool(problem or cause), factor, -factor, *flags]
-        bad, high, low, *flags = collectives.reduce_numbers(state, "max", what="penalty check")
-        fired, unmultiplied = flags[: len(self._names)], flags[len(self._names) :]
-        silent = [n for n, f, u in zip(self._names, fired, unmultiplied, strict=True) if u and not f]
+        if self._ranks == 1:
+            bad, high, low, silent = False, factor, -factor, [n for n in self._names if n in self._silent - self._fired]
+        else:
+            flags = [float(n in names) for names in (self._fired, self._silent) for n in self._names]
+            state = [bool(problem or cause), factor, -factor, *flags]
+            bad_ranks, high, low, *flags = collectives.reduce_numbers(state, "max", what="penalty check")
+            fired, unmultiplied = flags[: len(self._names)], flags[len(self._names) :]
+            bad = bool(bad_ranks)
+            silent = [n for n, f, u in zip(self._names, fired, unmultiplied, strict=True) if u and not f]
         self._fired.clear()
         self._silent.clear()
         if high != -low:
@@ -160,21 +170,31 @@ class PenaltyWatch:
 
     def _local_problem(self) -> str:
         """What this rank alone can see to be wrong, or an empty string."""
-        if self._engine.stepped().keys() != self._at_attach.keys() or not self._engine.holds():
+        if self.current.stepped.keys() != self._at_attach.keys() or not self.current.holds:
             return "the model's weights were replaced after the penalty was attached: attach it after sharding"
-        thawed = [n for n in self.frozen if self._engine.names.parameters[n].requires_grad]
-        if thawed:
+        if any(map(_trained, self._frozen)):
+            thawed = [n for n, p in zip(self.frozen, self._frozen, strict=True) if p.requires_grad]
             return f"{listing(thawed)} were frozen when the penalty was attached: attach it again"
-        uneven = [c for c in self.leaves if c.fired != c.reached]
-        if uneven:
-            count = uneven[0]
-            return f"the hook of {listing(count.names)} fired {count.fired} times for {count.reached} backwards"
+        for leaf in self._leaves:
+            if leaf.fired != len(leaf.reached):
+                return f"the hook of {listing(leaf.names)} fired {leaf.fired} times for {len(leaf.reached)} backwards"
+        for count in self._buckets:
+            if count.problem:
+                return count.problem
+            if count.bucket.reached and not count.bucket.waits():
+                return (
+                    f"the gradients of {listing(count.names, 3)} were reduced without the penalty: the communication of "
+                    "their FSDP2 group was replaced between the forward and the reduction"
+                )
         return ""
 
     def _with_gradient(self, names: set[str]) -> set[str]:
         """The weights with a gradient on this rank that is not all zero. A gradient cleared in place is all zero."""
-        shards: list[Shard] = [s for s in self._engine.shards() if s.name in names] if names else []
+        shards = [self.current.shards[name] for name in self.current.shards if name in names]
         return {s.name for s in shards if (gradient := s.gradient) is not None and bool(gradient.any())}
+
+
+_trained = attrgetter("requires_grad")
 
 
 def _without_hook(names: list[str]) -> str:

@@ -23,7 +23,8 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from ..compat.pytorch import has_values
 from ..distributed import collectives
-from ..engines.base import Engine, Shard, local_tensor
+from ..engines.base import Shard, local_tensor
+from ..engines.current import Current
 from ..errors import PenaltyError, alone, line_of, listing
 from .trial_step import decay, distance_left
 
@@ -37,13 +38,14 @@ _ROUNDING = 1e-6  # relative to the largest element: `p += e; p -= e` is no chan
 class StepChecks:
     """The checks of one penalty at the update level."""
 
-    def __init__(self, engine: Engine, names: Iterable[str]) -> None:
+    def __init__(self, current: Current, names: Iterable[str]) -> None:
         """
         Args:
-            engine: the engine of the model.
+            current: the shards of the model.
             names: names of the penalised weights.
         """
-        self._engine, self._names = engine, set(names) if all(has_values(s.local) for s in engine.shards()) else set()
+        values = all(has_values(shard.local) for shard in current.shards.values())
+        self._current, self._names = current, set(names) if values else set()
         self._steps: Counter[int] = Counter()  # by id of the optimizer
         self._asked: set[int] = set()  # optimizers that are to be checked at their next step
         self._written: dict[str, Tensor] = {}  # samples of the weights after the last checked step
@@ -110,7 +112,8 @@ class StepChecks:
 
     def _samples(self) -> dict[str, Tensor]:
         """Evenly spaced elements of each penalised weight on this rank."""
-        local = {s.name: s.local.detach().reshape(-1) for s in self._engine.shards() if s.name in self._names}
+        self._current.refresh()
+        local = {n: s.local.detach().reshape(-1) for n, s in self._current.shards.items() if n in self._names}
         return {name: flat[:: max(len(flat) // _SAMPLE, 1)].clone() for name, flat in local.items() if len(flat)}
 
     def _trial(self, optimizer: Optimizer, shards: Sequence[Shard], closure: bool) -> str:
@@ -155,8 +158,3 @@ def _different(before: dict[str, Tensor], after: dict[str, Tensor]) -> list[str]
         largest = (after[name] - before[name]).abs().max()
         flags[name] = (largest > _ROUNDING * before[name].abs().max()).cpu()
     return [name for name in before if name in flags and bool(flags[name])]
-
-
-def is_where_it_was(shard: Shard) -> bool:
-    """Whether the parameter still has the memory of the shard: some optimizers put another tensor there (`p.data = ...`)."""
-    return local_tensor(shard.parameter).untyped_storage().data_ptr() == shard.local.untyped_storage().data_ptr()

@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from dcft_dist import DcftError, FundamentalSet, attach_penalty
+from dcft_dist.compat.pytorch import fsdp2_reduction
 from dcft_dist.engines.base import Leaf, Segment
 from dcft_dist.engines.find import find_engine
 
-from ..nets import HEAD, make_batches, make_net, make_optimizer, my_part
+from ..nets import HEAD, PlainReduceScatter, loss_fn, make_batches, make_net, make_optimizer, my_part
 from ..prepared import ZERO, prepare
 from ..ranks import run_ranks
 from .cases import SIZE, get, one_step
@@ -93,14 +95,37 @@ def weights_assigned(engine: str, batch: Batch) -> None:
 def hooks_lost(engine: str, batch: Batch) -> None:
     prepared = get(engine, optimizer="sgd")
     penalty = attach_penalty(prepared.model, up_weights())
-    for handle in penalty._handles[: 2 * len(penalty._seen.leaves)]:
+    for handle in penalty._hooks.handles if penalty._hooks else ():
         handle.remove()
+    for count in penalty._hooks.buckets if penalty._hooks else ():
+        for handle in count.bucket._handles:  # type: ignore[attr-defined]
+            handle.remove()
     one_step(prepared, batch)
+
+
+def communication_replaced(engine: str, batch: Batch) -> None:
+    """Between the forward and the reduction; before a forward, the penalty takes the new one in."""
+    prepared = get(engine, optimizer="sgd")
+    attach_penalty(prepared.model, up_weights())
+    loss = loss_fn(prepared.model, batch)
+    block = prepared.model.blocks[0]
+    if dist.get_world_size() == 1:
+        block.set_all_reduce_hook(lambda reduced: None)
+    else:
+        block.set_custom_reduce_scatter(PlainReduceScatter())
+    prepared.backward(loss, True)
+    prepared.step()
 
 
 def applied_twice(engine: str, batch: Batch) -> None:
     prepared = get(engine, optimizer="sgd")
     penalty = attach_penalty(prepared.model, up_weights())
+    if penalty._hooks and penalty._hooks.buckets:
+        bucket: Any = penalty._hooks.buckets[0].bucket
+        ours = fsdp2_reduction(bucket.group, dist.get_world_size())
+        bucket._wrap()
+        assert fsdp2_reduction(bucket.group, dist.get_world_size()).inner == ours
+        return one_step(prepared, batch)
     leaf = next(x for x in find_engine(prepared.model).leaves() if any(s.name in up_weights().names for s in x.segments))
     hook = next(f for f in leaf.tensor._backward_hooks.values())
     leaf.tensor.register_hook(hook)
@@ -127,7 +152,7 @@ def cases_of(engine: str) -> list[Callable[[str, Batch], None]]:
     if engine.startswith("fsdp2") or engine.endswith("orig"):
         cases.append(hooks_on_the_sharded)
     if engine == "fsdp2":
-        cases.append(weights_assigned)
+        cases += [weights_assigned, communication_replaced]
     if engine in ("zero1", "zero2"):  # at stage 3 DeepSpeed itself fails
         cases.append(wrapped_again)
     return cases
@@ -150,8 +175,15 @@ def silent_failures(engine: str) -> dict[str, str]:
 def test_what_fails_in_silence_elsewhere_raises(engine: str, ranks: int) -> None:
     """At one rank too: there a reduction in a group of size 1 is skipped, and with it what hangs on it."""
     for found in run_ranks(ranks, silent_failures, engine):
-        assert "have a gradient, but no penalty hook fired" in found["hooks_lost"]
-        assert "fired 2 times for 1 backwards" in found["applied_twice"]
+        if engine == "fsdp2":
+            assert "no backward was seen to reach them since the last reduction" in found["hooks_lost"]
+            assert found["applied_twice"] == found["hooks_lost"]
+            assert "were reduced without the penalty" in found["communication_replaced"]
+        elif engine == "fsdp2-hybrid" and ranks == 1:
+            assert "no backward was seen" in found["applied_twice"]
+        else:
+            assert "have a gradient, but no penalty hook fired" in found["hooks_lost"]
+            assert "fired 2 times for 1 backwards" in found["applied_twice"]
         if engine.endswith("orig") and ranks == 1:  # the same objects, whole
             assert "a model that was wrapped again" in found["attached_before_wrapping"]
         elif engine.startswith("fsdp"):  # DDP and DeepSpeed keep the parameters, and with them the hooks

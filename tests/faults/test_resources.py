@@ -171,12 +171,19 @@ def test_full_shared_memory(tiny: Path, tmp_path: Path) -> None:
         assert code == 1 and "Traceback" not in said.split("dcft: error")[-1] and "/dev/shm" in said, said
 
 
+def has_lock(process: int) -> bool:
+    return any(file.is_symlink() and os.readlink(file).endswith("/lock") for file in Path(f"/proc/{process}/fd").iterdir())
+
+
 def test_a_worker_does_not_keep_the_lock(tiny: Path, tmp_path: Path) -> None:
     """Rank 0 is killed, and its worker is suspended, so that it outlives it. The next start is let in at once."""
     words = [*WORKERS, "--train.epochs", "40"]
     process = Process(["train", str(tiny), "--runs_dir", str(tmp_path), *words], dict(os.environ))
     assert wait_for_phase(tmp_path / "tiny", "train", [process])
     while len(found := children(process.pid)) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    deadline = time.monotonic() + 10
+    while any(map(has_lock, found)) and time.monotonic() < deadline:  # a fork has the file open at first
         time.sleep(0.01)
     for worker in found:
         os.kill(worker, signal.SIGSTOP)

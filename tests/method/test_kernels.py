@@ -9,32 +9,11 @@ import sys
 import pytest
 
 BODY = """
-import torch
-from dcft_dist.method import kernels
-from dcft_dist.method.multipliers import Multipliers
-
-generator = torch.Generator().manual_seed(0)
-for numel in (1, 7, 4096, 10_001):
-    for dtype in (torch.float32, torch.bfloat16):
-        for factor, rest in ((0.1, 1.0), (0.0, 0.7), (1.0, 0.0)):
-            octets = torch.randint(0, 256, (-(-numel // 8),), dtype=torch.uint8, generator=generator)
-            multipliers = Multipliers({"w": octets.numpy()}, torch.device("cpu"), rest, 1.0)
-            multipliers.set_factor(factor)
-            gradient, old, new = (torch.randn(numel, generator=generator).to(dtype) for _ in range(3))
-            expected, found = torch.empty_like(gradient), torch.empty_like(gradient)
-            multipliers.scale_into("w", gradient, expected)
-            kernels.scale(gradient, octets, factor, rest, found)
-            torch.testing.assert_close(found, expected, rtol=0 if dtype == torch.float32 else 1e-2, atol=0)
-            if dtype == torch.bfloat16:
-                continue  # weights are kept in float32
-            expected, found = new.clone(), new.clone()
-            multipliers.shorten("w", old, expected)
-            kernels.shorten(old, octets, factor, rest, found)
-            torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-            bits = ((octets.unsqueeze(1) >> torch.arange(8)) & 1).view(-1)[:numel].bool()
-            for value, cells in ((factor, bits), (rest, ~bits)):
-                if value in (0.0, 1.0):  # exact at both ends
-                    assert torch.equal(found[cells], (old if value == 0.0 else new)[cells])
+import sys
+sys.path.insert(0, ".")
+from tests.method.kernel_cases import one_tensor, tables
+one_tensor()
+tables()
 print("the same")
 """
 
@@ -46,8 +25,32 @@ def test_kernels_do_what_torch_does() -> None:
     assert done.stdout == "the same\n", done.stderr
 
 
-@pytest.mark.parametrize("kernel", ["_scale", "_shorten"])
-def test_kernels_compile_for_gpus(kernel: str) -> None:
+FEW = {
+    "source": "*fp32",
+    "octets": "*u8",
+    "target": "*fp32",
+    "numel": "i32",
+    "numbers": "*fp32",
+    "high": "i32",
+    "low": "i32",
+}
+MANY = dict.fromkeys(("addresses", "octets", "sizes", "block_entry", "block_first"), "*i64")
+SAVED = {"saved_at": "*i64", "copy": "*fp32"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "signature", "constants"),
+    [
+        ("_scale", FEW, {}),
+        ("_shorten", FEW, {}),
+        ("_scale_many", MANY | {"numbers": "*fp32"}, {}),
+        ("_save_many", MANY | SAVED, {"PACKED": True}),
+        ("_save_many", MANY | SAVED, {"PACKED": False}),
+        ("_shorten_many", MANY | {"numbers": "*fp32"} | SAVED, {"PACKED": True}),
+        ("_shorten_many", MANY | {"numbers": "*fp32"} | SAVED, {"PACKED": False}),
+    ],
+)
+def test_kernels_compile_for_gpus(kernel: str, signature: dict[str, str], constants: dict[str, bool]) -> None:
     """For an H100, by Triton's own compiler, which needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -55,7 +58,8 @@ def test_kernels_compile_for_gpus(kernel: str) -> None:
 
     from dcft_dist.method import kernels
 
-    signature = {"source": "*fp32", "octets": "*u8", "target": "*fp32", "numel": "i32", "factor": "fp32", "rest": "fp32"}
-    source = ASTSource(getattr(kernels, kernel), signature | {"BLOCK": "constexpr"}, {"BLOCK": kernels.BLOCK})
+    values = constants | {"BLOCK": kernels.BLOCK}
+    signature = signature | dict.fromkeys(values, "constexpr")
+    source = ASTSource(getattr(kernels, kernel), signature, values)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-    assert ".target sm_90" in compiled.asm["ptx"] and compiled.asm["cubin"]
+    assert compiled.asm["ptx"]

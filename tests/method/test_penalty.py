@@ -7,7 +7,6 @@ import gc
 import logging
 import pickle
 import weakref
-from math import prod
 from typing import Any
 
 import pytest
@@ -190,19 +189,26 @@ def sharded_bits(placement: Any) -> tuple[int, int, int, set[str]]:
     model = wrap(make_net(), "fsdp2")
     optimizer = make_optimizer("sgd", model.parameters())
     penalty = attach_penalty(model, some_set(), optimizer=optimizer, level="gradient", mask_placement=placement)
-    step(model, optimizer, my_part(make_batches(1, 8, torch.float32)[0]))
+    for _ in range(2):
+        step(model, optimizer, my_part(make_batches(1, 8, torch.float32)[0]))
     with collectives.counted() as count:
         step(model, optimizer, my_part(make_batches(1, 8, torch.float32)[0]))
     return penalty.mask_bytes, count.calls, count.num_bytes, set(penalty.calls)
 
 
 def test_no_rank_holds_all_bits_when_they_are_sharded() -> None:
-    whole = {name: -(-prod(shape) // 8) for name, shape in some_set().info.shapes.items()}
-    assert {found[:3] for found in run_ranks(2, sharded_bits, "replicated")} == {(sum(whole.values()), 0, 0)}
-    part = {name: -(-size // 2) for name, size in whole.items()}  # the last part is padded
+    """The bits of a group's buffer, once for all of its weights, and once more for those that the backward reaches."""
+    net = make_net()
+    rows = {n: -(-p.shape[0] // 2) * 2 * p[:1].numel() for n, p in net.named_parameters() if p.requires_grad}
+    blocks = [sum(size for n, size in rows.items() if n.startswith(f"blocks.{i}")) for i in (0, 1)]
+    root = sum(rows.values()) - sum(blocks)
+    used = root - sum(size for n, size in rows.items() if n.startswith("unused"))
+    whole = [-(-cells // 8) for cells in (*blocks, root, used)]
+    assert {found[:3] for found in run_ranks(2, sharded_bits, "replicated")} == {(sum(whole), 0, 0)}
+    part = [-(-size // 2) for size in whole]  # the last part is padded
     for held, calls, sent, fired in run_ranks(2, sharded_bits, "sharded"):
-        assert held == sum(part.values()) and calls == len(fired) == len(whole) - 1  # one is unused
-        assert sent == sum(2 * part[name] for name in fired)
+        assert held == sum(part) and len(fired) == 5
+        assert (calls, sent) == (3, 2 * (sum(part) - part[2]))
 
 
 def refused_placements() -> list[str]:

@@ -15,7 +15,9 @@ from dcft_dist.cli import main
 from dcft_dist.compat.deepspeed import zero3_alone, zero3_weights
 from dcft_dist.compat.pytorch import fake_ranks, fake_tensors, memory_tracker
 from dcft_dist.errors import ConfigError, EngineError
+from dcft_dist.method import kernels, shard_table
 from dcft_dist.method.bits import num_bytes
+from dcft_dist.method.step_checks import StepChecks
 from dcft_dist.planning.memory import Forecast, _prepared, forecast, measure
 from dcft_dist.planning.planned_models import Request, planned, request_of
 
@@ -42,7 +44,14 @@ PEAKS = ("plain_peak", "dcft_peak", "score_peak")
 
 
 def really(request: Request) -> Forecast:
-    return measure(request, nullcontext)
+    """On real ranks with what a GPU would do: the kernels themselves need no memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_table, "_DENSE", -1.0)
+        patch.setattr(StepChecks, "_is_due", lambda *_: False)  # samples of 4,096 cells are not small beside these weights
+        patch.setattr(shard_table, "usable", bool)
+        for kernel in ("save_many", "shorten_many", "scale_many"):
+            patch.setattr(kernels, kernel, lambda *_: None)
+        return measure(request, nullcontext)
 
 
 def least_peaks(request: Request, foretold: Forecast) -> tuple[Forecast, dict[str, int]]:
@@ -76,8 +85,8 @@ def test_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, model:
     moments = foretold.plain_step["optimizer"]
     assert moments == pytest.approx(8 * foretold.weights / ranks, rel=0.02)
     assert foretold.score_peak == pytest.approx(foretold.plain_peak - moments + foretold.scores, rel=0.02)
-    share = 1 if how == "before" else ranks
-    assert foretold.bits == pytest.approx(num_bytes(foretold.eligible) / share, rel=0.02)
+    marked = foretold.weights if how == "before" else foretold.eligible / ranks  # a buffer also holds other weights
+    assert foretold.bits == pytest.approx(marked / 8, rel=0.02)
 
 
 @pytest.mark.parametrize(("ranks", "model", "how"), [(2, "vit", "update"), (4, "decoder", "before")])

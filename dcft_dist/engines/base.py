@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from ..compat.pytorch import has_values
+from ..compat.pytorch import has_values, local_values
 from ..errors import EngineError
 from .box import Box
 from .names import ParameterNames
@@ -365,7 +366,21 @@ class Engine(ABC):
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The values on this rank, without a copy: the local tensor of a DTensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gradients_of(shards: Iterable[Shard]) -> list[Tensor | None]:
+    """`Shard.gradient` of each shard, without a call of Python for each."""
+    found: list[Tensor | None] = []
+    for shard in shards:
+        gradient = shard.parameter.grad
+        if gradient is not None:
+            if isinstance(gradient, DTensor):
+                gradient = local_values(gradient)
+            if shard.span is not None:
+                gradient = gradient.view(-1)[shard.span[0] : shard.span[1]]
+        found.append(gradient)
+    return found
 
 
 def addresses(tensors: Iterable[Tensor]) -> list[int]:

@@ -6,7 +6,6 @@ Asking costs Python for every weight. Between steps nothing changes, so a step c
 from __future__ import annotations
 
 from operator import is_
-from typing import Any
 
 from .base import Engine, Shard
 
@@ -33,7 +32,7 @@ class Current:
     def refresh(self) -> None:
         """Looks again if something has changed since."""
         things, addresses = self._engine.marks()
-        if addresses != self._addresses or not same(things, self._things):
+        if addresses != self._addresses or len(things) != len(self._things) or not all(map(is_, things, self._things)):
             self._look()
 
     def _look(self) -> None:
@@ -41,8 +40,3 @@ class Current:
         self.shards: dict[str, Shard] = {s.name: s for s in self._engine.shards()}
         self.stepped, self.holds = self._engine.stepped(), self._engine.holds()
         self._things, self._addresses = self._engine.marks()  # kept, so that no other thing gets the same identity
-
-
-def same(some: list[Any], others: list[Any]) -> bool:
-    """Whether two lists hold the same objects."""
-    return len(some) == len(others) and all(map(is_, some, others))

@@ -89,6 +89,9 @@ class ReplicatedEngine(Engine):
         now = {id(p): (clean(name), p.shape) for name, p in self.module.named_parameters()}
         return {key: [name] for key, (name, shape) in now.items() if self._shapes.get(key, shape) == shape}
 
+    def _gradient_holders(self) -> list[Tensor]:
+        return list(self.names.parameters.values())
+
     def marks(self) -> tuple[list[Any], list[int]]:
         return list(chain.from_iterable(map(dict.values, self._slots))), addresses(self.names.parameters.values())
 

@@ -28,7 +28,11 @@ def usable(tensors: Sequence[Tensor]) -> bool:
 
 
 class AddressTable:
-    """Flat float32 shards, their bits, and what of them is saved before a step."""
+    """Flat float32 shards, their bits, and what of them is saved before a step.
+
+    Attributes:
+        packed: whether only fundamental cells are saved. Then `shorten` can also sum up what it does.
+    """
 
     def __init__(self, flats: Sequence[Tensor], planes: Sequence[tuple[Plane, int]], multipliers: Multipliers) -> None:
         """
@@ -39,9 +43,9 @@ class AddressTable:
         """
         self._multipliers, self._device = multipliers, flats[0].device
         self._flats, self._planes = list(flats), [plane for plane, _ in planes]
-        self._packed = multipliers.rest == 1.0 and multipliers.unscored == 1.0
+        self.packed = multipliers.rest == 1.0 and multipliers.unscored == 1.0
         sizes = [flat.numel() for flat in flats]
-        self._num_saved = sum(chosen for _, chosen in planes) if self._packed else sum(sizes)
+        self._num_saved = sum(chosen for _, chosen in planes) if self.packed else sum(sizes)
         self._old: Tensor | None = None
         self._real = has_values(flats[0])
         self._gradients: tuple[list[int], Tensor] | None = None
@@ -49,6 +53,9 @@ class AddressTable:
             self._build(sizes)
 
     def _build(self, sizes: list[int]) -> None:
+        from . import kernels  # late: needs Triton
+
+        self._kernels = kernels
         self._addresses = self._on_device([flat.data_ptr() for flat in self._flats])
         octets = [plane.octets for plane in self._planes]
         self._octets = self._on_device([o.data_ptr() if isinstance(o, Tensor) else 0 for o in octets])
@@ -59,7 +66,7 @@ class AddressTable:
         first = torch.cat([torch.arange(n) * BLOCK for n in blocks])
         self._block_first = first.to(self._device)
         saved = [
-            self._chosen(o, n) if self._packed else self._all(size, n)
+            self._chosen(o, n) if self.packed else self._all(size, n)
             for o, size, n in zip(octets, sizes, blocks, strict=True)
         ]
         ends = torch.cat(saved).cumsum(0)
@@ -93,18 +100,11 @@ class AddressTable:
         """Multiplies gradients in the order of the shards, in place. One launch."""
         if not self._real:
             return
-        from . import kernels  # late: needs Triton
-
         places = list(map(Tensor.data_ptr, gradients))
         if self._gradients is None or self._gradients[0] != places:
             self._gradients = places, self._on_device(places)
         numbers = self._multipliers.numbers(torch.float32, self._device)
-        kernels.scale_many(self._blocks(self._gradients[1]), numbers)
-
-    @property
-    def can_watch(self) -> bool:
-        """Whether `shorten` can also sum up what it does."""
-        return self._packed
+        self._kernels.scale_many(self._blocks(self._gradients[1]), numbers)
 
     def save(self) -> None:
         """Copies the weights that are needed after the step. One launch."""
@@ -115,22 +115,18 @@ class AddressTable:
         old, self._old = self._old, None
         if not self._real or old is None:
             return
-        from . import kernels  # late: needs Triton
-
         if self._multipliers.watch:
             new = self._copied()
             shortened = torch.lerp(old, new, self._multipliers.number("factor", old))
             self._multipliers.add_squares(new.double() - old.double(), shortened.double() - old.double())
         numbers = self._multipliers.numbers(torch.float32, self._device)
-        kernels.shorten_many(self._blocks(self._addresses), numbers, self._block_saved, old, self._packed)
+        self._kernels.shorten_many(self._blocks(self._addresses), numbers, self._block_saved, old, self.packed)
 
     def _copied(self) -> Tensor:
         """The weights that are needed after the step, one after the other."""
         copy = torch.empty(self._num_saved, dtype=torch.float32, device=self._device)
         if self._real:
-            from . import kernels  # late: needs Triton
-
-            kernels.save_many(self._blocks(self._addresses), self._block_saved, copy, self._packed)
+            self._kernels.save_many(self._blocks(self._addresses), self._block_saved, copy, self.packed)
         return copy
 
     def _blocks(self, addresses: Tensor) -> Blocks:

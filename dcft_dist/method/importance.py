@@ -8,7 +8,7 @@ Scores take 4 bytes per weight that a rank owns, and nothing else of that size i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, get_args
 
@@ -19,15 +19,17 @@ from ..distributed import collectives
 from ..engines.base import Engine, Shard
 from ..engines.box import Box
 from ..engines.checksum import checksum
+from ..engines.current import Current
 from ..engines.find import find_engine
 from ..engines.names import Patterns, as_patterns, matrix_names, table_names
 from ..errors import PenaltyError, ScoreError, did_you_mean, listing
 from ..seeds import seed_of
-from .bits import CHUNK, step_of
+from .bits import CHUNK
 from .brain_surgeon import score_blocks
 from .penalty_checks import check_precision
-from .score_batches import LossFn, backward_batch, score_batches, undisturbed
+from .score_batches import Losses, LossFn, backward_batch, score_batches, undisturbed
 from .scores import Scores, ScoreShard
+from .term_sums import TermSums
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +37,6 @@ _MANY = 0.05  # share of the weights that are warned of if they are not scored
 
 
 Criterion = Literal["taylor", "taylor_squared", "removal", "fisher", "obs", "magnitude", "random"]
-
-
-# Per score batch: (gradient g, weight w) -> the term whose mean over the batches is taken.
-_TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "taylor": lambda g, w: g,
-    "taylor_squared": lambda g, w: (g * w).square_(),
-    "removal": lambda g, w: (g * w).square_().mul_(0.5).sub_(g * w),
-    "fisher": lambda g, w: g.square(),
-}
 
 
 def score_importance(
@@ -220,27 +213,22 @@ def _owned(engine: Engine, scores: Scores) -> Iterator[tuple[str, Shard]]:
 
 
 def _score_gradients(engine: Engine, scores: Scores, batches: Iterable[Any], loss_fn: LossFn, accumulation: int) -> Scores:
-    term = _TERMS[scores.criterion]
-    total_loss, num_batches = 0.0, 0
+    losses, current = Losses(), Current(engine)
+    sums = TermSums(scores.criterion, {name: shard.values for name, shard in scores.shards.items()})
     with undisturbed(engine):
         for items in score_batches(batches, accumulation):
-            loss, scale = backward_batch(engine, items, loss_fn)
-            total_loss += loss
-            num_batches += 1
-            for name, shard in _owned(engine, scores):
-                gradient = shard.gradient
-                if gradient is None:  # the loss does not depend on this weight
-                    continue
-                values, span = scores.shards[name].values, slice(*shard.owned)
-                _add_term(values, gradient.reshape(-1)[span], shard.local.reshape(-1)[span], scale, term)
+            divisor = backward_batch(engine, items, loss_fn, losses)
+            current.refresh()
+            sums.add(current, divisor)
             engine.clear_gradients()
-        if num_batches == 0:
+        if losses.num_batches == 0:
             raise ScoreError("there are no batches to score on")
+        means = losses.means()
         for name, shard in _owned(engine, scores):
-            values = scores.shards[name].values.div_(num_batches)
+            values = scores.shards[name].values.div_(len(means))
             if scores.criterion == "taylor":
                 values.mul_(shard.local.reshape(-1)[slice(*shard.owned)]).abs_()
-    return Scores(**{**scores.__dict__, "loss": total_loss / num_batches, "num_batches": num_batches})
+    return Scores(**{**scores.__dict__, "loss": sum(means) / len(means), "num_batches": len(means)})
 
 
 def _score_obs(
@@ -257,14 +245,14 @@ def _score_obs(
         raise ScoreError("criterion 'obs' needs its batches as a list with at least one score batch")
     if block < 1 or damping <= 0:
         raise ScoreError(f"criterion 'obs' needs block >= 1 and damping > 0, not {block} and {damping}")
-    losses: list[float] = []
+    losses = Losses()
 
     def gradients() -> Iterator[dict[str, Tensor]]:
-        losses.clear()
+        nonlocal losses
+        losses = Losses()  # of this pass
         for items in score_batches(batches, accumulation):
-            loss, scale = backward_batch(engine, items, loss_fn)
-            losses.append(loss)
-            yield {n: s.gradient.reshape(-1) * scale for n, s in _owned(engine, scores) if s.gradient is not None}
+            divisor = backward_batch(engine, items, loss_fn, losses)
+            yield {n: s.gradient.reshape(-1) / divisor for n, s in _owned(engine, scores) if s.gradient is not None}
             engine.clear_gradients()
 
     with undisturbed(engine):
@@ -278,17 +266,8 @@ def _score_obs(
             limit_bytes=limit_bytes,
             num_passes=lambda n: max(row[0] for row in collectives.all_gather_ints([n], what="count of passes")),
         )
-    return Scores(**{**scores.__dict__, "loss": sum(losses) / len(losses), "num_batches": len(losses)})
-
-
-def _add_term(
-    values: Tensor, gradient: Tensor, weight: Tensor, scale: float, term: Callable[[Tensor, Tensor], Tensor]
-) -> None:
-    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    step = step_of(values.device)
-    for begin in range(0, len(values), step):
-        part = slice(begin, begin + step)
-        values[part] += term(gradient[part].to(wide) * scale, weight[part].detach().to(wide))
+        means = losses.means()
+    return Scores(**{**scores.__dict__, "loss": sum(means) / len(means), "num_batches": len(means)})
 
 
 def _fill_random(values: Tensor, box: Box, name: str, seed: int) -> None:

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..distributed import collectives
 from ..engines.find import find_engine
 from ..errors import PenaltyError
 from .penalty import Penalty
-from .score_batches import LossFn, backward_batch, undisturbed
+from .score_batches import Losses, LossFn, backward_batch, undisturbed
 
 _DECAY = 0.9  # of the running mean of squared slopes
 
@@ -88,14 +88,16 @@ class LearnedFactor:
         self._size, self._count = state["size"], int(state["count"])
 
     def _slope(self, items: list[Any]) -> float:
-        engine, total = find_engine(self._model), torch.zeros((), dtype=torch.float64)
+        engine, losses = find_engine(self._model), Losses()
+        dots: list[Tensor] = []
         with undisturbed(engine):
-            _, scale = backward_batch(engine, items, self._loss_fn)
+            divisor = backward_batch(engine, items, self._loss_fn, losses)
             for shard in engine.shards():
                 proposed, gradient = self._penalty.proposal.get(shard.name), shard.gradient
                 if proposed is not None and gradient is not None:
                     span = slice(*shard.owned)
-                    dot = (gradient.reshape(-1)[span].double() * proposed.reshape(-1)[span].double()).sum()
-                    total += scale * dot.cpu()
+                    dots.append((gradient.reshape(-1)[span].double() * proposed.reshape(-1)[span].double()).sum())
             engine.clear_gradients()
+        losses.means()  # which must be finite
+        total = torch.stack(dots).sum() / divisor if dots else 0.0
         return collectives.reduce_numbers([total], what="slope of the held-out loss")[0]

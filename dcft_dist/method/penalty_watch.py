@@ -22,7 +22,6 @@ class PenaltyWatch:
 
     Attributes:
         frozen: names of the weights that were not trained when the penalty was attached.
-        hooks: the hooks on gradients, with their counts; None if there are none.
         forwards: number of forwards of the model in training.
         current: the shards of the model.
     """
@@ -36,10 +35,12 @@ class PenaltyWatch:
             current: the shards of the model.
             hooks: the hooks on gradients, if there are any.
         """
-        self._engine, self._names, self.current, self.hooks = engine, list(names), current, hooks
+        self._names, self.current = list(names), current
         self._at_attach = current.stepped
         self.frozen = tuple(n for n, p in engine.names.parameters.items() if not p.requires_grad)
         self._frozen = [engine.names.parameters[n] for n in self.frozen]
+        self._leaves: list[LeafCount] = hooks.leaves if hooks is not None else []
+        self._buckets: list[BucketCount] = hooks.buckets if hooks is not None else []
         self.forwards = 0
         self._ranks = collectives.world_size()
         self._agreed: set[str] = set()  # weights whose first step all ranks have checked together
@@ -83,14 +84,6 @@ class PenaltyWatch:
                 bucket.forwards = self.forwards
 
     # -- checks -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _leaves(self) -> list[LeafCount]:
-        return self.hooks.leaves if self.hooks is not None else []
-
-    @property
-    def _buckets(self) -> list[BucketCount]:
-        return self.hooks.buckets if self.hooks is not None else []
 
     def check(self, names: set[str], factor: float) -> None:
         """Checks the penalty before a step, when the gradients are complete.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..compat.pytorch import has_values
 from ..distributed import collectives
 from ..engines.base import Engine
-from ..errors import ScoreError
+from ..errors import ScoreError, alone
 
 LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | int | float]]
 
@@ -22,7 +23,8 @@ LossFn = Callable[[nn.Module, Any], Tensor | tuple[Tensor, Tensor | int | float]
 def score_batches(batches: Iterable[Any], accumulation: int) -> Iterator[list[Any]]:
     """Yields groups of `accumulation` items. Collective.
 
-    Before each group all ranks check that every rank has its items. Otherwise a rank could wait forever for another.
+    All ranks check that every rank has its items. Otherwise a rank could wait forever for another. If `batches` has a length
+    on every rank, they check once; otherwise before each group, for which a GPU has to be waited for.
 
     Args:
         batches: this rank's items.
@@ -32,36 +34,108 @@ def score_batches(batches: Iterable[Any], accumulation: int) -> Iterator[list[An
         ScoreError: the ranks have unequal numbers of items, or a number that is not a multiple of `accumulation`.
     """
     iterator = iter(batches)
+    lengths = [n for (n,) in collectives.all_gather_ints([_length(batches)], what="count of score items")]
+    if all(n >= 0 for n in lengths):
+        if len(set(lengths)) > 1 or lengths[0] % accumulation:
+            raise _uneven(accumulation, lengths)
+        for _ in range(lengths[0] // accumulation):
+            items = list(itertools.islice(iterator, accumulation))
+            if len(items) < accumulation:
+                rank = collectives.rank()
+                raise alone(ScoreError(f"rank {rank}: batches has a length of {lengths[0]}, but ended before"))
+            yield items
+        return
     while True:
         items = list(itertools.islice(iterator, accumulation))
         counts = [n for (n,) in collectives.all_gather_ints([len(items)], what="count of score items")]
         if not any(counts):
             return
         if set(counts) != {accumulation}:
-            raise ScoreError(
-                f"a score batch takes {accumulation} items from every rank, but the ranks have {counts} left: "
-                "give each rank the same number of items, a multiple of accumulation"
-            )
+            raise _uneven(accumulation, counts)
         yield items
 
 
-def backward_batch(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[float, float]:
-    """Runs forward and backward of one score batch, inside `undisturbed`. Collective.
+def _length(batches: Any) -> int:
+    """Number of items, or -1 if only reading them would tell."""
+    try:
+        return len(batches)
+    except TypeError:
+        return -1
+
+
+def _uneven(accumulation: int, counts: list[int]) -> ScoreError:
+    return ScoreError(
+        f"a score batch takes {accumulation} items from every rank, but the ranks have {counts} left: "
+        "give each rank the same number of items, a multiple of accumulation"
+    )
+
+
+class Losses:
+    """Losses and counts of score batches. They are read at the end, so that no batch waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._losses: list[list[Tensor]] = []
+        self._counts: list[list[Tensor | float]] = []
+
+    @property
+    def num_batches(self) -> int:
+        """Number of score batches."""
+        return len(self._losses)
+
+    def add(self, losses: list[Tensor], counts: list[Tensor | float]) -> None:
+        """Adds one score batch: the losses of its items on this rank, and their counts."""
+        self._losses.append(losses)
+        self._counts.append(counts)
+
+    def means(self) -> list[float]:
+        """The mean loss of each score batch over all ranks. Collective; waits for the device.
+
+        Raises:
+            ScoreError: a mean is not finite, or a whole score batch has a count of 0.
+        """
+        if not self._losses:
+            return []
+        sums, counts = (_sums(rows) for rows in (self._losses, self._counts))
+        both = collectives.reduce_numbers([*sums, *counts], what="score loss")
+        means = []
+        for index, (loss, count) in enumerate(zip(both[: len(sums)], both[len(sums) :], strict=True)):
+            if count <= 0:
+                raise ScoreError("loss_fn returned a count of 0 for a whole score batch: every score batch needs samples")
+            means.append(loss / count)
+            if not np.isfinite(means[-1]):
+                raise ScoreError(
+                    f"the loss of a score batch is {means[-1]} (number {index}), but scores need a finite loss: check the "
+                    "data and the model"
+                )
+        return means
+
+
+def _sums(rows: Sequence[Sequence[Tensor | float]]) -> list[float]:
+    """The sum of each row; tensors are read all at once."""
+    tensors = [value.reshape(()) for row in rows for value in row if isinstance(value, Tensor)]
+    stacked = torch.stack(tensors).double() if tensors else torch.zeros(0)
+    read = iter(stacked.tolist() if has_values(stacked) else [1.0] * len(tensors))  # without values: `dcft plan`
+    return [sum(next(read) if isinstance(value, Tensor) else value for value in row) for row in rows]
+
+
+def backward_batch(engine: Engine, items: list[Any], loss_fn: LossFn, losses: Losses) -> float | Tensor:
+    """Runs forward and backward of one score batch, inside `undisturbed`. Collective. Waits for no device.
 
     Args:
         engine: the engine of the model.
         items: this rank's items of the score batch.
         loss_fn: `loss_fn(model, item)` returns the mean loss as a scalar tensor, or `(sum, count)`.
+        losses: gets the losses of the items.
 
     Returns:
-        The mean loss of the score batch over all ranks. Then a scale: reduced gradient x scale = gradient of that mean.
+        A divisor: reduced gradient / divisor = gradient of the mean loss of the score batch over all ranks.
 
     Raises:
-        ScoreError: the loss is not a finite scalar with a gradient, or the whole score batch has a count of 0.
+        ScoreError: the loss is not a scalar with a gradient, or only some ranks return counts.
     """
     model = engine.scoring_model()
-    losses: list[Any] = []
-    counts: list[Any] = []
+    found: list[Tensor] = []
+    counts: list[Tensor | float] = []
     counted = False
     for i, item in enumerate(items):
         engine.expect(last=i == len(items) - 1)
@@ -71,17 +145,22 @@ def backward_batch(engine: Engine, items: list[Any], loss_fn: LossFn) -> tuple[f
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise ScoreError("loss_fn must return a scalar tensor with a gradient, or (sum, count)")
         engine.backward(loss)
-        losses.append(loss.detach().double())  # converted at the end, so that nothing waits for a GPU here
-        counts.append(count.detach().double() if isinstance(count, Tensor) else float(count))
+        found.append(loss.detach())
+        counts.append(count.detach() if isinstance(count, Tensor) else float(count))
     engine.reduce_gradients()
+    if losses.num_batches == 0 and collectives.world_size() > 1:
+        kinds = collectives.all_gather_ints([int(counted)], what="kind of the score loss")
+        if kinds.count(kinds[0]) != len(kinds):
+            raise ScoreError("loss_fn returns (sum, count) on some ranks only: return the same on every rank")
+    losses.add(found, counts)
+    if not counted:
+        return float(len(items))
     ranks = collectives.world_size()
-    loss_sum, weight = collectives.reduce_numbers([sum(losses), sum(counts)], what="score loss")
-    if weight <= 0:
-        raise ScoreError("loss_fn returned a count of 0 for a whole score batch: every score batch needs samples")
-    mean = loss_sum / weight
-    if not np.isfinite(mean):
-        raise ScoreError(f"the loss of a score batch is {mean}, but scores need a finite loss: check the data and the model")
-    return mean, (ranks / weight if counted else 1.0 / len(items))
+    if ranks == 1 and not any(isinstance(count, Tensor) for count in counts):
+        return sum(map(float, counts)) or 1.0  # a count of 0 is an error, said with the losses
+    tensors = [torch.as_tensor(count, dtype=torch.float64, device=found[0].device).view(1) for count in counts]
+    total = tensors[0] if len(tensors) == 1 else torch.cat(tensors).sum(0, keepdim=True)
+    return collectives.all_reduce(total, what="count of a score batch").view(()) / ranks
 
 
 @contextmanager

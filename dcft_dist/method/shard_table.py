@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from ..compat.pytorch import has_values, local_values
-from ..engines.base import Shard
+from ..compat.pytorch import has_values
+from ..engines.base import Shard, gradients_of
 from ..errors import PenaltyError
 from .address_table import AddressTable, usable
 from .bits import Packed, popcount, unpack
@@ -106,18 +106,9 @@ class ShardTable:
 
     def with_gradient(self) -> tuple[list[int], list[Tensor]]:
         """Numbers of the entries that have a gradient, and their gradients on this rank."""
-        numbers, gradients = [], []
-        for number, entry in enumerate(self.entries):
-            shard = entry.shard
-            gradient = shard.parameter.grad
-            if gradient is not None:
-                if isinstance(gradient, DTensor):
-                    gradient = local_values(gradient)
-                if shard.span is not None:
-                    gradient = gradient.view(-1)[shard.span[0] : shard.span[1]]
-                numbers.append(number)
-                gradients.append(gradient)
-        return numbers, gradients
+        found = gradients_of(map(_shard, self.entries))
+        numbers = [number for number, gradient in enumerate(found) if gradient is not None]
+        return numbers, [gradient for gradient in found if gradient is not None]
 
     def scale(self, numbers: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Multiplies the reduced gradients of these entries, in place."""
@@ -143,7 +134,7 @@ class ShardTable:
             whole: whether `shorten` will be asked for the proposal.
         """
         table = self._table(numbers)
-        self._saving = table if table and not whole and (table.can_watch or not self._multipliers.watch) else None
+        self._saving = table if table and not whole and (table.packed or not self._multipliers.watch) else None
         if self._saving is not None:
             self._saving.save()
             return
@@ -205,6 +196,9 @@ class ShardTable:
             fits = len(flats) == len(entries) and usable(flats)
             self._tables[key] = AddressTable(flats, planes, self._multipliers) if fits else None
         return self._tables[key]
+
+
+_shard = attrgetter("shard")
 
 
 def _flat(local: Tensor) -> Tensor | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any
 
 from ..engines.base import Shard
-from ..engines.current import Current, same
+from ..engines.current import Current
 from .multipliers import Multipliers
 from .penalty_checks import Optimizer
 from .penalty_watch import PenaltyWatch
@@ -59,9 +59,10 @@ class SteppedWeights:
         self._current.refresh()
         parameters = list(chain.from_iterable(map(_parameters, optimizer.param_groups)))
         found = self._found.get(id(optimizer))
-        known = found is not None and found.version == self._current.version and found.optimizer is optimizer
-        if found is not None and known and same(found.parameters, parameters):
-            return found
+        if found is not None and found.version == self._current.version and found.optimizer is optimizer:
+            known = found.parameters
+            if len(known) == len(parameters) and all(map(is_, known, parameters)):
+                return found
         names = self._seen.stepped_by(optimizer)
         shards = [shard for name, shard in self._current.shards.items() if name in names]
         table = ShardTable(shards, self._bits, self._multipliers) if self._bits else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from dcft_dist import FundamentalSet, attach_penalty
+from dcft_dist import FundamentalSet, attach_penalty, score_importance
 from dcft_dist.compat.deepspeed import import_deepspeed
 from dcft_dist.compat.pytorch import fake_ranks
 from dcft_dist.engines.find import find_engine
@@ -32,7 +32,7 @@ WAYS = {"before": ("gradient", "before"), "after": ("gradient", "after"), "updat
 class Steps:
     """A model under an engine, and steps of it."""
 
-    def __init__(self, engine: str, way: str) -> None:
+    def __init__(self, engine: str, way: str, steps: int = 9) -> None:
         torch.manual_seed(0)
         net, generator = VitLike(), torch.Generator().manual_seed(0)
         linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and n != "head"]
@@ -46,9 +46,11 @@ class Steps:
         if way != "plain":
             level, where = WAYS[way]
             chosen = FundamentalSet.from_masks(masks, head="head")
-            logging.getLogger("dcft_dist").setLevel(logging.ERROR)  # a gradient penalty under AdamW is warned of
+            log, level_before = logging.getLogger("dcft_dist"), logging.getLogger("dcft_dist").level
+            log.setLevel(logging.ERROR)  # a gradient penalty under AdamW is warned of
             self.penalty = attach_penalty(self.model, chosen, optimizer=self.optimizer, level=level, where=where)  # type: ignore[arg-type]
-        for _ in range(9):
+            log.setLevel(level_before)
+        for _ in range(steps):
             self()
 
     def _wrapped(self, net: nn.Module, engine: str) -> Any:
@@ -81,18 +83,24 @@ class Steps:
             self.optimizer.step()
 
 
+def noted(method: Any, calls: list[str]) -> Any:
+    """The method, which also notes that it was called."""
+
+    def call(self: Any) -> Any:
+        calls.append(method.__name__)
+        return method(self)
+
+    return call
+
+
 def added(engine: str) -> dict[str, tuple[int, int, int, int]]:
-    """What each way adds to a step: Python calls, waits, collectives of the package, lookups of shards and of the stepped."""
+    """What each way adds to a step: Python calls, waits, collectives of the package, calls of `shards` and `stepped`."""
     found, plain = {}, Counts()
     for way in ("plain", *WAYS):
         steps = Steps(engine, way)
-        lookups = [0]
-        if way != "plain":
-            kind = type(find_engine(steps.model))
-            patch = pytest.MonkeyPatch()
-            for name in ("shards", "stepped"):
-                method = getattr(kind, name)
-                patch.setattr(kind, name, lambda self, method=method: lookups.__setitem__(0, lookups[0] + 1) or method(self))
+        kind, lookups, patch = type(find_engine(steps.model)), list[str](), pytest.MonkeyPatch()
+        for name in ("shards", "stepped"):
+            patch.setattr(kind, name, noted(getattr(kind, name), lookups))
         with python_calls() as counts:
             steps()
         with operations() as ops:
@@ -100,9 +108,9 @@ def added(engine: str) -> dict[str, tuple[int, int, int, int]]:
         if way == "plain":
             plain, waits = counts, ops.waits
         else:
-            patch.undo()
             steps.penalty.remove()
-            found[way] = (counts.calls - plain.calls, ops.waits - waits, counts.sent, lookups[0])
+            found[way] = (counts.calls - plain.calls, ops.waits - waits, counts.sent, len(lookups))
+        patch.undo()
     return found
 
 
@@ -179,6 +187,54 @@ def test_launches() -> None:
         "after": {"scale_many": 1, "waits": 0},
         "update": {"save_many": 1, "shorten_many": 1, "waits": 0},
     }
+
+
+def scored(engine: str, counted: bool) -> tuple[int, int, int]:
+    """What scoring adds to the forwards and backwards of a batch: Python calls, operations; and the waits of a scoring."""
+    steps = Steps(engine, "plain", steps=1)
+    x, y = steps.batch
+
+    def loss_fn(model: nn.Module, item: Any) -> Any:
+        loss = torch.nn.functional.cross_entropy(model(x), y, reduction="sum" if counted else "mean")
+        return (loss, torch.tensor(len(y))) if counted else loss
+
+    def score(batches: int) -> tuple[Counts, Counts]:
+        with python_calls() as calls:
+            score_importance(steps.model, [None] * batches, loss_fn, head="head")
+        with operations() as ops:
+            score_importance(steps.model, [None] * batches, loss_fn, head="head")
+        return calls, ops
+
+    def plain(batches: int) -> tuple[Counts, Counts]:
+        def run() -> None:
+            for _ in range(batches):
+                result = loss_fn(steps.model, None)
+                (result[0] if counted else result).backward()
+                for p in parameters:
+                    p.grad = None
+
+        with python_calls() as calls:
+            run()
+        with operations() as ops:
+            run()
+        return calls, ops
+
+    steps.model.eval()
+    parameters = list(steps.model.parameters())
+    score(2)  # what is set up once
+    plain(2)
+    (few, few_ops), (many, many_ops) = score(2), score(6)
+    (least, least_ops), (most, most_ops) = plain(2), plain(6)
+    calls = (many.calls - few.calls - most.calls + least.calls) // 4
+    operations_each = (many_ops.non_views - few_ops.non_views - most_ops.non_views + least_ops.non_views) / 4
+    return calls, int(operations_each), many_ops.waits - (most_ops.waits - least_ops.waits) // 4 * 6
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp2", 1), ("fsdp2", 2)])
+@pytest.mark.parametrize("counted", [False, True])
+def test_scoring(engine: str, ranks: int, counted: bool) -> None:
+    for calls, non_views, waits in run_ranks(ranks, scored, engine, counted):
+        assert calls <= 300 and non_views <= 5 and waits <= 1, (calls, non_views, waits)
 
 
 def same_bits() -> bool:

@@ -127,7 +127,7 @@ class FSDP2Bucket(Bucket):
 
 
 class _Reduction:
-    """The communication of a group, with a look at its input. A copy or a pickle of it is the plain communication."""
+    """The communication of a group, with a look at its input."""
 
     def __init__(self, bucket: FSDP2Bucket, inner: Any) -> None:
         self.bucket, self.inner = bucket, inner
@@ -136,9 +136,6 @@ class _Reduction:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **others: Any) -> Any:
         self.bucket.see(input_tensor)
         return self.inner(output_tensor=output_tensor, input_tensor=input_tensor, group=group, op=op, **others)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_itself, (self.inner,))
 
 
 class _Hook:
@@ -152,12 +149,5 @@ class _Hook:
         if self.inner is not None:
             self.inner(reduced)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (_itself, (self.inner,))
-
 
 _group = attrgetter("group")
-
-
-def _itself(thing: Any) -> Any:
-    return thing

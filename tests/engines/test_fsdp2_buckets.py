@@ -1,0 +1,141 @@
+"""The penalty in FSDP2's buffers: beside a user's own communication, with unused weights, in units that share a group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+from dcft_dist import attach_penalty
+from dcft_dist.compat.pytorch import fsdp2_reduction
+from dcft_dist.engines.find import find_engine
+
+from ..method.penalty_cases import some_set, step
+from ..nets import PlainReduceScatter, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
+from ..prepared import prepare
+from ..ranks import run_ranks
+
+FACTOR = 0.1
+
+
+def trained(model: Any, change: Any = None, steps: int = 3) -> dict[str, Tensor]:
+    """Weights after some steps; `change(model)` is called after the penalty was attached."""
+    optimizer = make_optimizer("sgd", model.parameters())
+    with attach_penalty(model, some_set(), FACTOR, optimizer=optimizer, level="gradient") as penalty:
+        if change is not None:
+            change(model)
+        for batch in make_batches(steps, 8, torch.float32):
+            step(model, optimizer, my_part(batch))
+        penalty.in_force()
+    return full_state(model)
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def own_communications() -> list[str]:
+    """What differs if the user has an own communication, set before or after the penalty was attached."""
+    expected, wrong = trained(wrap(make_net(), "fsdp2")), []
+    for before in (True, False):
+        model: Any = wrap(make_net(), "fsdp2")
+        mine, seen = PlainReduceScatter(), list[Tensor]()
+
+        def change(model: Any, mine: Any = mine, seen: Any = seen) -> None:
+            if dist.get_world_size() > 1:
+                model.blocks[0].set_custom_reduce_scatter(mine)
+            else:
+                model.blocks[0].set_all_reduce_hook(lambda reduced: seen.append(reduced.clone()))
+
+        if before:
+            change(model)
+        if not equal(expected, trained(model, None if before else change)):
+            wrong.append(f"weights, before={before}")
+        if mine.calls + len(seen) != 3:
+            wrong.append(f"calls, before={before}: {mine.calls + len(seen)}")
+        group = model.blocks[0]._get_fsdp_state()._fsdp_param_group
+        if dist.get_world_size() > 1 and fsdp2_reduction(group, dist.get_world_size()) is not mine:
+            wrong.append(f"not put back, before={before}")
+    return wrong
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_beside_a_communication_of_the_user(ranks: int) -> None:
+    assert run_ranks(ranks, own_communications) == [[]] * ranks
+
+
+def zeros_for_unused() -> bool:
+    """With `reduce_scatter_unused_params` the buffer has zeros for weights that no backward reached."""
+    model: Any = wrap(make_net(), "fsdp2")
+    if not hasattr(model, "set_reduce_scatter_unused_params"):
+        pytest.skip("this torch has no such setting")
+    model.set_reduce_scatter_unused_params(True)
+    return equal(trained(wrap(make_net(), "fsdp2")), trained(model))
+
+
+def test_zeros_for_unused_weights() -> None:
+    assert run_ranks(2, zeros_for_unused) == [True, True]
+
+
+def orders() -> list[str]:
+    """Buckets that do not give back what they have laid out, or that lay it out otherwise than FSDP2 does."""
+    wrong = []
+    for name in ("plain", "columns", "group"):
+        ranks, net = dist.get_world_size(), make_net()
+        mesh = init_device_mesh("cpu", (ranks,))
+        by_columns = {"shard_placement_fn": lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % ranks == 0 else Shard(0)}
+        options: dict[str, Any] = {"mesh": mesh} | (by_columns if name == "columns" else {})
+        if name == "group":
+            fully_shard([net.blocks[0], net.blocks[1]], **options)
+        model: Any = fully_shard(net, **options)
+        engine = find_engine(model)
+        buckets: Any = engine.buckets(engine.leaves())
+        if len(buckets) != (2 if name == "group" else 1):
+            wrong.append(f"{name}: {len(buckets)} buckets")
+        seen: list[tuple[Any, Tensor, Any]] = []
+        for bucket in buckets:
+            bucket.intercept(lambda buffer, present, bucket=bucket: seen.append((bucket, buffer.clone(), present)))
+        loss_fn(model, make_batches(1, 8, torch.float32)[0]).backward()  # the same batch, so the same gradient everywhere
+        signs = {n: p.grad.full_tensor() > 0 for n, p in model.named_parameters() if p.grad is not None}
+        for bucket, buffer, present in seen:
+            if not torch.equal(buffer > 0, bucket.lay_out(signs, present)):
+                wrong.append(f"{name}: another order")
+            masks = {s.name: torch.rand(s.box.size) < 0.5 for s in bucket.segments}
+            back = bucket.split(bucket.lay_out(masks, masks.keys()))
+            wrong += [f"{name}: {n}" for n in masks if not torch.equal(back[n], masks[n])]
+        if len(seen) != len(buckets):
+            wrong.append(f"{name}: {len(seen)} of {len(buckets)} seen")
+    return wrong
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_bits_lie_as_fsdp2_lays_gradients(ranks: int) -> None:
+    assert run_ranks(ranks, orders) == [[]] * ranks
+
+
+def with_and_without_sync() -> float:
+    """Largest difference if gradients are reduced with every micro-batch, or with the last one only."""
+    states = []
+    for sync in (True, False):
+        prepared = prepare(make_net, "fsdp2", lambda p: make_optimizer("momentum", p))
+        attach_penalty(prepared.model, some_set(), FACTOR, optimizer=prepared.optimizer, level="gradient")
+        batches = make_batches(6, 8, torch.float32)
+        for first in range(0, 6, 3):
+            prepared.zero_grad(to_none=True)
+            for i in range(3):
+                prepared.model.set_requires_gradient_sync(sync or i == 2)
+                (loss_fn(prepared.model, my_part(batches[first + i])) / 3).backward()
+            prepared.step()
+        states.append(prepared.state())
+    return max(float((states[0][n] - states[1][n]).abs().max()) for n in states[0])
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accumulation_with_and_without_synchronisation(ranks: int) -> None:
+    assert max(run_ranks(ranks, with_and_without_sync)) < 1e-6

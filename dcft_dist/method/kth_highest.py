@@ -21,11 +21,9 @@ from torch import Tensor
 
 from ..distributed import collectives
 from .bits import step_of
+from .first_pass import ROOM, FirstPass
 
 SAMPLE = 1 << 16  # sampled values per round, of all ranks together: 256 KiB in one collective
-
-
-ROOM = 1 << 22  # values that a rank stores at most: 16 MiB, briefly twice that
 
 
 DRAWS = 1 << 20  # positions that a rank draws at most for its part of a sample
@@ -46,15 +44,23 @@ class Threshold:
     ties: int
 
 
-def kth_highest(arrays: Sequence[Tensor], k: int) -> Threshold:
+class NotFiniteError(Exception):
+    """Some scores are not finite: raised on every rank."""
+
+
+def kth_highest(arrays: Sequence[Tensor], k: int, first: FirstPass | None = None) -> Threshold:
     """Finds the k-th highest of the values of all ranks. Collective.
 
     Args:
         arrays: this rank's values, as any number of flat float32 tensors of any size. All values must be finite. 0.0 and
             -0.0 count as equal.
         k: from 1 to the number of values of all ranks.
+        first: makes the first pass over the values, instead of `arrays`, if there is one; on every rank or on none.
+
+    Raises:
+        NotFiniteError: the first pass has found a value that is not finite, on any rank.
     """
-    search = _Search(arrays, k)
+    search = _Search(arrays, k, first)
     while search.inside > SAMPLE and search.high > _next(search.low):
         search.narrow()
     if search.inside > SAMPLE:
@@ -98,7 +104,8 @@ class _Search:
         exact: True if no rank holds values outside the limits.
     """
 
-    def __init__(self, arrays: Sequence[Tensor], k: int) -> None:
+    def __init__(self, arrays: Sequence[Tensor], k: int, first: FirstPass | None) -> None:
+        self._first = first
         self.k, self.low, self.high, self.above = k, -inf, inf, 0
         self.held = [a for a in arrays if a.numel()]
         own = sum(a.numel() for a in self.held)
@@ -115,8 +122,13 @@ class _Search:
     def narrow(self) -> None:
         """Runs one round. The new interval lies within the old one and excludes at least one of its values. Collective."""
         limits, least, most = self._limits()
-        counts, between = self._count(limits, least, most)
-        table = collectives.all_gather_ints([*counts, int(between is not None)], what="selection: counts")
+        first, self._first = self._first, None
+        counts, between = first.count(limits, least, most) if first else self._count(limits, least, most)
+        finite = first is None or first.finite
+        rows = collectives.all_gather_ints([*counts, int(between is not None), int(finite)], what="selection: counts")
+        if not all(row[-1] for row in rows):
+            raise NotFiniteError
+        table = [row[:-1] for row in rows]
         dropped = self.above - sum(self.at_high)  # values that reach `high` and that no rank holds any more
         lows, highs = [(self.low, self.at_low)], [(self.high, self.at_high)]
         for limit, *at in zip(limits, *(row[:-1] for row in table), strict=True):

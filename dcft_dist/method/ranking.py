@@ -13,13 +13,15 @@ from math import prod
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..distributed import collectives
 from ..engines.box import Box
 from ..errors import ScoreError, listing
 from .bits import CHUNK, Packed, num_bytes, pack, popcount, step_of
-from .kth_highest import comparable, how_many, is_finite, kth_highest, pieces
+from .first_pass import FirstPass
+from .kth_highest import SAMPLE, NotFiniteError, comparable, how_many, is_finite, kth_highest, pieces
 from .scores import Scores, ScoreShard
 
 Keep = Callable[["Chunk"], Tensor]  # boolean mask of the cells of a chunk that take part
@@ -121,6 +123,47 @@ class GlobalCut:
         return torch.as_tensor(chosen)
 
 
+class Ties:
+    """The cells of one shard that have a certain score.
+
+    Attributes:
+        number: how many there are.
+    """
+
+    def __init__(self, values: Tensor, value: float, places: NDArray[np.int64] | None) -> None:
+        """
+        Args:
+            values: the scores.
+            value: the score.
+            places: their positions, ascending, if they are known; None: the scores are read.
+        """
+        self._values, self._value, self._places = values, value, places
+        in_pieces = [int(how_many(v == value)) for v in pieces(values)] if places is None else []
+        self._in_pieces = in_pieces
+        self.number = sum(in_pieces) if places is None else len(places)
+
+    def before(self, cells: int) -> int:
+        """Number of them among the first `cells` cells."""
+        if self._places is not None:
+            return int(np.searchsorted(self._places, cells))
+        step = step_of(self._values.device)
+        whole = cells // step
+        rest = sum(how_many(v == self._value) for v in pieces(self._values[whole * step : cells]))
+        return sum(self._in_pieces[:whole]) + int(rest)
+
+    def cells(self) -> list[int]:
+        """Their positions, ascending."""
+        if self._places is not None:
+            found: list[int] = self._places.tolist()
+            return found
+        step, found = step_of(self._values.device), []
+        for i, count in enumerate(self._in_pieces):
+            if count:
+                piece = self._values[i * step : (i + 1) * step]
+                found += ((piece == self._value).nonzero().view(-1) + i * step).tolist()
+        return found
+
+
 def by_tensor(chunk: Chunk) -> Tensor:
     """A `Group` with one group per weight."""
     return torch.full((chunk.end - chunk.begin,), chunk.tensor, dtype=torch.int64, device=chunk.shard.values.device)
@@ -138,6 +181,7 @@ class Ranking:
             self._base[name] = position
             position += prod(scores.shapes[name])
         self._total = position
+        self._first: FirstPass | None = None
         self._device = next((s.values.device for s in scores.shards.values()), torch.device("cpu"))
 
     def chunks(self) -> Iterator[Chunk]:
@@ -164,50 +208,57 @@ class Ranking:
             )
 
     def line(self, k: int) -> GlobalCut:
-        """The cut that selects exactly the k highest scores of the whole model. Collective."""
+        """The cut that selects exactly the k highest scores of the whole model. Collective.
+
+        Raises:
+            ScoreError: some scores are NaN or infinite.
+        """
         if k == 0:
+            self.require_finite()
             return GlobalCut(torch.inf, 0)
-        kth = kth_highest([self._shards[name].values for name in self.names], k)
+        values = {name: self._shards[name].values for name in self.names}
+        if self._total <= SAMPLE or self._device.type != "cpu":
+            self.require_finite()
+            kth = kth_highest(list(values.values()), k)
+        else:
+            self._first = FirstPass(values)
+            try:
+                kth = kth_highest(list(values.values()), k, self._first)
+            except NotFiniteError:
+                self.require_finite()  # says where
+                raise
         selected = k - kth.above  # of the cells equal to the k-th highest
         return GlobalCut(kth.value, self._total if selected == kth.ties else self._end(kth.value, selected, kth.ties))
 
     def _end(self, value: float, selected: int, total: int) -> int:
         """Position that has exactly `selected` of the `total` cells with this score before it. Collective."""
-        ties = {name: [int(how_many(v == value)) for v in pieces(self._shards[name].values)] for name in self.names}
+        ties = {name: self._ties(name, value) for name in self.names}
         if total <= FEW:
-            return self._positions(value, ties)[selected - 1] + 1
-        table = torch.tensor([sum(ties[name]) for name in self._base], dtype=torch.int64)
+            return self._positions(ties)[selected - 1] + 1
+        table = torch.tensor([ties[name].number for name in self._base], dtype=torch.int64)
         sums = collectives.all_reduce(table, what="selection: ties").cumsum(0).tolist()
         at = bisect_left(sums, selected)
         name, selected = list(self._base)[at], selected - (sums[at - 1] if at else 0)
-        values, box, ties_before = self._shards[name].values, self._shards[name].box, np.cumsum([0, *ties[name]])
-        step = step_of(values.device)
-
-        def before(flat: int) -> int:
-            cells = box.num_before(flat)
-            whole = cells // step
-            return int(ties_before[whole]) + int(sum(how_many(v == value) for v in pieces(values[whole * step : cells])))
-
+        box = self._shards[name].box
         low, high = 0, prod(box.grid)  # fewer than `selected` ties before `low`, at least as many before `high`
         while high - low > 1:
             indices = sorted({low + (high - low) * i // FAN for i in range(1, FAN)} - {low})
-            table = torch.tensor([before(flat) for flat in indices], dtype=torch.int64)
+            table = torch.tensor([ties[name].before(box.num_before(flat)) for flat in indices], dtype=torch.int64)
             at = bisect_left(collectives.all_reduce(table, what="selection: position of a tie").tolist(), selected)
             low, high = [low, *indices][at], [*indices, high][at]
         return self._base[name] + high
 
-    def _positions(self, value: float, ties: dict[str, list[int]]) -> list[int]:
-        """Sorted positions of the cells with this score, of all ranks. Collective.
+    def _ties(self, name: str, value: float) -> Ties:
+        """The cells of a weight with this score, on this rank."""
+        kept = self._first.places(name, value) if self._first is not None else None
+        return Ties(self._shards[name].values, value, kept)
 
-        `ties` is, per weight, the number of these cells in each piece of this rank's scores.
-        """
+    def _positions(self, ties: dict[str, Ties]) -> list[int]:
+        """Sorted positions of the cells with this score, of all ranks. Collective."""
         own_positions: list[int] = []
         for name in self.names:
-            shard = self._shards[name]
-            for i, part in enumerate(pieces(shard.values)):
-                if ties[name][i]:
-                    cells = (torch.as_tensor(part == value).nonzero().view(-1) + i * step_of(shard.values.device)).tolist()
-                    own_positions += [int(shard.box.flat_index(cell, cell + 1)) + self._base[name] for cell in cells]
+            box = self._shards[name].box
+            own_positions += [int(box.flat_index(cell, cell + 1)) + self._base[name] for cell in ties[name].cells()]
         sizes = [n for (n,) in collectives.all_gather_ints([len(own_positions)], what="selection: ties")]
         mine = torch.tensor(own_positions, dtype=torch.int64)
         return sorted(collectives.all_gather_uneven(mine, sizes, what="selection: positions of ties").tolist())
@@ -291,6 +342,22 @@ class Ranking:
         packed = {name: np.empty(num_bytes(self._shards[name].box.numel), dtype=np.uint8) for name in self.names}
         for chunk in self.chunks():  # chunks start at multiples of 8
             packed[chunk.name][chunk.begin // 8 : num_bytes(chunk.end)] = pack(selects(chunk))
+        return self._with_counts(packed)
+
+    def collect_line(self, line: GlobalCut) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
+        """`collect` for the cut that `line` has found, without another pass over the scores if it can be. Collective."""
+        kept: dict[str, Packed | None] = {}
+        if self._first is not None:
+            for name in self.names:
+                ties = self._shards[name].box.num_before(line.end - self._base[name])
+                kept[name] = self._first.bits(name, line.value, ties)
+        packed = {name: bits for name, bits in kept.items() if bits is not None}
+        if len(packed) == len(self.names):
+            return self._with_counts(packed)
+        return self.collect(line.selects)
+
+    def _with_counts(self, packed: dict[str, Packed]) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
+        """This rank's bits with their boxes, and how many are set over all ranks. Collective."""
         counts = torch.tensor([popcount(packed[name]) for name in self.names], dtype=torch.int64)
         counts = collectives.all_reduce(counts, what="selection: counts")
         bits = {name: (self._shards[name].box, packed[name]) for name in self.names}

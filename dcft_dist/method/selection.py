@@ -58,10 +58,9 @@ def select_fundamental(
     """
     _check(scores, fraction, scope, floor, cap)
     ranking = Ranking(scores)
-    ranking.require_finite()
     sizes = [prod(shape) for shape in scores.shapes.values()]
     selects, line = _chooser(ranking, sizes, fraction, scope, floor, cap)
-    bits, counts = ranking.collect(selects)
+    bits, counts = ranking.collect(selects) if line is None else ranking.collect_line(line)
     threshold = None
     if line is not None and any(counts.values()):
         threshold = line.value
@@ -110,6 +109,7 @@ def _chooser(
                 f"fraction {fraction} per tensor is outside floor {floor} and cap {cap} in {listing(bad_names)}: choose a "
                 "fraction between them"
             )
+        ranking.require_finite()
         per_tensor = ranking.cut(counts, by_tensor)
         return lambda chunk: per_tensor.selects(chunk, by_tensor(chunk)), None
     total = round(fraction * sum(sizes))
@@ -121,6 +121,7 @@ def _chooser(
     if sum(low) == 0 and sum(high) == sum(sizes):
         line = ranking.line(total)
         return line.selects, line
+    ranking.require_finite()
     must, may = ranking.cut(low, by_tensor), ranking.cut(high, by_tensor)
 
     def contested(chunk: Chunk) -> Tensor:

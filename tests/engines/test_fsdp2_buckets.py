@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -83,13 +84,21 @@ def test_zeros_for_unused_weights() -> None:
     assert run_ranks(2, zeros_for_unused) == [True, True]
 
 
+def _columns(ranks: int, p: Tensor) -> Shard:
+    return Shard(1) if p.ndim == 2 and p.shape[1] % ranks == 0 else Shard(0)
+
+
+def _note(seen: list[tuple[Any, Tensor, Any]], bucket: Any, buffer: Tensor, present: Any) -> None:
+    seen.append((bucket, buffer.clone(), present))
+
+
 def orders() -> list[str]:
     """Buckets that do not give back what they have laid out, or that lay it out otherwise than FSDP2 does."""
     wrong = []
     for name in ("plain", "columns", "group"):
         ranks, net = dist.get_world_size(), make_net()
         mesh = init_device_mesh("cpu", (ranks,))
-        by_columns = {"shard_placement_fn": lambda p: Shard(1) if p.ndim == 2 and p.shape[1] % ranks == 0 else Shard(0)}
+        by_columns = {"shard_placement_fn": partial(_columns, ranks)}
         options: dict[str, Any] = {"mesh": mesh} | (by_columns if name == "columns" else {})
         if name == "group":
             fully_shard([net.blocks[0], net.blocks[1]], **options)
@@ -100,7 +109,7 @@ def orders() -> list[str]:
             wrong.append(f"{name}: {len(buckets)} buckets")
         seen: list[tuple[Any, Tensor, Any]] = []
         for bucket in buckets:
-            bucket.intercept(lambda buffer, present, bucket=bucket: seen.append((bucket, buffer.clone(), present)))
+            bucket.intercept(partial(_note, seen, bucket))
         loss_fn(model, make_batches(1, 8, torch.float32)[0]).backward()  # the same batch, so the same gradient everywhere
         signs = {n: p.grad.full_tensor() > 0 for n, p in model.named_parameters() if p.grad is not None}
         for bucket, buffer, present in seen:

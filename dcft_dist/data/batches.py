@@ -286,7 +286,13 @@ class Feed:
         """
         try:
             if step != self._next:
-                loader = DataLoader(self._steps, batch_size=None, sampler=range(step, end), num_workers=self._workers)
+                loader = DataLoader(
+                    self._steps,
+                    batch_size=None,
+                    sampler=range(step, end),
+                    num_workers=self._workers,
+                    pin_memory=self._device.type == "cuda",
+                )
                 self._loaded = iter(loader)
             batches = next(self._loaded)
         except (RuntimeError, OSError) as error:

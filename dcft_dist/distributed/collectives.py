@@ -213,6 +213,20 @@ def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
     return moved.to(tensor.device)
 
 
+def all_reduce_begun(tensor: Tensor, *, what: str) -> tuple[Tensor, Any]:
+    """Begins to sum a tensor over all ranks. Collective.
+
+    Returns:
+        The sum, to be read after `wait()` of the second value; that is None if there is nothing to wait for.
+    """
+    _count(tensor)
+    if world_size() == 1:
+        return tensor, None
+    moved = _reachable(tensor)
+    with explained(what):
+        return moved, dist.all_reduce(moved, async_op=True)
+
+
 def reduce_numbers(values: Sequence[Any], op: Op = "sum", *, what: str) -> list[float]:
     """Reduces a list of numbers over all ranks, in float64. Collective.
 

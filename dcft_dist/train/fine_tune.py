@@ -208,6 +208,7 @@ class Trainer:
             if self.run.world.is_first:
                 self._remove_old("best", best.step, self.config.checkpoint.keep_best)
             return
+        self.training.settle()
         average_buffers(self.run.model)  # a resumed run then has the same buffers as this one
         check_replicas(self.run.model)
         self.training.check_penalty()

@@ -9,6 +9,7 @@ import torch
 from ..data.batches import Batch, Feed, order
 from ..data.splits import file_of
 from ..distributed import collectives
+from ..distributed.late import LateSum
 from ..errors import DivergedError, PenaltyError
 from ..method.learned_factor import LearnedFactor
 from ..method.penalty import Penalty
@@ -26,7 +27,7 @@ class Training:
 
     Attributes:
         run: the context of the run.
-        stopping: True after a step at which some rank was asked to stop.
+        stopping: True after a step at which some rank was asked to stop, or after the next one.
         penalty: the attached penalty; None before fine-tuning, and for methods without one.
         learned: learns the penalty's factor if `penalty.schedule = "learned"`, otherwise None.
         feed: reads the micro-batches of each step.
@@ -37,6 +38,7 @@ class Training:
         self.penalty: Penalty | None = None
         self.learned: LearnedFactor | None = None
         self._calls = 0  # of the penalty, up to the last check
+        self._sums: LateSum[tuple[int, list[Batch]]] = LateSum("training loss")  # of each step: loss, requests to stop
         self._drawn: tuple[int, list[int]] = (-1, [])  # epoch, order of its examples
         self.feed = Feed(self._micro_batches, run.config.train.workers, run.world.device)
 
@@ -67,6 +69,7 @@ class Training:
             if self.stopping:
                 self.run.writer.phase("stopped")
                 raise Stopped(f"in the {what}")
+        self.settle()
 
     def step(self, step: int, total: int, groups: GroupNorms | None) -> Values:
         """Makes one optimizer step. Collective.
@@ -80,7 +83,7 @@ class Training:
             Values to log, by log key.
 
         Raises:
-            DivergedError: the training loss is NaN or infinite.
+            DivergedError: the training loss is NaN or infinite, at this step or at the one before.
             PenaltyError: the penalty is not the one that the configuration asks for.
         """
         run, config, penalty = self.run, self.run.config, self.penalty
@@ -94,28 +97,49 @@ class Training:
             penalty.watch = groups is not None
             if config.penalty.schedule in ("linear", "cosine"):
                 penalty.set_factor(factor_at(config.penalty, step, total))
-        stop, losses = stop_requested(), []
+        stop, loss_sum = stop_requested(), torch.zeros((), dtype=torch.float64, device=run.world.device)
         for i, batch in enumerate(micro_batches):
             seed_step(config.seed, step, run.world.rank * len(micro_batches) + i)
             with prepared.accumulating(last=i == len(micro_batches) - 1):
                 loss = run.loss(prepared.model, batch) / len(micro_batches)
                 prepared.backward(loss)
-            losses.append(loss.detach().double())
+            loss_sum = loss_sum + loss.detach().double()
         norms = self._clip(groups)
         prepared.step()
         if (step + 1) % config.penalty.learn_every == 0:
             self._learn_factor(step)
-        total_loss, stops = collectives.reduce_numbers([sum(losses), stop], what="training loss")
-        mean_loss, self.stopping = total_loss / run.world.world_size, stops > 0
-        if not math.isfinite(mean_loss):
-            raise DivergedError(f"the training loss is {mean_loss} at step {step}: {self._cause(micro_batches)}")
-        values = {"train/loss": mean_loss, "train/learning_rate": lr, "train/epoch": (step + 1) / run.steps_per_epoch}
-        if penalty and groups:
+        sums = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])
+        self._understand(self._sums.push(sums, (step, micro_batches)))
+        if groups is None:  # what is not logged is read one step late
+            return norms
+        values = {"train/loss": self.settle(), "train/learning_rate": lr, "train/epoch": (step + 1) / run.steps_per_epoch}
+        if penalty:
             values |= {
                 "penalty/factor": penalty.factor,
                 "penalty/applied_over_proposed": self._in_force(penalty, step, total),
             }
         return values | norms
+
+    def settle(self) -> float:
+        """Reads the loss of the last step, if it was not read yet. Collective.
+
+        Returns:
+            The mean loss over the ranks; NaN if there is none to read.
+
+        Raises:
+            DivergedError: it is NaN or infinite.
+        """
+        return self._understand(self._sums.flush())
+
+    def _understand(self, found: tuple[list[float], tuple[int, list[Batch]]] | None) -> float:
+        """Reads the sums of a step; returns and raises as `settle`."""
+        if found is None:
+            return math.nan
+        (total_loss, stops), (step, micro_batches) = found
+        mean_loss, self.stopping = total_loss / self.run.world.world_size, self.stopping or stops > 0
+        if not math.isfinite(mean_loss):
+            raise DivergedError(f"the training loss is {mean_loss} at step {step}: {self._cause(micro_batches)}")
+        return mean_loss
 
     def check_penalty(self) -> None:
         """Checks, if there is a penalty, that it is in force on every rank. Collective.

@@ -5,113 +5,21 @@ On a GPU a step is late because the host is, so these counts are what a step may
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from dcft_dist import FundamentalSet, attach_penalty, score_importance
-from dcft_dist.compat.deepspeed import import_deepspeed
 from dcft_dist.compat.pytorch import fake_ranks
-from dcft_dist.engines.find import find_engine
 from dcft_dist.method import kernels, shard_table
 from dcft_dist.method.multipliers import Multipliers
 
-from ..counts import Counts, VitLike, operations, python_calls
+from ..counts import WAYS, Steps, added, operations, python_calls, scored
 from ..ranks import run_ranks
 
 GROUPS = 25  # 24 blocks and the root
-WAYS = {"before": ("gradient", "before"), "after": ("gradient", "after"), "update": ("update", "before")}
-
-
-class Steps:
-    """A model under an engine, and steps of it."""
-
-    def __init__(self, engine: str, way: str, steps: int = 9) -> None:
-        torch.manual_seed(0)
-        net, generator = VitLike(), torch.Generator().manual_seed(0)
-        linear = [n for n, m in net.named_modules() if isinstance(m, nn.Linear) and n != "head"]
-        masks = {f"{n}.weight": torch.rand(net.get_submodule(n).weight.shape, generator=generator) < 0.1 for n in linear}
-        self.batch = torch.randn(4, 12, generator=generator), torch.randint(0, 3, (4,), generator=generator)
-        self.zero = engine.startswith("zero")
-        self.model: Any = self._wrapped(net, engine)
-        if not self.zero:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, foreach=True)
-        self.penalty: Any = None
-        if way != "plain":
-            level, where = WAYS[way]
-            chosen = FundamentalSet.from_masks(masks, head="head")
-            log, level_before = logging.getLogger("dcft_dist"), logging.getLogger("dcft_dist").level
-            log.setLevel(logging.ERROR)  # a gradient penalty under AdamW is warned of
-            self.penalty = attach_penalty(self.model, chosen, optimizer=self.optimizer, level=level, where=where)  # type: ignore[arg-type]
-            log.setLevel(level_before)
-        for _ in range(steps):
-            self()
-
-    def _wrapped(self, net: nn.Module, engine: str) -> Any:
-        if engine == "fsdp2":
-            for block in net.blocks:  # type: ignore[union-attr]
-                fully_shard(block)
-            return fully_shard(net)
-        if engine == "fsdp1":
-            for i, block in enumerate(net.blocks):  # type: ignore[arg-type]
-                net.blocks[i] = FullyShardedDataParallel(block, device_id=torch.device("cpu"), use_orig_params=True)  # type: ignore[index]
-            return FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True)
-        if self.zero:
-            self.optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, foreach=True)
-            zero = {"stage": int(engine[-1]), "reduce_bucket_size": 10_000_000}
-            config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
-            return import_deepspeed().initialize(
-                model=net, optimizer=self.optimizer, config=config | {"zero_force_ds_cpu_optimizer": False}
-            )[0]
-        return DistributedDataParallel(net, find_unused_parameters=True) if engine == "ddp" else net
-
-    def __call__(self) -> None:
-        x, y = self.batch
-        loss = torch.nn.functional.cross_entropy(self.model(x), y)
-        if self.zero:
-            self.model.backward(loss)
-            self.model.step()
-        else:
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-
-
-def noted(method: Any, calls: list[str]) -> Any:
-    """The method, which also notes that it was called."""
-
-    def call(self: Any) -> Any:
-        calls.append(method.__name__)
-        return method(self)
-
-    return call
-
-
-def added(engine: str) -> dict[str, tuple[int, int, int, int]]:
-    """What each way adds to a step: Python calls, waits, collectives of the package, calls of `shards` and `stepped`."""
-    found, plain = {}, Counts()
-    for way in ("plain", *WAYS):
-        steps = Steps(engine, way)
-        kind, lookups, patch = type(find_engine(steps.model)), list[str](), pytest.MonkeyPatch()
-        for name in ("shards", "stepped"):
-            patch.setattr(kind, name, noted(getattr(kind, name), lookups))
-        with python_calls() as counts:
-            steps()
-        with operations() as ops:
-            steps()
-        if way == "plain":
-            plain, waits = counts, ops.waits
-        else:
-            steps.penalty.remove()
-            found[way] = (counts.calls - plain.calls, ops.waits - waits, counts.sent, len(lookups))
-        patch.undo()
-    return found
 
 
 LIMITS = {"before": 250, "after": 60, "update": 60}
@@ -187,47 +95,6 @@ def test_launches() -> None:
         "after": {"scale_many": 1, "waits": 0},
         "update": {"save_many": 1, "shorten_many": 1, "waits": 0},
     }
-
-
-def scored(engine: str, counted: bool) -> tuple[int, int, int]:
-    """What scoring adds to the forwards and backwards of a batch: Python calls, operations; and the waits of a scoring."""
-    steps = Steps(engine, "plain", steps=1)
-    x, y = steps.batch
-
-    def loss_fn(model: nn.Module, item: Any) -> Any:
-        loss = torch.nn.functional.cross_entropy(model(x), y, reduction="sum" if counted else "mean")
-        return (loss, torch.tensor(len(y))) if counted else loss
-
-    def score(batches: int) -> tuple[Counts, Counts]:
-        with python_calls() as calls:
-            score_importance(steps.model, [None] * batches, loss_fn, head="head")
-        with operations() as ops:
-            score_importance(steps.model, [None] * batches, loss_fn, head="head")
-        return calls, ops
-
-    def plain(batches: int) -> tuple[Counts, Counts]:
-        def run() -> None:
-            for _ in range(batches):
-                result = loss_fn(steps.model, None)
-                (result[0] if counted else result).backward()
-                for p in parameters:
-                    p.grad = None
-
-        with python_calls() as calls:
-            run()
-        with operations() as ops:
-            run()
-        return calls, ops
-
-    steps.model.eval()
-    parameters = list(steps.model.parameters())
-    score(2)  # what is set up once
-    plain(2)
-    (few, few_ops), (many, many_ops) = score(2), score(6)
-    (least, least_ops), (most, most_ops) = plain(2), plain(6)
-    calls = (many.calls - few.calls - most.calls + least.calls) // 4
-    operations_each = (many_ops.non_views - few_ops.non_views - most_ops.non_views + least_ops.non_views) / 4
-    return calls, int(operations_each), many_ops.waits - (most_ops.waits - least_ops.waits) // 4 * 6
 
 
 @pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp2", 1), ("fsdp2", 2)])

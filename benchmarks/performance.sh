@@ -6,6 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
 export OMP_NUM_THREADS=1 PYTHONPATH=$PWD
 name=performance lines=(
+    "host_cost.py"
     "selection.py --elements 100_000_000 --ranks 2"
     "selection.py --elements 1_000_000_000 --ranks 2 --kinds normal --alone"
     "penalty.py --samples 4" "penalty.py --samples 16"

@@ -148,6 +148,13 @@ def real_tensors() -> Any:
 local_values = attrgetter("_local_tensor")
 
 
+# Multi-tensor operations without a public name, which torch's optimizers use. Arguments: lists of tensors.
+add_all: Any = torch._foreach_add_
+multiply_all: Any = torch._foreach_mul_
+divide_all: Any = torch._foreach_div_
+add_products: Any = torch._foreach_addcmul_
+
+
 # -- FSDP2 ----------------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,9 @@ TESTED = {"torch": ("2.11", "2.13", "2.14"), "deepspeed": ("0.19",), "transforme
 
 # Class or module -> attributes used. For a class, the test looks at a live instance.
 USES: dict[str, tuple[str, ...]] = {
-    "Module": ("_non_persistent_buffers_set", "_apply"),
+    "torch": ("_chunk_cat", "_foreach_add_", "_foreach_mul_", "_foreach_div_", "_foreach_addcmul_"),
+    "Module": ("_non_persistent_buffers_set", "_apply", "_modules", "_parameters"),
+    "DTensor": ("_local_tensor",),
     "torch.distributed.distributed_c10d": ("_get_default_store",),
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily"),
@@ -27,8 +29,16 @@ USES: dict[str, tuple[str, ...]] = {
     "torch.distributed._tools.mem_tracker": ("MemTracker",),
     "FSDPModule": ("_get_fsdp_state",),
     "FSDPState": ("_fsdp_param_group",),  # and `_fsdp_param_groups` since torch 2.13
-    "FSDPParamGroup": ("reduce_grads", "gradient_divide_factor", "fsdp_params"),
-    "FSDPParam": ("unsharded_accumulated_grad", "_unsharded_param", "sharded_param"),
+    "FSDPParamGroup": (
+        "reduce_grads",
+        "gradient_divide_factor",
+        "fsdp_params",
+        "mesh_info",
+        "_reduce_scatter_comm",
+        "_all_reduce_hook",
+    ),
+    "FSDPParamGroup.mesh_info": ("shard_mesh_size",),
+    "FSDPParam": ("unsharded_accumulated_grad", "_unsharded_param", "sharded_param", "fsdp_placement"),
     "FullyShardedDataParallel": ("_handle", "_inter_node_pg"),
     "FlatParamHandle": ("flat_param", "process_group", "uses_sharded_strategy", "reshard"),
     "FlatParameter": (

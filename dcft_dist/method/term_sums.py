@@ -7,25 +7,19 @@
 | removal | 1/2 (g w)^2 - g w |
 | fisher | g^2 |
 
-Nothing as large as the scores is allocated: g w takes the place of the gradient, which nobody needs afterwards.
+Nothing as large as the scores is allocated in float32: g w takes the place of the gradient, which nobody needs afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compat.pytorch import add_all, add_products, divide_all, multiply_all
 from ..engines.base import addresses, gradients_of
 from ..engines.current import Current
-
-# Multi-tensor operations of torch without a public name; optimizers use them. Arguments: lists of tensors.
-_add: Any = torch._foreach_add_
-_multiply: Any = torch._foreach_mul_
-_divide: Any = torch._foreach_div_
-_add_product: Any = torch._foreach_addcmul_
 
 
 class TermSums:
@@ -71,17 +65,16 @@ class TermSums:
         self._shards = [shard for name, shard in current.shards.items() if name in self._values]
         self._spans = [(*shard.owned, shard.local.numel()) for shard in self._shards]
         self._sums = [self._values[shard.name] for shard in self._shards]
-        owned = [shard.local.detach().reshape(-1)[slice(*shard.owned)] for shard in self._shards]
-        self._weights = [w if w.dtype == torch.float32 else w.float() for w in owned]
+        self._weights = [shard.local.detach().reshape(-1)[slice(*shard.owned)] for shard in self._shards]
 
     def _add(self, sums: list[Tensor], weights: list[Tensor], gradients: list[Tensor], divisor: float | Tensor) -> None:
         if isinstance(divisor, Tensor) or divisor != 1.0:
-            _divide(gradients, divisor)
+            divide_all(gradients, divisor)
         if self._criterion == "taylor":
-            _add(sums, gradients)
+            add_all(sums, gradients)
             return
         if self._criterion != "fisher":
-            _multiply(gradients, weights)
-        _add_product(sums, gradients, gradients, value=0.5 if self._criterion == "removal" else 1.0)
+            multiply_all(gradients, [w if w.dtype == torch.float32 else w.float() for w in weights])
+        add_products(sums, gradients, gradients, value=0.5 if self._criterion == "removal" else 1.0)
         if self._criterion == "removal":
-            _add(sums, gradients, alpha=-1.0)
+            add_all(sums, gradients, alpha=-1.0)

@@ -29,7 +29,7 @@ def private_objects() -> dict[str, list[str]]:
 
     fsdp2, fsdp1 = get("fsdp2").model, get("fsdp1-hybrid-flat").model
     zero2, zero3 = get("zero2"), get("zero3")
-    loss_fn(fsdp2, my_part(make_batches(1, SIZE, torch.float32)[0]))
+    loss_fn(fsdp2, my_part(make_batches(1, SIZE, torch.float32)[0])).backward()
     one_step(zero3, my_part(make_batches(1, SIZE, torch.float32)[0]))
     loss_fn(fsdp1, my_part(make_batches(1, SIZE, torch.float32)[0]))
     state = fsdp2._get_fsdp_state()
@@ -38,7 +38,10 @@ def private_objects() -> dict[str, list[str]]:
     half = prepare(make_net, "zero0", lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=SIZE // 2)
     bf16 = prepare(make_net, "zero1-sum32", lambda p: make_optimizer("sgd", p), bf16=True, micro_batch=SIZE // 2)
     objects = {
+        "torch": torch,
         "Module": make_net(),
+        "DTensor": next(fsdp2.parameters()),
+        "FSDPParamGroup.mesh_info": fsdp2_groups(fsdp2)[0].mesh_info,
         "FSDPModule": fsdp2,
         "FSDPState": state,
         "FSDPParamGroup": fsdp2_groups(fsdp2)[0],

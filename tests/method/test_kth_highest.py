@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dcft_dist.distributed import collectives
 from dcft_dist.engines.box import Box
+from dcft_dist.method import first_pass
 from dcft_dist.method import kth_highest as kth_highest_module
-from dcft_dist.method.bits import STEP
+from dcft_dist.method.bits import STEP, pack
+from dcft_dist.method.first_pass import FirstPass
 from dcft_dist.method.kth_highest import SAMPLE, Threshold, _Search, kth_highest
 
 from ..ranks import run_ranks
@@ -118,3 +120,47 @@ def test_cells_of_a_box_before_a_flat_index(shape: tuple[int, ...], data: st.Dat
     index = torch.arange(int(np.prod(shape))).view(shape)[box.slices()].reshape(-1)
     for flat in range(-2, int(np.prod(shape)) + 3):
         assert box.num_before(flat) == int((index < flat).sum())
+
+
+# -- the first pass on a CPU ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [8, 1003, (1 << 18) - 1, (1 << 18) + 9])
+def test_the_first_pass_does_what_separate_passes_do(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    scores = {
+        "a": torch.randn(size, generator=generator),
+        "b": torch.randn(5, generator=generator).round(),
+        "c": torch.zeros(0),
+    }
+    scores["a"][::7] = 0.5
+    first, values = FirstPass(scores), torch.cat(list(scores.values()))
+    limits = [-1.0, 0.25, 0.5, 0.75]
+    counts, kept = first.count(limits, 0.25, 0.75)
+    assert counts == [int((values >= limit).sum()) for limit in limits] and kept is not None and first.finite
+    assert torch.equal(kept, values[(values >= 0.25) & (values < 0.75)])
+    for name, part in scores.items():
+        places = first.places(name, 0.5)
+        assert places is not None and places.tolist() == (part == 0.5).nonzero().view(-1).tolist()
+        for ties in (0, 3, len(part)):
+            expected = part > 0.5
+            expected[:ties] |= part[:ties] == 0.5
+            bits = first.bits(name, 0.5, ties)
+            assert bits is not None and np.array_equal(bits, pack(expected))
+        assert first.bits(name, 0.75, 0) is None and first.bits(name, 0.2, 0) is None, "outside the limits"
+
+
+@pytest.mark.parametrize(("value", "finite"), [(torch.nan, False), (torch.inf, False), (-torch.inf, False), (3e38, True)])
+def test_the_first_pass_finds_what_is_not_finite(value: float, finite: bool) -> None:
+    scores = torch.zeros(1000)
+    scores[77] = value
+    first = FirstPass({"a": scores})
+    first.count([0.5, 1.0], 0.5, 1.0)
+    assert first.finite == finite
+
+
+def test_the_first_pass_gives_up_what_it_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_pass, "ROOM", 10)
+    first = FirstPass({"a": torch.linspace(0, 1, 100)})
+    counts, kept = first.count([0.25, 0.75], 0.25, 0.75)
+    assert counts == [75, 25] and kept is None and first.bits("a", 0.5, 0) is None and first.places("a", 0.5) is None

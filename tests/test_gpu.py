@@ -31,6 +31,7 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 def test_kernels_do_what_torch_does() -> None:
     kernel_cases.one_tensor(GPU, (1, 7, 4096, 10_001, 9_000_001))
     kernel_cases.tables(GPU)
+    kernel_cases.selection(GPU, (3_000_001, 1, 0, 4096, 7))
 
 
 # -- against the CPU -----------------------------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ BLOCK = 4096  # cells per program of a kernel; a multiple of 8
 Blocks = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+# The same for scores, which have no bits: addresses and sizes of the shards, and of each block its shard and first cell.
+ScoreBlocks = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 def step_of(device: torch.device) -> int:
     """Elements to process at a time on this device, where speed matters."""
     return STEP.get(device.type, CHUNK)

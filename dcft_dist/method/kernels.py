@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .bits import BLOCK, Blocks
+from .bits import BLOCK, Blocks, ScoreBlocks
+
+PROGRAMS = 1024  # of a kernel that keeps its counts in registers
 
 
 def scale(gradient: Tensor, octets: Tensor, numbers: Tensor, high: int, low: int, out: Tensor) -> None:
@@ -69,6 +71,32 @@ def shorten_many(blocks: Blocks, numbers: Tensor, saved_at: Tensor, copy: Tensor
         numbers: as for `scale_many`.
     """
     _shorten_many[(blocks[3].numel(),)](*blocks, numbers, saved_at, copy, PACKED=packed, BLOCK=BLOCK)
+
+
+def count_digits(blocks: ScoreBlocks, prefix: Tensor, counts: Tensor, shift: int, bits: int) -> None:
+    """Adds a histogram of one digit of the keys of scores.
+
+    Args:
+        blocks: the scores, float32.
+        prefix: int64 [1]; only keys that begin with these digits count, if `shift + bits < 32`.
+        counts: int64 [2048], in place.
+        shift, bits: the digit is `(key >> shift) % 2^bits`.
+    """
+    programs = min(blocks[2].numel(), PROGRAMS)
+    _count_digits[(programs,)](*blocks, blocks[2].numel(), prefix, counts, SHIFT=shift, BITS=bits, BLOCK=BLOCK)
+
+
+def pack_above(blocks: ScoreBlocks, places: Tensor, key: Tensor, octets: Tensor, counts: Tensor) -> None:
+    """Packs the bits of scores with at least a certain key.
+
+    Args:
+        blocks: the scores, float32.
+        places: where the octets of each block begin, int64.
+        key: int64 [1].
+        octets: packed bits, uint8, in place.
+        counts: int64 [shards]: how many bits are set is added, in place.
+    """
+    _pack_above[(blocks[2].numel(),)](*blocks, places, key, octets, counts, BLOCK=BLOCK)
 
 
 def _grid(cells: Tensor) -> tuple[int]:
@@ -177,3 +205,52 @@ def _shorten_many(
     old = tl.load(copy + first + place, mask=wanted, other=0)
     new = tl.load(tensor + cells, mask=wanted, other=0)
     tl.store(tensor + cells, _between(old, new, _numbers(numbers, scored, bits)), mask=wanted)
+
+
+@triton.jit
+def _scores(addresses, sizes, block_entry, block_first, block, BLOCK: tl.constexpr):
+    """Keys of the scores of one block, which sort as the scores do; mask of the cells inside; number of the shard."""
+    entry = tl.load(block_entry + block)
+    cells = tl.load(block_first + block) + tl.arange(0, BLOCK)
+    inside = cells < tl.load(sizes + entry)
+    scores = tl.load(tl.load(addresses + entry).to(tl.pointer_type(tl.float32)) + cells, mask=inside, other=0)
+    bits = tl.where(scores == 0, 0.0, scores).to(tl.uint32, bitcast=True)  # -0 is 0
+    key = tl.where(bits >> 31 == 0, bits | 0x80000000, ~bits).to(tl.int64)
+    return key, inside, entry
+
+
+@triton.jit
+def _count_digits(
+    addresses,
+    sizes,
+    block_entry,
+    block_first,
+    num_blocks,
+    prefix,
+    counts,
+    SHIFT: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    wanted = tl.load(prefix)
+    total = tl.zeros((2048,), dtype=tl.int32)
+    for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        key, inside, _entry = _scores(addresses, sizes, block_entry, block_first, block, BLOCK)
+        if SHIFT + BITS < 32:
+            inside = inside & ((key >> (SHIFT + BITS)) == wanted)
+        digit = ((key >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
+        total += tl.histogram(digit, 2048, mask=inside)
+    tl.atomic_add(counts + tl.arange(0, 2048), total.to(tl.int64))
+
+
+@triton.jit
+def _pack_above(addresses, sizes, block_entry, block_first, places, key, octets, counts, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    keys, inside, entry = _scores(addresses, sizes, block_entry, block_first, block, BLOCK)
+    chosen = (inside & (keys >= tl.load(key))).to(tl.int32)
+    rows = tl.reshape(chosen, (BLOCK // 8, 8)) << tl.arange(0, 8)[None, :]
+    packed = tl.sum(rows, 1)
+    number = tl.sum(inside.to(tl.int32), 0)
+    octet = tl.arange(0, BLOCK // 8)
+    tl.store(octets + tl.load(places + block) + octet, packed.to(tl.uint8), mask=octet < (number + 7) // 8)
+    tl.atomic_add(counts + entry, tl.sum(chosen, 0).to(tl.int64))

@@ -21,7 +21,8 @@ from ..engines.box import Box
 from ..errors import ScoreError, listing
 from .bits import CHUNK, Packed, num_bytes, pack, popcount, step_of
 from .first_pass import FirstPass
-from .kth_highest import SAMPLE, NotFiniteError, comparable, how_many, is_finite, kth_highest, pieces
+from .kth_highest import SAMPLE, NotFiniteError, Threshold, comparable, how_many, is_finite, kth_highest, pieces
+from .radix_select import RadixSelect, by_kernels
 from .scores import Scores, ScoreShard
 
 Keep = Callable[["Chunk"], Tensor]  # boolean mask of the cells of a chunk that take part
@@ -182,6 +183,7 @@ class Ranking:
             position += prod(scores.shapes[name])
         self._total = position
         self._first: FirstPass | None = None
+        self._radix: RadixSelect | None = None
         self._device = next((s.values.device for s in scores.shards.values()), torch.device("cpu"))
 
     def chunks(self) -> Iterator[Chunk]:
@@ -217,18 +219,23 @@ class Ranking:
             self.require_finite()
             return GlobalCut(torch.inf, 0)
         values = {name: self._shards[name].values for name in self.names}
-        if self._total <= SAMPLE or self._device.type != "cpu":
-            self.require_finite()
-            kth = kth_highest(list(values.values()), k)
-        else:
-            self._first = FirstPass(values)
-            try:
-                kth = kth_highest(list(values.values()), k, self._first)
-            except NotFiniteError:
-                self.require_finite()  # says where
-                raise
+        try:
+            kth = self._kth_highest(values, k)
+        except NotFiniteError:
+            self.require_finite()  # says where
+            raise
         selected = k - kth.above  # of the cells equal to the k-th highest
         return GlobalCut(kth.value, self._total if selected == kth.ties else self._end(kth.value, selected, kth.ties))
+
+    def _kth_highest(self, values: dict[str, Tensor], k: int) -> Threshold:
+        if by_kernels(list(values.values())):
+            self._radix = RadixSelect(values)
+            return self._radix.kth_highest(k)
+        if self._total <= SAMPLE or self._device.type != "cpu":
+            self.require_finite()
+            return kth_highest(list(values.values()), k)
+        self._first = FirstPass(values)
+        return kth_highest(list(values.values()), k, self._first)
 
     def _end(self, value: float, selected: int, total: int) -> int:
         """Position that has exactly `selected` of the `total` cells with this score before it. Collective."""
@@ -346,6 +353,10 @@ class Ranking:
 
     def collect_line(self, line: GlobalCut) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
         """`collect` for the cut that `line` has found, without another pass over the scores if it can be. Collective."""
+        if self._radix is not None and line.end == self._total:  # all ties are selected
+            octets, numbers = self._radix.bits(self.names)
+            bits = {name: (self._shards[name].box, octets[name]) for name in self.names}
+            return bits, dict(zip(self.names, numbers, strict=True))
         kept: dict[str, Packed | None] = {}
         if self._first is not None:
             for name in self.names:

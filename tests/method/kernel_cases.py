@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
-from dcft_dist import FundamentalSet, attach_penalty
-from dcft_dist.method import address_table, kernels, multipliers, shard_table
+from dcft_dist import FundamentalSet, Scores, attach_penalty, select_fundamental
+from dcft_dist.engines.box import Box
+from dcft_dist.errors import ScoreError
+from dcft_dist.method import address_table, kernels, multipliers, ranking, shard_table
 from dcft_dist.method.multipliers import Multipliers, Plane
+from dcft_dist.method.scores import ScoreShard
 
 CPU = torch.device("cpu")
 
@@ -119,3 +123,35 @@ def tables(device: torch.device = CPU) -> None:
                 assert tuple(launched.values()) == steps, (level, launched)
     for name, function in plain.items():
         setattr(kernels, name, function)
+
+
+def scores_of(sizes: tuple[int, ...], device: torch.device) -> Scores:
+    """Scores with ties, both zeros, denormal and negative numbers, in several weights."""
+    generator, shards = torch.Generator().manual_seed(0), {}
+    for i, size in enumerate(sizes):
+        x = torch.randn(size, generator=generator)
+        x[::3] = x[::3].round() * (-0.0 if i % 2 else 1.0)
+        x[1::5] *= 1e-40
+        shards[f"w{i}"] = ScoreShard(Box.flat(size, 0, size), x.to(device))
+    return Scores("given", {n: (s.values.numel(),) for n, s in shards.items()}, shards)
+
+
+def selection(device: torch.device = CPU, sizes: tuple[int, ...] = (9_001, 1, 0, 4096, 7)) -> None:
+    """The radix selection against the one on a CPU: thresholds, ties, bits, and what is not finite."""
+    for fraction in (0.0, 0.001, 0.1, 0.5, 0.93, 1.0):
+        ranking.by_kernels = lambda scores: False  # type: ignore[attr-defined]
+        slow = select_fundamental(scores_of(sizes, CPU), fraction)
+        fast = select_fundamental(by_radix(scores_of(sizes, device)), fraction)
+        assert fast.info.counts == slow.info.counts and fast.info.threshold == slow.info.threshold, fraction
+        assert all(torch.equal(fast.mask(n), slow.mask(n)) for n in slow.names), fraction
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        scores = scores_of(sizes, device)
+        scores.shards["w3"].values[77] = bad
+        with pytest.raises(ScoreError, match=r"w3 \(1\)"):
+            select_fundamental(by_radix(scores), 0.1)
+
+
+def by_radix(scores: Scores) -> Scores:
+    """From now on scores are selected by kernels, also on a CPU."""
+    ranking.by_kernels = bool  # type: ignore[attr-defined]
+    return scores

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dcft_dist import select_fundamental
 from dcft_dist.compat.pytorch import fake_ranks
-from dcft_dist.method import kernels, shard_table
+from dcft_dist.method import kernels, ranking, shard_table
 from dcft_dist.method.multipliers import Multipliers
 
-from ..counts import WAYS, Steps, added, operations, python_calls, scored
+from ..counts import WAYS, Steps, added, noted, operations, python_calls, scored
 from ..ranks import run_ranks
+from .kernel_cases import scores_of
 
 GROUPS = 25  # 24 blocks and the root
 
@@ -117,3 +120,47 @@ def same_bits() -> bool:
 
 def test_what_was_counted_is_right() -> None:
     assert run_ranks(1, same_bits) == [True]
+
+
+def selecting(size: int) -> tuple[int, int, dict[str, int]]:
+    """Operations, waits and large launches of a selection by kernels, which numpy stands in for here."""
+    scores = scores_of((size, 3, size // 2), torch.device("cpu"))
+    keys = [_keys(shard.values.numpy()) for shard in scores.shards.values()]
+    launched = {"count_digits": 0, "pack_above": 0}
+
+    def count_digits(blocks: Any, prefix: Tensor, counts: Tensor, shift: int, bits: int) -> None:
+        launched["count_digits"] += 1
+        for key in keys:
+            match = key[key >> (shift + bits) == int(prefix.numpy()[0])] if shift + bits < 32 else key
+            counts.numpy()[:] += np.bincount((match >> shift) & ((1 << bits) - 1), minlength=len(counts))
+
+    def pack_above(blocks: Any, places: Tensor, key: Tensor, octets: Tensor, counts: Tensor) -> None:
+        launched["pack_above"] += 1
+        chosen = [part >= int(key.numpy()[0]) for part in keys]
+        octets.numpy()[:] = np.concatenate([np.packbits(part, bitorder="little") for part in chosen])
+        counts.numpy()[:] = [part.sum() for part in chosen]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "count_digits", count_digits)
+        patch.setattr(kernels, "pack_above", pack_above)
+        patch.setattr(ranking, "by_kernels", bool)
+        reads: list[str] = []
+        for name in ("tolist", "cpu", "item"):
+            patch.setattr(Tensor, name, noted(getattr(Tensor, name), reads))
+        with operations() as ops:
+            chosen = select_fundamental(scores, 0.1)
+    expected = select_fundamental(scores, 0.1)
+    assert all(torch.equal(chosen.mask(n), expected.mask(n)) for n in expected.names)
+    return ops.non_views, len(reads), launched
+
+
+def _keys(scores: Any) -> Any:
+    bits = np.where(scores == 0, np.float32(0), scores).view(np.uint32).astype(np.int64)
+    return np.where(bits >> 31 == 0, bits | 0x80000000, ~bits & 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize("size", [100, 1_000_000])
+def test_selection_on_a_gpu(size: int) -> None:
+    non_views, waits, launched = selecting(size)
+    assert non_views <= 60 and waits <= 2, (non_views, waits)
+    assert launched == {"count_digits": 3, "pack_above": 1}

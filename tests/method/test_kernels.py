@@ -11,9 +11,10 @@ import pytest
 BODY = """
 import sys
 sys.path.insert(0, ".")
-from tests.method.kernel_cases import one_tensor, tables
+from tests.method.kernel_cases import one_tensor, selection, tables
 one_tensor()
 tables()
+selection()
 print("the same")
 """
 
@@ -35,6 +36,7 @@ FEW = {
     "low": "i32",
 }
 MANY = dict.fromkeys(("addresses", "octets", "sizes", "block_entry", "block_first"), "*i64")
+SCORES = dict.fromkeys(("addresses", "sizes", "block_entry", "block_first"), "*i64")
 SAVED = {"saved_at": "*i64", "copy": "*fp32"}
 
 
@@ -48,9 +50,12 @@ SAVED = {"saved_at": "*i64", "copy": "*fp32"}
         ("_save_many", MANY | SAVED, {"PACKED": False}),
         ("_shorten_many", MANY | {"numbers": "*fp32"} | SAVED, {"PACKED": True}),
         ("_shorten_many", MANY | {"numbers": "*fp32"} | SAVED, {"PACKED": False}),
+        ("_count_digits", SCORES | {"num_blocks": "i32", "prefix": "*i64", "counts": "*i64"}, {"SHIFT": 21, "BITS": 11}),
+        ("_count_digits", SCORES | {"num_blocks": "i32", "prefix": "*i64", "counts": "*i64"}, {"SHIFT": 0, "BITS": 10}),
+        ("_pack_above", SCORES | {"places": "*i64", "key": "*i64", "octets": "*u8", "counts": "*i64"}, {}),
     ],
 )
-def test_kernels_compile_for_gpus(kernel: str, signature: dict[str, str], constants: dict[str, bool]) -> None:
+def test_kernels_compile_for_gpus(kernel: str, signature: dict[str, str], constants: dict[str, int]) -> None:
     """For an H100, by Triton's own compiler, which needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget

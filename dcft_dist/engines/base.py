@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -336,15 +337,15 @@ class Engine(ABC):
         """Whether the weights are still stored as when this engine was created. Only for changes `stepped` cannot show."""
         return True
 
-    def marks(self) -> tuple[list[Any], list[int]]:
+    def marks(self) -> tuple[list[Any], list[Any]]:
         """What `shards`, `stepped` and `holds` depend on. A step asks for it twice, so it should call little Python.
 
         Returns:
-            Objects, and addresses of memory. As long as the objects are the same ones and the addresses are equal, the
-            three methods return the same.
+            Objects, and `places` of memory. As long as the objects are the same ones and the places are equal, the three
+            methods return the same.
         """
         local = [shard.local for shard in self.shards()]
-        return [self.holds()], [*self.stepped(), *addresses(local)]
+        return [self.holds()], [*self.stepped(), *places(local)]
 
     def settle(self) -> None:
         """Frees unsharded copies of the weights, which a forward without backward may leave behind."""
@@ -383,10 +384,27 @@ def gradients_of(shards: Iterable[Shard]) -> list[Tensor | None]:
     return found
 
 
-def addresses(tensors: Iterable[Tensor]) -> list[int]:
-    """Where these tensors are in memory; tensors without memory, on which `dcft plan` runs the code, never move."""
+def places(tensors: Iterable[Tensor]) -> list[Any]:
+    """Where these tensors are in memory, and how. Tensors without memory, on which `dcft plan` runs the code, never move."""
     tensors = list(tensors)
-    return list(map(Tensor.data_ptr, tensors)) if not tensors or has_values(tensors[0]) else []
+    if tensors and not has_values(tensors[0]):
+        return []
+    return [*map(Tensor.data_ptr, tensors), *map(Tensor.size, tensors), *map(Tensor.stride, tensors)]
+
+
+def overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether some of these contiguous tensors share memory, as gradients of weights that are added may."""
+    if not tensors or not has_values(tensors[0]):
+        return False
+    end = 0
+    for begin, size in sorted(zip(map(Tensor.data_ptr, tensors), map(_nbytes, tensors), strict=True)):
+        if size and begin < end:
+            return True
+        end = max(end, begin + size)
+    return False
+
+
+_nbytes = attrgetter("nbytes")
 
 
 def flat_shard(

@@ -1,6 +1,6 @@
 """What an engine says about its model, asked again only if the model may have changed.
 
-Asking costs Python for every weight. Between steps nothing changes, so a step compares identities and addresses instead.
+Asking costs Python for every weight. Between steps nothing changes, so a step compares identities and places instead.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Current:
 
     def refresh(self) -> None:
         """Looks again if something has changed since."""
-        things, addresses = self._engine.marks()
-        if addresses != self._addresses or len(things) != len(self._things) or not all(map(is_, things, self._things)):
+        things, places = self._engine.marks()
+        if places != self._places or len(things) != len(self._things) or not all(map(is_, things, self._things)):
             self._look()
 
     def _look(self) -> None:
         self.version += 1
         self.shards: dict[str, Shard] = {s.name: s for s in self._engine.shards()}
         self.stepped, self.holds = self._engine.stepped(), self._engine.holds()
-        self._things, self._addresses = self._engine.marks()  # kept, so that no other thing gets the same identity
+        self._things, self._places = self._engine.marks()  # kept, so that no other thing gets the same identity

@@ -31,7 +31,7 @@ from ..compat.pytorch import (
 )
 from ..distributed import collectives
 from ..errors import EngineError, listing
-from .base import Engine, Leaf, Segment, Shard, addresses, check_materialised, flat_shard
+from .base import Engine, Leaf, Segment, Shard, check_materialised, flat_shard, places
 from .box import Box
 from .fsdp2 import mesh_of
 from .meta import Materialiser
@@ -163,9 +163,9 @@ class FSDP1Engine(Engine):
             shapes[name] = fsdp1_members(flat)[i][2]
         return shapes
 
-    def marks(self) -> tuple[list[Any], list[int]]:
+    def marks(self) -> tuple[list[Any], list[Any]]:
         shards = [fsdp1_shard(h.flat_param) for h in self._handles]
-        return list(self.names.parameters.values()), addresses([*shards, *self.names.parameters.values()])
+        return list(self.names.parameters.values()), places([*shards, *self.names.parameters.values()])
 
     @contextmanager
     def gradients_aside(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ from ..compat.pytorch import (
 )
 from ..distributed import collectives
 from ..errors import EngineError, listing
-from .base import Bucket, Engine, Leaf, Segment, Shard, addresses, check_materialised, flat_shard, local_tensor
+from .base import Bucket, Engine, Leaf, Segment, Shard, check_materialised, flat_shard, local_tensor, places
 from .box import Box
 from .fsdp2_buckets import FSDP2Bucket
 from .meta import Materialiser
@@ -147,9 +147,9 @@ class FSDP2Engine(Engine):
         found = [(unit, group) for unit, group in reduced if any(id(fsdp2_leaf(p)) in by_id for p in fsdp2_members(group))]
         return [FSDP2Bucket(unit, group, by_id) for unit, group in found]
 
-    def marks(self) -> tuple[list[Any], list[int]]:
+    def marks(self) -> tuple[list[Any], list[Any]]:
         sharded = list(map(fsdp2_sharded_of, self._params))
-        return [*chain.from_iterable(map(dict.values, self._slots)), *sharded], addresses(map(local_values, sharded))
+        return [*chain.from_iterable(map(dict.values, self._slots)), *sharded], places(map(local_values, sharded))
 
     def stepped(self) -> dict[int, list[str]]:
         current = {id(p) for unit in _units(self.module) for p in fsdp2_sharded(unit)}

@@ -9,6 +9,7 @@ reduction, on its stream. A group that is sharded over one rank communicates not
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -57,6 +58,7 @@ class FSDP2Bucket(Bucket):
         self._seen: dict[frozenset[int], frozenset[str]] = {}  # ids of the leaves reached -> their names
         self._handles: list[Any] = []
         self._before: Before | None = None
+        self._token = object()  # of the wrapper that counts
         self.ours: Any = None  # what stands in the communication's place
 
     def lay_out(self, masks: Mapping[str, Tensor], present: Collection[str]) -> Tensor:
@@ -94,11 +96,14 @@ class FSDP2Bucket(Bucket):
                 bucket._wrap()
 
     def _wrap(self) -> None:
+        """Puts a wrapper around the communication. An earlier one, which the user may have wrapped, then does nothing."""
         current = fsdp2_reduction(self.group, self._ranks)
+        self._token = object()
+        see = partial(self.see, self._token)
         if self._ranks == 1 and current is None:
-            self.ours = self.see  # without a wrapper, one call less
+            self.ours = see  # without a wrapper, one call less
         else:
-            self.ours = _Reduction(self, current) if self._ranks > 1 else _Hook(self, current)
+            self.ours = _Reduction(see, current) if self._ranks > 1 else _Hook(see, current)
         fsdp2_set_reduction(self._unit, self.group, self._ranks, self.ours)
 
     def waits(self) -> bool:
@@ -113,15 +118,15 @@ class FSDP2Bucket(Bucket):
             fsdp2_set_reduction(self._unit, self.group, self._ranks, getattr(self.ours, "inner", None))
         self.ours = None
 
-    def see(self, buffer: Tensor) -> None:
-        """Called with the buffer, right before it is reduced."""
-        if self._before is None:
+    def see(self, token: object, buffer: Tensor) -> None:
+        """Called with the buffer, right before it is reduced; `token` is that of the wrapper."""
+        if self._before is None or token is not self._token:
             return
         reached = frozenset(map(id, self.reached))
         self.reached.clear()
         if (names := self._seen.get(reached)) is None:
             names = self._seen[reached] = frozenset(self._names[key] for key in reached)
-        if names and self._knows_unused and fsdp2_with_unused(self.group):
+        if self._knows_unused and fsdp2_with_unused(self.group):
             names = self._every
         self._before(buffer, names)
 
@@ -129,23 +134,23 @@ class FSDP2Bucket(Bucket):
 class _Reduction:
     """The communication of a group, with a look at its input."""
 
-    def __init__(self, bucket: FSDP2Bucket, inner: Any) -> None:
-        self.bucket, self.inner = bucket, inner
+    def __init__(self, see: Callable[[Tensor], None], inner: Any) -> None:
+        self.see, self.inner = see, inner
         self.allocate = inner.allocate
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **others: Any) -> Any:
-        self.bucket.see(input_tensor)
+        self.see(input_tensor)
         return self.inner(output_tensor=output_tensor, input_tensor=input_tensor, group=group, op=op, **others)
 
 
 class _Hook:
     """The hook after the reduction of a group on one rank, before a hook that the user has set."""
 
-    def __init__(self, bucket: FSDP2Bucket, inner: Any) -> None:
-        self.bucket, self.inner = bucket, inner
+    def __init__(self, see: Callable[[Tensor], None], inner: Any) -> None:
+        self.see, self.inner = see, inner
 
     def __call__(self, reduced: Tensor) -> None:
-        self.bucket.see(reduced)
+        self.see(reduced)
         if self.inner is not None:
             self.inner(reduced)
 

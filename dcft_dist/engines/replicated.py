@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..compat.pytorch import clean, slots
 from ..distributed import collectives
 from ..errors import EngineError
-from .base import Engine, Leaf, Segment, Shard, addresses, flat_shard
+from .base import Engine, Leaf, Segment, Shard, flat_shard, places
 from .box import Box
 from .names import ParameterNames
 from .prepared import Prepared, WrapOptions
@@ -92,8 +92,8 @@ class ReplicatedEngine(Engine):
     def _gradient_holders(self) -> list[Tensor]:
         return list(self.names.parameters.values())
 
-    def marks(self) -> tuple[list[Any], list[int]]:
-        return list(chain.from_iterable(map(dict.values, self._slots))), addresses(self.names.parameters.values())
+    def marks(self) -> tuple[list[Any], list[Any]]:
+        return list(chain.from_iterable(map(dict.values, self._slots))), places(self.names.parameters.values())
 
     def scoring_model(self) -> nn.Module:
         return self.module  # the module inside DDP

@@ -39,7 +39,7 @@ from ..compat.deepspeed import (
 from ..compat.versions import check_version
 from ..distributed import collectives
 from ..errors import DivergedError, EngineError, ScoreError, listing
-from .base import Engine, Leaf, Segment, Shard, addresses, flat_shard
+from .base import Engine, Leaf, Segment, Shard, flat_shard, places
 from .box import Box
 from .meta import Materialiser
 from .names import ParameterNames
@@ -173,8 +173,8 @@ class ZeroEngine(Engine):
     def holds(self) -> bool:
         return zero_steps(self.model.optimizer, self._partitions)
 
-    def marks(self) -> tuple[list[Any], list[int]]:
-        return zero_owners(self._partitions), addresses(flat.tensor for flat in self._partitions)
+    def marks(self) -> tuple[list[Any], list[Any]]:
+        return zero_owners(self._partitions), places(flat.tensor for flat in self._partitions)
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,9 @@ class FirstPass:
             high, low = (np.empty(num_bytes(len(scores)), dtype=np.uint8) for _ in range(2))
             for begin in range(0, len(scores), STEP["cpu"]):
                 piece = scores[begin : begin + STEP["cpu"]]
-                if not np.isfinite(np.dot(piece, piece)) and not np.isfinite(piece).all():  # squares may overflow
+                with np.errstate(all="ignore"):  # squares may overflow
+                    suspect = not np.isfinite(np.dot(piece, piece))
+                if suspect and not np.isfinite(piece).all():
                     self.finite = False
                 octets = slice(begin // 8, num_bytes(begin + len(piece)))
                 for limit, packed in ((most, high), (least, low)):

@@ -212,6 +212,7 @@ def _take(values: Tensor, positions: NDArray[np.int64], begin: int) -> Tensor:
 
 
 def _next(value: float) -> float:
-    """The next higher float32."""
-    with np.errstate(over="ignore", under="ignore"):  # after the highest comes infinity, after 0 a denormal number
-        return float(np.nextafter(np.float32(value), np.float32(inf)))
+    """The next higher float32; after 0 the smallest normal number if the process flushes denormal ones."""
+    with np.errstate(all="ignore"):  # after the highest comes infinity, after 0 a denormal number
+        after = float(np.nextafter(np.float32(value), np.float32(inf)))
+    return after if after > value or value > 0 else float(np.finfo(np.float32).tiny)

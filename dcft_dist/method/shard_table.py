@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..compat.pytorch import has_values
-from ..engines.base import Shard, gradients_of
+from ..engines.base import Shard, gradients_of, overlap
 from ..errors import PenaltyError
 from .address_table import AddressTable, usable
 from .bits import Packed, popcount, unpack
@@ -72,12 +72,14 @@ class Entry:
         bits: the bits of its cells.
         flat: its values, flat; None if its memory has another layout.
         old: what was saved before the step.
+        indexed: whether only fundamental cells were saved.
     """
 
     shard: Shard
     bits: CellBits
     flat: Tensor | None
     old: Tensor | None = None
+    indexed: bool = False
 
 
 class ShardTable:
@@ -102,7 +104,12 @@ class ShardTable:
             entry.flat = _flat(entry.shard.local)
         for numbers, table in self._tables.items():
             if table is not None:
-                table.move([self.entries[number].flat for number in numbers])  # type: ignore[misc]
+                flats = [flat for number in numbers if (flat := self.entries[number].flat) is not None]
+                if len(flats) < len(numbers):
+                    raise PenaltyError(
+                        "the optimizer has put tensors with gaps into the parameters, which kernels cannot read"
+                    )
+                table.move(flats)
 
     def with_gradient(self) -> tuple[list[int], list[Tensor]]:
         """Numbers of the entries that have a gradient, and their gradients on this rank."""
@@ -112,6 +119,8 @@ class ShardTable:
 
     def scale(self, numbers: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Multiplies the reduced gradients of these entries, in place."""
+        if overlap(gradients):
+            gradients = self._apart(numbers, gradients)
         table = self._table(numbers)
         if table is not None and not self._multipliers.watch and usable(gradients):
             table.scale(gradients)
@@ -125,6 +134,16 @@ class ShardTable:
         self._multipliers.multiply(jobs)
         for gradient, flat in copies:
             gradient.detach().copy_(flat.view(gradient.shape))
+
+    def _apart(self, numbers: Sequence[int], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Gives weights whole gradients of their own, where autograd lets several share one."""
+        copies = []
+        for number, gradient in zip(numbers, gradients, strict=True):
+            parameter = self.entries[number].shard.parameter
+            copies.append(gradient.clone() if parameter.grad is gradient else gradient)
+            if parameter.grad is gradient:
+                parameter.grad = copies[-1]
+        return copies
 
     def save(self, numbers: Sequence[int], whole: bool) -> None:
         """Notes the weights of these entries before the step, as far as they are needed after it.
@@ -140,6 +159,7 @@ class ShardTable:
             return
         for number in numbers:
             entry = self.entries[number]
+            entry.indexed = entry.bits.index is not None and entry.flat is not None
             if entry.bits.index is not None and entry.flat is not None:
                 entry.old = entry.flat.index_select(0, entry.bits.index)
             else:
@@ -164,9 +184,12 @@ class ShardTable:
             old, index, flat, entry.old = entry.old, entry.bits.index, entry.flat, None
             if old is None:
                 raise PenaltyError(f"{entry.shard.name} was not saved before the step")
-            if index is None or flat is None:
+            if index is None or not entry.indexed:
                 self._shorten_whole(entry, old, proposal)
                 continue
+            local = entry.shard.local
+            if flat is None:  # the optimizer has put a tensor there that has another order in memory
+                flat = local.detach().contiguous().view(-1)
             if flat.dtype not in factors:
                 factors[flat.dtype] = multipliers.number("factor", flat)
             new, positions = flat.index_select(0, index), index.long()
@@ -176,6 +199,8 @@ class ShardTable:
             if multipliers.watch:
                 multipliers.add_squares(new.double() - old.double(), shortened.double() - old.double())
             flat.index_copy_(0, positions, shortened)
+            if entry.flat is None:
+                local.detach().copy_(flat.view(local.shape))
 
     def _shorten_whole(self, entry: Entry, old: Tensor, proposal: dict[str, Tensor] | None) -> None:
         local, plane = entry.shard.local.detach(), entry.bits.plane

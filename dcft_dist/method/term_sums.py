@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..compat.pytorch import add_all, add_products, divide_all, multiply_all
-from ..engines.base import addresses, gradients_of
+from ..engines.base import gradients_of, overlap
 from ..engines.current import Current
 
 
@@ -54,8 +54,7 @@ class TermSums:
             sums.append(total)
             weights.append(weight)
             gradients.append(flat.contiguous() if flat.dtype == torch.float32 else flat.float())
-        places = list(filter(None, addresses(gradients)))
-        if len(set(places)) < len(places):  # weights that are added get one gradient, which must not be overwritten twice
+        if overlap(gradients):  # weights that are added get one gradient, which must not be overwritten twice
             gradients = [gradient.clone() for gradient in gradients]
         if sums:
             self._add(sums, weights, gradients, divisor)

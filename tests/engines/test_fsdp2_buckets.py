@@ -18,7 +18,7 @@ from dcft_dist.compat.pytorch import fsdp2_reduction
 from dcft_dist.engines.find import find_engine
 
 from ..method.penalty_cases import some_set, step
-from ..nets import PlainReduceScatter, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
+from ..nets import OddNet, PlainReduceScatter, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
 from ..prepared import prepare
 from ..ranks import run_ranks
 
@@ -69,6 +69,75 @@ def own_communications() -> list[str]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_beside_a_communication_of_the_user(ranks: int) -> None:
     assert run_ranks(ranks, own_communications) == [[]] * ranks
+
+
+class Delegating(PlainReduceScatter):
+    """A communication that was put around the one before, as a profiler may do."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False) -> Any:
+        self.calls += 1
+        return self.inner(output_tensor=output_tensor, input_tensor=input_tensor, group=group, op=op)
+
+
+def around_the_penalty() -> tuple[bool, int]:
+    outer: list[Delegating] = []
+
+    def change(model: Any) -> None:
+        group = model.blocks[0]._get_fsdp_state()._fsdp_param_group
+        outer.append(Delegating(group._reduce_scatter_comm))
+        model.blocks[0].set_custom_reduce_scatter(outer[0])
+
+    return equal(trained(wrap(make_net(), "fsdp2")), trained(wrap(make_net(), "fsdp2"), change)), outer[0].calls
+
+
+def test_a_communication_around_the_penalty() -> None:
+    assert run_ranks(2, around_the_penalty) == [(True, 3)] * 2
+
+
+class Skipping(OddNet):
+    """Leaves a whole block out at every second forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        block = self.blocks[1]
+        if self.calls % 2 == 0:
+            self.blocks = self.blocks[:1]
+        try:
+            return super().forward(x)
+        finally:
+            self.blocks = torch.nn.ModuleList([self.blocks[0], block])
+
+
+def a_group_without_gradients() -> float:
+    """With zeros for unused weights, FSDP2 reduces a buffer also for a group that no backward reaches."""
+    states = []
+    for engine in ("single", "fsdp2"):
+        torch.manual_seed(0)
+        net = Skipping()
+        model: Any = net
+        if engine == "fsdp2":
+            for block in net.blocks:
+                fully_shard(block)
+            model = fully_shard(net)
+            model.set_reduce_scatter_unused_params(True)
+        optimizer = make_optimizer("sgd", model.parameters())
+        with attach_penalty(model, some_set(), FACTOR, optimizer=optimizer, level="gradient"):
+            for batch in make_batches(4, 8, torch.float32):
+                step(model, optimizer, batch)  # the same on every rank
+        states.append(full_state(model))
+    return max(float((states[0][n] - states[1][n]).abs().max()) for n in states[0])
+
+
+def test_a_group_without_gradients() -> None:
+    assert max(run_ranks(2, a_group_without_gradients)) < 1e-6
 
 
 def zeros_for_unused() -> bool:

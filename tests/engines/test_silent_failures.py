@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 
 from dcft_dist import DcftError, FundamentalSet, attach_penalty
-from dcft_dist.compat.pytorch import fsdp2_reduction
 from dcft_dist.engines.base import Leaf, Segment
 from dcft_dist.engines.find import find_engine
 
@@ -117,15 +116,29 @@ def communication_replaced(engine: str, batch: Batch) -> None:
     prepared.step()
 
 
+class Twice(PlainReduceScatter):
+    """A communication that reduces twice."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, op: Any, async_op: bool = False) -> Any:
+        self.inner(output_tensor=output_tensor, input_tensor=input_tensor, group=group, op=op)
+        return self.inner(output_tensor=output_tensor, input_tensor=input_tensor, group=group, op=op)
+
+
 def applied_twice(engine: str, batch: Batch) -> None:
     prepared = get(engine, optimizer="sgd")
     penalty = attach_penalty(prepared.model, up_weights())
     if penalty._hooks and penalty._hooks.buckets:
         bucket: Any = penalty._hooks.buckets[0].bucket
-        ours = fsdp2_reduction(bucket.group, dist.get_world_size())
-        bucket._wrap()
-        assert fsdp2_reduction(bucket.group, dist.get_world_size()).inner == ours
-        return one_step(prepared, batch)
+        loss = loss_fn(prepared.model, batch)
+        bucket.group._reduce_scatter_comm = Twice(bucket.ours)
+        if bucket.ours == bucket.group._all_reduce_hook:
+            ours = bucket.ours
+            bucket.group._all_reduce_hook = lambda reduced: (ours(reduced), ours(reduced))
+        prepared.backward(loss, True)
+        return prepared.step()
     leaf = next(x for x in find_engine(prepared.model).leaves() if any(s.name in up_weights().names for s in x.segments))
     hook = next(f for f in leaf.tensor._backward_hooks.values())
     leaf.tensor.register_hook(hook)

@@ -164,3 +164,20 @@ def test_the_first_pass_gives_up_what_it_has_no_room_for(monkeypatch: pytest.Mon
     first = FirstPass({"a": torch.linspace(0, 1, 100)})
     counts, kept = first.count([0.25, 0.75], 0.25, 0.75)
     assert counts == [75, 25] and kept is None and first.bits("a", 0.5, 0) is None and first.places("a", 0.5) is None
+
+
+def test_large_scores_do_not_warn() -> None:
+    """Their squares overflow."""
+    with np.errstate(all="raise"):
+        first = FirstPass({"a": torch.full((1000,), 1e30)})
+        first.count([0.5, 1.0], 0.5, 1.0)
+    assert first.finite
+
+
+def test_a_process_that_flushes_denormal_numbers() -> None:
+    assert torch.set_flush_denormal(True)
+    try:
+        found = kth_highest([torch.zeros(300_000)], 270_000)
+    finally:
+        torch.set_flush_denormal(False)
+    assert found == Threshold(0.0, 0, 300_000)

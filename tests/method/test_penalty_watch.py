@@ -49,7 +49,9 @@ def doubled_hook(engine: str, batch: Batch) -> None:
     penalty = attach_penalty(model, some_set(), optimizer=optimizer)
     hooks: Any = penalty._hooks
     if dist.get_rank() == 1 and engine == "fsdp2":
-        hooks.buckets[0].bucket._wrap()
+        bucket = hooks.buckets[0].bucket
+        before = bucket._before
+        bucket._before = lambda buffer, present: (before(buffer, present), before(buffer, frozenset()))
     elif dist.get_rank() == 1:
         hooks.leaves[0].fired += 1
     step(model, optimizer, batch)

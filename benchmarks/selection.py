@@ -22,6 +22,7 @@ from dcft_dist import Scores, select_fundamental
 from dcft_dist.distributed import collectives
 from dcft_dist.engines.box import Box
 from dcft_dist.method import kth_highest, ranking
+from dcft_dist.method.first_pass import FirstPass
 from dcft_dist.method.ranking import Ranking
 from dcft_dist.method.scores import ScoreShard
 
@@ -81,7 +82,12 @@ def ours(kind: str, number: int, device: str) -> dict[str, float]:
 
 def _scores_read(select: Any) -> int:
     """How many scores the call reads; a score that is read twice counts twice."""
-    total, pieces, chunks = 0, kth_highest.pieces, Ranking.chunks
+    total, pieces, chunks, count = 0, kth_highest.pieces, Ranking.chunks, FirstPass.count
+
+    def counted_pass(first: FirstPass, *args: Any) -> Any:
+        nonlocal total
+        total += sum(values.numel() for values in first._scores.values())
+        return count(first, *args)
 
     def counted_pieces(values: torch.Tensor) -> Any:
         nonlocal total
@@ -96,11 +102,13 @@ def _scores_read(select: Any) -> int:
 
     kth_highest.pieces = ranking.pieces = counted_pieces  # type: ignore[attr-defined]
     Ranking.chunks = counted_chunks  # type: ignore[method-assign]
+    FirstPass.count = counted_pass  # type: ignore[method-assign,assignment]
     try:
         select()
     finally:
         kth_highest.pieces = ranking.pieces = pieces  # type: ignore[attr-defined]
         Ranking.chunks = chunks  # type: ignore[method-assign]
+        FirstPass.count = count  # type: ignore[method-assign]
     return total
 
 

@@ -34,6 +34,9 @@ from .base import Bucket, Leaf, Segment
 Before = Callable[[Tensor, frozenset[str]], None]
 
 
+_KEPT = 1000  # combinations of leaves that are remembered with their names
+
+
 class FSDP2Bucket(Bucket):
     """The buffer of one parameter group."""
 
@@ -125,6 +128,8 @@ class FSDP2Bucket(Bucket):
         reached = frozenset(map(id, self.reached))
         self.reached.clear()
         if (names := self._seen.get(reached)) is None:
+            if len(self._seen) > _KEPT:
+                self._seen.clear()
             names = self._seen[reached] = frozenset(self._names[key] for key in reached)
         if self._knows_unused and fsdp2_with_unused(self.group):
             names = self._every

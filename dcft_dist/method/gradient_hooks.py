@@ -21,6 +21,8 @@ from .bits import Packed, unpack
 from .flat_bits import Masks, masks_of, planes_of, side_by_side, single_plane
 from .multipliers import Job, Multipliers, Plane
 
+_KEPT = 16  # layouts of a buffer in which some weights are missing
+
 
 @dataclass
 class LeafCount:
@@ -111,7 +113,8 @@ class GradientHooks:
         self.buckets: list[BucketCount] = []
         self.handles: list[Any] = []
         self._buckets: list[Bucket] = []
-        self._planes: list[Plane] = []
+        self._planes: list[Plane] = []  # of the leaves
+        self._layouts: list[dict[frozenset[str], _Layout]] = []  # of the buckets, by the weights that are present
         self._last: _Layout | None = None
         self._values = all(has_values(local_tensor(leaf.tensor)) for leaf in leaves[:1])
         covered: set[str] = set()
@@ -132,7 +135,8 @@ class GradientHooks:
     @property
     def num_bytes(self) -> int:
         """Memory of the bits on this rank."""
-        return sum(plane.num_bytes for plane in self._planes)
+        layouts = [layout for found in self._layouts for layout in found.values()]
+        return sum(plane.num_bytes for plane in [*self._planes, *(p for layout in layouts for p in layout.planes)])
 
     def renew(self) -> None:
         """Puts the hooks back around a communication that the user has set since. Called before each forward."""
@@ -157,12 +161,15 @@ class GradientHooks:
         scored = {name for name in names if bits[name] is not None}
         whole = self._layout(bucket, every, masks_of(bucket.segments, bits, self._values))
         layouts, multiply = {every: whole}, self._multipliers.multiply
+        self._layouts.append(layouts)
 
         def before(buffer: Tensor, present: frozenset[str]) -> None:
             layout = layouts.get(present)
             if layout is None:
                 chosen = bucket.split(_read(whole)) if scored else {}
                 masks = {name: chosen[name] if name in scored else None for name in names if name in present}
+                if len(layouts) > _KEPT:  # the oldest one, but not that of all weights
+                    del layouts[list(layouts)[1]]
                 layout = layouts[present] = self._layout(bucket, present, masks)
             if not present or layout.numel != buffer.numel():
                 count.problem = _other_members(names, present, layout.numel, buffer.numel())
@@ -189,7 +196,6 @@ class GradientHooks:
         if not present:
             return _Layout(0, [], ())
         planes = planes_of(bucket.segments, masks, self._multipliers, lay_out, bucket.device, self._shared)
-        self._planes += planes
         return _Layout(lay_out({}).numel(), names, planes)
 
     def _ask_ahead(self, layout: _Layout) -> None:

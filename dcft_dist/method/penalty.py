@@ -345,12 +345,12 @@ class Penalty:
             return self._gradients_ready(stepped)
         if self.level == "update":  # now, since the optimizer is in its step when the closure is called
             self._steps.before(optimizer, stepped.shards, closure=True)
-        wrapped = {id(closures[0]): self._closure(stepped, closures[0])}
+        wrapped = {id(closures[0]): self._closure(optimizer, closures[0])}
         return tuple(wrapped.get(id(a), a) for a in args), {k: wrapped.get(id(a), a) for k, a in kwargs.items()}
 
     def _before_step(self, optimizer: Optimizer) -> Stepped | None:
         """Called when a step begins. Returns None if the optimizer steps no weights that are penalised, or should be."""
-        if self._stepping is not None and getattr(self._stepping.optimizer, "optim", None) is optimizer:
+        if self._stepping is not None and getattr(self._stepping.optimizer(), "optim", None) is optimizer:
             return None  # inside a ZeroRedundancyOptimizer
         stepped = self._weights.by(optimizer)
         if not stepped.concerned:
@@ -381,11 +381,12 @@ class Penalty:
             self._scale_reduced(stepped.table, stepped.names)
             return
         self._saved, _ = stepped.table.with_gradient()
-        if not in_step:
-            self._steps.before(stepped.optimizer, [stepped.shards[number] for number in self._saved])
+        optimizer = stepped.optimizer()
+        if optimizer is not None and not in_step:
+            self._steps.before(optimizer, [stepped.shards[number] for number in self._saved])
         stepped.table.save(self._saved, self.keep_proposal)
 
-    def _closure(self, stepped: Stepped, closure: Callable[[], Any]) -> Callable[[], Any]:
+    def _closure(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Wraps the closure of `optimizer.step(closure)`, which computes the gradients inside the step."""
         evaluations = 0
 
@@ -394,11 +395,11 @@ class Penalty:
             evaluations += 1
             if evaluations > 1 and (self.level == "update" or self.where == "after"):
                 raise PenaltyError(
-                    f"{type(stepped.optimizer).__name__} evaluates its closure more than once per step, which only a "
+                    f"{type(optimizer).__name__} evaluates its closure more than once per step, which only a "
                     "gradient penalty before the reduction supports: use level='gradient', where='before'"
                 )
             loss = closure()
-            self._stepping = current = self._weights.by(stepped.optimizer)  # the closure may have stepped another optimizer
+            self._stepping = current = self._weights.by(optimizer)  # the closure may have stepped another optimizer
             self._gradients_ready(current, in_step=True)
             return loss
 
@@ -413,7 +414,7 @@ class Penalty:
     def on_stepped(self, optimizer: Optimizer) -> None:
         """Called after a step of any optimizer: at the update level, shortens the step."""
         stepped = self._stepping
-        if stepped is None or stepped.optimizer is not optimizer:
+        if stepped is None or stepped.optimizer() is not optimizer:
             return
         self._stepping = None
         if self.level == "update" and stepped.table is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -21,7 +22,7 @@ class Stepped:
     """What one optimizer steps.
 
     Attributes:
-        optimizer: the optimizer.
+        optimizer: the optimizer; not kept alive, since it has memory for each weight.
         parameters: the tensors in its groups.
         version: of `Current`, when this was looked up.
         names: penalised weights that it steps.
@@ -30,7 +31,7 @@ class Stepped:
         concerned: whether it steps penalised weights, or weights that have replaced them.
     """
 
-    optimizer: Optimizer
+    optimizer: weakref.ref[Optimizer]
     parameters: list[Any]
     version: int
     names: set[str]
@@ -59,7 +60,7 @@ class SteppedWeights:
         self._current.refresh()
         parameters = list(chain.from_iterable(map(_parameters, optimizer.param_groups)))
         found = self._found.get(id(optimizer))
-        if found is not None and found.version == self._current.version and found.optimizer is optimizer:
+        if found is not None and found.version == self._current.version and found.optimizer() is optimizer:
             known = found.parameters
             if len(known) == len(parameters) and all(map(is_, known, parameters)):
                 return found
@@ -67,8 +68,10 @@ class SteppedWeights:
         shards = [shard for name, shard in self._current.shards.items() if name in names]
         table = ShardTable(shards, self._bits, self._multipliers) if self._bits else None
         concerned = self._seen.concerns(optimizer, names)
-        found = Stepped(optimizer, parameters, self._current.version, names, shards, table, concerned)
-        self._found[id(optimizer)] = found
+        key = id(optimizer)
+        reference = weakref.ref(optimizer, lambda _: self._found.pop(key, None))
+        found = Stepped(reference, parameters, self._current.version, names, shards, table, concerned)
+        self._found[key] = found
         return found
 
     def every(self) -> ShardTable:

@@ -185,6 +185,19 @@ def test_a_discarded_model_is_not_kept_alive() -> None:
     assert len(optimizer_module._global_optimizer_pre_hooks) <= hooks
 
 
+def test_an_optimizer_is_not_kept_alive() -> None:
+    """It has two numbers for each weight; a training may go on with another one."""
+    net = make_net()
+    first = torch.optim.AdamW(net.parameters())
+    attach_penalty(net, some_set(), optimizer=first)
+    step(net, first, make_batches(1, 8, torch.float32)[0])
+    alive = weakref.ref(first)
+    del first
+    gc.collect()
+    assert alive() is None
+    step(net, torch.optim.AdamW(net.parameters()), make_batches(1, 8, torch.float32)[0])
+
+
 def sharded_bits(placement: Any) -> tuple[int, int, int, set[str]]:
     model = wrap(make_net(), "fsdp2")
     optimizer = make_optimizer("sgd", model.parameters())

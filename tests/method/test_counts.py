@@ -42,11 +42,14 @@ def test_fsdp2_on_eight_ranks() -> None:
             assert calls <= LIMITS[way] and others == [0, 0, 0], (way, calls, others)
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2), ("fsdp1", 2), ("zero2", 2), ("zero3", 2)])
-def test_other_engines(engine: str, ranks: int) -> None:
-    for found in run_ranks(ranks, added, engine):
+@pytest.mark.parametrize(
+    ("engine", "ranks", "layers"), [("single", 1, 24), ("ddp", 2, 24), ("fsdp1", 2, 24), ("zero2", 2, 24), ("zero3", 2, 4)]
+)
+def test_other_engines(engine: str, ranks: int, layers: int) -> None:
+    """ZeRO-3 is slow: on it a sixth of the blocks, and of the limit."""
+    for found in run_ranks(ranks, added, engine, layers):
         for way, (calls, *others) in found.items():
-            assert calls <= 600, (engine, way, calls)
+            assert calls <= 25 * layers, (engine, way, calls)
             assert others == [0, 0, 0], (engine, way, others)
 
 
@@ -67,7 +70,7 @@ def launches() -> dict[str, dict[str, int]]:
     patch.setattr(shard_table, "usable", bool)
     patch.setattr(Multipliers, "multiply", counted)
     for way in WAYS:
-        steps = Steps("fsdp2", way)
+        steps = Steps("fsdp2", way, 9 if way == "update" else 2)
         launched.update(dict.fromkeys(launched, 0))
         with operations() as ops:
             steps()
@@ -77,7 +80,7 @@ def launches() -> dict[str, dict[str, int]]:
         found[way]["calls"] = counts.calls
         found[way]["waits"] = ops.waits
         steps.penalty.remove()
-    steps = Steps("fsdp2", "plain")
+    steps = Steps("fsdp2", "plain", 2)
     with python_calls() as counts:
         steps()
     with operations() as ops:
@@ -100,8 +103,9 @@ def test_launches() -> None:
     }
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp2", 1), ("fsdp2", 2)])
-@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "ranks", "counted"), [("single", 1, True), ("fsdp2", 1, False), ("fsdp2", 2, False), ("fsdp2", 2, True)]
+)
 def test_scoring(engine: str, ranks: int, counted: bool) -> None:
     for calls, non_views, waits in run_ranks(ranks, scored, engine, counted):
         assert calls <= 300 and non_views <= 5 and waits <= 1, (calls, non_views, waits)

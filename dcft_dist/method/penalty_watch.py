@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from operator import attrgetter
 
+import torch
+from torch import Tensor
+
 from ..distributed import collectives
 from ..engines.base import Engine
 from ..engines.current import Current
@@ -46,6 +49,7 @@ class PenaltyWatch:
         self._agreed: set[str] = set()  # weights whose first step all ranks have checked together
         self._fired: set[str] = set()  # since the ranks last agreed: multiplied on this rank
         self._silent: set[str] = set()  # since then: had a gradient that was not multiplied, both on this rank
+        self._unread: dict[str, Tensor] = {}  # since then: whether they had one, not read yet
 
     # -- which weights an optimizer steps ------------------------------------------------------------------------------
 
@@ -98,19 +102,19 @@ class PenaltyWatch:
             PenaltyError: the penalty is not in force.
         """
         problem = self._local_problem()
-        silent, stale = self._silent_names(names)
-        self._silent |= silent
-        if stale and self.forwards:  # no forward, so no backward on any rank
+        quiet, old = self._not_multiplied(names)
+        self._look_at(quiet)
+        if old and self.forwards and (stale := self._with_gradient(old)):  # no forward, so no backward on any rank
             problem = problem or _without_hook(sorted(stale, key=self._names.index))
-        if not names <= self._agreed or self._ranks == 1:
+        if not names <= self._agreed or (self._ranks == 1 and not self._unread):
             self.agree(factor, problem)
             self._agreed |= names
         elif problem:
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
 
-    def _silent_names(self, names: set[str]) -> tuple[set[str], set[str]]:
-        """Weights among these with a gradient on this rank that no hook has multiplied; and those of them that the model
-        has not computed since the last step."""
+    def _not_multiplied(self, names: set[str]) -> tuple[set[str], set[str]]:
+        """Weights among these that no hook has multiplied since the last step; those of them that the model has not computed
+        since."""
         quiet: set[str] = set()
         old: set[str] = set()
         for leaf in self._leaves:
@@ -126,8 +130,19 @@ class PenaltyWatch:
             quiet |= missing
             if bucket.forwards == self.forwards:
                 old |= missing
-        silent = self._with_gradient(quiet) if quiet else quiet
-        return silent, silent & old
+        return quiet, old
+
+    def _look_at(self, names: set[str]) -> None:
+        """Notes which of these weights have a gradient. What lies on a GPU is read when the ranks agree: nobody waits."""
+        for name in names:
+            gradient = self.current.shards[name].gradient
+            if gradient is None:
+                continue
+            flag = gradient.any()
+            if _is_far(flag):
+                self._unread[name] = flag | self._unread[name] if name in self._unread else flag
+            elif bool(flag):
+                self._silent.add(name)
 
     def agree(self, factor: float, problem: str = "", cause: str = "") -> None:
         """Checks over all ranks that the factor is the same, and that each gradient was multiplied on some rank. Collective.
@@ -142,6 +157,10 @@ class PenaltyWatch:
         Raises:
             PenaltyError: the penalty is not in force on this or another rank.
         """
+        if self._unread:
+            flags_read = torch.stack([flag.reshape(()) for flag in self._unread.values()]).tolist()
+            self._silent.update(name for name, flag in zip(self._unread, flags_read, strict=True) if flag)
+            self._unread.clear()
         if self._ranks == 1:
             bad, high, low, silent = False, factor, -factor, [n for n in self._names if n in self._silent - self._fired]
         else:
@@ -185,6 +204,11 @@ class PenaltyWatch:
         """The weights with a gradient on this rank that is not all zero. A gradient cleared in place is all zero."""
         shards = [self.current.shards[name] for name in self.current.shards if name in names]
         return {s.name for s in shards if (gradient := s.gradient) is not None and bool(gradient.any())}
+
+
+def _is_far(flag: Tensor) -> bool:
+    """Whether reading a number waits for a device."""
+    return flag.is_cuda
 
 
 _trained = attrgetter("requires_grad")

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from dcft_dist import DcftError, FundamentalSet, attach_penalty
 from dcft_dist.distributed import collectives
 from dcft_dist.errors import PenaltyError
+from dcft_dist.method import penalty_watch
 
 from ..nets import full_state, loss_fn, make_batches, make_net, make_optimizer, my_part, wrap
 from ..ranks import run_ranks
@@ -221,3 +222,29 @@ def unused_on_one_rank() -> int:
 
 def test_a_weight_unused_on_one_rank_is_no_false_alarm() -> None:
     assert run_ranks(2, unused_on_one_rank) == [3, 3]
+
+
+def test_what_lies_on_a_gpu_is_read_when_it_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight without a gradient costs no wait in a step; a hook that was lost is still an error, at the next log."""
+    monkeypatch.setattr(penalty_watch, "_is_far", lambda flag: True)
+    net = make_net()
+    optimizer = make_optimizer("sgd", net.parameters())
+    penalty = attach_penalty(net, some_set(), optimizer=optimizer, level="gradient")
+    batch = make_batches(1, 8, torch.float32)[0]
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)  # as engines with flat buffers give them
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        loss_fn(net, batch).backward()
+        optimizer.step()
+    assert penalty._seen._unread.keys() == {"unused.weight"}
+    penalty.in_force()
+    assert not penalty._seen._unread
+    hooks: Any = penalty._hooks
+    for handle in hooks.handles:
+        handle.remove()
+    optimizer.zero_grad(set_to_none=False)
+    loss_fn(net, batch).backward()
+    optimizer.step()
+    with pytest.raises(PenaltyError, match="have a gradient, but no penalty hook fired"):
+        penalty.in_force()

@@ -471,13 +471,11 @@ def test_nodes_that_cannot_meet_are_named(cluster: Cluster, site: Path) -> None:
 
 def test_the_check_of_gpus(cluster: Cluster, tmp_path: Path) -> None:
     """On two nodes without GPUs, with a rank each: from the sbatch file to the page."""
-    options = ["-w", "node[2-3]", f"--output={tmp_path}/check.out", str(SLURM / "check_gpus.sbatch")]
-    job = cluster.sbatch(*options, "--small", "--out", str(tmp_path / "found"), cwd=ROOT, **ONE, **SPARE)
+    words = f"-w node[2-3] --output={tmp_path}/check.out {SLURM}/check_gpus.sbatch --small --out {tmp_path}/found"
+    job = cluster.sbatch(*words.split(), cwd=ROOT, **ONE, **SPARE)
     assert cluster.end(job) == "COMPLETED", output(tmp_path)
-    found = json.loads((tmp_path / "found.json").read_text())
-    assert (found["ranks"], found["nodes"], len(found["parity"])) == (2, 2, 21), found
-    assert all(row["equal"] for row in found["parity"]) and "error" not in str(found), found
-    assert "| zero3 | update | before |" in (tmp_path / "found.md").read_text()
+    found = (tmp_path / "found.json").read_text() + (tmp_path / "found.md").read_text()
+    assert found.count('"equal": true') == 21 and "error" not in found and "on 2 ranks, 2 nodes" in found, found
 
 
 def test_what_submitit_is_told(daemons: Cluster, tmp_path: Path) -> None:

@@ -159,6 +159,18 @@ def _numbers(numbers, scored, bits):
 
 
 @triton.jit
+def _saved(inside, bits, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """Which cells of a block are saved, and where, counted from the block's first place."""
+    if PACKED:
+        wanted = inside & (bits == 1)
+        place = tl.cumsum(bits, 0) - bits
+    else:
+        wanted = inside
+        place = tl.arange(0, BLOCK)
+    return wanted, place
+
+
+@triton.jit
 def _scale_many(addresses, octets, sizes, block_entry, block_first, numbers, BLOCK: tl.constexpr):
     tensor, cells, inside, scored, bits = _block(addresses, octets, sizes, block_entry, block_first, BLOCK)
     m = _numbers(numbers, scored, bits)
@@ -172,12 +184,7 @@ def _save_many(
 ):
     tensor, cells, inside, _scored, bits = _block(addresses, octets, sizes, block_entry, block_first, BLOCK)
     first = tl.load(saved_at + tl.program_id(0))
-    if PACKED:
-        wanted = inside & (bits == 1)
-        place = tl.cumsum(bits, 0) - bits
-    else:
-        wanted = inside
-        place = tl.arange(0, BLOCK)
+    wanted, place = _saved(inside, bits, PACKED, BLOCK)
     tl.store(copy + first + place, tl.load(tensor + cells, mask=wanted, other=0), mask=wanted)
 
 
@@ -196,12 +203,7 @@ def _shorten_many(
 ):
     tensor, cells, inside, scored, bits = _block(addresses, octets, sizes, block_entry, block_first, BLOCK)
     first = tl.load(saved_at + tl.program_id(0))
-    if PACKED:
-        wanted = inside & (bits == 1)
-        place = tl.cumsum(bits, 0) - bits
-    else:
-        wanted = inside
-        place = tl.arange(0, BLOCK)
+    wanted, place = _saved(inside, bits, PACKED, BLOCK)
     old = tl.load(copy + first + place, mask=wanted, other=0)
     new = tl.load(tensor + cells, mask=wanted, other=0)
     tl.store(tensor + cells, _between(old, new, _numbers(numbers, scored, bits)), mask=wanted)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
 from dcft_dist import FundamentalSet, attach_penalty
@@ -23,6 +23,9 @@ from ..prepared import prepare
 from ..ranks import run_ranks
 
 FACTOR = 0.1
+SETTING = pytest.mark.skipif(
+    not hasattr(FSDPModule, "set_reduce_scatter_unused_params"), reason="this torch has no zeros for unused weights"
+)
 
 
 def trained(model: Any, change: Any = None, steps: int = 3) -> dict[str, Tensor]:
@@ -136,6 +139,7 @@ def a_group_without_gradients() -> float:
     return max(float((states[0][n] - states[1][n]).abs().max()) for n in states[0])
 
 
+@SETTING
 def test_a_group_without_gradients() -> None:
     assert max(run_ranks(2, a_group_without_gradients)) < 1e-6
 
@@ -143,12 +147,11 @@ def test_a_group_without_gradients() -> None:
 def zeros_for_unused() -> bool:
     """With `reduce_scatter_unused_params` the buffer has zeros for weights that no backward reached."""
     model: Any = wrap(make_net(), "fsdp2")
-    if not hasattr(model, "set_reduce_scatter_unused_params"):
-        pytest.skip("this torch has no such setting")
     model.set_reduce_scatter_unused_params(True)
     return equal(trained(wrap(make_net(), "fsdp2")), trained(model))
 
 
+@SETTING
 def test_zeros_for_unused_weights() -> None:
     assert run_ranks(2, zeros_for_unused) == [True, True]
 

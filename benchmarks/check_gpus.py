@@ -16,7 +16,6 @@ A part that fails is noted, and the next one runs.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -40,6 +39,7 @@ import selection
 from side_by_side import machine, once, seconds
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_fundamental
+from dcft_dist.distributed.world import joined_world
 from tests import test_parity
 from tests.test_parity import Case
 
@@ -161,29 +161,26 @@ def main() -> None:
     arguments.add_argument("--small", action="store_true", help="small sizes, for a try without GPUs")
     arguments.add_argument("--out", type=Path, default=Path("check_gpus"), help="without a suffix")
     options = arguments.parse_args()
-    if CUDA:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if CUDA else "gloo", timeout=datetime.timedelta(minutes=2))
     parts = {
         "parity": parity,
         "steps": partial(steps, options.small),
         "scoring": partial(scoring, options.small),
         "selection": partial(selecting, options.small),
     }
-    nodes = dist.get_world_size() // int(os.environ["LOCAL_WORLD_SIZE"])
-    found: dict[str, Any] = {"machine": machine(), "ranks": dist.get_world_size(), "nodes": nodes, "small": options.small}
-    for name, part in parts.items():
-        try:
-            found[name] = part()
-        except Exception:  # noted, and on with the next
-            found[name] = [{"error": traceback.format_exc()[-500:]}]
-        if dist.get_rank() == 0:  # after each part, in case that a later one does not return
-            options.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
-            options.out.with_suffix(".md").write_text(page(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined_world(120) as world:
+        nodes = world.world_size // int(os.environ["LOCAL_WORLD_SIZE"])
+        found: dict[str, Any] = {"machine": machine(), "ranks": world.world_size, "nodes": nodes, "small": options.small}
+        for name, part in parts.items():
+            try:
+                found[name] = part()
+            except Exception:  # noted, and on with the next
+                found[name] = [{"error": traceback.format_exc()[-500:]}]
+            if world.is_first:  # after each part, in case that a later one does not return
+                options.out.with_suffix(".json").write_text(json.dumps(found, indent=1))
+                options.out.with_suffix(".md").write_text(page(found))
+        dist.barrier()
     failed = [row for name in parts for row in found[name] if "error" in row or row.get("equal") is False]
-    if int(os.environ["RANK"]) == 0:
+    if world.is_first:
         print(page(found))
     sys.exit(1 if failed else 0)
 

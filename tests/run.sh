@@ -18,8 +18,8 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES=
 if [ "${1:-}" = --quick ]; then
     echo "quick: rooms and words, configuration, scores, selection, penalty and its checks, controls, files of weights,"
     echo "       data, losses, batch scripts; parity with one process under FSDP2 and ZeRO-2"
-    echo "not:   parity elsewhere, whole runs and interruptions, studies, plans, the pages' programs, Slurm, timm and open_clip"
-    exec "$PYTHON" -m pytest -n 2 --dist worksteal \
+    echo "not:   parity elsewhere, counts of calls, whole runs and interruptions, studies, plans, the pages' programs, Slurm, timm and open_clip"
+    exec "$PYTHON" -m pytest -n 2 --dist worksteal --ignore tests/method/test_counts.py \
         tests/test_architecture.py tests/test_former_names.py tests/test_prose.py \
         tests/config tests/method tests/controls tests/weights/test_loading.py \
         tests/data/test_{readers,images,volumes}.py tests/objectives tests/distributed \

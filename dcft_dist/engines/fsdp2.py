@@ -140,12 +140,11 @@ class FSDP2Engine(Engine):
 
     def buckets(self, leaves: Sequence[Leaf]) -> list[Bucket]:
         by_id = {id(leaf.tensor): leaf for leaf in leaves}
-        # Between replicas there may be nothing to hook before their reduction: leaves are hooked instead.
-        reduced = [
-            (unit, group) for unit, group in _groups(self.module) if fsdp2_ranks(group) > int(fsdp2_replicated(group))
+        return [
+            FSDP2Bucket(unit, group, by_id)
+            for unit, group in _groups(self.module)
+            if _can_intercept(group) and any(id(fsdp2_leaf(p)) in by_id for p in fsdp2_members(group))
         ]
-        found = [(unit, group) for unit, group in reduced if any(id(fsdp2_leaf(p)) in by_id for p in fsdp2_members(group))]
-        return [FSDP2Bucket(unit, group, by_id) for unit, group in found]
 
     def marks(self) -> tuple[list[Any], list[Any]]:
         sharded = list(map(fsdp2_sharded_of, self._params))
@@ -176,6 +175,12 @@ class FSDP2Engine(Engine):
 def _groups(model: nn.Module) -> list[tuple[Any, Any]]:
     """(module, parameter group) of every group; modules that share a group count once."""
     return list({id(group): (unit, group) for unit in _units(model) for group in fsdp2_groups(unit)}.values())
+
+
+def _can_intercept(group: Any) -> bool:
+    """Whether the buffer of a group can be reached before all reductions: not where only replicas communicate."""
+    ranks = fsdp2_ranks(group)
+    return ranks > 1 or (ranks == 1 and not fsdp2_replicated(group))
 
 
 def _units(model: nn.Module) -> list[Any]:

@@ -21,6 +21,7 @@ from .address_table import AddressTable, usable
 from .bits import Packed, popcount, unpack
 from .multipliers import Job, Multipliers, Plane, on, unpacked
 
+_KEPT = 16  # combinations of weights with a gradient for which addresses are kept
 _DENSE = 0.25  # share of fundamental cells from which on a pass over all cells is faster than an index
 
 
@@ -215,6 +216,8 @@ class ShardTable:
         """The addresses of these entries, where kernels can use them."""
         key = tuple(numbers)
         if key not in self._tables:
+            if len(self._tables) > _KEPT:
+                self._tables.clear()
             entries = [self.entries[number] for number in numbers]
             flats = [entry.flat for entry in entries if entry.flat is not None]
             planes = [(entry.bits.plane, entry.bits.chosen) for entry in entries]

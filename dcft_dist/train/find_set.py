@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..controls.control_sets import control_set
 from ..controls.removal import check_removal, choose_fraction
-from ..data.batches import order
+from ..data.batches import Batch, order
 from ..distributed import collectives
 from ..files import read_json, write_json
 from ..method.fundamental_set import FundamentalSet
@@ -128,11 +128,31 @@ def _score_after_training(run: RunContext, train: TrainSteps) -> Scores:
     )
 
 
+class _ScoreItems:
+    """This rank's micro-batches of all score batches, read as they are needed. Their number is known ahead."""
+
+    def __init__(self, run: RunContext, batches: list[list[int]]) -> None:
+        """
+        Args:
+            run: the context of the run.
+            batches: the examples of each score batch, by position in the training split.
+        """
+        self._run, self._batches = run, batches
+
+    def __len__(self) -> int:
+        config, ranks = self._run.config, self._run.world.world_size
+        return sum(len(batch) // ranks // micro_batch(config, len(batch), ranks) for batch in self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._run.progress_bar(self._batches, "score"):
+            yield from self._run.micro_batches(batch, self._run.train, draw=0)
+
+
 def _score(run: RunContext) -> Scores:
     settings, size = run.config.importance, run.config.importance.score_batch
     indices = order(run.config.seed, 0, len(run.train))[: settings.num_samples]
     batches = [indices[first : first + size] for first in range(0, len(indices), size)]
-    items = (item for batch in run.progress_bar(batches, "score") for item in run.micro_batches(batch, run.train, draw=0))
+    items = _ScoreItems(run, batches)
     ranks = run.world.world_size
     return score_importance(
         run.model,

@@ -11,6 +11,7 @@ import torch
 
 from dcft_dist.cli import main
 from dcft_dist.distributed.late import LateSum
+from dcft_dist.method import score_batches
 from dcft_dist.train.steps import Training
 
 from ..ranks import run_ranks
@@ -109,3 +110,12 @@ def test_sums_come_one_call_later(ranks: int) -> None:
     total = 1.0 if ranks == 1 else 3.0
     for found in run_ranks(ranks, sums):
         assert found == [None, ([total, 2.0 * ranks], "a"), ([10.0 * ranks, 20.0 * ranks], "b"), None]
+
+
+def test_scoring_compares_numbers_once(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer says how many items there are, so no score batch waits for the ranks to compare."""
+    lengths: list[int] = []
+    read = score_batches._length
+    monkeypatch.setattr(score_batches, "_length", lambda batches: lengths.append(read(batches)) or lengths[-1])
+    assert main(["train", str(tiny), "--runs_dir", str(tmp_path), "--engine", "single", "--until", "score"]) == 0
+    assert lengths == [32 // 4]  # examples, micro-batch

@@ -1,17 +1,11 @@
-"""All collectives of this package. They are counted, and their errors name the ranks that are missing.
+"""All collectives of this package. They are counted, and their errors name the ranks that are missing (`progress`).
 
-Before a collective, each rank writes a note on its progress to the key-value store of the process group. If the collective
-fails or times out, the other ranks read the notes. Their error names the ranks that lag behind or do not answer.
-
-`what` always says what the collective is for, such as "sum of losses". It appears in the note and in the error.
+`what` always says what the collective is for, such as "sum of losses". It appears in the rank's note and in the error.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..compat.pytorch import default_store, number, real_tensors
+from ..compat.pytorch import number, real_tensors
 from ..errors import DcftError, TemporaryError, WorldError
+from .progress import arrive, missing_ranks
 
 Op = Literal["sum", "max", "min"]
 
@@ -44,13 +39,7 @@ class Count:
     num_bytes: int = 0
 
 
-ANSWER_S = 5.0  # seconds that a rank waits after a failure for the other ranks to report it too
-
-
 _total = Count()
-
-
-_progress = 0
 
 
 def rank() -> int:
@@ -71,69 +60,6 @@ def counted() -> Iterator[Count]:
     yield count
     count.calls = _total.calls - before.calls
     count.num_bytes = _total.num_bytes - before.num_bytes
-
-
-def _store() -> Any:
-    return default_store()
-
-
-def arrive(what: str) -> None:
-    """Writes to the store that this rank has reached `what`. The other ranks quote it if this rank does not arrive."""
-    global _progress
-    _progress += 1
-    if world_size() > 1:
-        _store().set(f"dcft_dist/progress/{rank()}", f"{_progress} {socket.gethostname()} {what}")
-
-
-def missing_ranks() -> str:
-    """After a failed collective: says which ranks lag behind this one or do not answer. Part of an error message."""
-    found: list[str] = []
-    asking = threading.Thread(target=lambda: found.append(_missing_ranks()), daemon=True)
-    asking.start()
-    asking.join(3 * ANSWER_S)  # a host that is suspended keeps the connection open, and says nothing
-    return found[0] if found else f"the key-value store does not answer: {_store_host()} does not react"
-
-
-def _store_host() -> str:
-    return f"{os.environ.get('MASTER_ADDR', 'its host')} (usually the host of rank 0)"
-
-
-def _missing_ranks() -> str:
-    try:
-        store = _store()
-        others = [r for r in range(world_size()) if r != rank()]
-        notes = {r: _note(store, r) for r in others}
-        missing = [
-            f"rank {r}{host} has not arrived (its last report: {last_report})"
-            for r, (progress, host, last_report) in notes.items()
-            if progress < _progress
-        ]
-        return "; ".join(missing) or _silent_ranks(store, {r: host for r, (_, host, _) in notes.items()})
-    except Exception:
-        return f"the key-value store does not answer: {_store_host()} has died or lost its network"
-
-
-def _note(store: Any, other_rank: int) -> tuple[int, str, str]:
-    """Progress, host and last report of another rank."""
-    key = f"dcft_dist/progress/{other_rank}"
-    if not store.check([key]):
-        return 0, "", "nothing yet"
-    number, host, what = store.get(key).decode().split(" ", 2)
-    return int(number), f" on {host}", what
-
-
-def _silent_ranks(store: Any, hosts: dict[int, str]) -> str:
-    """Says which ranks do not answer, when all ranks have reached the same collective.
-
-    Every rank that is alive reports the failure too, within moments.
-    """
-    store.set(f"dcft_dist/failed/{rank()}", "")
-    deadline, silent = time.monotonic() + ANSWER_S, list(hosts)
-    while silent and time.monotonic() < deadline:
-        silent = [r for r in silent if not store.check([f"dcft_dist/failed/{r}"])]
-        time.sleep(0.05)
-    lines = [f"rank {r}{hosts[r]} does not answer" for r in silent]
-    return "; ".join(lines) or "every rank arrived and answers, so the network failed between some of them"
 
 
 @contextmanager

@@ -88,21 +88,23 @@ class FirstPass:
                 for limit in others:
                     counts[limit] += int(np.count_nonzero(piece >= limit))
             self._packed[name] = high
-            counts[most] += popcount(high)
+            between = np.bitwise_xor(low, high, out=low)
+            num_high, num_between = popcount(high), popcount(between)
+            counts[most] += num_high
             if least != most:
-                counts[least] += popcount(low)
-            self._keep(name, scores, low ^ high)
+                counts[least] += num_high + num_between
+            self._room -= num_between
+            if self._room >= 0:
+                self._keep(name, scores, between)
         kept = [kept.scores for kept in self._kept.values()]
         candidates = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *kept])) if self._room >= 0 else None
         return [counts[limit] for limit in limits], candidates
 
     def _keep(self, name: str, scores: NDArray[np.float32], between: Packed) -> None:
         """Keeps the candidates of a weight: those with a bit in `between`."""
-        self._room -= popcount(between)
-        if self._room >= 0:
-            octets = np.flatnonzero(between != 0)
-            bits = np.flatnonzero(np.unpackbits(between[octets], bitorder="little").view(np.bool_))
-            self._kept[name] = _Kept(octets, bits, scores[octets[bits >> 3] * 8 + (bits & 7)])
+        octets = np.flatnonzero(between != 0)
+        bits = np.flatnonzero(np.unpackbits(between[octets], bitorder="little").view(np.bool_))
+        self._kept[name] = _Kept(octets, bits, scores[octets[bits >> 3] * 8 + (bits & 7)])
 
     def _has(self, value: float) -> bool:
         """Whether all scores that equal this one were kept."""

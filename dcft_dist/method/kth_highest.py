@@ -147,7 +147,7 @@ class _Search:
         sample = np.sort(self.sample())[::-1]
         share = (self.k - self.above) / self.inside  # of the candidates that are at least the k-th highest
         center = share * len(sample)
-        margin = 4 * sqrt(center * (1 - share)) + 1  # four standard deviations
+        margin = 3 * sqrt(center * (1 - share)) + 1  # three standard deviations: one search in 400 takes a round more
         first, last = floor(center - margin), ceil(center + margin)
         if first < 0 and last >= len(sample) > 0:  # the sample is too small to estimate: any new limit helps
             first = last = min(int(center), len(sample) - 1)

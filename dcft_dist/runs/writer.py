@@ -13,6 +13,7 @@ from typing import Any
 from ..config.schema import Config
 from ..config.toml import differences, to_toml
 from ..distributed import collectives
+from ..distributed.progress import arrive
 from ..errors import CheckpointError, ConfigError, DamagedError, TemporaryError, line_of, listing
 from ..files import FULL, append_line, json_line, objects_in, read_json_or, write_atomic, write_json
 from .attempts import now
@@ -146,7 +147,7 @@ class RunWriter(RunFolder):
         if self._phase:
             self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + clock - self._started
         self._phase, self._started = name, clock
-        collectives.arrive(f"{name} {step}")
+        arrive(f"{name} {step}")
         if collectives.rank() == 0:
             progress = {"phase": name, "step": step, "updated": now(), "seconds": self._seconds}
             if steps:

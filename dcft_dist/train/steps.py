@@ -10,6 +10,7 @@ from ..data.batches import Batch, Feed, order
 from ..data.splits import file_of
 from ..distributed import collectives
 from ..distributed.late import LateSum
+from ..distributed.progress import arrive
 from ..errors import DivergedError, PenaltyError
 from ..method.learned_factor import LearnedFactor
 from ..method.penalty import Penalty
@@ -90,7 +91,7 @@ class Training:
         prepared = run.prepared
         micro_batches = self.feed.get(step, total)
         lr = set_learning_rate(prepared.optimizer, config, step, total)
-        collectives.arrive(f"training step {step}")
+        arrive(f"training step {step}")
         prepared.model.train()
         prepared.zero_grad()
         if penalty:

@@ -6,13 +6,14 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dcft_dist.distributed import collectives
+from dcft_dist.distributed import collectives, progress
 from dcft_dist.errors import DcftError, EngineError, WorldError
 
 from ..ranks import run_ranks
@@ -23,11 +24,11 @@ LATE = f"rank 1 on {socket.gethostname()} has not arrived (its last report: read
 def one_rank_is_late() -> str:
     collectives.all_reduce(torch.zeros(1), what="warm-up of the test")
     if dist.get_rank() == 1:
-        collectives.arrive("reading a slow disk")
+        progress.arrive("reading a slow disk")
         time.sleep(6)
         return ""
     with pytest.raises(WorldError) as error:
-        collectives.arrive("step 1")
+        progress.arrive("step 1")
         collectives.all_reduce(torch.zeros(1), what="sum of losses")
     return str(error.value)
 
@@ -54,13 +55,36 @@ def test_the_tests_say_how_a_rank_died() -> None:
 def named() -> str:
     collectives.all_reduce(torch.zeros(1), what="start")
     if dist.get_rank() == 1:
-        collectives.arrive("reading a slow disk")
+        progress.arrive("reading a slow disk")
         dist.barrier()
         return ""
     dist.barrier()
-    collectives.arrive("step 1")
-    collectives.arrive("step 2")
-    return collectives.missing_ranks()
+    progress.arrive("step 1")
+    progress.arrive("step 2")
+    return progress.missing_ranks()
+
+
+def who_writes_notes() -> tuple[set[str], bool]:
+    """Names of the threads that used the store while this rank went on, and whether the last note got there."""
+    store, used = progress.default_store(), set[str]()
+
+    def seen_store() -> object:
+        used.add(threading.current_thread().name)
+        return store
+
+    progress.default_store = seen_store
+    for step in range(1000):
+        progress.arrive(f"training step {step}")
+    key, until = f"dcft_dist/progress/{dist.get_rank()}", time.monotonic() + 20
+    while not (store.check([key]) and store.get(key).endswith(b"training step 999")) and time.monotonic() < until:
+        time.sleep(0.05)
+    dist.barrier()
+    return used, time.monotonic() < until
+
+
+def test_a_step_does_not_wait_for_the_store() -> None:
+    """A rank only notes what it has reached; another thread writes the latest note."""
+    assert run_ranks(2, who_writes_notes) == [({"dcft_dist: progress"}, True)] * 2
 
 
 def error_of_one_rank() -> str:

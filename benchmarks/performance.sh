@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures again and writes docs/results/performance.md: about half an hour on an idle machine with two cores and 16 GiB.
-# With the argument `gpu`, it writes docs/results/gpu.md: three minutes on one GPU.
+# With the argument `gpu`, it writes docs/results/gpu.md: four minutes on one GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-.venv/bin/python}
@@ -22,6 +22,7 @@ if [[ ${1:-} == gpu ]]; then
         "selection.py --elements 100_000_000 --gpu"
         "selection.py --elements 1_000_000_000 --gpu --kinds normal tied"
         "penalty.py --layers 24 --width 1024 --samples 64 --length 196"
+        "timeline.py --layers 24 --width 1024 --samples 64 --length 196 --picture docs/images/timeline.png"
         "steps.py vit_large --micro-batch 64"
         "steps.py vit_giant --micro-batch 32"
         "steps.py decoder_1b --micro-batch 4 --length 1024")

@@ -73,6 +73,55 @@ def test_training_is_that_of_the_cpu(level: str, name: str) -> None:
         torch.testing.assert_close(there[n], value, rtol=0, atol=1e-10)
 
 
+# -- a CUDA graph --------------------------------------------------------------------------------------------------------
+
+
+def stepped(captured: bool, level: str, where: str) -> dict[str, Tensor]:
+    """Weights after steps with a factor that changes; captured: all but the first three are replays of one graph."""
+    net, (_, chosen) = make_net().to(GPU), chosen_by(CPU, torch.float32)
+    update = level == "update"
+    optimizer: torch.optim.Optimizer = (
+        torch.optim.AdamW(net.parameters(), lr=0.01, capturable=True)
+        if update
+        else torch.optim.SGD(net.parameters(), lr=0.01)
+    )
+    penalty = attach_penalty(net, chosen, 0.1, optimizer=optimizer, level=level, where=where)  # type: ignore[arg-type]
+    batches = [(x.to(GPU), y.to(GPU)) for x, y in make_batches(10, 8, torch.float32)]
+    x, y = batches[0][0].clone(), batches[0][1].clone()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_fn(net, (x, y)).backward()
+        optimizer.step()
+
+    for number, batch in enumerate(batches):
+        x.copy_(batch[0])
+        y.copy_(batch[1])
+        penalty.set_factor(0.1 * number)
+        if captured and number == 3:
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                step()
+        if captured and number >= 3:
+            graph.replay()
+            continue
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+    penalty.in_force()
+    return {n: p.detach().clone() for n, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize(("level", "where"), [("update", "after"), ("gradient", "after"), ("gradient", "before")])
+def test_a_step_in_a_cuda_graph(level: str, where: str) -> None:
+    """The factor is a number on the device: a captured step follows it."""
+    plain = stepped(False, level, where)
+    for n, value in stepped(True, level, where).items():
+        torch.testing.assert_close(value, plain[n], rtol=1e-6, atol=1e-7)
+
+
 # -- float16 with a scaler -----------------------------------------------------------------------------------------------
 
 

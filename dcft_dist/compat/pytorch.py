@@ -53,6 +53,11 @@ def default_store() -> Any:
     return distributed_c10d._get_default_store()
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured: nothing may be read from the device then. A build without CUDA cannot tell."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 # -- tensors without memory ------------------------------------------------------------------------------------------------
 
 

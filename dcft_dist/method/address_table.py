@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..compat.pytorch import has_values
+from ..compat.pytorch import has_values, is_capturing
 from .bits import BLOCK, Blocks
 from .multipliers import Multipliers, Plane, is_fused
 
@@ -101,10 +101,15 @@ class AddressTable:
         if not self._real:
             return
         places = list(map(Tensor.data_ptr, gradients))
-        if self._gradients is None or self._gradients[0] != places:
-            self._gradients = places, self._on_device(places)
-        numbers = self._multipliers.numbers(torch.float32, self._device)
-        self._kernels.scale_many(self._blocks(self._gradients[1]), numbers)
+        if is_capturing():  # the graph has gradients of its own, and nothing can be copied from the host
+            addresses = torch.empty(len(places), dtype=torch.int64, device=self._device)
+            for address, place in zip(addresses.unbind(), places, strict=True):
+                address.fill_(place)
+        else:
+            if self._gradients is None or self._gradients[0] != places:
+                self._gradients = places, self._on_device(places)
+            addresses = self._gradients[1]
+        self._kernels.scale_many(self._blocks(addresses), self._multipliers.numbers(torch.float32, self._device))
 
     def save(self) -> None:
         """Copies the weights that are needed after the step. One launch."""

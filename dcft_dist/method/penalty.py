@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..compat.pytorch import is_capturing
 from ..distributed import collectives
 from ..engines.base import Engine, Leaf
 from ..engines.box import Box
@@ -364,6 +365,10 @@ class Penalty:
                 )
             return None
         self._warn_if_cancelled(optimizer)
+        if self.watch and is_capturing():
+            raise alone(
+                PenaltyError(f"rank {collectives.rank()}: what a CUDA graph does cannot be measured: set watch to False")
+            )
         self._stepping, self._saved = stepped, []
         return stepped
 

@@ -12,6 +12,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from ..compat.pytorch import is_capturing
 from ..distributed import collectives
 from ..engines.base import Engine
 from ..engines.current import Current
@@ -103,6 +104,12 @@ class PenaltyWatch:
         """
         problem = self._local_problem()
         quiet, old = self._not_multiplied(names)
+        if is_capturing():  # nothing can be read, and no other rank be asked
+            if new := names - self._agreed:
+                problem = problem or f"the first step of {listing(sorted(new))} is checked, so make one before you capture"
+            if problem:
+                raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
+            return
         self._look_at(quiet)
         if old and self.forwards and (stale := self._with_gradient(old)):  # no forward, so no backward on any rank
             problem = problem or _without_hook(sorted(stale, key=self._names.index))

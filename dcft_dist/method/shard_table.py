@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compat.pytorch import has_values
+from ..compat.pytorch import has_values, is_capturing
 from ..engines.base import Shard, gradients_of, overlap
 from ..errors import PenaltyError
 from .address_table import AddressTable, usable
@@ -216,6 +216,8 @@ class ShardTable:
         """The addresses of these entries, where kernels can use them."""
         key = tuple(numbers)
         if key not in self._tables:
+            if is_capturing():  # a table cannot be built now
+                return None
             if len(self._tables) > _KEPT:
                 self._tables.clear()
             entries = [self.entries[number] for number in numbers]

@@ -8,7 +8,7 @@ weights of its own (master copies, offloaded ones, further iterates) and copies 
   constant says how far the step goes on from the parameter. No other weight may change meanwhile.
 - samples of what the penalty wrote, compared before the next step.
 
-Other steps cost nothing.
+Other steps cost nothing, and one that is captured in a CUDA graph is not checked.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from ..compat.pytorch import has_values
+from ..compat.pytorch import has_values, is_capturing
 from ..distributed import collectives
 from ..engines.base import Shard, local_tensor
 from ..engines.current import Current
@@ -75,6 +75,9 @@ class StepChecks:
         """
         if not self._names:  # `dcft plan`
             return
+        if is_capturing():  # nothing can be read, and a trial would be replayed with the graph
+            self._written, self._untried = {}, ""
+            return
         if problem := self.problem():
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
         self._written, self._untried = {}, ""
@@ -91,7 +94,7 @@ class StepChecks:
         Raises:
             PenaltyError: the optimizer could not be tried.
         """
-        if not self._names:
+        if not self._names or is_capturing():
             return
         if self._untried:
             raise alone(PenaltyError(f"rank {collectives.rank()}: {self._untried}"))

@@ -75,14 +75,17 @@ def trained(kernels_used: bool, level: str, device: torch.device, **options: Any
         if p.ndim > 1
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    usable = address_table.usable
+    usable, is_capturing = address_table.usable, shard_table.is_capturing  # type: ignore[attr-defined]
     shard_table.usable = (lambda tensors: bool(tensors)) if kernels_used else (lambda tensors: False)  # type: ignore[attr-defined]
     try:
         chosen = FundamentalSet.from_masks(masks, head=("down.bias",))
         watch, keep = options.pop("watch", False), options.pop("keep_proposal", False)
+        captured_from = options.pop("captured_from", 99)
         penalty = attach_penalty(model, chosen, optimizer=optimizer, level=level, where="after", **options)  # type: ignore[arg-type]
         penalty.watch, penalty.keep_proposal = watch, keep
         for step in range(4):
+            for module in (shard_table, address_table):
+                module.is_capturing = lambda step=step: step >= captured_from  # type: ignore[attr-defined]
             penalty.set_factor(0.25 * step)
             optimizer.zero_grad()
             model(torch.randn(8, 5, generator=torch.Generator().manual_seed(step)).to(device)).square().sum().backward()
@@ -91,6 +94,7 @@ def trained(kernels_used: bool, level: str, device: torch.device, **options: Any
         return {n: p.detach().clone() for n, p in model.named_parameters()}, ratio, dict(penalty.proposal)
     finally:
         shard_table.usable = usable  # type: ignore[attr-defined]
+        shard_table.is_capturing = address_table.is_capturing = is_capturing  # type: ignore[attr-defined]
 
 
 def tables(device: torch.device = CPU) -> None:
@@ -123,6 +127,27 @@ def tables(device: torch.device = CPU) -> None:
                 assert tuple(launched.values()) == steps, (level, launched)
     for name, function in plain.items():
         setattr(kernels, name, function)
+
+
+def captured(device: torch.device = CPU) -> None:
+    """While a CUDA graph is captured, no addresses are copied to the device."""
+    table, lengths = address_table.AddressTable, list[int]()
+    on_device = table._on_device
+
+    def counted(self: Any, numbers: list[int]) -> Tensor:
+        lengths.append(len(numbers))
+        return on_device(self, numbers)
+
+    table._on_device = counted  # type: ignore[method-assign]
+    try:
+        for level, at_most in (("gradient", 4), ("update", 3)):  # places of weights, bits and sizes; of gradients at step 0
+            plain, _, _ = trained(True, level, device)
+            lengths.clear()
+            found, _, _ = trained(True, level, device, captured_from=1)
+            assert len(lengths) == at_most, lengths
+            assert all(torch.equal(found[name], plain[name]) for name in plain)
+    finally:
+        table._on_device = on_device  # type: ignore[method-assign]
 
 
 def scores_of(sizes: tuple[int, ...], device: torch.device) -> Scores:

@@ -11,9 +11,10 @@ import pytest
 BODY = """
 import sys
 sys.path.insert(0, ".")
-from tests.method.kernel_cases import one_tensor, selection, tables
+from tests.method.kernel_cases import captured, one_tensor, selection, tables
 one_tensor()
 tables()
+captured()
 selection()
 print("the same")
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,14 +58,25 @@ class Box:
         Returns:
             int64 tensor of shape `(end - begin,)`.
         """
-        local = torch.arange(begin, end, dtype=torch.int64, device=device)
+        indices: Tensor = self.flat_indices(torch.arange(begin, end, dtype=torch.int64, device=device))
+        return indices
+
+    def flat_indices(self, cells: Any) -> Any:
+        """Positions of some of the box's elements in the flattened weight.
+
+        Args:
+            cells: the elements, counted in the box's row-major order; an int64 tensor or numpy array of shape `(n,)`.
+
+        Returns:
+            The same kind of array, of shape `(n,)`.
+        """
         first = self.first
         if first is not None:
-            return local + first
-        index = torch.zeros_like(local)
+            return cells + first
+        index = 0
         for dim in reversed(range(len(self.grid))):
-            index += (local % self.size[dim] + self.start[dim]) * prod(self.grid[dim + 1 :])
-            local = local // self.size[dim]
+            index = index + (cells % self.size[dim] + self.start[dim]) * prod(self.grid[dim + 1 :])
+            cells = cells // self.size[dim]
         return index
 
     def num_before(self, flat: int) -> int:

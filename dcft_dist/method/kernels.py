@@ -86,8 +86,10 @@ def count_digits(blocks: ScoreBlocks, prefix: Tensor, counts: Tensor, shift: int
     _count_digits[(programs,)](*blocks, blocks[2].numel(), prefix, counts, SHIFT=shift, BITS=bits, BLOCK=BLOCK)
 
 
-def pack_above(blocks: ScoreBlocks, places: Tensor, key: Tensor, octets: Tensor, counts: Tensor) -> None:
-    """Packs the bits of scores with at least a certain key.
+def pack_above(
+    blocks: ScoreBlocks, places: Tensor, key: Tensor, octets: Tensor, counts: Tensor, ties: Tensor | None
+) -> None:
+    """Packs the bits of scores with at least a certain key, and lists those that have just this key.
 
     Args:
         blocks: the scores, float32.
@@ -95,8 +97,13 @@ def pack_above(blocks: ScoreBlocks, places: Tensor, key: Tensor, octets: Tensor,
         key: int64 [1].
         octets: packed bits, uint8, in place.
         counts: int64 [shards]: how many bits are set is added, in place.
+        ties: int64, zeros [1 + scores that have the key]: their number, and their positions among the packed bits, in any
+            order; None: they are not listed.
     """
-    _pack_above[(blocks[2].numel(),)](*blocks, places, key, octets, counts, BLOCK=BLOCK)
+    listed = ties is not None
+    _pack_above[(blocks[2].numel(),)](
+        *blocks, places, key, octets, counts, counts if ties is None else ties, LISTED=listed, BLOCK=BLOCK
+    )
 
 
 def _grid(cells: Tensor) -> tuple[int]:
@@ -246,7 +253,19 @@ def _count_digits(
 
 
 @triton.jit
-def _pack_above(addresses, sizes, block_entry, block_first, places, key, octets, counts, BLOCK: tl.constexpr):
+def _pack_above(
+    addresses,
+    sizes,
+    block_entry,
+    block_first,
+    places,
+    key,
+    octets,
+    counts,
+    ties,
+    LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     block = tl.program_id(0)
     keys, inside, entry = _scores(addresses, sizes, block_entry, block_first, block, BLOCK)
     chosen = (inside & (keys >= tl.load(key))).to(tl.int32)
@@ -254,5 +273,11 @@ def _pack_above(addresses, sizes, block_entry, block_first, places, key, octets,
     packed = tl.sum(rows, 1)
     number = tl.sum(inside.to(tl.int32), 0)
     octet = tl.arange(0, BLOCK // 8)
-    tl.store(octets + tl.load(places + block) + octet, packed.to(tl.uint8), mask=octet < (number + 7) // 8)
+    place = tl.load(places + block)
+    tl.store(octets + place + octet, packed.to(tl.uint8), mask=octet < (number + 7) // 8)
+    if LISTED:
+        equal = inside & (keys == tl.load(key))
+        found = equal.to(tl.int64)
+        first = tl.atomic_add(ties, tl.sum(found, 0))
+        tl.store(ties + first + tl.cumsum(found, 0), place * 8 + tl.arange(0, BLOCK), mask=equal)
     tl.atomic_add(counts + entry, tl.sum(chosen, 0).to(tl.int64))

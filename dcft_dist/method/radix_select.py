@@ -2,7 +2,8 @@
 
 A score's key is an integer of 32 bits that sorts as the score does. Three kernels make histograms of its digits (11, 11 and
 10 bits), each over the keys that begin with the digits found so far. The histograms are summed over ranks, and torch finds
-the next digit on the device. A fourth kernel packs the bits. The host waits twice: for the threshold, and for the bits.
+the next digit on the device. A fourth kernel packs the bits, and lists the scores that equal the threshold if not all of
+them are selected: among a billion scores that is the rule. The host waits twice: for the threshold, and for the bits.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..distributed import collectives
@@ -21,6 +23,9 @@ from .multipliers import is_fused
 
 _DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits)
 _BASE = 1 << 11
+
+
+FEW = 1 << 16  # up to so many scores of all ranks that equal the threshold, their positions are gathered: 512 KiB
 
 
 def by_kernels(scores: list[Tensor]) -> bool:
@@ -44,6 +49,9 @@ class RadixSelect:
         self._key = torch.zeros(1, dtype=torch.int64, device=self._device)
         sizes = [s.numel() for s in scores.values()]
         self._blocks, self._places = self._tables(sizes)
+        self._packed: dict[str, Packed] = {}  # bits of the scores that reach the threshold
+        self._numbers: list[int] = []  # how many there are over all ranks, by weight
+        self._ties: dict[str, NDArray[np.int64]] = {}
 
     def _tables(self, sizes: list[int]) -> tuple[ScoreBlocks, Tensor]:
         """What kernels need to find the scores; and where the octets of each block begin."""
@@ -86,23 +94,52 @@ class RadixSelect:
             raise NotFiniteError
         return Threshold(_score(found), k - selected, equal)
 
-    def bits(self, names: list[str]) -> tuple[dict[str, Packed], list[int]]:
-        """The bits of all scores that reach the threshold, and how many there are over all ranks. Waits once. Collective.
+    def pack(self, ties: int) -> None:
+        """Packs the bits of all scores that reach the threshold. Waits for the device once. Collective.
 
         Args:
-            names: names of the weights, in the order of the scores.
+            ties: number of scores of all ranks that equal the threshold, if not all of them are selected; otherwise 0.
         """
         sizes = [num_bytes(s.numel()) for s in self._scores.values()]
         octets = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
         counts = torch.zeros(len(sizes), dtype=torch.int64, device=self._device)
+        listed = torch.zeros(1 + ties if ties else 0, dtype=torch.int64, device=self._device)
         if self._blocks[2].numel():
-            self._kernels.pack_above(self._blocks, self._places, self._key, octets, counts)
+            self._kernels.pack_above(self._blocks, self._places, self._key, octets, counts, listed if ties else None)
         counts = collectives.all_reduce(counts, what="selection: counts")
-        both = torch.cat([counts.view(torch.uint8), octets]).cpu().numpy()  # one wait
-        numbers, packed, end = both[: 8 * len(sizes)].view("int64").tolist(), {}, 8 * len(sizes)
-        for name, size in zip(names, sizes, strict=True):
-            packed[name], end = both[end : end + size], end + size
-        return packed, numbers
+        all_three = torch.cat([counts.view(torch.uint8), listed.view(torch.uint8), octets]).cpu().numpy()  # one wait
+        numbers, found, packed = np.split(all_three, np.cumsum([8 * len(counts), 8 * len(listed)]))
+        self._numbers = numbers.view("int64").tolist()
+        positions = found.view("int64")
+        places = np.sort(positions[1 : 1 + positions[0]]) if ties else positions
+        ends = np.cumsum([0, *sizes])
+        for name, begin, end in zip(self._scores, ends, ends[1:], strict=False):
+            self._packed[name] = packed[begin:end]
+            if ties:
+                self._ties[name] = places[slice(*np.searchsorted(places, [8 * begin, 8 * end]))] - 8 * begin
+
+    def places(self, name: str) -> NDArray[np.int64] | None:
+        """Positions of this rank's scores that equal the threshold, ascending; None if `pack` has not listed them."""
+        return self._ties.get(name)
+
+    def bits(self, ties: Mapping[str, int]) -> tuple[dict[str, Packed], list[int]] | None:
+        """This rank's bits of what is selected, and how many there are over all ranks, by weight. Collective.
+
+        Args:
+            ties: of the scores that equal the threshold, those among so many first ones of a weight are selected.
+
+        Returns:
+            None if `pack` was not called.
+        """
+        if not self._packed:
+            return None
+        if not self._ties:  # all of them are selected
+            return self._packed, self._numbers
+        dropped = {name: places[places >= ties[name]] for name, places in self._ties.items()}
+        for name, places in dropped.items():
+            np.bitwise_and.at(self._packed[name], places >> 3, (~(1 << (places & 7))).astype(np.uint8))
+        fewer = collectives.reduce_numbers([len(places) for places in dropped.values()], what="selection: ties left out")
+        return self._packed, [n - int(less) for n, less in zip(self._numbers, fewer, strict=True)]
 
 
 def _score(key: int) -> float:

@@ -22,16 +22,13 @@ from ..errors import ScoreError, listing
 from .bits import CHUNK, Packed, num_bytes, pack, popcount, step_of
 from .first_pass import FirstPass
 from .kth_highest import SAMPLE, NotFiniteError, Threshold, comparable, how_many, is_finite, kth_highest, pieces
-from .radix_select import RadixSelect, by_kernels
+from .radix_select import FEW, RadixSelect, by_kernels
 from .scores import Scores, ScoreShard
 
 Keep = Callable[["Chunk"], Tensor]  # boolean mask of the cells of a chunk that take part
 
 
 Group = Callable[["Chunk"], Tensor]  # the group of each cell of a chunk (int64)
-
-
-FEW = 256  # up to this many equal scores, their positions are simply gathered
 
 
 FAN = 64  # positions tried at once if the cut goes through equal scores
@@ -152,17 +149,16 @@ class Ties:
         rest = sum(how_many(v == self._value) for v in pieces(self._values[whole * step : cells]))
         return sum(self._in_pieces[:whole]) + int(rest)
 
-    def cells(self) -> list[int]:
+    def cells(self) -> NDArray[np.int64]:
         """Their positions, ascending."""
         if self._places is not None:
-            found: list[int] = self._places.tolist()
-            return found
-        step, found = step_of(self._values.device), []
+            return self._places
+        step, found = step_of(self._values.device), [np.zeros(0, np.int64)]
         for i, count in enumerate(self._in_pieces):
             if count:
                 piece = self._values[i * step : (i + 1) * step]
-                found += ((piece == self._value).nonzero().view(-1) + i * step).tolist()
-        return found
+                found.append(((piece == self._value).nonzero().view(-1) + i * step).cpu().numpy())
+        return np.concatenate(found)
 
 
 def by_tensor(chunk: Chunk) -> Tensor:
@@ -225,6 +221,8 @@ class Ranking:
             self.require_finite()  # says where
             raise
         selected = k - kth.above  # of the cells equal to the k-th highest
+        if self._radix is not None and (selected == kth.ties or kth.ties <= FEW):
+            self._radix.pack(0 if selected == kth.ties else kth.ties)
         return GlobalCut(kth.value, self._total if selected == kth.ties else self._end(kth.value, selected, kth.ties))
 
     def _kth_highest(self, values: dict[str, Tensor], k: int) -> Threshold:
@@ -241,7 +239,7 @@ class Ranking:
         """Position that has exactly `selected` of the `total` cells with this score before it. Collective."""
         ties = {name: self._ties(name, value) for name in self.names}
         if total <= FEW:
-            return self._positions(ties)[selected - 1] + 1
+            return int(np.partition(self._positions(ties), selected - 1)[selected - 1]) + 1
         table = torch.tensor([ties[name].number for name in self._base], dtype=torch.int64)
         sums = collectives.all_reduce(table, what="selection: ties").cumsum(0).tolist()
         at = bisect_left(sums, selected)
@@ -258,17 +256,18 @@ class Ranking:
     def _ties(self, name: str, value: float) -> Ties:
         """The cells of a weight with this score, on this rank."""
         kept = self._first.places(name, value) if self._first is not None else None
+        kept = self._radix.places(name) if self._radix is not None else kept
         return Ties(self._shards[name].values, value, kept)
 
-    def _positions(self, ties: dict[str, Ties]) -> list[int]:
-        """Sorted positions of the cells with this score, of all ranks. Collective."""
-        own_positions: list[int] = []
-        for name in self.names:
-            box = self._shards[name].box
-            own_positions += [int(box.flat_index(cell, cell + 1)) + self._base[name] for cell in ties[name].cells()]
-        sizes = [n for (n,) in collectives.all_gather_ints([len(own_positions)], what="selection: ties")]
-        mine = torch.tensor(own_positions, dtype=torch.int64)
-        return sorted(collectives.all_gather_uneven(mine, sizes, what="selection: positions of ties").tolist())
+    def _positions(self, ties: dict[str, Ties]) -> NDArray[np.int64]:
+        """Positions of the cells with this score, of all ranks. Collective."""
+        own = [self._shards[n].box.flat_indices(found.cells()) + self._base[n] for n, found in ties.items() if found.number]
+        mine = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *own]))
+        sizes = [n for (n,) in collectives.all_gather_ints([len(mine)], what="selection: ties")]
+        positions: NDArray[np.int64] = collectives.all_gather_uneven(
+            mine, sizes, what="selection: positions of ties"
+        ).numpy()
+        return positions
 
     def cut(self, counts: Sequence[int], group: Group | None = None, keep: Keep | None = None) -> Cut:
         """The cut that selects exactly `counts[g]` cells in each group g. Collective.
@@ -353,15 +352,14 @@ class Ranking:
 
     def collect_line(self, line: GlobalCut) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
         """`collect` for the cut that `line` has found, without another pass over the scores if it can be. Collective."""
-        if self._radix is not None and line.end == self._total:  # all ties are selected
-            octets, numbers = self._radix.bits(self.names)
-            bits = {name: (self._shards[name].box, octets[name]) for name in self.names}
-            return bits, dict(zip(self.names, numbers, strict=True))
+        boxes = {name: self._shards[name].box for name in self.names}
+        ties = {name: box.num_before(line.end - self._base[name]) for name, box in boxes.items()}
+        if self._radix is not None and (known := self._radix.bits(ties)) is not None:
+            octets, numbers = known
+            return {name: (boxes[name], octets[name]) for name in self.names}, dict(zip(self.names, numbers, strict=True))
         kept: dict[str, Packed | None] = {}
         if self._first is not None:
-            for name in self.names:
-                ties = self._shards[name].box.num_before(line.end - self._base[name])
-                kept[name] = self._first.bits(name, line.value, ties)
+            kept = {name: self._first.bits(name, line.value, ties[name]) for name in self.names}
         packed = {name: bits for name, bits in kept.items() if bits is not None}
         if len(packed) == len(self.names):
             return self._with_counts(packed)

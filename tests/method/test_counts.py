@@ -5,6 +5,8 @@ On a GPU a step is late because the host is, so these counts are what a step may
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dcft_dist import select_fundamental
+from dcft_dist import Scores, select_fundamental
 from dcft_dist.compat.pytorch import fake_ranks
+from dcft_dist.engines.box import Box
 from dcft_dist.method import kernels, ranking, shard_table
 from dcft_dist.method.multipliers import Multipliers
+from dcft_dist.method.scores import ScoreShard
 
 from ..counts import WAYS, Steps, added, noted, operations, python_calls, scored
 from ..ranks import run_ranks
@@ -126,9 +130,9 @@ def test_what_was_counted_is_right() -> None:
     assert run_ranks(1, same_bits) == [True]
 
 
-def selecting(size: int) -> tuple[int, int, dict[str, int]]:
-    """Operations, waits and large launches of a selection by kernels, which numpy stands in for here."""
-    scores = scores_of((size, 3, size // 2), torch.device("cpu"))
+@contextmanager
+def kernels_by_numpy(scores: Scores) -> Iterator[dict[str, int]]:
+    """The selection by kernels, which numpy stands in for; yields how often each is launched."""
     keys = [_keys(shard.values.numpy()) for shard in scores.shards.values()]
     launched = {"count_digits": 0, "pack_above": 0}
 
@@ -138,24 +142,23 @@ def selecting(size: int) -> tuple[int, int, dict[str, int]]:
             match = key[key >> (shift + bits) == int(prefix.numpy()[0])] if shift + bits < 32 else key
             counts.numpy()[:] += np.bincount((match >> shift) & ((1 << bits) - 1), minlength=len(counts))
 
-    def pack_above(blocks: Any, places: Tensor, key: Tensor, octets: Tensor, counts: Tensor) -> None:
+    def pack_above(*arguments: Any) -> None:
+        _blocks, _places, key, octets, counts, ties = arguments
         launched["pack_above"] += 1
         chosen = [part >= int(key.numpy()[0]) for part in keys]
         octets.numpy()[:] = np.concatenate([np.packbits(part, bitorder="little") for part in chosen])
         counts.numpy()[:] = [part.sum() for part in chosen]
+        if ties is not None:
+            begins = np.cumsum([0, *(8 * -(-len(part) // 8) for part in keys)])
+            equal = [b + np.flatnonzero(part == int(key.numpy()[0])) for b, part in zip(begins, keys, strict=False)]
+            found = np.concatenate(equal)[::-1]
+            ties.numpy()[: 1 + len(found)] = [len(found), *found]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "count_digits", count_digits)
         patch.setattr(kernels, "pack_above", pack_above)
         patch.setattr(ranking, "by_kernels", bool)
-        reads: list[str] = []
-        for name in ("tolist", "cpu", "item"):
-            patch.setattr(Tensor, name, noted(getattr(Tensor, name), reads))
-        with operations() as ops:
-            chosen = select_fundamental(scores, 0.1)
-    expected = select_fundamental(scores, 0.1)
-    assert all(torch.equal(chosen.mask(n), expected.mask(n)) for n in expected.names)
-    return ops.non_views, len(reads), launched
+        yield launched
 
 
 def _keys(scores: Any) -> Any:
@@ -163,8 +166,45 @@ def _keys(scores: Any) -> Any:
     return np.where(bits >> 31 == 0, bits | 0x80000000, ~bits & 0xFFFFFFFF)
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("size", [100, 1_000_000])
-def test_selection_on_a_gpu(size: int) -> None:
-    non_views, waits, launched = selecting(size)
-    assert non_views <= 60 and waits <= 2, (non_views, waits)
+def test_selection_on_a_gpu(size: int, tied: bool) -> None:
+    """Operations, waits and large launches; tied: only some of the scores that equal the threshold are selected."""
+    fraction, scores = 0.01 if tied else 0.1, scores_of((size, 3, size // 2), torch.device("cpu"))
+    if tied:
+        for shard in scores.shards.values():
+            shard.values[::50] = 9.0
+    waits: list[str] = []
+    with kernels_by_numpy(scores) as launched, pytest.MonkeyPatch.context() as patch, operations() as ops:
+        for name in ("tolist", "cpu", "item"):
+            patch.setattr(Tensor, name, noted(getattr(Tensor, name), waits, "radix_select.py"))
+        chosen = select_fundamental(scores, fraction)
+    assert ops.non_views <= 60 and len(waits) <= 2, (ops.non_views, waits)
     assert launched == {"count_digits": 3, "pack_above": 1}
+    expected = select_fundamental(scores, fraction)
+    assert all(torch.equal(chosen.mask(n), expected.mask(n)) for n in expected.names)
+
+
+def spread_ties() -> list[bool]:
+    """Selections by kernels of scores with many ties, spread over the ranks by columns and by flat ranges."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    whole = torch.randint(0, 30, (64, 12), generator=torch.Generator().manual_seed(0)).float()
+    boxes = {
+        "columns": Box((64, 12), (0, 12 // ranks * rank), (64, 12 // ranks)),
+        "flat": Box.flat(768, 768 // ranks * rank, 768 // ranks),
+    }
+    shards = {n: ScoreShard(b, whole.view(-1)[b.flat_index(0, b.numel)].clone()) for n, b in boxes.items()}
+    scores = Scores("given", {"columns": (64, 12), "flat": (768,)}, shards)
+    same = []
+    for fraction in (0.01, 0.1, 0.5, 0.77, 1.0):
+        with kernels_by_numpy(scores) as launched:
+            chosen = select_fundamental(scores, fraction)
+        expected = select_fundamental(scores, fraction)
+        same.append(launched["pack_above"] == 1 and chosen.info.counts == expected.info.counts)
+        same += [torch.equal(chosen.mask(n), expected.mask(n)) for n in expected.names]
+    return same
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ties_on_gpus_are_cut_at_the_same_place(ranks: int) -> None:
+    assert all(all(same) for same in run_ranks(ranks, spread_ties))

@@ -38,6 +38,7 @@ FEW = {
 }
 MANY = dict.fromkeys(("addresses", "octets", "sizes", "block_entry", "block_first"), "*i64")
 SCORES = dict.fromkeys(("addresses", "sizes", "block_entry", "block_first"), "*i64")
+PACKING = SCORES | {"places": "*i64", "key": "*i64", "octets": "*u8", "counts": "*i64", "ties": "*i64"}
 SAVED = {"saved_at": "*i64", "copy": "*fp32"}
 
 
@@ -53,7 +54,8 @@ SAVED = {"saved_at": "*i64", "copy": "*fp32"}
         ("_shorten_many", MANY | {"numbers": "*fp32"} | SAVED, {"PACKED": False}),
         ("_count_digits", SCORES | {"num_blocks": "i32", "prefix": "*i64", "counts": "*i64"}, {"SHIFT": 21, "BITS": 11}),
         ("_count_digits", SCORES | {"num_blocks": "i32", "prefix": "*i64", "counts": "*i64"}, {"SHIFT": 0, "BITS": 10}),
-        ("_pack_above", SCORES | {"places": "*i64", "key": "*i64", "octets": "*u8", "counts": "*i64"}, {}),
+        ("_pack_above", PACKING, {"LISTED": False}),
+        ("_pack_above", PACKING, {"LISTED": True}),
     ],
 )
 def test_kernels_compile_for_gpus(kernel: str, signature: dict[str, str], constants: dict[str, int]) -> None:

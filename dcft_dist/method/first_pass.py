@@ -54,6 +54,7 @@ class FirstPass:
         self._scores = scores
         self.finite = True
         self._packed: dict[str, Packed] = {}  # bits of the scores that reach the upper limit
+        self._above: dict[str, int] = {}  # how many these are
         self._kept: dict[str, _Kept] = {}
         self._room = ROOM
         self._limits = np.inf, -np.inf
@@ -72,9 +73,10 @@ class FirstPass:
         counts = dict.fromkeys(limits, 0)
         others = [limit for limit in counts if limit not in (least, most)]
         reached = np.empty(STEP["cpu"], dtype=bool)
+        lows = np.empty(num_bytes(max((len(scores) for scores in self._scores.values()), default=0)), dtype=np.uint8)
         for name, tensor in self._scores.items():
             scores = tensor.numpy()
-            high, low = (np.empty(num_bytes(len(scores)), dtype=np.uint8) for _ in range(2))
+            high, low = np.empty(num_bytes(len(scores)), dtype=np.uint8), lows[: num_bytes(len(scores))]
             for begin in range(0, len(scores), STEP["cpu"]):
                 piece = scores[begin : begin + STEP["cpu"]]
                 with np.errstate(all="ignore"):  # squares may overflow
@@ -87,24 +89,29 @@ class FirstPass:
                     packed[octets] = np.packbits(mask, bitorder="little")
                 for limit in others:
                     counts[limit] += int(np.count_nonzero(piece >= limit))
-            self._packed[name] = high
-            between = np.bitwise_xor(low, high, out=low)
-            num_high, num_between = popcount(high), popcount(between)
-            counts[most] += num_high
+            self._packed[name], self._above[name] = high, popcount(high)
+            counts[most] += self._above[name]
+            number = self._keep(name, scores, np.bitwise_xor(low, high, out=low))
             if least != most:
-                counts[least] += num_high + num_between
-            self._room -= num_between
-            if self._room >= 0:
-                self._keep(name, scores, between)
+                counts[least] += self._above[name] + number
         kept = [kept.scores for kept in self._kept.values()]
         candidates = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *kept])) if self._room >= 0 else None
         return [counts[limit] for limit in limits], candidates
 
-    def _keep(self, name: str, scores: NDArray[np.float32], between: Packed) -> None:
-        """Keeps the candidates of a weight: those with a bit in `between`."""
-        octets = np.flatnonzero(between != 0)
-        bits = np.flatnonzero(np.unpackbits(between[octets], bitorder="little").view(np.bool_))
-        self._kept[name] = _Kept(octets, bits, scores[octets[bits >> 3] * 8 + (bits & 7)])
+    def _keep(self, name: str, scores: NDArray[np.float32], between: Packed) -> int:
+        """Keeps the candidates of a weight, those with a bit in `between`, if there is room. Returns how many there are."""
+        has_bits = between != 0
+        if np.count_nonzero(has_bits) > self._room:
+            self._room = -1
+            return popcount(between)
+        octets = np.flatnonzero(has_bits)
+        flags = np.unpackbits(between[octets], bitorder="little").view(np.bool_)
+        number = int(np.count_nonzero(flags))
+        self._room -= number
+        if self._room >= 0:
+            bits = np.flatnonzero(flags)
+            self._kept[name] = _Kept(octets, bits, scores[octets[bits >> 3] * 8 + (bits & 7)])
+        return number
 
     def _has(self, value: float) -> bool:
         """Whether all scores that equal this one were kept."""
@@ -119,18 +126,20 @@ class FirstPass:
         equal: NDArray[np.int64] = kept.places[kept.scores == value]
         return equal
 
-    def bits(self, name: str, value: float, ties: int) -> Packed | None:
+    def bits(self, name: str, value: float, ties: int) -> tuple[Packed, int] | None:
         """Packed bits of the scores above `value`, and of those equal to it among the first `ties` scores of the weight.
 
+        Call it once for each weight: it gives away the bits.
+
         Returns:
-            None if the pass did not keep what is needed.
+            The bits, and how many are set; None if the pass did not keep what is needed.
         """
         if not self._has(value):
             return None
-        packed, kept = self._packed[name].copy(), self._kept[name]
+        packed, kept = self._packed.pop(name), self._kept[name]
         chosen = kept.scores > value
         chosen |= (kept.scores == value) & (kept.places < ties)
         flags = np.zeros(8 * len(kept.octets), dtype=bool)
         flags[kept.bits] = chosen
         packed[kept.octets] |= np.packbits(flags, bitorder="little")
-        return packed
+        return packed, self._above[name] + int(np.count_nonzero(chosen))

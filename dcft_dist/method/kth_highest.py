@@ -26,6 +26,9 @@ from .first_pass import ROOM, FirstPass
 SAMPLE = 1 << 16  # sampled values per round, of all ranks together: 256 KiB in one collective
 
 
+FIRST_SAMPLE = 1 << 17  # in the first pass over many values: a larger sample leaves fewer candidates
+
+
 DRAWS = 1 << 20  # positions that a rank draws at most for its part of a sample
 
 
@@ -180,7 +183,8 @@ class _Search:
     def sample(self) -> NDArray[np.float32]:
         """Random candidates of all ranks, in proportion to their numbers; all candidates if at most `SAMPLE`. Collective."""
         own = [a - b for a, b in zip(self.at_low, self.at_high, strict=True)]
-        sizes = own if self.inside <= SAMPLE else [ceil(SAMPLE * n / self.inside) for n in own]
+        wanted = SAMPLE if self._first is None else FIRST_SAMPLE
+        sizes = own if self.inside <= SAMPLE else [ceil(min(wanted / self.inside, 1.0) * n) for n in own]
         me = collectives.rank()
         drawn = self._all() if self.inside <= SAMPLE else self._draw(sizes[me], own[me])
         mine = torch.full((sizes[me],), torch.nan)  # NaN fills up a rank that drew too few
@@ -198,16 +202,22 @@ class _Search:
         """Draws `size` of this rank's `own` candidates at random; fewer if few of the held values are candidates."""
         ends = np.cumsum([0, *(len(array) for array in self.held)])
         draws = size if self.exact else min(DRAWS, ceil(1.5 * size * ends[-1] / max(own, 1)))
-        positions = np.sort(self._random.integers(max(ends[-1], 1), size=draws if size else 0))
+        draws = min(draws, ends[-1]) if size else 0
+        # One position from each of `draws` equal stretches: ascending, so memory is read in order.
+        positions = ((np.arange(draws) + self._random.random(draws)) * (ends[-1] / max(draws, 1))).astype(np.int64)
         parts = np.split(positions, np.searchsorted(positions, ends[1:-1]))
         taken = [_take(*arguments) for arguments in zip(self.held, parts, ends, strict=False) if len(arguments[1])]
         values = torch.cat([torch.zeros(0), *taken])
+        if self.exact:
+            return values
         values = values[(values >= self.low) & (values < self.high)]
         return values[torch.from_numpy(self._random.permutation(len(values))[:size])]
 
 
 def _take(values: Tensor, positions: NDArray[np.int64], begin: int) -> Tensor:
     """Values on the CPU; `begin` is the position of the first element of `values`."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(values.numpy().take(positions - begin, mode="clip"))
     return values[torch.from_numpy(positions - begin).to(values.device)].cpu()
 
 

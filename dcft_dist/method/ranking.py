@@ -348,7 +348,7 @@ class Ranking:
         packed = {name: np.empty(num_bytes(self._shards[name].box.numel), dtype=np.uint8) for name in self.names}
         for chunk in self.chunks():  # chunks start at multiples of 8
             packed[chunk.name][chunk.begin // 8 : num_bytes(chunk.end)] = pack(selects(chunk))
-        return self._with_counts(packed)
+        return self._with_counts({name: (bits, popcount(bits)) for name, bits in packed.items()})
 
     def collect_line(self, line: GlobalCut) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
         """`collect` for the cut that `line` has found, without another pass over the scores if it can be. Collective."""
@@ -357,17 +357,16 @@ class Ranking:
         if self._radix is not None and (known := self._radix.bits(ties)) is not None:
             octets, numbers = known
             return {name: (boxes[name], octets[name]) for name in self.names}, dict(zip(self.names, numbers, strict=True))
-        kept: dict[str, Packed | None] = {}
         if self._first is not None:
             kept = {name: self._first.bits(name, line.value, ties[name]) for name in self.names}
-        packed = {name: bits for name, bits in kept.items() if bits is not None}
-        if len(packed) == len(self.names):
-            return self._with_counts(packed)
+            found = {name: bits for name, bits in kept.items() if bits is not None}
+            if len(found) == len(self.names):
+                return self._with_counts(found)
         return self.collect(line.selects)
 
-    def _with_counts(self, packed: dict[str, Packed]) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
-        """This rank's bits with their boxes, and how many are set over all ranks. Collective."""
-        counts = torch.tensor([popcount(packed[name]) for name in self.names], dtype=torch.int64)
+    def _with_counts(self, packed: dict[str, tuple[Packed, int]]) -> tuple[dict[str, tuple[Box, Packed]], dict[str, int]]:
+        """This rank's bits with their boxes, and how many are set over all ranks; by name. Collective."""
+        counts = torch.tensor([packed[name][1] for name in self.names], dtype=torch.int64)
         counts = collectives.all_reduce(counts, what="selection: counts")
-        bits = {name: (self._shards[name].box, packed[name]) for name in self.names}
+        bits = {name: (self._shards[name].box, packed[name][0]) for name in self.names}
         return bits, dict(zip(self.names, [int(n) for n in counts.tolist()], strict=True))

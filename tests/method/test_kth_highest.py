@@ -142,12 +142,15 @@ def test_the_first_pass_does_what_separate_passes_do(size: int) -> None:
     for name, part in scores.items():
         places = first.places(name, 0.5)
         assert places is not None and places.tolist() == (part == 0.5).nonzero().view(-1).tolist()
-        for ties in (0, 3, len(part)):
+        assert first.bits(name, 0.75, 0) is None and first.bits(name, 0.2, 0) is None, "outside the limits"
+    for ties in (0, 3, size):
+        first = FirstPass(scores)
+        first.count(limits, 0.25, 0.75)
+        for name, part in scores.items():
             expected = part > 0.5
             expected[:ties] |= part[:ties] == 0.5
             bits = first.bits(name, 0.5, ties)
-            assert bits is not None and np.array_equal(bits, pack(expected))
-        assert first.bits(name, 0.75, 0) is None and first.bits(name, 0.2, 0) is None, "outside the limits"
+            assert bits is not None and np.array_equal(bits[0], pack(expected)) and bits[1] == int(expected.sum())
 
 
 @pytest.mark.parametrize(("value", "finite"), [(torch.nan, False), (torch.inf, False), (-torch.inf, False), (3e38, True)])
@@ -159,8 +162,10 @@ def test_the_first_pass_finds_what_is_not_finite(value: float, finite: bool) -> 
     assert first.finite == finite
 
 
-def test_the_first_pass_gives_up_what_it_has_no_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(first_pass, "ROOM", 10)
+@pytest.mark.parametrize("room", [3, 10])
+def test_the_first_pass_gives_up_what_it_has_no_room_for(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten places have room for the octets of 50 candidates, but not for the candidates."""
+    monkeypatch.setattr(first_pass, "ROOM", room)
     first = FirstPass({"a": torch.linspace(0, 1, 100)})
     counts, kept = first.count([0.25, 0.75], 0.25, 0.75)
     assert counts == [75, 25] and kept is None and first.bits("a", 0.5, 0) is None and first.places("a", 0.5) is None

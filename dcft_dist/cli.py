@@ -17,6 +17,7 @@ from .config.schema import Config
 from .config.toml import find_config, load_config
 from .errors import ConfigError, DcftError, RunError, WorldError
 from .files import expected_form
+from .planning import command as planning
 from .runs.status import AGAIN, run_verdict, status
 
 Commands = Any  # the return type of argparse's `add_subparsers`; its class is private
@@ -173,21 +174,7 @@ def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser(
         "plan", help="forecast memory by kind and bytes sent, for each of N GPUs; no GPU is needed", allow_abbrev=False
     )
-    plan.add_argument("--model", required=True, help="vit_large, vit_huge, vit_giant, decoder_1b, decoder_7b, decoder_70b, "
-                      "a folder with a transformers config.json, or a configuration file (then any key)")  # fmt: skip
-    plan.add_argument("--ranks", type=int, default=8)
-    plan.add_argument("--gpus-per-node", type=int, default=8)
-    plan.add_argument("--engine", choices=("fsdp2", "zero3"))
-    plan.add_argument(
-        "--replicas", type=int, help="number of groups of ranks, each with a full copy of the weights (hybrid sharding)"
-    )
-    plan.add_argument("--micro-batch", type=int)
-    plan.add_argument("--length", type=int, help="tokens in a sample of text (default: 512)")
-    plan.add_argument("--level", choices=("update", "gradient"))
-    plan.add_argument("--where", choices=("before", "after"))
-    plan.add_argument("--fp32", dest="bf16", action="store_false", default=None, help="compute in float32, not bfloat16")
-    plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of one GPU in GiB")
-    plan.add_argument("--json", action="store_true")
+    planning.add_arguments(plan)
     _add_trust(plan)
 
 
@@ -429,21 +416,6 @@ def _submit(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"job {job_id or submit_sbatch(job, site, folder)}; status: dcft status {folder}")
 
 
-def _plan(options: argparse.Namespace, rest: list[str]) -> None:
-    import json
-
-    from .config.trust import require_trust
-    from .planning.memory import forecast, table
-    from .planning.planned_models import is_configuration, request_of
-
-    fields = {key: value for key, value in vars(options).items() if key not in ("command", "json", "trust_code")}
-    request = request_of(fields.pop("model"), rest, **fields)
-    if is_configuration(request.model):
-        require_trust(load_config(request.model, list(request.words)), request.model, options.trust_code, rest)
-    result = forecast(request)
-    print(json.dumps(result.to_json()) if options.json else table(result))
-
-
 def _slurm_files(options: argparse.Namespace, rest: list[str]) -> None:
     from .cluster.job import Site
     from .cluster.render import render_sbatch
@@ -472,7 +444,7 @@ _COMMANDS = {
     "table": _table,
     "compare": _compare,
     "submit": _submit,
-    "plan": _plan,
+    "plan": planning.run,
     "config-reference": _config_reference,
     "slurm-files": _slurm_files,
 }

@@ -17,6 +17,9 @@ class Optimizer(Section):
     head_lr: Positive | None = Field(None, description="Peak learning rate of the head; absent: `lr`.")
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight decay of matrices; vectors have none.")
     momentum: Fraction = Field(0.0, description="Momentum of SGD.")
+    fused: bool = Field(
+        False, description="Whether torch's fused kernel makes the step. Results differ from the default's by rounding."
+    )
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0,
         description="Layer-wise decay: the learning rate of a block is this number times the rate of the next block, nearer "
@@ -72,6 +75,16 @@ class Train(Section):
         description="`fp32`: computes in float32. `bf16`: computes in bfloat16; weights and gradient reduction stay in "
         "float32.",
     )
+    activation_checkpointing: Literal["none", "blocks", "selective"] = Field(
+        "none",
+        description="What the backward computes again instead of keeping it in memory. `none`: nothing. `blocks`: "
+        "everything inside a block of the model; only its input is kept. `selective`: the same without matrix products, "
+        "convolutions and attention, which are kept: more memory, less time.",
+    )
+    compile: str | None = Field(
+        None,
+        description="Backend of torch.compile for the blocks of the model, such as `inductor`; absent: no compilation.",
+    )
 
 
 class Sharding(Section):
@@ -86,6 +99,16 @@ class Sharding(Section):
         False, description="Keep weights (FSDP) or optimizer partitions (DeepSpeed, stages 1 to 3) in CPU memory."
     )
     zero_stage: Annotated[int, Field(ge=0, le=3)] = Field(2, description="`deepspeed`: ZeRO stage.")
+    reduce: Literal["auto", "last", "each"] = Field(
+        "auto",
+        description="When the gradients of several micro-batches are reduced over the ranks. `last`: once, after the last "
+        "one; until then each rank keeps the gradients of the whole model, 4 bytes a weight. `each`: after each. `auto`: "
+        "`each` if gradients of the whole model take more than a quarter of a GPU's memory, else `last`. DeepSpeed decides "
+        "by itself.",
+    )
+    prefetch: Annotated[int, Field(ge=0)] = Field(
+        0, description="`fsdp2`: number of blocks of which weights are gathered in advance; 0: FSDP2 decides by itself."
+    )
 
 
 class Checkpoint(Section):

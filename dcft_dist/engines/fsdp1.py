@@ -40,11 +40,11 @@ from .prepared import Prepared, WrapOptions
 
 
 class PreparedFSDP1(Prepared):
-    """A training step that reduces gradients only with the last micro-batch, and clips with FSDP's own method."""
+    """A training step that reduces gradients with the last micro-batch or with each, and clips with FSDP's own method."""
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        with nullcontext() if last else self.model.no_sync():
+        with nullcontext() if last or self.options.reduce_each else self.model.no_sync():
             yield
 
     def clip(self) -> None:

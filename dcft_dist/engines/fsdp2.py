@@ -49,11 +49,11 @@ from .prepared import Prepared, WrapOptions
 
 
 class PreparedFSDP2(Prepared):
-    """A training step that reduces gradients only with the last micro-batch."""
+    """A training step that reduces gradients with the last micro-batch, or with each."""
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        self.model.set_requires_gradient_sync(last)
+        self.model.set_requires_gradient_sync(last or self.options.reduce_each)
         yield
 
 
@@ -104,6 +104,7 @@ class FSDP2Engine(Engine):
         for block in options.blocks:
             fully_shard(block, **fsdp_options)
         fully_shard(model, **fsdp_options)
+        _prefetch(list(options.blocks), options.prefetch)
         if any(p.is_meta for p in model.parameters()):
             fsdp2_materialise(model, torch.device("cpu") if options.offload else options.device)
             Materialiser(options.device).move_buffers(model)
@@ -186,6 +187,13 @@ def _can_intercept(group: Any) -> bool:
 def _units(model: nn.Module) -> list[Any]:
     """The modules that `fully_shard` was called on."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def _prefetch(blocks: list[Any], number: int) -> None:
+    """Gathers the weights of the next blocks while one computes, in forward and backward."""
+    for i, block in enumerate(blocks if number else []):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + number])
+        block.set_modules_to_backward_prefetch(blocks[max(i - number, 0) : i][::-1])
 
 
 def _reshard_all(model: nn.Module) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from .blocks import Checkpointing
 
 Weight = tuple[str, nn.Parameter, bool]  # name, parameter, whether the weight has two or more dimensions
 MakeOptimizer = Callable[[list[Weight]], torch.optim.Optimizer]
@@ -29,6 +31,11 @@ class WrapOptions:
         micro_batch: samples in one forward on one rank.
         accumulation: forwards in one optimizer step.
         clip_grad_norm: largest gradient norm; None: no clipping.
+        checkpointing: which activations of a block are computed again in the backward; see `checkpoint_activations`.
+        compiler: backend of torch.compile for the blocks; None: they are not compiled.
+        reduce_each: reduce the gradients over ranks after each micro-batch. Otherwise a rank keeps those of the whole model
+            until the last micro-batch. DeepSpeed decides by itself.
+        prefetch: blocks of which FSDP2 gathers the weights in advance; 0: it decides by itself.
         import_roots: folders in which an engine's import path is searched first.
     """
 
@@ -42,7 +49,23 @@ class WrapOptions:
     micro_batch: int = 1
     accumulation: int = 1
     clip_grad_norm: float | None = None
+    checkpointing: Checkpointing = "none"
+    compiler: str | None = None
+    reduce_each: bool = False
+    prefetch: int = 0
     import_roots: Sequence[str] = ()
+
+
+def reduces_each(how: Literal["auto", "last", "each"], accumulation: int, weights: int, memory: float) -> bool:
+    """Whether gradients are reduced over ranks after each micro-batch, and not only after the last one.
+
+    Args:
+        how: `auto` decides by memory.
+        accumulation: micro-batches in one step.
+        weights: number of weights of the whole model. Until the last micro-batch a rank keeps 4 bytes of each.
+        memory: bytes of the rank's GPU; infinite without one.
+    """
+    return accumulation > 1 and (how == "each" or (how == "auto" and 4 * weights > memory / 4))
 
 
 @dataclass(frozen=True)
@@ -67,7 +90,9 @@ class Prepared:
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Context for forward and backward of one micro-batch. Gradients are reduced over ranks only if `last`.
+        """Context for forward and backward of one micro-batch.
+
+        Gradients are reduced over ranks only if `last`, or with the option `reduce_each`.
 
         Args:
             last: whether this is the last micro-batch of the optimizer step.

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..errors import EngineError
+from .blocks import checkpoint_activations, compile_blocks
 from .find import engine_named
 from .meta import Materialiser
 from .prepared import MakeOptimizer, Prepared, WrapOptions
@@ -39,6 +40,9 @@ def prepare(model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimize
     if not engine.shards_weights(options) or not any(p.is_meta for p in model.parameters()):
         Materialiser(options.device)(model)
     _avoid_wrong_gradients(model, options)
+    checkpoint_activations(options.blocks, options.checkpointing)
+    if options.compiler is not None:
+        compile_blocks(options.blocks, options.compiler)
     return engine.wrap(model, options, make_optimizer)
 
 

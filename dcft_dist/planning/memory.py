@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from math import ceil, prod
 from typing import Any
@@ -25,7 +25,7 @@ from ..compat.deepspeed import zero3_alone, zero3_weights
 from ..compat.pytorch import fake_ranks, fake_tensors, memory_tracker
 from ..engines.find import find_engine
 from ..engines.meta import Materialiser
-from ..engines.prepared import Prepared, WrapOptions
+from ..engines.prepared import Prepared, WrapOptions, reduces_each
 from ..engines.wrap import prepare
 from ..errors import ConfigError
 from ..method.bits import STEP, num_bytes
@@ -113,7 +113,7 @@ def forecast(request: Request) -> Forecast:
         ConfigError: a size is below 1, `replicas` are requested under ZeRO-3, or the model is unknown or cannot be planned.
         EngineError: the replicas do not divide the ranks.
     """
-    for key in ("ranks", "gpus_per_node", "micro_batch", "length", "replicas"):
+    for key in ("ranks", "gpus_per_node", "micro_batch", "accumulation", "length", "replicas"):
         if getattr(request, key) < 1:
             raise ConfigError(f"{key} must be at least 1, not {getattr(request, key)}")
     zero3 = request.engine == "zero3"
@@ -134,7 +134,9 @@ def table(found: Forecast) -> str:
         f"{request.model}: {found.weights:,} weights, {found.eligible:,} eligible; {request.engine} on "
         f"{request.ranks} ranks ({ceil(request.ranks / request.gpus_per_node)} nodes), {request.replicas} replicas, "
         f"{'bf16' if request.bf16 else 'fp32'}, micro-batch {request.micro_batch}, penalty on the {request.level}"
-        + (f", {request.where}" if request.level == "gradient" else ""),
+        + (f", {request.where}" if request.level == "gradient" else "")
+        + (f", {request.accumulation} micro-batches in a step" if request.accumulation > 1 else "")
+        + (f", checkpointing: {request.activation_checkpointing}" if request.activation_checkpointing != "none" else ""),
         "",
         f"{'GiB on a rank':<28}{'plain step':>12}{'with DCFT':>12}",
     ]
@@ -166,23 +168,27 @@ def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
     prepared, head, loss_of = _prepared(planned_model, request, mode), planned_model.head, planned_model.loss
     result.weights = sum(prod(shape) for shape in find_engine(prepared.model).full_shapes().values())
 
-    def steps(number: int) -> None:
-        for _ in range(number):
-            prepared.zero_grad()
-            prepared.backward(loss_of(prepared.model, batch))
-            prepared.step()
+    def step(goes_on: Callable[[int], None] = lambda times: None) -> None:
+        """Two micro-batches stand for all: the others are like the first one."""
+        prepared.zero_grad()
+        shown = min(request.accumulation, 2)
+        for i in range(shown):
+            goes_on(1 if i == shown - 1 else request.accumulation - 1)
+            with prepared.accumulating(last=i == shown - 1):
+                prepared.backward(loss_of(prepared.model, batch) / shown)
+        prepared.step()
 
     with mode:
         batch = planned_model.make_batch()
-        with _measured(prepared) as (peak, result.sent_score):
+        with _measured(prepared) as (peak, result.sent_score, _):
             scores = score_importance(prepared.model, [batch], loss_of, head=head, eligible=planned_model.eligible)
         result.score_peak = sum(peak.values())
         result.scores = sum(4 * s.values.numel() for s in scores.shards.values())
         result.eligible, chosen = scores.num_eligible, _some_set(scores)
         del scores
-        steps(1)
-        with _measured(prepared) as (result.plain_step, result.sent_plain):
-            steps(1)
+        step()
+        with _measured(prepared) as (result.plain_step, result.sent_plain, goes_on):
+            step(goes_on)
         penalty = attach_penalty(
             prepared.model,
             chosen,
@@ -192,9 +198,9 @@ def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
             mask_placement=request.mask_placement,
         )
         result.bits = penalty.mask_bytes
-        steps(1)
-        with _measured(prepared) as (result.dcft_step, result.sent_dcft):
-            steps(1)
+        step()
+        with _measured(prepared) as (result.dcft_step, result.sent_dcft, goes_on):
+            step(goes_on)
         penalty.remove()
     return result
 
@@ -202,8 +208,19 @@ def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
 def _prepared(planned_model: Planned, request: Request, mode: Any) -> Prepared:
     """The model wrapped by the engine. Weights with memory are filled with a number."""
     device, zero3 = torch.device("cpu"), request.engine == "zero3"  # fake CPU tensors have the sizes of GPU tensors
-    options = WrapOptions("deepspeed" if zero3 else "fsdp2", device, planned_model.blocks, request.bf16, request.replicas)
-    options = replace(options, zero_stage=3, micro_batch=request.micro_batch)
+    weights = sum(p.numel() for p in planned_model.model.parameters())
+    options = WrapOptions(
+        "deepspeed" if zero3 else "fsdp2",
+        device,
+        planned_model.blocks,
+        request.bf16,
+        request.replicas,
+        zero_stage=3,
+        micro_batch=request.micro_batch,
+        accumulation=min(request.accumulation, 2),
+        checkpointing=request.activation_checkpointing,
+        reduce_each=reduces_each(request.reduce, request.accumulation, weights, request.memory_gib * GIB),
+    )
     if not zero3:  # `prepare` then runs outside `mode`: FSDP2 makes a mesh of ranks, which needs real values
         with mode:
             Materialiser(device)(planned_model.model)
@@ -235,13 +252,21 @@ def _some_set(scores: Scores) -> FundamentalSet:
 
 
 @contextmanager
-def _measured(prepared: Prepared) -> Iterator[tuple[dict[str, int], dict[str, int]]]:
-    """Measures a block: memory by kind at its peak, and traffic by collective, in bytes. Filled when the block ends."""
+def _measured(prepared: Prepared) -> Iterator[tuple[dict[str, int], dict[str, int], Callable[[int], None]]]:
+    """Measures a block: memory by kind at its peak, and traffic by collective, in bytes. Filled when the block ends.
+
+    The third value is called before each forward of the block, with how often the traffic from there on counts.
+    """
     tracker, sent = memory_tracker(prepared.model, prepared.optimizer), _Sent()
     peak: dict[str, int] = {}
     traffic: dict[str, int] = {}
+
+    def goes_on(times: int) -> None:
+        tracker.reset_mod_stats()  # else torch's tracker refuses a second forward; it keeps the peak
+        sent.times = times
+
     with tracker, sent:
-        yield peak, traffic
+        yield peak, traffic, goes_on
     snapshot = next(iter(tracker.get_tracker_snapshot("peak").values()))
     by_name = {str(getattr(kind, "value", kind)): size for kind, size in snapshot.items()}
     total = by_name.pop("Total")
@@ -255,16 +280,22 @@ def _measured(prepared: Prepared) -> Iterator[tuple[dict[str, int], dict[str, in
 
 
 class _Sent(TorchDispatchMode):
-    """Counts the bytes of each collective: those of its largest tensor."""
+    """Counts the bytes of each collective: those of its largest tensor.
+
+    Attributes:
+        bytes: by name of the collective.
+        times: how often everything that comes counts.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.times = 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, _, name = str(func.name()).partition("::")
         if space in ("c10d", "_c10d_functional"):
-            self.bytes[name.strip("_")] += max((_size([t]) for t in _tensors(args)), default=0)
+            self.bytes[name.strip("_")] += self.times * max((_size([t]) for t in _tensors(args)), default=0)
         return func(*args, **(kwargs or {}))
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from ..compat.transformers import without_initialising
 from ..config.schema import Config
 from ..config.toml import load_config
+from ..engines.blocks import Checkpointing
 from ..engines.meta import on_meta
 from ..engines.prepared import Weight
 from ..errors import ConfigError, did_you_mean
@@ -63,6 +64,9 @@ class Request:
         bf16: True: compute in bfloat16; False: in float32.
         replicas: number of groups of ranks, each with a full copy of the weights (hybrid sharding).
         memory_gib: memory of one GPU in GiB.
+        accumulation: micro-batches in one step.
+        reduce: when the gradients of several micro-batches are reduced over ranks; see `sharding.reduce`.
+        activation_checkpointing: what is computed again in the backward; see `train.activation_checkpointing`.
         words: overrides of a configuration file, as on the command line.
     """
 
@@ -78,6 +82,9 @@ class Request:
     bf16: bool = True
     replicas: int = 1
     memory_gib: float = 80.0
+    accumulation: int = 1
+    reduce: Literal["auto", "last", "each"] = "auto"
+    activation_checkpointing: Checkpointing = "none"
     words: tuple[str, ...] = ()
 
 
@@ -132,10 +139,14 @@ def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
             "length": config.task.max_tokens,
             "level": config.level,
         }
+        size, ranks = given.get("micro_batch") or config.train.micro_batch, given.get("ranks") or 1
+        configured |= {"accumulation": max(config.train.global_batch // ranks // size, 1)}
         configured |= {"where": config.penalty.where, "bf16": config.train.precision == "bf16"}
         configured |= {
             "mask_placement": config.penalty.mask_placement,
             "replicas": config.sharding.replicas,
+            "reduce": config.sharding.reduce,
+            "activation_checkpointing": config.train.activation_checkpointing,
             "words": tuple(words),
         }
     elif words:

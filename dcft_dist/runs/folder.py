@@ -28,6 +28,9 @@ _FREE = (
     "sharding.",
     "train.micro_batch",
     "train.workers",
+    "train.activation_checkpointing",
+    "train.compile",
+    "optimizer.fused",
     "checkpoint.",
     "log_every",
     "timeout_s",
@@ -75,8 +78,7 @@ class RunFolder:
     def check(self, config: Config) -> None:
         """Checks that a run with this configuration may continue here.
 
-        These keys may differ: name, runs_dir, engine, `[sharding]`, `train.micro_batch`, `train.workers`, `[checkpoint]`,
-        log_every, timeout_s, max_attempts and until. Data and weights may lie elsewhere while the run is not finished: each
+        The keys in `_FREE` may differ. Data and weights may lie elsewhere while the run is not finished: each
         start compares what they contain (`runs.facts`). A run that has no results yet may change altogether.
 
         Raises:

@@ -22,7 +22,7 @@ from ..data.tasks import load_task
 from ..distributed import collectives
 from ..distributed.world import World
 from ..engines.find import find_engine
-from ..engines.prepared import Prepared, WrapOptions
+from ..engines.prepared import Prepared, WrapOptions, reduces_each
 from ..engines.wrap import prepare, shards_weights
 from ..errors import CheckpointError, ConfigError, DataError, DivergedError, did_you_mean, listing
 from ..models.pretrained import Pretrained
@@ -231,7 +231,7 @@ def _check_metric(config: Config, objective: Objective, validation: Examples) ->
 def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
     """Wraps the model with the engine, loads its pre-trained weights, and makes its optimizer."""
     module, loading = pretrained.module, pretrained.loading
-    options = _wrap_options(config, world, pretrained.blocks)
+    options = _wrap_options(config, world, pretrained.blocks, sum(p.numel() for p in module.parameters()))
     if loading and not shards_weights(options):
         loading.into_whole(module, world.device)
     choose_trained(pretrained, config)
@@ -257,9 +257,11 @@ def _check_numbers(model: nn.Module, place: str) -> None:
                 raise CheckpointError(f"{place}: {wrong} elements of {shard.name} are NaN or infinite")
 
 
-def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module]) -> WrapOptions:
-    train, sharding = config.train, config.sharding
+def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module], num_weights: int) -> WrapOptions:
+    train, sharding, device = config.train, config.sharding, world.device
     size = micro_batch(config, train.global_batch, world.world_size)
+    accumulation = train.global_batch // world.world_size // size
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     return WrapOptions(
         engine=config.engine,
         device=world.device,
@@ -269,8 +271,12 @@ def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module]) -> 
         offload=sharding.offload,
         zero_stage=sharding.zero_stage,
         micro_batch=size,
-        accumulation=train.global_batch // world.world_size // size,
+        accumulation=accumulation,
         clip_grad_norm=train.clip_grad_norm,
+        checkpointing=train.activation_checkpointing,
+        compiler=train.compile,
+        reduce_each=reduces_each(sharding.reduce, accumulation, num_weights, memory),
+        prefetch=sharding.prefetch,
         import_roots=config.import_roots,
     )
 

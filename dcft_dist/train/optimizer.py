@@ -44,8 +44,8 @@ def make_optimizer(
         for (in_head, is_matrix, depth), parameters in groups.items()
     ]
     if settings.name == "sgd":
-        return torch.optim.SGD(param_groups, lr=settings.lr, momentum=settings.momentum)
-    return torch.optim.AdamW(param_groups, lr=settings.lr)
+        return torch.optim.SGD(param_groups, lr=settings.lr, momentum=settings.momentum, fused=settings.fused or None)
+    return torch.optim.AdamW(param_groups, lr=settings.lr, fused=settings.fused or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, total: int) -> float:

@@ -18,6 +18,7 @@ from dcft_dist.errors import ConfigError, EngineError
 from dcft_dist.method import kernels, shard_table
 from dcft_dist.method.bits import num_bytes
 from dcft_dist.method.step_checks import StepChecks
+from dcft_dist.planning.fit import fitting, fitting_table
 from dcft_dist.planning.memory import Forecast, _prepared, forecast, measure
 from dcft_dist.planning.planned_models import Request, planned, request_of
 
@@ -87,6 +88,43 @@ def test_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, model:
     assert foretold.score_peak == pytest.approx(foretold.plain_peak - moments + foretold.scores, rel=0.02)
     marked = foretold.weights if how == "before" else foretold.eligible / ranks  # a buffer also holds other weights
     assert foretold.bits == pytest.approx(marked / 8, rel=0.02)
+
+
+SAVING = [
+    (2, "vit", {"activation_checkpointing": "blocks"}),
+    (4, "decoder", {"activation_checkpointing": "selective"}),
+    (2, "decoder", {"accumulation": 2, "reduce": "last"}),
+    (4, "vit", {"accumulation": 2, "reduce": "each", "activation_checkpointing": "blocks"}),
+]
+
+
+@pytest.mark.parametrize(("ranks", "model", "how"), SAVING)
+def test_what_saves_memory_equals_what_real_ranks_need(
+    folders: dict[str, str], ranks: int, model: str, how: dict[str, Any]
+) -> None:
+    plain = Request(folders[model], ranks, micro_batch=8, length=64, bf16=False)
+    request = replace(plain, **how)
+    foretold = forecast(request)
+    real, peaks = least_peaks(request, foretold)
+    for key, peak in peaks.items():
+        assert getattr(foretold, key) == pytest.approx(peak, rel=0.05), key
+    for key in ("sent_plain", "sent_dcft"):
+        assert getattr(foretold, key) == getattr(real, key), key
+    if request.activation_checkpointing != "none":
+        assert foretold.plain_peak < 0.8 * forecast(plain).plain_peak
+
+
+def test_where_gradients_wait(folders: dict[str, str]) -> None:
+    """Unreduced gradients of the whole model, or one more reduction for each micro-batch; `auto` looks at the GPU."""
+    three = Request(folders["vit"], 4, length=32, bf16=False, accumulation=3)
+    last, each = (forecast(replace(three, reduce=how)) for how in ("last", "each"))
+    whole, share = 4 * last.weights, last.weights
+    assert last.plain_peak - each.plain_peak == pytest.approx(whole - share, rel=0.2)
+    reduced = "reduce_scatter_base"
+    assert each.sent_plain[reduced] == 3 * last.sent_plain[reduced] > 0
+    assert each.sent_plain["allgather_base"] == last.sent_plain["allgather_base"]
+    small = forecast(replace(three, memory_gib=3 * whole / 2**30))
+    assert small.plain_peak == each.plain_peak and forecast(three).plain_peak == last.plain_peak
 
 
 @pytest.mark.parametrize(("ranks", "model", "how"), [(2, "vit", "update"), (4, "decoder", "before")])
@@ -208,6 +246,41 @@ def test_a_plan_follows_its_configuration(tmp_path: Path, capsys: pytest.Capture
     assert shared["bits"] == pytest.approx(sgd["bits"] / 4, rel=0.01)
     with pytest.raises(ConfigError, match=r"sharding\.offload cannot be planned"):
         forecast(request_of("configs/swin_unetr.toml", ["--sharding.offload", "true"], ranks=2))
+
+
+def planned_by_rule(request: Request) -> Forecast:
+    """1 GiB, and for each sample of a micro-batch 1 GiB, with checkpointing less."""
+    share = {"none": 1.0, "selective": 0.5, "blocks": 0.1}[request.activation_checkpointing]
+    return Forecast(request, dcft_step={"all": int(2**30 * (1 + share * request.micro_batch))})
+
+
+@pytest.mark.parametrize(
+    ("memory", "accumulation", "expected"),
+    [
+        (5.0, 1, [("none", 4, 1), ("selective", 8, 1), ("blocks", 32, 1)]),
+        (5.0, 4, [("none", 4, 2), ("selective", 8, 1)]),  # eight samples in a step
+        (1.7, 1, [("selective", 1, 1), ("blocks", 4, 1)]),
+        (1.0, 1, [("blocks", 1, 1)]),
+        (100.0, 1, [("none", 64, 1)]),
+    ],
+)
+def test_what_fits(memory: float, accumulation: int, expected: list[tuple[str, int, int]]) -> None:
+    request = Request("any", 2, memory_gib=memory, accumulation=accumulation, micro_batch=2)
+    found = fitting(request, planned_by_rule)
+    assert [(r.activation_checkpointing, r.micro_batch, r.accumulation) for r in (f.request for f in found)] == expected
+    text = fitting_table(found)
+    fits = memory > 1.0
+    assert ("nothing fits" in text) != fits
+    assert (f"--train.micro_batch {expected[0][1]} --train.activation_checkpointing {expected[0][0]}" in text) == fits
+
+
+def test_what_fits_by_the_command(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--ranks", "2", "--length", "256", "--memory-gib", "0.05", "--fit"]
+    assert main(["plan", "--model", folders["decoder"], *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert all(f["fits"] and f["peak"] <= 0.05 * 2**30 for f in found) and found[0]["request"]["micro_batch"] >= 1
+    larger = {**found[-1]["request"], "micro_batch": 2 * found[-1]["request"]["micro_batch"]}
+    assert not forecast(Request(**{**larger, "words": ()})).fits
 
 
 def test_refusals(folders: dict[str, str]) -> None:

@@ -1,0 +1,103 @@
+"""What is done to the blocks of a model before an engine wraps them: activation checkpointing and compilation.
+
+Neither changes the structure of the model or the names of its weights. Every engine takes such blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache, partial
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ..errors import EngineError
+
+Checkpointing = Literal["none", "blocks", "selective"]
+
+
+# Operations of which the selective variant keeps the results: those that take long.
+_KEPT = (
+    "mm",
+    "addmm",
+    "bmm",
+    "baddbmm",
+    "convolution",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+)
+
+
+# A cache of keys and values, as decoders of transformers keep one, would get them a second time in the backward.
+_WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
+
+
+def checkpoint_activations(blocks: Iterable[nn.Module], how: Checkpointing) -> None:
+    """Lets blocks forget their activations after the forward and compute them again in the backward.
+
+    The forward of each block is replaced; its hooks, among them those of an engine, run as before and only once. Dropout
+    repeats its random numbers. This is `torch.utils.checkpoint` without reentrance.
+
+    Args:
+        blocks: the blocks. Each keeps its input only.
+        how: `none`: nothing happens. `blocks`: everything is computed again. `selective`: all but the results of matrix
+            products, convolutions and attention, which are kept.
+
+    Raises:
+        EngineError: there are no blocks.
+    """
+    if how == "none":
+        return
+    if not (found := list(blocks)):
+        raise EngineError("activation checkpointing needs the blocks of the model: name them in model.blocks")
+    for block in found:
+        if "forward" in vars(block):
+            raise EngineError(f"the forward of a {type(block).__name__} is replaced already, so it cannot be checkpointed")
+        block.forward = MethodType(_selective if how == "selective" else _whole, block)  # a copy of the block has its own
+
+
+def _whole(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _checkpointed(self, {}, args, kwargs)
+
+
+def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    contexts = partial(create_selective_checkpoint_contexts, _kept())
+    return _checkpointed(self, {"context_fn": contexts}, args, kwargs)
+
+
+def _checkpointed(block: nn.Module, options: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    plain = MethodType(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return plain(*args, **kwargs)
+    without_cache = {name: _WITHOUT_CACHE.get(name, value) for name, value in kwargs.items()}
+    return checkpoint(plain, *args, use_reentrant=False, **options, **without_cache)
+
+
+@cache
+def _kept() -> list[Any]:
+    found = [getattr(torch.ops.aten, name, None) for name in _KEPT]
+    return [packet.default for packet in found if packet is not None]
+
+
+def compile_blocks(blocks: Iterable[nn.Module], backend: str) -> None:
+    """Compiles each block in place by `torch.compile`. Equal blocks share their code.
+
+    Args:
+        blocks: the blocks.
+        backend: name of a backend, such as `inductor`.
+
+    Raises:
+        EngineError: there are no blocks, or the backend is unknown.
+    """
+    if not (found := list(blocks)):
+        raise EngineError("compilation needs the blocks of the model: name them in model.blocks")
+    known = torch.compiler.list_backends(exclude_tags=())
+    if backend not in known:
+        raise EngineError(f"torch.compile has no backend {backend!r}: use one of {', '.join(sorted(known))}")
+    for block in found:
+        block.compile(backend=backend)

@@ -1,0 +1,86 @@
+"""Which settings fit N GPUs of M GiB (`dcft plan --fit`): the largest micro-batch with each kind of checkpointing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from .memory import GIB, Forecast, forecast
+from .planned_models import Request
+
+MOST = 64  # largest micro-batch that is tried, if the request does not say how many samples a step has
+
+
+def fitting(request: Request, plan: Callable[[Request], Forecast] = forecast) -> list[Forecast]:
+    """Forecasts of the largest micro-batch, a power of two, that fits with each kind of activation checkpointing.
+
+    A step keeps its number of samples: a smaller micro-batch makes more of them. Kinds that compute more again come later,
+    and only if the micro-batch is larger with them.
+
+    Args:
+        request: its micro-batch times its accumulation are the samples of a rank in a step; with one micro-batch, up to
+            `MOST` are tried.
+        plan: makes one forecast.
+
+    Returns:
+        At least one forecast. If nothing fits, the one that needs the least memory.
+    """
+    samples = request.micro_batch * request.accumulation if request.accumulation > 1 else MOST
+    found = list[Forecast]()
+    for how in ("none", "selective", "blocks"):
+        largest = _largest(replace(request, activation_checkpointing=how), samples, plan)
+        if not found or largest.fits > found[-1].fits or _size(largest) > _size(found[-1]) or not largest.fits:
+            found.append(largest)
+    fits = [f for f in found if f.fits]
+    return fits or [min(found, key=lambda f: f.peak)]
+
+
+def _size(found: Forecast) -> int:
+    return found.request.micro_batch if found.fits else 0
+
+
+def _largest(request: Request, samples: int, plan: Callable[[Request], Forecast]) -> Forecast:
+    """The largest micro-batch that fits, or 1. Memory grows evenly with it, so two forecasts tell where to look."""
+
+    def of(size: int) -> Forecast:
+        several = request.accumulation > 1
+        return plan(replace(request, micro_batch=size, accumulation=max(samples // size, 1) if several else 1))
+
+    known = {1: of(1)}
+    if not known[1].fits or samples < 2:
+        return known[1]
+    known[2] = of(2)
+    each = max(known[2].peak - known[1].peak, 1)
+    size = 1
+    while 2 * size <= samples and known[1].peak + (2 * size - 1) * each <= request.memory_gib * GIB:
+        size *= 2
+    while size > 1:
+        known[size] = known.get(size) or of(size)
+        if known[size].fits:
+            break
+        size //= 2
+    return known[size]
+
+
+def fitting_table(found: list[Forecast]) -> str:
+    """What `dcft plan --fit` prints.
+
+    Args:
+        found: what `fitting` has returned.
+    """
+    request = found[0].request
+    lines = [
+        f"{request.model}: {found[0].weights:,} weights; {request.engine} on {request.ranks} ranks of "
+        f"{request.memory_gib:g} GiB",
+        "",
+        f"{'checkpointing':<16}{'micro-batch':>12}{'micro-batches':>15}{'GiB':>9}",
+    ]
+    for f in found:
+        r = f.request
+        lines.append(f"{r.activation_checkpointing:<16}{r.micro_batch:>12}{r.accumulation:>15}{f.peak / GIB:>9.2f}")
+    if not found[0].fits:
+        return "\n".join([*lines, "", "nothing fits, and this needs the least: take more GPUs, or shorter samples"])
+    first = found[0].request
+    words = f"--train.micro_batch {first.micro_batch} --train.activation_checkpointing {first.activation_checkpointing}"
+    advice = "the first line computes nothing more often than it must" if len(found) > 1 else "use it"
+    return "\n".join([*lines, "", f"{advice}: {words}"])

@@ -58,6 +58,16 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+def record_memory(on: bool) -> None:
+    """Begins or ends to record what happens to the memory of this GPU."""
+    torch.cuda.memory._record_memory_history(enabled="all" if on else None)
+
+
+def dump_memory(file: str) -> None:
+    """Writes what was recorded, for https://pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(file)
+
+
 # -- tensors without memory ------------------------------------------------------------------------------------------------
 
 

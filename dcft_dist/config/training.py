@@ -86,6 +86,12 @@ class Train(Section):
         description="Backend of torch.compile for the blocks of the model, such as `inductor`; absent: no compilation.",
     )
 
+    profile: list[Count] = Field(
+        [],
+        description="First and last of the steps to profile, such as `[20, 22]`: `profile/` in the run's folder gets a "
+        "trace of each rank by torch.profiler, and on a GPU a snapshot of its memory. [] profiles nothing.",
+    )
+
 
 class Sharding(Section):
     """How the engine shards. Not every engine supports `replicas` and `offload`; only `deepspeed` uses `zero_stage`."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -36,8 +37,25 @@ class World:
         return self.rank == 0
 
 
+def record_collectives(folder: Path) -> None:
+    """Lets torch's flight recorder write what NCCL's last collectives were, on each rank, when one of them gives up.
+
+    The files are `nccl_trace_rank_N` in the folder; `torchfrtrace --prefix FOLDER/nccl_trace_rank_` reads them. Environment
+    variables that are set already stay.
+
+    Args:
+        folder: where the files go; it must exist by then.
+    """
+    prefix = str(folder / "nccl_trace_rank_")
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # the second until torch 2.13
+        os.environ.setdefault(name, prefix)
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, "2000")
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
 @contextmanager
-def joined_world(timeout_s: float) -> Iterator[World]:
+def joined_world(timeout_s: float, traces: Path | None = None) -> Iterator[World]:
     """Joins the process group for the block, as torchrun's environment variables describe it.
 
     Without torchrun the group has one rank. With GPUs, each rank uses one of them. GPU tensors use NCCL,
@@ -45,6 +63,7 @@ def joined_world(timeout_s: float) -> Iterator[World]:
 
     Args:
         timeout_s: seconds after which a collective gives up.
+        traces: with GPUs, folder for what is known of it then (`record_collectives`); None: nothing is written.
 
     Raises:
         WorldError: the ranks did not meet, or this node has more ranks than GPUs.
@@ -57,6 +76,8 @@ def joined_world(timeout_s: float) -> Iterator[World]:
     device = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+        if traces is not None:
+            record_collectives(traces)
     choose_interface()
     backend, timeout = "cpu:gloo,cuda:nccl" if gpus else "gloo", timedelta(seconds=timeout_s)
     try:

@@ -67,6 +67,20 @@ def what_it_is(summary: dict[str, Any]) -> str:
     )
 
 
+def test_line(summary: dict[str, Any]) -> str:
+    """The first test metrics of a run in one line, with their 95 % intervals if there are any; empty without a test.
+
+    Args:
+        summary: of a run, the content of its `summary.json`.
+    """
+    intervals = summary.get("test_intervals") or {}
+    parts = []
+    for name, value in list((summary.get("test") or {}).items())[:3]:
+        low_high = intervals.get(name)
+        parts.append(f"{name} {value:.4g}" + (f" [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""))
+    return f"test, epoch {summary['best_epoch']}: {', '.join(parts)}" if parts else ""
+
+
 def template(name: str) -> jinja2.Template:
     """Loads a file of `templates/`. Values are escaped in HTML templates only."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")

@@ -30,6 +30,7 @@ _FREE = (
     "train.workers",
     "train.activation_checkpointing",
     "train.compile",
+    "train.profile",
     "optimizer.fused",
     "checkpoint.",
     "log_every",
@@ -62,6 +63,8 @@ class RunFolder:
         self.scores = path / "scores.safetensors"
         self.model = path / "model"
         self.metrics = path / "metrics.jsonl"
+        self.speed = path / "speed.jsonl"
+        self.profile = path / "profile"
         self.predictions = path / "predictions.csv"
         self.estimate = path / "estimate.json"
         self.summary = path / "summary.json"

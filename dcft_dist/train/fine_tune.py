@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from ..distributed import collectives
 from ..engines.checksum import check_replicas
 from ..engines.whole_tensors import average_buffers
 from ..errors import CheckpointError, DivergedError, RunError, listing
-from ..files import sha256_of, write_json
+from ..files import append_line, sha256_of, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..objectives.base import Metrics, oriented
 from ..runs.folder import identity
@@ -45,7 +47,9 @@ from .context import RunContext
 from .find_set import find_fundamental
 from .finish import finish
 from .group_norms import GroupNorms
+from .measure import speed_of
 from .methods import begin
+from .profiling import Profile
 from .steps import Training
 from .warm_up import warm_up_or_load
 
@@ -81,6 +85,8 @@ class Trainer:
         self.run, self.config, self.writer = run, run.config, run.writer
         self.training = Training(run)
         self.identity = identity(run.config)
+        self._validated: Metrics = {}  # metrics of the last validation
+        self._rates: dict[str, float] = {}  # the last ones
         self.step_seconds: list[float] = []
 
     def carry_out(self, commit: str | None) -> dict[str, Any]:
@@ -123,6 +129,8 @@ class Trainer:
         groups.remember_start()
         self.training.begin(begin(run.prepared, fundamental, config, run.pretrained.head))
         self._print_header(fundamental, epochs * per_epoch)
+        self.training.speed = speed_of(run)
+        profile = Profile(settings.profile, self.writer.profile, run.world.rank, run.world.device)
         self.writer.phase("train")
         start, best, validated = self._resume()
         first_new = start + (validated or start > 0)  # the log row of a checkpoint's step is older than the checkpoint
@@ -138,11 +146,14 @@ class Trainer:
             epoch, rest = divmod(step, per_epoch)
             log_now = step % config.log_every == 0 or rest == 0
             began = time.monotonic()
+            profile.before(step)
             values = self.training.step(step - 1, total, groups if log_now else None)
+            profile.after(step)
             self.step_seconds = [*self.step_seconds[-49:], time.monotonic() - began]
             if log_now:
                 check_replicas(run.model)
                 self._log(writer, step, values)
+                self._log_speed(writer, step)
                 self.writer.phase("train", step, total, median(self.step_seconds))
             if self.training.stopping:  # there may be no time to validate
                 self._save(step, best, validated=False)
@@ -150,6 +161,7 @@ class Trainer:
                 raise Stopped(f"at step {step}")
             if rest == 0:
                 best = self._end_of_epoch(step, epoch, best, groups, writer)
+                self._print_epoch(epoch, total - step, best)
             elif config.checkpoint.every and step % config.checkpoint.every == 0:
                 self._save(step, best, validated=False)
         with logging_only(self.writer.tensorboard):
@@ -176,6 +188,7 @@ class Trainer:
         values = {f"validation/{key}": value for key, value in metrics.items()}
         values |= {f"movement/{key}": value for key, value in groups.movement().items()}
         self._log(writer, step, values | {"train/epoch": float(epoch)})
+        self._validated = metrics
         self.writer.phase("checkpoint", step)
         may_not_win = epoch == 0 and self.config.method != "linear_probe" and not self.config.train.fall_back
         value = self._validation_value(metrics)
@@ -345,6 +358,40 @@ class Trainer:
             with logging_only(self.writer.tensorboard):
                 for tag, value in values.items():
                     writer.add_scalar(tag, value, step)
+
+    def _log_speed(self, writer: SummaryWriter | None, step: int) -> None:
+        """Logs how fast the steps since the last log were, in a file of its own: no two runs have the same numbers."""
+        if self.training.speed is None:
+            return
+        self._rates = self.training.speed.report(self.run.world.world_size)
+        if self.run.world.is_first:
+            with logging_only(self.writer.speed):
+                append_line(self.writer.speed, {"step": step, **self._rates})
+        if writer is not None:
+            with logging_only(self.writer.tensorboard):
+                for tag, value in self._rates.items():
+                    writer.add_scalar(tag, value, step)
+
+    def _print_epoch(self, epoch: int, steps_left: int, best: Best) -> None:
+        """One line for each epoch, on rank 0."""
+        losses, self.training.losses = self.training.losses, []
+        if not self.run.world.is_first:
+            return
+        metric, rates = self.run.metric, self._rates
+        group = next(g for g in self.run.prepared.optimizer.param_groups if "lr" in g)
+        parts = [
+            f"epoch {epoch}/{self.config.train.epochs}",
+            f"training loss {mean(losses):.4g}" if losses else "",
+            f"validation {metric} {self._validated[metric]:.4g}" + (" (best)" if best.epoch == epoch else ""),
+            f"validation loss {self._validated['loss']:.4g}" if metric != "loss" else "",
+            f"learning rate {group['lr']:.2g}",
+            f"{rates['speed/samples_per_s']:.3g} samples/s" if "speed/samples_per_s" in rates else "",
+            f"{rates['speed/tokens_per_s']:.3g} tokens/s" if "speed/tokens_per_s" in rates else "",
+            f"{rates['speed/mfu']:.1%} of the peak" if "speed/mfu" in rates else "",
+            f"{timedelta(seconds=round(steps_left * median(self.step_seconds)))} left" if steps_left else "",
+        ]
+        tqdm.write(" | ".join(part for part in parts if part), file=sys.stdout)
+        sys.stdout.flush()
 
     def _print_header(self, fundamental: FundamentalSet | None, steps: int) -> None:
         run, penalty = self.run, self.training.penalty

@@ -54,19 +54,20 @@ def train(config: Config) -> bool:
     try:
         with ExitStack() as stack:
             try:
-                world = stack.enter_context(joined_world(config.timeout_s))
+                world = stack.enter_context(joined_world(config.timeout_s, folder))
             except WorldError as error:
                 note_failed_meeting(folder, error)
                 raise
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
                 from ..reports.model_card import write_card  # late import: only rank 0 draws pictures, once
-                from ..reports.render import what_it_is
+                from ..reports.render import test_line, what_it_is
                 from ..reports.run_report import write_report
 
                 summary = read_json(folder / "summary.json")
-                if text := what_it_is(summary):
-                    print(text, flush=True)
+                for text in (test_line(summary), what_it_is(summary)):
+                    if text:
+                        print(text, flush=True)
                 with logging_only(folder / "report.html"):
                     if (folder / "model").is_dir() and not (folder / "model/README.md").exists():
                         write_card(folder / "model", config, summary)

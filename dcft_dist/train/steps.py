@@ -19,6 +19,7 @@ from ..seeds import seed_step
 from .context import RunContext
 from .group_norms import GroupNorms
 from .optimizer import factor_at, set_learning_rate
+from .speed import Speed, tokens_in
 
 Values = dict[str, float]
 
@@ -32,12 +33,16 @@ class Training:
         penalty: the attached penalty; None before fine-tuning, and for methods without one.
         learned: learns the penalty's factor if `penalty.schedule = "learned"`, otherwise None.
         feed: reads the micro-batches of each step.
+        speed: measures how fast the steps are, if it is set.
+        losses: mean training loss of each step whose loss was read; whoever uses them clears them.
     """
 
     def __init__(self, run: RunContext) -> None:
         self.run, self.stopping = run, False
         self.penalty: Penalty | None = None
         self.learned: LearnedFactor | None = None
+        self.speed: Speed | None = None
+        self.losses: list[float] = []
         self._calls = 0  # of the penalty, up to the last check
         self._sums: LateSum[tuple[int, list[Batch]]] = LateSum("training loss")  # of each step: loss, requests to stop
         self._drawn: tuple[int, list[int]] = (-1, [])  # epoch, order of its examples
@@ -87,9 +92,11 @@ class Training:
             DivergedError: the training loss is NaN or infinite, at this step or at the one before.
             PenaltyError: the penalty is not the one that the configuration asks for.
         """
-        run, config, penalty = self.run, self.run.config, self.penalty
+        run, config, penalty, mark = self.run, self.run.config, self.penalty, self._mark
         prepared = run.prepared
+        mark("")
         micro_batches = self.feed.get(step, total)
+        mark("data")
         lr = set_learning_rate(prepared.optimizer, config, step, total)
         arrive(f"training step {step}")
         prepared.model.train()
@@ -103,12 +110,17 @@ class Training:
             seed_step(config.seed, step, run.world.rank * len(micro_batches) + i)
             with prepared.accumulating(last=i == len(micro_batches) - 1):
                 loss = run.loss(prepared.model, batch) / len(micro_batches)
+                mark("forward")
                 prepared.backward(loss)
+                mark("backward")
             loss_sum = loss_sum + loss.detach().double()
         norms = self._clip(groups)
         prepared.step()
         if (step + 1) % config.penalty.learn_every == 0:
             self._learn_factor(step)
+        mark("step")
+        if self.speed is not None:
+            self.speed.step(tokens_in(micro_batches))
         sums = torch.stack([loss_sum, torch.full_like(loss_sum, float(stop))])
         self._understand(self._sums.push(sums, (step, micro_batches)))
         if groups is None:  # what is not logged is read one step late
@@ -120,6 +132,10 @@ class Training:
                 "penalty/applied_over_proposed": self._in_force(penalty, step, total),
             }
         return values | norms
+
+    def _mark(self, part: str) -> None:
+        if self.speed is not None:
+            self.speed.clock.mark(part)
 
     def settle(self) -> float:
         """Reads the loss of the last step, if it was not read yet. Collective.
@@ -140,6 +156,7 @@ class Training:
         mean_loss, self.stopping = total_loss / self.run.world.world_size, self.stopping or stops > 0
         if not math.isfinite(mean_loss):
             raise DivergedError(f"the training loss is {mean_loss} at step {step}: {self._cause(micro_batches)}")
+        self.losses.append(mean_loss)
         return mean_loss
 
     def check_penalty(self) -> None:

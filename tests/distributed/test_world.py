@@ -8,12 +8,14 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dcft_dist.distributed import collectives, progress
+from dcft_dist.distributed.world import record_collectives
 from dcft_dist.errors import DcftError, EngineError, WorldError
 
 from ..ranks import run_ranks
@@ -85,6 +87,23 @@ def who_writes_notes() -> tuple[set[str], bool]:
 def test_a_step_does_not_wait_for_the_store() -> None:
     """A rank only notes what it has reached; another thread writes the latest note."""
     assert run_ranks(2, who_writes_notes) == [({"dcft_dist: progress"}, True)] * 2
+
+
+def test_the_flight_recorder_writes_into_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith(("TORCH_FR_", "TORCH_NCCL_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "77")  # what the user has chosen stays
+    record_collectives(tmp_path)
+    found = {name: os.environ[name] for name in os.environ if name.startswith(("TORCH_FR_", "TORCH_NCCL_"))}
+    for name in set(found) - {"TORCH_FR_BUFFER_SIZE"}:
+        del os.environ[name]
+    assert found == {
+        "TORCH_FR_BUFFER_SIZE": "77",
+        "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": f"{tmp_path}/nccl_trace_rank_",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{tmp_path}/nccl_trace_rank_",
+    }
 
 
 def error_of_one_rank() -> str:

@@ -1,0 +1,60 @@
+"""Profiles chosen steps of a run (`train.profile`): a trace of each rank, and a snapshot of the GPU's memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compat.pytorch import dump_memory, record_memory
+from ..runs.writer import logging_only
+
+log = logging.getLogger(__name__)
+
+
+class Profile:
+    """Records from the first of the chosen steps to the last one. Files appear when that one is done."""
+
+    def __init__(self, steps: Collection[int], folder: Path, rank: int, device: torch.device) -> None:
+        """
+        Args:
+            steps: the steps, counted from 1; empty: nothing is recorded.
+            folder: where the files go.
+            rank: this rank.
+            device: of this rank.
+        """
+        self._first, self._last = (min(steps), max(steps)) if steps else (0, 0)
+        self._folder, self._rank, self._on_gpu = folder, rank, device.type == "cuda"
+        self._profiler: Any = None
+
+    def before(self, step: int) -> None:
+        """Begins to record if it is time. Call it before each step."""
+        if step != self._first:
+            return
+        kinds = [torch.profiler.ProfilerActivity.CPU]
+        kinds += [torch.profiler.ProfilerActivity.CUDA] if self._on_gpu else []
+        self._profiler = torch.profiler.profile(activities=kinds, profile_memory=True)
+        if self._on_gpu:
+            record_memory(True)
+        self._profiler.start()
+
+    def after(self, step: int) -> None:
+        """Writes the files if it is time. Call it after each step."""
+        if step != self._last or self._profiler is None:
+            return
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        self._profiler.stop()
+        name = f"steps_{self._first}_to_{self._last}_rank_{self._rank}"
+        with logging_only(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(self._folder / f"{name}.json.gz"))
+            if self._on_gpu:
+                dump_memory(str(self._folder / f"{name}_memory.pickle"))
+            log.info("profile: %s; open the traces in https://ui.perfetto.dev", self._folder)
+        if self._on_gpu:
+            record_memory(False)
+        self._profiler = None

@@ -108,7 +108,8 @@ def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
     """Canonical names of the weights of linear and convolution layers, biases left out, in model order.
 
     Linear layers are `nn.Linear`, the input projections of `nn.MultiheadAttention` (its output projection is an
-    `nn.Linear`), and the transposed linear layer that transformers calls `Conv1D`.
+    `nn.Linear`), and the transposed linear layer that transformers calls `Conv1D`. The experts of a mixture, which
+    transformers keeps in tensors [experts, rows, columns] of a module `...Experts`, are linear layers too.
 
     Args:
         module: the unwrapped model.
@@ -121,7 +122,15 @@ def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
         several = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         return several if isinstance(sub, nn.MultiheadAttention) else ()
 
-    return _in_slots(module, names, slots)
+    found = {*_in_slots(module, names, slots), *_expert_names(module, names)}
+    return [name for name in names.parameters if name in found]
+
+
+def _expert_names(module: nn.Module, names: ParameterNames) -> list[str]:
+    """Weights directly in a module of a class `...Experts`, without biases. Wrapped modules show them by name only."""
+    modules = {clean(prefix) for prefix, sub in module.named_modules() if type(sub).__name__.endswith("Experts")}
+    split = ((*path.rpartition("."), name) for path, name in names.aliases.items())
+    return [name for parent, _, slot, name in split if parent in modules and not slot.endswith("bias")]
 
 
 def table_names(module: nn.Module, names: ParameterNames) -> list[str]:

@@ -126,3 +126,8 @@ class Checkpoint(Section):
         description="Number of newest checkpoints to keep; 0: none is saved, and an interrupted run restarts its training.",
     )
     keep_best: Count = Field(1, description="Number of best epochs to keep.")
+    background: bool = Field(
+        False,
+        description="Whether checkpoints are written beside the training, which then only waits while they are copied: each "
+        "rank needs its part of weights and optimizer state once more in host memory.",
+    )

@@ -13,6 +13,7 @@ import logging
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -41,8 +42,8 @@ from ..weights.checkpoint import (
     load_checkpoint,
     model_state,
     read_state,
-    save_checkpoint,
 )
+from ..weights.saver import Saver
 from .context import RunContext
 from .find_set import find_fundamental
 from .finish import finish
@@ -77,6 +78,7 @@ class Trainer:
     Attributes:
         run: the context of the run; `config` and `writer` are its configuration and folder.
         training: makes the optimizer steps.
+        saver: writes checkpoints.
         step_seconds: wall-clock seconds of the last 50 steps.
         identity: settings by which checkpoints know their run.
     """
@@ -84,6 +86,7 @@ class Trainer:
     def __init__(self, run: RunContext) -> None:
         self.run, self.config, self.writer = run, run.config, run.writer
         self.training = Training(run)
+        self.saver = Saver(run.config.checkpoint.background, run.config.timeout_s)
         self.identity = identity(run.config)
         self._validated: Metrics = {}  # metrics of the last validation
         self._rates: dict[str, float] = {}  # the last ones
@@ -157,6 +160,7 @@ class Trainer:
                 self.writer.phase("train", step, total, median(self.step_seconds))
             if self.training.stopping:  # there may be no time to validate
                 self._save(step, best, validated=False)
+                self.saver.finish()
                 self.writer.phase("stopped", step, total, median(self.step_seconds))
                 raise Stopped(f"at step {step}")
             if rest == 0:
@@ -164,6 +168,7 @@ class Trainer:
                 self._print_epoch(epoch, total - step, best)
             elif config.checkpoint.every and step % config.checkpoint.every == 0:
                 self._save(step, best, validated=False)
+        self.saver.finish()
         with logging_only(self.writer.tensorboard):
             if writer:
                 writer.close()
@@ -229,19 +234,23 @@ class Trainer:
         progress = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
         progress["data"] = self.run.task.checksum
         progress["factor"] = self.training.learned.state() if self.training.learned else None
-        self._write(self.writer.checkpoint(step), step, state, progress | result)
-        if self.run.world.is_first:  # the new checkpoint is complete: older ones are no longer needed
+
+        def remove_old() -> None:  # the new checkpoint is complete: older ones are no longer needed
             self._remove_old("step", step, self.config.checkpoint.keep_last)
             self._remove_old("best", best.step, self.config.checkpoint.keep_best)
 
-    def _write(self, folder: Path, step: int, tensors: State, state: dict[str, Any]) -> None:
-        """Writes a checkpoint after a step.
+        self._write(self.writer.checkpoint(step), step, state, progress | result, remove_old)
+
+    def _write(
+        self, folder: Path, step: int, tensors: State, state: dict[str, Any], then: Callable[[], None] = lambda: None
+    ) -> None:
+        """Writes a checkpoint after a step; `then` is called on rank 0 when it is complete.
 
         Raises:
             DivergedError: a number is not finite; the message names the last good checkpoint.
         """
         try:
-            save_checkpoint(folder, tensors, state, self.identity)
+            self.saver.save(folder, step, tensors, state, self.identity, then)
         except DivergedError as error:
             good = self.writer.steps()
             kept = f"step {good[-1]} is the last good checkpoint" if good else "there is no checkpoint yet"

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import (
@@ -152,30 +153,65 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any], identit
         DivergedError: a weight, a buffer or the optimizer's state is not finite. Nothing was written.
         TemporaryError: the file system failed; running again may help.
     """
-    _require_finite(tensors)
+    require_finite(tensors)
+    temporary = temporary_folder(folder)
+    write_tensors(temporary, tensors)
+    with collectives.agreed("checkpoint: rename the folder"):
+        if collectives.rank() == 0:
+            publish(temporary, folder, state, identity)
+
+
+def temporary_folder(folder: Path, keep: Collection[Path] = ()) -> Path:
+    """Makes the folder in which a checkpoint is written, and deletes those of interrupted saves. Collective.
+
+    Args:
+        folder: final folder of the checkpoint.
+        keep: temporary folders that are in use.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     with collectives.agreed("checkpoint: prepare the folder"):
         if collectives.rank() == 0:
-            for leftover in folder.parent.glob(".*.tmp"):
+            for leftover in set(folder.parent.glob(".*.tmp")) - set(keep):
                 shutil.rmtree(leftover)
             temporary.mkdir(parents=True)
+    return temporary
+
+
+def write_tensors(temporary: Path, tensors: State, group: dist.ProcessGroup | None = None) -> None:
+    """Writes this rank's tensors; returns when all ranks have written theirs. Collective.
+
+    Args:
+        temporary: made by `temporary_folder`.
+        tensors: made by `model_state`.
+        group: process group to communicate in; None: the default one.
+
+    Raises:
+        TemporaryError: the file system failed; running again may help.
+    """
+    storage = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
     with _guarded("write", temporary):
-        dcp.save(
-            tensors, storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True), planner=_SavePlanner()
-        )
-    with collectives.agreed("checkpoint: rename the folder"):
-        if collectives.rank() == 0:
-            write_json(temporary / _STATE, state)
-            files = sorted(file for file in temporary.iterdir() if file.is_file())
-            entries = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
-            about = {"format": _FORMAT, "name": folder.name, "identity": dict(identity or {}), "files": entries}
-            write_json(temporary / _MANIFEST, about)
-            aside = folder.with_name(f".{folder.name}{ASIDE}")
-            if folder.exists():  # it has its place until the new one has
-                folder.rename(aside)
-            temporary.rename(folder)
-            if aside.exists():
-                shutil.rmtree(aside)
+        dcp.save(tensors, storage_writer=storage, planner=_SavePlanner(), process_group=group)
+
+
+def publish(temporary: Path, folder: Path, state: dict[str, Any], identity: Mapping[str, Any] | None) -> None:
+    """Writes state and checksums, and gives a checkpoint its final name. Rank 0 calls it when all ranks have written.
+
+    Args:
+        temporary: where the checkpoint was written.
+        folder: final folder; replaced if it exists.
+        state, identity: as for `save_checkpoint`.
+    """
+    write_json(temporary / _STATE, state)
+    files = sorted(file for file in temporary.iterdir() if file.is_file())
+    entries = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    about = {"format": _FORMAT, "name": folder.name, "identity": dict(identity or {}), "files": entries}
+    write_json(temporary / _MANIFEST, about)
+    aside = folder.with_name(f".{folder.name}{ASIDE}")
+    if folder.exists():  # it has its place until the new one has
+        folder.rename(aside)
+    temporary.rename(folder)
+    if aside.exists():
+        shutil.rmtree(aside)
 
 
 def bring_back(checkpoints: Path) -> None:
@@ -192,8 +228,11 @@ def bring_back(checkpoints: Path) -> None:
             aside.rename(folder)
 
 
-def _require_finite(tensors: State) -> None:
+def require_finite(tensors: State) -> None:
     """Checks that no NaN or infinity would be saved. Buffers may be infinite, as masks of attention are. Collective.
+
+    Args:
+        tensors: made by `model_state`.
 
     Raises:
         DivergedError: there is one; the message names the first weight.

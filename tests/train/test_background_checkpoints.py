@@ -1,0 +1,106 @@
+"""Checkpoints that are written beside the training: the same bits, and no guarantee less."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dcft_dist.cli import main
+from dcft_dist.errors import TemporaryError
+from dcft_dist.files import read_lines
+from dcft_dist.train.steps import Training
+from dcft_dist.weights import saver
+from dcft_dist.weights.checkpoint import is_complete
+
+from ..processes import finish
+from .test_run import encoder, start, tiny, train
+
+__all__ = ["encoder", "tiny"]
+
+OPTIONS = ["--removal.fractions", "[]", "--checkpoint.every", "2"]
+BACKGROUND = ["--checkpoint.background", "true"]
+
+
+def words(tiny: Path, runs: Path, *more: str) -> list[str]:
+    return ["train", str(tiny), "--runs_dir", str(runs), "--engine", "single", *OPTIONS, *more]
+
+
+def checksum(runs: Path) -> str:
+    return str(json.loads((runs / "tiny/summary.json").read_text())["weights_checksum"])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved before the first step is written only when that step is made."""
+    assert main(words(tiny, tmp_path / "plain")) == 0
+    write, step, made, names = saver.write_tensors, Training.step, threading.Event(), list[str]()
+
+    def late(temporary: Path, *more: Any) -> None:
+        assert made.wait(60), "the training waits for the checkpoint"
+        names.append(temporary.name)
+        write(temporary, *more)
+
+    def noted(self: Training, number: int, total: int, groups: Any) -> Any:
+        found = step(self, number, total, groups)
+        if number == 0:
+            folders = {path.name for path in (tmp_path / "beside/tiny/checkpoints").iterdir()}
+            assert folders == {".best_00000000.tmp", ".step_00000000.tmp"}, "no name before everything is written"
+            made.set()
+        return found
+
+    monkeypatch.setattr(Training, "step", noted)
+    monkeypatch.setattr(saver, "write_tensors", late)
+    assert main(words(tiny, tmp_path / "beside", *BACKGROUND)) == 0
+    assert checksum(tmp_path / "beside") == checksum(tmp_path / "plain")
+    assert names[:3] == [".best_00000000.tmp", ".step_00000000.tmp", ".step_00000002.tmp"]
+    kept = [sorted(p.name for p in (tmp_path / run / "tiny/checkpoints").iterdir()) for run in ("plain", "beside")]
+    assert kept[0] == kept[1] and len(kept[0]) == 2, "the newest and the best"
+
+
+def test_a_failure_is_told_at_the_next_save(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint before stays, and the run goes on from it."""
+    assert main(words(tiny, tmp_path / "plain")) == 0
+    write = saver.write_tensors
+
+    def full(temporary: Path, *more: Any) -> None:
+        if temporary.name == ".step_00000004.tmp":
+            raise TemporaryError(f"{temporary}: cannot write the checkpoint: no space left")
+        write(temporary, *more)
+
+    monkeypatch.setattr(saver, "write_tensors", full)
+    assert main(words(tiny, tmp_path / "full", *BACKGROUND)) == 1
+    dist.destroy_process_group()
+    assert "step_00000004.tmp: cannot write the checkpoint: no space left" in capsys.readouterr().err
+    left = [path for path in (tmp_path / "full/tiny/checkpoints").iterdir() if path.name.startswith("step")]
+    assert [path.name for path in left] == ["step_00000002"] and is_complete(left[0])
+    monkeypatch.setattr(saver, "write_tensors", write)
+    assert main(words(tiny, tmp_path / "full", *BACKGROUND)) == 0
+    assert checksum(tmp_path / "full") == checksum(tmp_path / "plain")
+    assert read_lines(tmp_path / "full/tiny/attempts.jsonl")[1]["at"] == "step 2"
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+def test_killed_at_any_time(tiny: Path, tmp_path: Path, engine: str) -> None:
+    """Two ranks that are killed in the middle, twice, end with the same bits as those that are left alone."""
+    options = [*OPTIONS, "--engine", engine, "--checkpoint.every", "1"]
+    train(tiny, tmp_path / "plain", *options)
+    for at in (3, 7):
+        ranks = start(tiny, tmp_path / "killed", *options, *BACKGROUND)
+        wanted = tmp_path / f"killed/tiny/checkpoints/.step_{at:08}.tmp"
+        while all(p.poll() is None for p in ranks) and not wanted.is_dir():
+            time.sleep(0.001)
+        for p in ranks:
+            p.kill()
+        finish(ranks)
+        assert not (tmp_path / "killed/tiny/summary.json").exists()
+    train(tiny, tmp_path / "killed", *options, *BACKGROUND)
+    assert checksum(tmp_path / "killed") == checksum(tmp_path / "plain")
+    left = {path.name for path in (tmp_path / "killed/tiny/checkpoints").iterdir()}
+    assert left == {path.name for path in (tmp_path / "plain/tiny/checkpoints").iterdir()}

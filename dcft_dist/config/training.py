@@ -18,7 +18,9 @@ class Optimizer(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight decay of matrices; vectors have none.")
     momentum: Fraction = Field(0.0, description="Momentum of SGD.")
     fused: bool = Field(
-        False, description="Whether torch's fused kernel makes the step. Results differ from the default's by rounding."
+        True,
+        description="Whether torch's fused kernel makes the step; `false`: the slower default of torch. The results "
+        "differ by rounding.",
     )
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0,

@@ -34,7 +34,7 @@ class Training:
         learned: learns the penalty's factor if `penalty.schedule = "learned"`, otherwise None.
         feed: reads the micro-batches of each step.
         speed: measures how fast the steps are, if it is set.
-        losses: mean training loss of each step whose loss was read; whoever uses them clears them.
+        losses: mean training loss of each step, as far as it was read; who uses them clears them.
     """
 
     def __init__(self, run: RunContext) -> None:

@@ -99,7 +99,7 @@ class Saver:
 
 
 def _copied(entry: Any) -> Any:
-    """A piece or tensor whose values no longer change, in host memory."""
+    """A copy in host memory, which the training does not change."""
     if isinstance(entry, FlatPiece):
         return FlatPiece(entry.values.detach().to("cpu", copy=True), entry.numel, entry.begin)
     return entry.detach().to("cpu", copy=True)

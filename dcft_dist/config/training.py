@@ -111,8 +111,8 @@ class Sharding(Section):
         "auto",
         description="When the gradients of several micro-batches are reduced over the ranks. `last`: once, after the last "
         "one; until then each rank keeps the gradients of the whole model, 4 bytes a weight. `each`: after each. `auto`: "
-        "`each` if gradients of the whole model take more than a quarter of a GPU's memory, else `last`. DeepSpeed decides "
-        "by itself.",
+        "`each` if gradients of the whole model take more than a quarter of a GPU's memory, else `last`. `ddp` keeps whole "
+        "gradients in any case, and `deepspeed` decides by itself.",
     )
     prefetch: Annotated[int, Field(ge=0)] = Field(
         0, description="`fsdp2`: number of blocks of which weights are gathered in advance; 0: FSDP2 decides by itself."

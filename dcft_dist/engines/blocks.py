@@ -5,7 +5,8 @@ Neither changes the structure of the model or the names of its weights. Every en
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from types import MethodType
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from ..errors import EngineError
 
 Checkpointing = Literal["none", "blocks", "selective"]
+
+
+Contexts = Callable[[], tuple[Any, Any]]  # makes the contexts of a forward and of the second one, in the backward
 
 
 # Operations of which the selective variant keeps the results: those that take long.
@@ -41,7 +45,8 @@ def checkpoint_activations(blocks: Iterable[nn.Module], how: Checkpointing) -> N
     """Lets blocks forget their activations after the forward and compute them again in the backward.
 
     The forward of each block is replaced; its hooks, among them those of an engine, run as before and only once. Dropout
-    repeats its random numbers. This is `torch.utils.checkpoint` without reentrance.
+    repeats its random numbers, and what the forward adds to buffers (BatchNorm) counts once. This is
+    `torch.utils.checkpoint` without reentrance.
 
     Args:
         blocks: the blocks. Each keeps its input only.
@@ -62,20 +67,39 @@ def checkpoint_activations(blocks: Iterable[nn.Module], how: Checkpointing) -> N
 
 
 def _whole(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _checkpointed(self, {}, args, kwargs)
+    return _checkpointed(self, None, args, kwargs)
 
 
 def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    contexts = partial(create_selective_checkpoint_contexts, _kept())
-    return _checkpointed(self, {"context_fn": contexts}, args, kwargs)
+    return _checkpointed(self, partial(create_selective_checkpoint_contexts, _kept()), args, kwargs)
 
 
-def _checkpointed(block: nn.Module, options: dict[str, Any], args: Any, kwargs: Any) -> Any:
+def _checkpointed(block: nn.Module, contexts: Contexts | None, args: Any, kwargs: Any) -> Any:
     plain = MethodType(type(block).forward, block)
     if not torch.is_grad_enabled():
         return plain(*args, **kwargs)
+    if next(block.buffers(), None) is not None:
+        contexts = partial(_undoing, block, contexts)
     without_cache = {name: _WITHOUT_CACHE.get(name, value) for name, value in kwargs.items()}
+    options: dict[str, Any] = {"context_fn": contexts} if contexts is not None else {}
     return checkpoint(plain, *args, use_reentrant=False, **options, **without_cache)
+
+
+def _undoing(block: nn.Module, contexts: Contexts | None) -> tuple[Any, Any]:
+    """Contexts of the forward and of the second one, which leaves the buffers as they were."""
+    first, second = contexts() if contexts is not None else (nullcontext(), nullcontext())
+    return first, _without_trace(block, second)
+
+
+@contextmanager
+def _without_trace(block: nn.Module, inner: Any) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in block.buffers()]
+    try:
+        with inner:
+            yield
+    finally:
+        for buffer, values in before:
+            buffer.data.copy_(values)  # `data`: for autograd, nothing has changed
 
 
 @cache

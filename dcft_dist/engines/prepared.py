@@ -34,7 +34,7 @@ class WrapOptions:
         checkpointing: which activations of a block are computed again in the backward; see `checkpoint_activations`.
         compiler: backend of torch.compile for the blocks; None: they are not compiled.
         reduce_each: reduce the gradients over ranks after each micro-batch. Otherwise a rank keeps those of the whole model
-            until the last micro-batch. DeepSpeed decides by itself.
+            until the last micro-batch. DDP always does, and DeepSpeed decides by itself.
         prefetch: blocks of which FSDP2 gathers the weights in advance; 0: it decides by itself.
         import_roots: folders in which an engine's import path is searched first.
     """

@@ -26,14 +26,14 @@ from .prepared import Prepared, WrapOptions
 
 
 class PreparedReplica(Prepared):
-    """A training step with autocast. DDP reduces gradients with the last micro-batch, or with each."""
+    """A training step with autocast. DDP reduces gradients only with the last micro-batch: it keeps whole ones anyway."""
 
     def computing(self) -> Any:
         return torch.autocast(self.options.device.type, torch.bfloat16, enabled=self.options.bf16)
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        skip_reduction = isinstance(self.model, DistributedDataParallel) and not (last or self.options.reduce_each)
+        skip_reduction = isinstance(self.model, DistributedDataParallel) and not last
         with self.model.no_sync() if skip_reduction else nullcontext():
             yield
 

@@ -44,7 +44,7 @@ def make_optimizer(
         for (in_head, is_matrix, depth), parameters in groups.items()
     ]
     if settings.name == "sgd":
-        return torch.optim.SGD(param_groups, lr=settings.lr, momentum=settings.momentum, fused=settings.fused or None)
+        return torch.optim.SGD(param_groups, lr=settings.lr, momentum=settings.momentum)
     return torch.optim.AdamW(param_groups, lr=settings.lr, fused=settings.fused or None)
 
 

@@ -162,10 +162,14 @@ def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def step_of(folder: Path, name: str) -> int:
+def step_of(folder: Path, name: str, starts: int = 0) -> int:
+    """The step of a run; `starts`: 0 unless it has so many, and the last of them has made the step."""
     try:
         progress = json.loads((folder / "runs" / name / "progress.json").read_text())
+        times = [json.loads(row)["time"] for row in (folder / "runs" / name / "attempts.jsonl").read_text().splitlines()]
     except (OSError, ValueError):
+        return 0
+    if starts and (len(times) != starts or progress["updated"] < times[-1]):
         return 0
     return int(progress["step"]) if progress["phase"] == "train" else 0
 
@@ -312,11 +316,7 @@ def disturbed_job(cluster: Cluster, folder: Path) -> Path:
 
     def reached(step: int) -> None:
         """In the start that is at work now: a former one may have been further than its last checkpoint."""
-        here = restarts + 1
-        until(f"step {step}", lambda: starts() == here and step_of(folder, "disturbed") >= step, 300, output_now, 0.05)
-
-    def starts() -> int:
-        return len(attempts.read_text().splitlines()) if attempts.exists() else 0
+        until(f"step {step}", lambda: step_of(folder, "disturbed", restarts + 1) >= step, 300, output_now, 0.05)
 
     def output_now() -> str:
         return f"{cluster.job(job)}\n{output(folder)}"
@@ -326,7 +326,7 @@ def disturbed_job(cluster: Cluster, folder: Path) -> Path:
         restarts += 1
         until(f"restart {restarts}", lambda: cluster.job(job)["Restarts"] == str(restarts), 240, output_now)
 
-    restarts, attempts = 0, folder / "runs/disturbed/attempts.jsonl"
+    restarts = 0
     reached(1)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     restarted()

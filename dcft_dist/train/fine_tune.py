@@ -133,6 +133,7 @@ class Trainer:
         self.training.begin(begin(run.prepared, fundamental, config, run.pretrained.head))
         self._print_header(fundamental, epochs * per_epoch)
         self.training.speed = speed_of(run)
+        self.training.losses.clear()  # those of epochs before scoring
         profile = Profile(settings.profile, self.writer.profile, run.world.rank, run.world.device)
         self.writer.phase("train")
         start, best, validated = self._resume()

@@ -15,6 +15,7 @@ name=performance lines=(
     "input.py"
     "loading.py --folder /tmp/decoder_7b --ranks 4 --layers 32 --dtype bfloat16"
     "loading.py --folder /tmp/decoder_3b --ranks 4 --layers 16"
+    "checkpoint_plan.py"
     "growth.py --picture docs/images/growth.png"
     "throughput.py icd.toml --ranks 1 --rounds 7 --steps 4" "throughput.py icd.toml --ranks 2 --rounds 7 --steps 8"
     "throughput.py mri.toml --ranks 1 --rounds 5 --steps 2" "throughput.py mri.toml --ranks 2 --rounds 5 --steps 2")

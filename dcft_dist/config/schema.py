@@ -59,6 +59,12 @@ class Config(Section):
         "checkpoint, the fundamental set, the warmed-up head, or the beginning. A preempted start does not count.",
     )
     log_every: Count = Field(10, description="Steps between log lines.")
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        ["tensorboard"],
+        description="Where curves are shown. `tensorboard`: `tensorboard/` in the run's folder. `wandb`: Weights & Biases, "
+        "offline in the run's folder unless WANDB_MODE says otherwise. `mlflow`: the folder `mlruns` in `runs_dir`, or "
+        "MLFLOW_TRACKING_URI. An interrupted run goes on under its id.",
+    )
     private: bool = Field(
         False, description="Whether only you can read the run's files; `predictions.csv` has the groups, such as patients."
     )

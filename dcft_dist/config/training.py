@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .section import Count, Fraction, Positive, Section
 
@@ -133,3 +133,15 @@ class Checkpoint(Section):
         description="Whether checkpoints are written beside the training, which then only waits while they are copied: each "
         "rank needs its part of weights and optimizer state once more in host memory.",
     )
+    staging: str | None = Field(
+        None,
+        description="With `background`: a folder on a disk of the node, such as `$TMPDIR`. Checkpoints are written there "
+        "and copied to the run's folder beside the training, so they need no host memory. Environment variables are "
+        "replaced on each node. Absent: host memory.",
+    )
+
+    @model_validator(mode="after")
+    def _staged_in_the_background(self) -> Checkpoint:
+        if self.staging is not None and not self.background:
+            raise ValueError("checkpoint.staging needs checkpoint.background = true: what waits is copied by a thread")
+        return self

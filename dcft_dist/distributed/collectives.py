@@ -108,13 +108,14 @@ def _count(payload: Tensor) -> None:
     _total.num_bytes += payload.numel() * payload.element_size()
 
 
-def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
+def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str, group: dist.ProcessGroup | None = None) -> Tensor:
     """Reduces a tensor over all ranks. Collective.
 
     Args:
         tensor: of the same shape on every rank. It may be overwritten.
         op: `sum`, `max` or `min`.
         what: what the collective is for, for error messages.
+        group: process group of all ranks, for a thread beside the training; None: the default one.
 
     Returns:
         The result on the tensor's own device; with one rank, `tensor` itself.
@@ -125,11 +126,12 @@ def all_reduce(tensor: Tensor, op: Op = "sum", *, what: str) -> Tensor:
     _count(tensor)
     if world_size() == 1:
         return tensor
-    arrive(what)
-    moved = _reachable(tensor)
+    if group is None:
+        arrive(what)
+    moved = tensor if group else _reachable(tensor)
     references = sys.getrefcount(moved)
     with explained(what):
-        dist.all_reduce(moved, op=_OPS[op])
+        dist.all_reduce(moved, op=_OPS[op], group=group)
     # gloo's worker thread releases the tensor a moment later, and needs the Python interpreter for it. If the interpreter is
     # shutting down by then, the process aborts ("terminate called without an active exception", torch 2.13). A finished job
     # would then count as failed. So wait here.
@@ -166,12 +168,13 @@ def reduce_numbers(values: Sequence[Any], op: Op = "sum", *, what: str) -> list[
         return all_reduce(table, op, what=what).tolist()
 
 
-def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
+def all_gather_ints(values: list[int], *, what: str, group: dist.ProcessGroup | None = None) -> list[list[int]]:
     """Gathers integers from every rank. Collective.
 
     Args:
         values: this rank's integers, as many on every rank.
         what: what the collective is for, for error messages.
+        group: as for `all_reduce`.
 
     Returns:
         One list per rank, in rank order.
@@ -181,7 +184,7 @@ def all_gather_ints(values: list[int], *, what: str) -> list[list[int]]:
     with real_tensors():
         table = torch.zeros(world_size(), len(values), dtype=torch.int64)
         table[rank()] = torch.tensor(values, dtype=torch.int64)
-        return all_reduce(table, what=what).tolist()
+        return all_reduce(table, what=what, group=group).tolist()
 
 
 def all_gather_equal(mine: Tensor, *, what: str) -> Tensor:
@@ -241,26 +244,27 @@ def on_every_rank(flag: bool) -> bool:
     return all(value for (value,) in all_gather_ints([int(flag)], what="files of an earlier attempt"))
 
 
-def broadcast_text(text: str, source: int, *, what: str) -> str:
+def broadcast_text(text: str, source: int, *, what: str, group: dist.ProcessGroup | None = None) -> str:
     """Sends the text of rank `source` to every rank; the text of other ranks is ignored. Collective."""
     if world_size() == 1:
         return text
     data = text.encode() if rank() == source else b""
-    length = max(n for (n,) in all_gather_ints([len(data)], what=what))
+    length = max(n for (n,) in all_gather_ints([len(data)], what=what, group=group))
     buffer = torch.zeros(length, dtype=torch.int32)
     if rank() == source:
         buffer[: len(data)] = torch.tensor(list(data), dtype=torch.int32)
-    return bytes(all_reduce(buffer, what=what).tolist()).decode()
+    return bytes(all_reduce(buffer, what=what, group=group).tolist()).decode()
 
 
 @contextmanager
-def agreed(what: str) -> Iterator[None]:
+def agreed(what: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Makes an error on one rank an error on all ranks. Every rank must enter the block. Its end is collective.
 
     The block itself must not contain collectives.
 
     Args:
         what: what the block does, such as "write the masks", for error messages.
+        group: as for `all_reduce`.
 
     Raises:
         TemporaryError: this rank had an OSError, or another rank had an error after which running again may help.
@@ -277,10 +281,10 @@ def agreed(what: str) -> Iterator[None]:
     if world_size() > 1:
         # 0: no error; 1: running again may help; 2: it cannot
         outcome = 0 if error is None else 2 if isinstance(error, DcftError) and error.exit_code == 2 else 1
-        outcomes = [code for (code,) in all_gather_ints([outcome], what=what)]
+        outcomes = [code for (code,) in all_gather_ints([outcome], what=what, group=group)]
         if any(outcomes):
             worst = outcomes.index(max(outcomes))
-            message = broadcast_text(str(error) if error else "", worst, what=what)
+            message = broadcast_text(str(error) if error else "", worst, what=what, group=group)
             if error is None:
                 raise (DcftError if outcomes[worst] == 2 else TemporaryError)(f"rank {worst}: {message}")
     if error is not None:

@@ -2,7 +2,7 @@
 
 config.toml  metrics.jsonl  head.safetensors  scores.safetensors  fundamental.safetensors  removal.json  checkpoints/
 tensorboard/  model/ (the fine-tuned weights)  predictions.csv (of the test data)  summary.json  estimate.json  report.html
-lock  attempts.jsonl  errors/  progress.json (see `runs.status`)  facts.json (see `runs.facts`)
+lock  attempts.jsonl  errors/  progress.json (see `runs.status`)  facts.json (see `runs.facts`)  trackers.json (ids)
 contents/ (of the data files; see `data.contents`)
 """
 
@@ -34,6 +34,7 @@ _FREE = (
     "optimizer.fused",
     "checkpoint.",
     "log_every",
+    "trackers",
     "timeout_s",
     "max_attempts",
     "until",
@@ -57,6 +58,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
+        self.trackers = path / "trackers.json"
         self.head = path / "head.safetensors"
         self.fundamental = path / "fundamental.safetensors"
         self.removal = path / "removal.json"

@@ -10,6 +10,7 @@ same numbers up to rounding.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import sys
 import time
@@ -20,13 +21,13 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ..config.schema import Config
 from ..distributed import collectives
 from ..engines.checksum import check_replicas
 from ..engines.whole_tensors import average_buffers
-from ..errors import CheckpointError, DivergedError, RunError, listing
+from ..errors import CheckpointError, ConfigError, DivergedError, RunError, listing
 from ..files import append_line, sha256_of, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..objectives.base import Metrics, oriented
@@ -34,16 +35,9 @@ from ..runs.folder import identity
 from ..runs.status import REACHED, estimate_text
 from ..runs.stop import Stopped, stop_requested
 from ..runs.writer import logging_only
-from ..weights.checkpoint import (
-    State,
-    bring_back,
-    damage_in,
-    is_complete,
-    load_checkpoint,
-    model_state,
-    read_state,
-)
+from ..weights.checkpoint import bring_back, damage_in, is_complete, load_checkpoint, model_state, read_state
 from ..weights.saver import Saver
+from ..weights.shard_files import State
 from .context import RunContext
 from .find_set import find_fundamental
 from .finish import finish
@@ -52,6 +46,7 @@ from .measure import speed_of
 from .methods import begin
 from .profiling import Profile
 from .steps import Training
+from .trackers import Trackers
 from .warm_up import warm_up_or_load
 
 log = logging.getLogger(__name__)
@@ -79,6 +74,7 @@ class Trainer:
         run: the context of the run; `config` and `writer` are its configuration and folder.
         training: makes the optimizer steps.
         saver: writes checkpoints.
+        trackers: show the curves.
         step_seconds: wall-clock seconds of the last 50 steps.
         identity: settings by which checkpoints know their run.
     """
@@ -86,7 +82,8 @@ class Trainer:
     def __init__(self, run: RunContext) -> None:
         self.run, self.config, self.writer = run, run.config, run.writer
         self.training = Training(run)
-        self.saver = Saver(run.config.checkpoint.background, run.config.timeout_s)
+        self.saver = Saver(run.config.checkpoint.background, run.config.timeout_s, _staging(run.config))
+        self.trackers = Trackers(run.writer, run.config, run.world.is_first)
         self.identity = identity(run.config)
         self._validated: Metrics = {}  # metrics of the last validation
         self._rates: dict[str, float] = {}  # the last ones
@@ -104,6 +101,15 @@ class Trainer:
         Raises:
             Stopped: the run was asked to stop.
         """
+        try:
+            summary = self._phases(commit)
+        except BaseException as error:
+            self.trackers.close("stopped" if isinstance(error, Stopped) else "failed")
+            raise
+        self.trackers.close("done")
+        return summary
+
+    def _phases(self, commit: str | None) -> dict[str, Any]:
         self.writer.phase("warm_up")
         warm_up_or_load(self.run)
         self._stop_between_phases()
@@ -116,7 +122,10 @@ class Trainer:
         if self.config.train.max_steps:
             return self._estimate()
         chosen, loss = self._best_that_is_left(best)
-        return finish(self.run, fundamental, chosen, self.training.penalty, commit, loss)
+        summary = finish(self.run, fundamental, chosen, self.training.penalty, commit, loss)
+        step = int(chosen.name.partition("_")[2])
+        self.trackers.log(step, {f"test/{key}": value for key, value in (summary["test"] or {}).items()})
+        return summary
 
     def _stop_between_phases(self) -> None:
         if any(requested for (requested,) in collectives.all_gather_ints([int(stop_requested())], what="stop request")):
@@ -138,12 +147,9 @@ class Trainer:
         self.writer.phase("train")
         start, best, validated = self._resume()
         first_new = start + (validated or start > 0)  # the log row of a checkpoint's step is older than the checkpoint
-        writer = None
-        with logging_only(self.writer.tensorboard):
-            if run.world.is_first:
-                writer = SummaryWriter(str(self.writer.tensorboard), purge_step=first_new)
+        self.trackers.begin(first_new)
         if not validated and start % per_epoch == 0:
-            best = self._end_of_epoch(start, start // per_epoch, best, groups, writer, write=epochs > 0)
+            best = self._end_of_epoch(start, start // per_epoch, best, groups, write=epochs > 0)
         total = epochs * per_epoch
         end = min(total, settings.max_steps or total)
         for step in run.progress_bar(range(start + 1, end + 1), "train", initial=start, total=end):
@@ -156,23 +162,20 @@ class Trainer:
             self.step_seconds = [*self.step_seconds[-49:], time.monotonic() - began]
             if log_now:
                 check_replicas(run.model)
-                self._log(writer, step, values)
-                self._log_speed(writer, step)
+                self._log(step, values)
+                self._log_speed(step)
                 self.writer.phase("train", step, total, median(self.step_seconds))
             if self.training.stopping:  # there may be no time to validate
                 self._save(step, best, validated=False)
-                self.saver.finish()
+                self.saver.close()
                 self.writer.phase("stopped", step, total, median(self.step_seconds))
                 raise Stopped(f"at step {step}")
             if rest == 0:
-                best = self._end_of_epoch(step, epoch, best, groups, writer)
+                best = self._end_of_epoch(step, epoch, best, groups)
                 self._print_epoch(epoch, total - step, best)
             elif config.checkpoint.every and step % config.checkpoint.every == 0:
                 self._save(step, best, validated=False)
-        self.saver.finish()
-        with logging_only(self.writer.tensorboard):
-            if writer:
-                writer.close()
+        self.saver.close()
         return best
 
     # -- epochs ----------------------------------------------------------------------------------------------------
@@ -183,7 +186,6 @@ class Trainer:
         epoch: int,
         best: Best,
         groups: GroupNorms,
-        writer: SummaryWriter | None,
         write: bool = True,
     ) -> Best:
         """Validates, saves the weights if the epoch is the best so far, and saves a checkpoint if `write`."""
@@ -193,7 +195,7 @@ class Trainer:
         metrics = self.run.validate(f"after epoch {epoch}")
         values = {f"validation/{key}": value for key, value in metrics.items()}
         values |= {f"movement/{key}": value for key, value in groups.movement().items()}
-        self._log(writer, step, values | {"train/epoch": float(epoch)})
+        self._log(step, values | {"train/epoch": float(epoch)})
         self._validated = metrics
         self.writer.phase("checkpoint", step)
         may_not_win = epoch == 0 and self.config.method != "linear_probe" and not self.config.train.fall_back
@@ -362,14 +364,11 @@ class Trainer:
             print(estimate_text(estimate), flush=True)
         return estimate
 
-    def _log(self, writer: SummaryWriter | None, step: int, values: dict[str, float]) -> None:
+    def _log(self, step: int, values: dict[str, float]) -> None:
         self.writer.log(step, **values)
-        if writer is not None:
-            with logging_only(self.writer.tensorboard):
-                for tag, value in values.items():
-                    writer.add_scalar(tag, value, step)
+        self.trackers.log(step, values)
 
-    def _log_speed(self, writer: SummaryWriter | None, step: int) -> None:
+    def _log_speed(self, step: int) -> None:
         """Logs how fast the steps since the last log were, in a file of its own: no two runs have the same numbers."""
         if self.training.speed is None:
             return
@@ -377,10 +376,7 @@ class Trainer:
         if self.run.world.is_first:
             with logging_only(self.writer.speed):
                 append_line(self.writer.speed, {"step": step, **self._rates})
-        if writer is not None:
-            with logging_only(self.writer.tensorboard):
-                for tag, value in self._rates.items():
-                    writer.add_scalar(tag, value, step)
+        self.trackers.log(step, self._rates)
 
     def _print_epoch(self, epoch: int, steps_left: int, best: Best) -> None:
         """One line for each epoch, on rank 0."""
@@ -420,3 +416,18 @@ class Trainer:
                 f"factor {penalty.factor:g} on the {penalty.level}",
             ]
         print(" | ".join([*parts, f"{self.config.optimizer.name}, {steps} steps"]), flush=True)
+
+
+def _staging(config: Config) -> Path | None:
+    """The folder of `checkpoint.staging` on this node; None without it. Collective.
+
+    Raises:
+        ConfigError: it names an environment variable that is not set on a node.
+    """
+    if config.checkpoint.staging is None:
+        return None
+    place = os.path.expandvars(config.checkpoint.staging)
+    with collectives.agreed("checkpoint.staging"):
+        if "$" in place:
+            raise ConfigError(f"checkpoint.staging: {place!r} names an environment variable that is not set")
+    return Path(place)

@@ -26,6 +26,7 @@ from ..runs.writer import RunWriter, logging_only
 from .context import make_context
 from .fine_tune import Trainer
 from .handshake import greet
+from .trackers import require_trackers
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
         greet(config)  # under the lock, so that an error is recorded and the verdict is `failed`
         with collectives.agreed("set-up"):
             check_ranks(config, world.world_size)
+            require_trackers(config.trackers if world.is_first else [])
             writer.check(config)
         writer.open(config)
         if previous and previous["ranks"] != world.world_size:

@@ -1,11 +1,12 @@
-"""Sharded checkpoints with checksums, written atomically by torch.distributed.checkpoint as safetensors, without pickle.
+"""Sharded checkpoints with checksums, published whole.
 
 A checkpoint stores weights, buffers and the optimizer's state by parameter name, flattened, each element once. So any engine
 on any number of ranks can read it, whichever wrote it.
 
-A checkpoint is a folder `step_00000100`: safetensors files of all ranks, `state.json`, and `manifest.json`, which has the
-folder's name, the settings of its run, and size and SHA-256 of each file. It is written under a temporary name, and renamed
-when all ranks are done. So a folder with its final name is complete; the next save deletes an interrupted one.
+A checkpoint is a folder `step_00000100`: safetensors files of all ranks (`shard_files`), `state.json`, and `manifest.json`,
+which has the folder's name, the settings of its run, and size and SHA-256 of each file. It is written under a temporary
+name, and renamed when all ranks are done. So a folder with its final name is complete; the next save deletes an interrupted
+one.
 """
 
 from __future__ import annotations
@@ -20,81 +21,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    DefaultSavePlanner,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ..compat.pytorch import clean
 from ..distributed import collectives
 from ..engines.base import Engine, Shard
 from ..engines.find import find_engine
 from ..engines.whole_tensors import whole_weight
-from ..errors import CheckpointError, DamagedError, DivergedError, TemporaryError, line_of, listing
+from ..errors import CheckpointError, DamagedError, DcftError, DivergedError, TemporaryError, line_of, listing
 from ..files import read_json, sha256_of, write_json
+from .shard_files import FlatPiece, ShardReader, State, shard_file_name, write_shard_file
 
 log = logging.getLogger(__name__)
 
-_STATE, _MANIFEST, _FORMAT = "state.json", "manifest.json", 2
+_STATE, _MANIFEST = "state.json", "manifest.json"
+
+_FORMAT = 3  # since 3, the file of a rank has all that this rank needs to go on, but for the buffers
+
+Files = dict[str, dict[str, Any]]  # name of a file -> its size in bytes, and its SHA-256
 
 ASIDE = ".aside"  # end of the name of a checkpoint while it is replaced
-
-
-State = dict[str, Any]
-
-
-class FlatPiece:
-    """A contiguous piece of a flattened tensor, in the form that torch.distributed.checkpoint can write and read.
-
-    Args:
-        values: this rank's elements, flat.
-        numel: number of elements of the whole tensor.
-        begin: index of the first element of `values` in the whole tensor.
-    """
-
-    def __init__(self, values: Tensor, numel: int, begin: int) -> None:
-        self.values, self.numel, self.begin = values, numel, begin
-
-    def size(self) -> torch.Size:
-        return torch.Size([self.numel])
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        chunk = ChunkStorageMetadata(torch.Size([self.begin]), torch.Size([self.values.numel()]))
-        return [chunk] if self.values.numel() else []
-
-    def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self.values)
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        entry = self.state_dict[index.fqn]
-        return entry.values if isinstance(entry, FlatPiece) else super().lookup_object(index)
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(self, state_dict: State, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        # The parent's method would replace everything that is not a tensor by None.
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        entry = self.state_dict[index.fqn]
-        return entry.values if isinstance(entry, FlatPiece) else super().lookup_tensor(index)
 
 
 def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
@@ -113,12 +59,15 @@ def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     engine = find_engine(model)
     state: State = {f"buffer.{name}": b for name, b in _buffers(engine)}
     for shard in engine.shards():
-        state[f"model.{shard.name}"] = _owned(shard, shard.local)
+        piece = state[f"model.{shard.name}"] = _owned(shard, shard.local)
         optimizer_state = optimizer.state.get(shard.parameter, {}) if optimizer is not None else {}
         for key, value in optimizer_state.items():
             name = f"optimizer.{shard.name}.{key}"
             if isinstance(value, Tensor):
-                state[name] = value.clone() if value.ndim == 0 else _owned(shard, shard.within(value))
+                if value.ndim:
+                    state[name] = _owned(shard, shard.within(value))
+                elif piece.values.numel():  # beside every piece, so that a rank finds it in its own file
+                    state[name] = value.clone()
             elif value is not None:
                 raise CheckpointError(f"optimizer state {key} of {shard.name} is a {type(value).__name__}, not a tensor")
     return state
@@ -153,12 +102,12 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any], identit
         DivergedError: a weight, a buffer or the optimizer's state is not finite. Nothing was written.
         TemporaryError: the file system failed; running again may help.
     """
-    require_finite(tensors)
+    check_tensors(tensors)
     temporary = temporary_folder(folder)
-    write_tensors(temporary, tensors)
+    files = write_tensors(temporary, tensors)
     with collectives.agreed("checkpoint: rename the folder"):
         if collectives.rank() == 0:
-            publish(temporary, folder, state, identity)
+            publish(temporary, folder, state, identity, files)
 
 
 def temporary_folder(folder: Path, keep: Collection[Path] = ()) -> Path:
@@ -177,7 +126,7 @@ def temporary_folder(folder: Path, keep: Collection[Path] = ()) -> Path:
     return temporary
 
 
-def write_tensors(temporary: Path, tensors: State, group: dist.ProcessGroup | None = None) -> None:
+def write_tensors(temporary: Path, tensors: State, group: dist.ProcessGroup | None = None) -> Files:
     """Writes this rank's tensors; returns when all ranks have written theirs. Collective.
 
     Args:
@@ -185,26 +134,74 @@ def write_tensors(temporary: Path, tensors: State, group: dist.ProcessGroup | No
         tensors: made by `model_state`.
         group: process group to communicate in; None: the default one.
 
+    Returns:
+        The files of all ranks.
+
     Raises:
         TemporaryError: the file system failed; running again may help.
     """
-    storage = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-    with _guarded("write", temporary):
-        dcp.save(tensors, storage_writer=storage, planner=_SavePlanner(), process_group=group)
+    with collectives.agreed("checkpoint: write", group):
+        mine = write_mine(temporary, tensors)
+    return files_of_all(mine, group)
 
 
-def publish(temporary: Path, folder: Path, state: dict[str, Any], identity: Mapping[str, Any] | None) -> None:
+def write_mine(folder: Path, tensors: State) -> Path | None:
+    """Writes the file of this rank. No communication.
+
+    Args:
+        folder: where.
+        tensors: made by `model_state`.
+
+    Raises:
+        TemporaryError: the file system failed; running again may help.
+    """
+    rank = collectives.rank()
+    try:
+        return write_shard_file(folder, tensors, rank)
+    except Exception as error:
+        cause = f"rank {rank}: {type(error).__name__}: {line_of(error)}"
+        raise TemporaryError(f"{folder}: cannot write the checkpoint: {cause}") from error
+
+
+def files_of_all(mine: Path | None, group: dist.ProcessGroup | None = None) -> Files:
+    """Sizes and checksums of the files of all ranks; each reads its own. Collective.
+
+    Args:
+        mine: this rank's file; None if it has stored nothing.
+        group: process group to communicate in; None: the default one.
+    """
+    row = [0, 0, 0, 0, 0]
+    with collectives.agreed("checkpoint: checksum", group):
+        if mine is not None:
+            digest = bytes.fromhex(sha256_of(mine))
+            words = [int.from_bytes(digest[i : i + 8], "big", signed=True) for i in (0, 8, 16, 24)]
+            row = [mine.stat().st_size, *words]
+    found = collectives.all_gather_ints(row, what="checkpoint: checksums", group=group)
+    return {
+        shard_file_name(rank): {"size": size, "sha256": b"".join(w.to_bytes(8, "big", signed=True) for w in words).hex()}
+        for rank, (size, *words) in enumerate(found)
+        if size
+    }
+
+
+def publish(temporary: Path, folder: Path, state: dict[str, Any], identity: Mapping[str, Any] | None, files: Files) -> None:
     """Writes state and checksums, and gives a checkpoint its final name. Rank 0 calls it when all ranks have written.
 
     Args:
         temporary: where the checkpoint was written.
         folder: final folder; replaced if it exists.
         state, identity: as for `save_checkpoint`.
+        files: returned by `write_tensors`.
+
+    Raises:
+        CheckpointError: this rank does not see the whole file of another.
     """
+    for name, entry in files.items():
+        if not (file := temporary / name).is_file() or file.stat().st_size != entry["size"]:
+            raise CheckpointError(f"{file} is not whole on rank 0: runs_dir must be on a file system that all ranks share")
     write_json(temporary / _STATE, state)
-    files = sorted(file for file in temporary.iterdir() if file.is_file())
-    entries = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
-    about = {"format": _FORMAT, "name": folder.name, "identity": dict(identity or {}), "files": entries}
+    stated = {"size": (temporary / _STATE).stat().st_size, "sha256": sha256_of(temporary / _STATE)}
+    about = {"format": _FORMAT, "name": folder.name, "identity": dict(identity or {}), "files": {**files, _STATE: stated}}
     write_json(temporary / _MANIFEST, about)
     aside = folder.with_name(f".{folder.name}{ASIDE}")
     if folder.exists():  # it has its place until the new one has
@@ -228,14 +225,17 @@ def bring_back(checkpoints: Path) -> None:
             aside.rename(folder)
 
 
-def require_finite(tensors: State) -> None:
-    """Checks that no NaN or infinity would be saved. Buffers may be infinite, as masks of attention are. Collective.
+def check_tensors(tensors: State) -> None:
+    """Checks what would be saved: each element of each weight once, no NaN, no infinity. Collective.
+
+    Buffers may be infinite, as masks of attention are.
 
     Args:
         tensors: made by `model_state`.
 
     Raises:
-        DivergedError: there is one; the message names the first weight.
+        DivergedError: a number is not finite; the message names the first weight.
+        CheckpointError: the ranks together do not own each element once.
     """
     with collectives.agreed("checkpoint: numbers"):
         for name, entry in tensors.items():
@@ -247,6 +247,10 @@ def require_finite(tensors: State) -> None:
                 kind, _, rest = name.partition(".")
                 what = {"model": f"weight {rest}", "buffer": f"buffer {rest}"}.get(kind, f"optimizer's state {rest}")
                 raise DivergedError(f"{number} elements of the {what} are NaN or infinite: nothing was saved")
+    weights = [entry for name, entry in tensors.items() if name.startswith("model.")]
+    owned = collectives.all_gather_ints([sum(piece.values.numel() for piece in weights)], what="checkpoint: elements")
+    if (stored := sum(n for (n,) in owned)) != (numel := sum(piece.numel for piece in weights)):
+        raise CheckpointError(f"the ranks would store {stored} elements of {numel} weights: nothing was saved")
 
 
 def damage_in(folder: Path) -> str:
@@ -343,39 +347,54 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         CheckpointError: the checkpoint does not have the weights of this model, or cannot be read.
     """
     engine = find_engine(model)
-    reader = HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
     shards = engine.shards()
-    targets = [(f"model.{shard.name}", shard, shard.local) for shard in shards]
-    missing = [name for name, *_ in targets if name not in stored]
+    with collectives.agreed(f"checkpoint {folder.name}: read"):
+        reader = _reader(folder, shards)
+        stored = reader.metadata.state_dict_metadata
+        targets = [(f"model.{shard.name}", shard, shard.local) for shard in shards]
+        requested: State = {f"buffer.{name}": b for name, b in _buffers(engine) if f"buffer.{name}" in stored}
+        scalars: list[tuple[Tensor, Tensor]] = []
+        if optimizer is not None:
+            for shard, key, name in _stored_optimizer_state(shards, stored):
+                tensor = _state_tensor(optimizer, shard, key, stored[name])
+                if tensor.ndim:
+                    targets.append((name, shard, shard.within(tensor)))
+                else:
+                    requested[name] = torch.zeros_like(tensor)
+                    scalars.append((tensor, requested[name]))
+        not_contiguous = []
+        for name, shard, values in targets:
+            first, numel = shard.box.first, prod(shard.box.grid)
+            if first is None:
+                whole = torch.zeros(numel, dtype=values.dtype, device=values.device)
+                not_contiguous.append((whole, shard, values))
+                requested[name] = FlatPiece(whole, numel, 0)
+            elif name in stored:  # else this rank has no part of it
+                requested[name] = FlatPiece(values.detach().view(-1), numel, first)
+        with _readable(folder):
+            reader.read(requested)
+        for whole, shard, values in not_contiguous:
+            values.detach().copy_(whole.view(shard.box.grid)[shard.box.slices()])
+        for tensor, value in scalars:
+            tensor.copy_(torch.maximum(tensor, value))
+    engine.publish()
+
+
+def _reader(folder: Path, shards: list[Shard]) -> ShardReader:
+    """Reads this rank's file and that of rank 0, if they have what this rank needs; else all files."""
+    parts = [(f"model.{s.name}", s.box.first, s.local.numel()) for s in shards if s.local.numel()]
+    needed = [(name, first, n) for name, first, n in parts if first is not None]
+    with _readable(folder):
+        if _manifest(folder).get("format", 1) >= 3:  # before, a rank's count of steps could be in any file
+            own = {file for rank in (0, collectives.rank()) if (file := folder / shard_file_name(rank)).exists()}
+            reader = ShardReader(folder, sorted(own))
+            if len(needed) == len(parts) and reader.has(needed):
+                return reader
+        reader = ShardReader(folder)
+    missing = [name for name in (f"model.{s.name}" for s in shards) if name not in reader.metadata.state_dict_metadata]
     if missing:
         raise CheckpointError(f"{folder} has no {missing[0]} and {len(missing) - 1} more: it belongs to another model")
-    requested: State = {f"buffer.{name}": b for name, b in _buffers(engine) if f"buffer.{name}" in stored}
-    scalars: list[tuple[Tensor, Tensor]] = []
-    if optimizer is not None:
-        for shard, key, name in _stored_optimizer_state(shards, stored):
-            tensor = _state_tensor(optimizer, shard, key, stored[name])
-            if tensor.ndim:
-                targets.append((name, shard, shard.within(tensor)))
-            else:
-                requested[name] = torch.zeros_like(tensor)
-                scalars.append((tensor, requested[name]))
-    not_contiguous = []
-    for name, shard, values in targets:
-        first, numel = shard.box.first, prod(shard.box.grid)
-        if first is None:
-            whole = torch.zeros(numel, dtype=values.dtype, device=values.device)
-            not_contiguous.append((whole, shard, values))
-            requested[name] = FlatPiece(whole, numel, 0)
-        else:
-            requested[name] = FlatPiece(values.detach().view(-1), numel, first)
-    with _guarded("read", folder):
-        dcp.load(requested, storage_reader=reader, planner=_LoadPlanner(flatten_state_dict=False))
-    for whole, shard, values in not_contiguous:
-        values.detach().copy_(whole.view(shard.box.grid)[shard.box.slices()])
-    for tensor, value in scalars:
-        tensor.copy_(torch.maximum(tensor, value))
-    engine.publish()
+    return reader
 
 
 def _stored_optimizer_state(shards: list[Shard], stored: Any) -> Iterator[tuple[Shard, str, str]]:
@@ -400,20 +419,11 @@ def _state_tensor(optimizer: torch.optim.Optimizer, shard: Shard, key: str, meta
 
 
 @contextmanager
-def _guarded(action: str, folder: Path) -> Iterator[None]:
-    """Silences the library's warnings, and turns its exception (a BaseException) into an error of this package.
-
-    A failed "write" becomes a TemporaryError, since the file system may have failed; a failed "read" a CheckpointError.
-    """
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _readable(folder: Path) -> Iterator[None]:
     try:
-        with collectives.explained(f"checkpoint: {action}"):
-            yield
-    except dcp.api.CheckpointException as error:
-        causes = "; ".join(f"rank {r}: {type(e[0]).__name__}: {line_of(e[0])}" for r, e in sorted(error.failures.items()))
-        kind = TemporaryError if action == "write" else CheckpointError
-        raise kind(f"{folder}: cannot {action} the checkpoint: {causes}") from error
-    finally:
-        logger.setLevel(level)
+        yield
+    except DcftError:
+        raise
+    except Exception as error:
+        cause = f"rank {collectives.rank()}: {type(error).__name__}: {line_of(error)}"
+        raise CheckpointError(f"{folder}: cannot read the checkpoint: {cause}") from error

@@ -183,7 +183,7 @@ def test_checkpoints_of_the_version_before(runs: dict[str, Any], tmp_path: Path)
     code, said = resumed(runs, tmp_path)
     assert code == 0 and "is from an older version: it does not say which run it belongs to" in said
     assert same_result(read_json(run / "summary.json"), runs["summary"])
-    assert json.loads(next((run / "checkpoints").glob("step_00000010/manifest.json")).read_text())["format"] == 2
+    assert json.loads(next((run / "checkpoints").glob("step_00000010/manifest.json")).read_text())["format"] == 3
 
 
 def test_a_damaged_best_checkpoint(runs: dict[str, Any], tmp_path: Path) -> None:

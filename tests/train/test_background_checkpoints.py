@@ -38,12 +38,12 @@ def checksum(runs: Path) -> str:
 def test_training_goes_on_while_a_checkpoint_is_written(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is saved before the first step is written only when that step is made."""
     assert main(words(tiny, tmp_path / "plain")) == 0
-    write, step, made, names = saver.write_tensors, Training.step, threading.Event(), list[str]()
+    write, step, made, names = saver.write_mine, Training.step, threading.Event(), list[str]()
 
-    def late(temporary: Path, *more: Any) -> None:
+    def late(temporary: Path, tensors: Any) -> Path | None:
         assert made.wait(60), "the training waits for the checkpoint"
         names.append(temporary.name)
-        write(temporary, *more)
+        return write(temporary, tensors)
 
     def noted(self: Training, number: int, total: int, groups: Any) -> Any:
         found = step(self, number, total, groups)
@@ -54,7 +54,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny: Path, tmp_path: Pa
         return found
 
     monkeypatch.setattr(Training, "step", noted)
-    monkeypatch.setattr(saver, "write_tensors", late)
+    monkeypatch.setattr(saver, "write_mine", late)
     assert main(words(tiny, tmp_path / "beside", *BACKGROUND)) == 0
     assert checksum(tmp_path / "beside") == checksum(tmp_path / "plain")
     assert names[:3] == [".best_00000000.tmp", ".step_00000000.tmp", ".step_00000002.tmp"]
@@ -62,28 +62,55 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny: Path, tmp_path: Pa
     assert kept[0] == kept[1] and len(kept[0]) == 2, "the newest and the best"
 
 
+@pytest.mark.parametrize("staged", [False, True])
 def test_a_failure_is_told_at_the_next_save(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], staged: bool
 ) -> None:
-    """The checkpoint before stays, and the run goes on from it."""
+    """The checkpoint before stays, and the run goes on from it. What is left on the node's disk goes then."""
     assert main(words(tiny, tmp_path / "plain")) == 0
-    write = saver.write_tensors
+    options = [*BACKGROUND, "--checkpoint.staging", str(tmp_path / "node")] if staged else BACKGROUND
+    name = "_move" if staged else "write_mine"
+    last = getattr(saver, name)
 
-    def full(temporary: Path, *more: Any) -> None:
-        if temporary.name == ".step_00000004.tmp":
-            raise TemporaryError(f"{temporary}: cannot write the checkpoint: no space left")
-        write(temporary, *more)
+    def full(first: Path, second: Any) -> Any:
+        if ".step_00000004.tmp" in f"{first} {second if staged else ''}":
+            raise TemporaryError(f"{first}: cannot write the checkpoint: no space left")
+        return last(first, second)
 
-    monkeypatch.setattr(saver, "write_tensors", full)
-    assert main(words(tiny, tmp_path / "full", *BACKGROUND)) == 1
+    monkeypatch.setattr(saver, name, full)
+    assert main(words(tiny, tmp_path / "full", *options)) == 1
     dist.destroy_process_group()
-    assert "step_00000004.tmp: cannot write the checkpoint: no space left" in capsys.readouterr().err
+    assert "step_00000004" in (said := capsys.readouterr().err) and "no space left" in said
     left = [path for path in (tmp_path / "full/tiny/checkpoints").iterdir() if path.name.startswith("step")]
     assert [path.name for path in left] == ["step_00000002"] and is_complete(left[0])
-    monkeypatch.setattr(saver, "write_tensors", write)
-    assert main(words(tiny, tmp_path / "full", *BACKGROUND)) == 0
+    monkeypatch.setattr(saver, name, last)
+    waiting = list((tmp_path / "node").glob("*/*")) if staged else []
+    assert [path.name for path in waiting] == ["step_00000004"] * staged
+    assert main(words(tiny, tmp_path / "full", *options)) == 0
     assert checksum(tmp_path / "full") == checksum(tmp_path / "plain")
     assert read_lines(tmp_path / "full/tiny/attempts.jsonl")[1]["at"] == "step 2"
+    assert not staged or list((tmp_path / "node").iterdir()) == []
+
+
+def test_the_disk_of_the_node(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training waits for a file there, not for the shared one; only its user may read it; a variable must be set."""
+    assert main(words(tiny, tmp_path / "plain")) == 0
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "node"))
+    move, seen = saver._move, list[tuple[str, int]]()
+
+    def noted(file: Path, folder: Path) -> None:
+        assert file.is_file() and not (folder / file.name).exists()
+        seen.append((folder.name, file.parent.parent.stat().st_mode & 0o777))
+        move(file, folder)
+
+    monkeypatch.setattr(saver, "_move", noted)
+    staged = ["--checkpoint.staging", "$NODE_DISK"]
+    assert main(words(tiny, tmp_path / "staged", *BACKGROUND, *staged)) == 0
+    assert checksum(tmp_path / "staged") == checksum(tmp_path / "plain")
+    assert (".step_00000004.tmp", 0o700) in seen and list((tmp_path / "node").iterdir()) == []
+    assert main(words(tiny, tmp_path / "unset", *BACKGROUND, "--checkpoint.staging", "$NO_SUCH")) == 2
+    dist.destroy_process_group()
+    assert main(words(tiny, tmp_path / "front", *staged)) == 2
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
@@ -91,8 +118,8 @@ def test_killed_at_any_time(tiny: Path, tmp_path: Path, engine: str) -> None:
     """Two ranks that are killed in the middle, twice, end with the same bits as those that are left alone."""
     options = [*OPTIONS, "--engine", engine, "--checkpoint.every", "1"]
     train(tiny, tmp_path / "plain", *options)
-    for at in (3, 7):
-        ranks = start(tiny, tmp_path / "killed", *options, *BACKGROUND)
+    for at, staging in ((3, []), (7, ["--checkpoint.staging", str(tmp_path / "node")])):
+        ranks = start(tiny, tmp_path / "killed", *options, *BACKGROUND, *staging)
         wanted = tmp_path / f"killed/tiny/checkpoints/.step_{at:08}.tmp"
         while all(p.poll() is None for p in ranks) and not wanted.is_dir():
             time.sleep(0.001)

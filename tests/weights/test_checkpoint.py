@@ -15,8 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dcft_dist import FundamentalSet, attach_penalty, load_weights, save_weights
+from dcft_dist.distributed import collectives
 from dcft_dist.engines.find import torch_optimizer
 from dcft_dist.errors import CheckpointError
+from dcft_dist.files import read_json, write_json
+from dcft_dist.weights import checkpoint
 from dcft_dist.weights.checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
 
 from ..nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part
@@ -69,6 +72,101 @@ def test_training_goes_on_under_other_engines_and_ranks(journey: list[tuple[str,
             for name, weight in net.named_parameters():
                 if not name.startswith("unused"):  # an engine with flat buffers decays it
                     assert float((state[name].view_as(weight) - weight.detach()).abs().max()) <= 2e-6, (engine, name)
+
+
+class Wide(nn.Module):
+    """Many weights, a buffer, and more rows than ranks."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.blocks:
+            x = x + layer(x)
+        return self.norm(x)
+
+
+def wide(engine: str, layers: int) -> Any:
+    prepared = prepare(lambda: Wide(layers), engine, lambda p: torch.optim.AdamW(p, lr=1e-2), micro_batch=4)
+    prepared.zero_grad(to_none=True)
+    prepared.backward(prepared.model(torch.randn(4, 8)).square().mean(), True)
+    prepared.step()
+    return prepared
+
+
+def sent(engine: str, folder: str) -> list[tuple[int, int]]:
+    """(collectives, bytes) of a save and of a load, of a small and of a large model. torch's own ones would raise."""
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("an object was sent")
+
+    for name in ("gather_object", "all_gather_object", "scatter_object_list", "broadcast_object_list"):
+        setattr(dist, name, refused)
+    found = []
+    for layers in (2, 40):
+        prepared, place = wide(engine, layers), Path(folder) / f"layers_{layers}"
+        state = model_state(prepared.model, torch_optimizer(prepared.optimizer))
+        with collectives.counted() as saved:
+            save_checkpoint(place, state, {})
+        with collectives.counted() as loaded:
+            load_checkpoint(place, prepared.model, torch_optimizer(prepared.optimizer))
+        found += [(saved.calls, saved.num_bytes), (loaded.calls, loaded.num_bytes)]
+    return found
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("fsdp2", 4), ("ddp", 2), ("zero2", 2)])
+def test_what_is_sent_does_not_grow_with_the_model(engine: str, ranks: int, tmp_path: Path) -> None:
+    """Nor with the product of ranks and tensors: a save sends five numbers a rank, and some codes of success."""
+    for found in run_ranks(ranks, sent, engine, str(tmp_path)):
+        assert found[:2] == found[2:], found
+        assert found[0] == (7, (5 + 6) * 8 * ranks) and found[1][0] <= 2, found
+
+
+def files_read(engine: str, folder: str, save: bool) -> list[int]:
+    """Ranks of which this rank reads the files, and whether values and state come back."""
+    prepared = wide(engine, 3)
+    optimizer: Any = torch_optimizer(prepared.optimizer)
+    if save:
+        save_checkpoint(Path(folder) / "it", model_state(prepared.model, optimizer), {})
+    read, found = checkpoint.ShardReader, list[int]()
+
+    class Noted(read):  # type: ignore[valid-type, misc]
+        def read(self, requested: Any) -> None:
+            files = {Path(str(info.relative_path)).name for info in self.metadata.storage_data.values()}
+            found.extend(sorted(int(name.split("-")[1]) - 1 for name in files))
+            super().read(requested)
+
+    checkpoint.ShardReader = Noted  # type: ignore[misc]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p].clear()
+    load_checkpoint(Path(folder) / "it", prepared.model, optimizer)
+    state = model_state(prepared.model, optimizer)
+    assert {name.rpartition(".")[2] for name in state if name.startswith("optimizer")} >= {"step", "exp_avg", "exp_avg_sq"}
+    assert all(float(v) == 1 for name, v in state.items() if name.endswith(".step"))
+    return found
+
+
+def test_a_rank_reads_its_own_file_if_that_is_enough(tmp_path: Path) -> None:
+    """And that of rank 0. With other ranks, with replicas, or from an older version: all files."""
+    assert run_ranks(4, files_read, "fsdp2", str(tmp_path), True) == [[0], [0, 1], [0, 2], [0, 3]]
+    assert run_ranks(2, files_read, "fsdp2", str(tmp_path), False) == [[0, 1, 2, 3]] * 2
+    assert run_ranks(4, files_read, "fsdp2-hybrid", str(tmp_path), False) == [[0, 1, 2, 3]] * 4
+    assert run_ranks(2, files_read, "ddp", str(tmp_path), False) == [[0, 1, 2, 3]] * 2
+    manifest = tmp_path / "it" / "manifest.json"
+    write_json(manifest, read_json(manifest) | {"format": 2})
+    assert run_ranks(4, files_read, "fsdp2", str(tmp_path), False) == [[0, 1, 2, 3]] * 4
+
+
+def test_a_weight_that_nobody_stores(tmp_path: Path) -> None:
+    state = model_state(make_net())
+    state["model.mix.weight"].values = state["model.mix.weight"].values[1:]
+    with pytest.raises(CheckpointError, match=r"the ranks would store .* elements of .* weights: nothing was saved"):
+        save_checkpoint(tmp_path / "step_00000001", state, {})
+    assert not (tmp_path / "step_00000001").exists()
 
 
 def part_frozen(first: bool) -> nn.Module:

@@ -6,7 +6,7 @@ The attributes that these functions use are listed in `versions.USES`.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
@@ -115,12 +115,17 @@ def fake_ranks(ranks: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def memory_tracker(model: Any, optimizer: Any) -> Any:
+def memory_tracker(model: Any, optimizer: Any, on_host: Collection[str] = ()) -> tuple[Any, dict[str, int]]:
     """torch's memory tracker, to be used as a context. It also counts tensors that exist before the block.
 
     Args:
         model: a model under FSDP2 (memory by kind), or a DeepSpeedEngine in stage 3 (only the total).
         optimizer: the torch optimizer.
+        on_host: kinds of memory that are in host memory, by the tracker's names. With some, the optimizer steps there.
+
+    Returns:
+        The tracker; and by kind the bytes at the moment when most memory outside of the host was in use, filled as the
+        block runs. Kinds on the host have their largest bytes.
     """
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
     from torch.distributed._tools.mem_tracker import MemTracker
@@ -131,16 +136,29 @@ def memory_tracker(model: Any, optimizer: Any) -> Any:
     else:
         tracker = MemTracker()
         tracker.track_external(*tensors_like(model.optimizer.fp32_partitioned_groups_flat[0]))
-    update_all_peaks = tracker._update_peak_stats
+    peak: dict[str, int] = {}
+    most = 0
 
-    def update_total_peak(state: Any) -> None:
-        """Leaves out the peak of every module: nobody reads it, and it would take three quarters of a plan's time."""
-        modules, tracker.memory_tracking = tracker.memory_tracking, {}
-        update_all_peaks(state)
-        tracker.memory_tracking = modules
+    def update_peak(state: Any) -> None:
+        """In place of torch's: it leaves out the peak of every module, which would take most of a plan's time."""
+        nonlocal most
+        for device, found in tracker._curr_mem_snap.items():
+            if device.type == "meta":
+                continue
+            now = {str(getattr(kind, "value", kind)): size for kind, size in found.items()}
+            outside = now.pop("Total") - sum(now.get(kind, 0) for kind in on_host)
+            if outside > most and not (on_host and tracker._in_opt):
+                most = outside
+                peak.update({kind: size for kind, size in now.items() if kind not in on_host})
+            peak.update({kind: max(now.get(kind, 0), peak.get(kind, 0)) for kind in on_host})
 
-    tracker._update_peak_stats = update_total_peak
-    return tracker
+    tracker._update_peak_stats = update_peak
+    return tracker, peak
+
+
+def look_at_memory(tracker: Any) -> None:
+    """Counts what exists now, though no operation has touched it."""
+    tracker._update_peak_stats(None)
 
 
 def tensors_like(one: Any) -> list[Any]:
@@ -161,6 +179,11 @@ def real_tensors() -> Any:
 
 # The values of a DTensor on this rank, without a copy, in C.
 local_values = attrgetter("_local_tensor")
+
+
+def storage_of(tensor: Tensor) -> int:
+    """A number that tensors in the same memory share as long as it is theirs; of a DTensor, that of its values here."""
+    return getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 # Multi-tensor operations without a public name, which torch's optimizers use. Arguments: lists of tensors.

@@ -17,6 +17,10 @@ def check_ranks(config: Config, ranks: int) -> None:
     """
     if ranks < 1:
         raise ConfigError(f"{ranks} ranks are too few: give the job at least one on each node")
+    together = config.sharding.tensor_parallel
+    if ranks % together:
+        raise ConfigError(f"sharding.tensor_parallel = {together} does not divide {ranks} ranks")
+    ranks //= together  # ranks that compute together take the same examples
     for key, size in (
         ("train.global_batch", config.train.global_batch),
         ("importance.score_batch", config.importance.score_batch),

@@ -131,6 +131,8 @@ class Config(Section):
         sharding, engine = self.sharding, self.engine
         if sharding.replicas > 1 and engine not in ("fsdp2", "fsdp1"):
             raise ValueError(f"sharding.replicas is for the engines fsdp2 and fsdp1, not for {engine}")
+        if sharding.tensor_parallel > 1 and (engine != "fsdp2" or sharding.replicas > 1):
+            raise ValueError("sharding.tensor_parallel is for the engine fsdp2, without sharding.replicas")
         if sharding.offload and (engine in ("single", "ddp") or (engine == "deepspeed" and sharding.zero_stage == 0)):
             raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
         if self.method == "lora" and engine not in ("single", "ddp"):

@@ -83,6 +83,11 @@ class Train(Section):
         "everything inside a block of the model; only its input is kept. `selective`: the same without matrix products, "
         "convolutions and attention, which are kept: more memory, less time.",
     )
+    activations_on_host: bool = Field(
+        False,
+        description="Whether what a block keeps for the backward waits in host memory: with `blocks` its input, with "
+        "`none` everything but its weights. Saves memory of the GPU, and takes the time of the copies.",
+    )
     compile: str | None = Field(
         None,
         description="Backend of torch.compile for the blocks of the model, such as `inductor`; absent: no compilation.",
@@ -102,6 +107,12 @@ class Sharding(Section):
         1,
         description="`fsdp2`, `fsdp1`: number of groups of ranks. Each group shards one full copy of the weights (hybrid "
         "sharding: one group for each node).",
+    )
+    tensor_parallel: Count = Field(
+        1,
+        description="`fsdp2`: number of neighbouring ranks that share the layers of a model and compute each batch together "
+        "(tensor parallelism), within a node. For models of transformers that bring a plan, which decoders do. The other "
+        "ranks shard as without.",
     )
     offload: bool = Field(
         False, description="Keep weights (FSDP) or optimizer partitions (DeepSpeed, stages 1 to 3) in CPU memory."

@@ -25,11 +25,23 @@ class World:
         rank: number of this process, from 0.
         world_size: number of ranks.
         device: device of this rank's weights.
+        together: neighbouring ranks that compute each batch together (tensor parallelism).
     """
 
     rank: int
     world_size: int
     device: torch.device
+    together: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the data this rank takes; ranks that compute together take the same."""
+        return self.rank // self.together
+
+    @property
+    def data_ranks(self) -> int:
+        """How many parts of the data there are."""
+        return self.world_size // self.together
 
     @property
     def is_first(self) -> bool:

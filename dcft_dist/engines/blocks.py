@@ -1,4 +1,4 @@
-"""What is done to the blocks of a model before an engine wraps them: activation checkpointing and compilation.
+"""What is done to the blocks of a model before an engine wraps them: activations are not kept, or elsewhere; compilation.
 
 Neither changes the structure of the model or the names of its weights. Every engine takes such blocks.
 """
@@ -12,9 +12,10 @@ from types import MethodType
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from ..compat.pytorch import storage_of
 from ..errors import EngineError
 
 Checkpointing = Literal["none", "blocks", "selective"]
@@ -41,48 +42,80 @@ _KEPT = (
 _WITHOUT_CACHE = {"past_key_values": None, "past_key_value": None, "layer_past": None, "use_cache": False}
 
 
-def checkpoint_activations(blocks: Iterable[nn.Module], how: Checkpointing) -> None:
-    """Lets blocks forget their activations after the forward and compute them again in the backward.
+def checkpoint_activations(blocks: Iterable[nn.Module], how: Checkpointing, on_host: bool = False) -> None:
+    """Lets blocks forget their activations after the forward and compute them again, or fetch them, in the backward.
 
     The forward of each block is replaced; its hooks, among them those of an engine, run as before and only once. Dropout
     repeats its random numbers, and what the forward adds to buffers (BatchNorm) counts once. This is
-    `torch.utils.checkpoint` without reentrance.
+    `torch.utils.checkpoint` without reentrance, and autograd's hooks for saved tensors.
 
     Args:
         blocks: the blocks. Each keeps its input only.
-        how: `none`: nothing happens. `blocks`: everything is computed again. `selective`: all but the results of matrix
+        how: `none`: nothing is computed again. `blocks`: everything is. `selective`: all but the results of matrix
             products, convolutions and attention, which are kept.
+        on_host: whether what a block keeps waits in host memory; not its weights, nor what `selective` keeps. On a GPU the
+            copies are pinned, and their order on the stream is that of the computation.
 
     Raises:
         EngineError: there are no blocks.
     """
-    if how == "none":
+    if how == "none" and not on_host:
         return
     if not (found := list(blocks)):
         raise EngineError("activation checkpointing needs the blocks of the model: name them in model.blocks")
     for block in found:
         if "forward" in vars(block):
             raise EngineError(f"the forward of a {type(block).__name__} is replaced already, so it cannot be checkpointed")
-        block.forward = MethodType(_selective if how == "selective" else _whole, block)  # a copy of the block has its own
+        block.forward = MethodType(partial(_forward, how, on_host), block)  # a copy of the block has its own
 
 
-def _whole(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _checkpointed(self, None, args, kwargs)
-
-
-def _selective(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _checkpointed(self, partial(create_selective_checkpoint_contexts, _kept()), args, kwargs)
-
-
-def _checkpointed(block: nn.Module, contexts: Contexts | None, args: Any, kwargs: Any) -> Any:
+def _forward(how: Checkpointing, on_host: bool, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     plain = MethodType(type(block).forward, block)
     if not torch.is_grad_enabled():
         return plain(*args, **kwargs)
-    if next(block.buffers(), None) is not None:
-        contexts = partial(_undoing, block, contexts)
-    without_cache = {name: _WITHOUT_CACHE.get(name, value) for name, value in kwargs.items()}
-    options: dict[str, Any] = {"context_fn": contexts} if contexts is not None else {}
-    return checkpoint(plain, *args, use_reentrant=False, **options, **without_cache)
+    with _OnHost(block) if on_host else nullcontext():
+        if how == "none":
+            return plain(*args, **kwargs)
+        contexts = partial(create_selective_checkpoint_contexts, _kept()) if how == "selective" else None
+        if next(block.buffers(), None) is not None:
+            contexts = partial(_undoing, block, contexts)
+        without_cache = {name: _WITHOUT_CACHE.get(name, value) for name, value in kwargs.items()}
+        options: dict[str, Any] = {"context_fn": contexts} if contexts is not None else {}
+        return checkpoint(plain, *args, use_reentrant=False, **options, **without_cache)
+
+
+class HostCopies:
+    """Copies activations into host memory, and back. `dcft plan` puts another one in its place, which counts."""
+
+    def put(self, tensor: Tensor) -> Any:
+        """Begins to copy a tensor into host memory."""
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, copy.copy_(tensor, non_blocking=True)
+
+    def get(self, kept: Any) -> Tensor:
+        """Begins to copy back what `put` returned."""
+        device, copy = kept
+        return copy.to(device, non_blocking=True) if device.type != "cpu" else copy  # type: ignore[no-any-return]
+
+
+HOST = [HostCopies()]
+
+
+class _OnHost(torch.autograd.graph.saved_tensors_hooks):
+    """Inside, tensors that autograd saves wait in host memory, but for weights and buffers of a block."""
+
+    def __init__(self, block: nn.Module) -> None:
+        own, host = (*block.parameters(), *block.buffers()), HOST[-1]
+
+        def pack(tensor: Tensor) -> tuple[bool, Any]:
+            stays = storage_of(tensor) in map(storage_of, own)  # now: ZeRO-3 gathers them inside of the block
+            return stays, tensor if stays else host.put(tensor)
+
+        def unpack(packed: tuple[bool, Any]) -> Tensor:
+            stays, kept = packed
+            return kept if stays else host.get(kept)
+
+        super().__init__(pack, unpack)
 
 
 def _undoing(block: nn.Module, contexts: Contexts | None) -> tuple[Any, Any]:

@@ -46,6 +46,7 @@ from .fsdp2_buckets import FSDP2Bucket
 from .meta import Materialiser
 from .names import ParameterNames
 from .prepared import Prepared, WrapOptions
+from .tensor_parallel import split_layers
 
 
 class PreparedFSDP2(Prepared):
@@ -96,8 +97,12 @@ class FSDP2Engine(Engine):
     def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         pinned = CPUOffloadPolicy(pin_memory=options.device.type == "cuda")
+        mesh = mesh_of(options)
+        if options.tensor_parallel > 1:
+            split_layers(model, mesh["tensor"])
+            mesh = mesh["shard"]
         fsdp_options: dict[str, Any] = {
-            "mesh": mesh_of(options),
+            "mesh": mesh,
             "mp_policy": bf16 if options.bf16 else MixedPrecisionPolicy(),
             "offload_policy": pinned if options.offload else OffloadPolicy(),
         }
@@ -210,9 +215,12 @@ def mesh_of(options: WrapOptions) -> DeviceMesh:
     """The device mesh of all ranks for FSDP.
 
     Returns:
-        A mesh of shape `(ranks,)`; with replicas, of shape `(replicas, ranks // replicas)`.
+        A mesh of shape `(ranks,)`; with replicas, of shape `(replicas, ranks // replicas)`; with tensor parallelism, of
+        shape `(ranks // tensor_parallel, tensor_parallel)`.
     """
     ranks, device = dist.get_world_size(), options.device.type
+    if (together := options.tensor_parallel) > 1:
+        return init_device_mesh(device, (ranks // together, together), mesh_dim_names=("shard", "tensor"))
     if options.replicas == 1:
         return init_device_mesh(device, (ranks,))
     return init_device_mesh(device, (options.replicas, ranks // options.replicas), mesh_dim_names=("replicate", "shard"))

@@ -26,12 +26,15 @@ class WrapOptions:
         blocks: modules that FSDP shards one by one, each as its own unit.
         bf16: compute in bfloat16. Weights (or their master copies) and the reduction of gradients stay in float32.
         replicas: number of groups of ranks that each store all shards (hybrid sharding).
+        tensor_parallel: ranks that share the layers of one model and compute a batch together; neighbours. FSDP2 shards over
+            the others.
         offload: keep shards (FSDP) or optimizer partitions (DeepSpeed) in CPU memory.
         zero_stage: ZeRO stage of DeepSpeed, 0 to 3.
         micro_batch: samples in one forward on one rank.
         accumulation: forwards in one optimizer step.
         clip_grad_norm: largest gradient norm; None: no clipping.
         checkpointing: which activations of a block are computed again in the backward; see `checkpoint_activations`.
+        activations_on_host: what a block keeps for the backward waits in host memory.
         compiler: backend of torch.compile for the blocks; None: they are not compiled.
         reduce_each: reduce the gradients over ranks after each micro-batch. Otherwise a rank keeps those of the whole model
             until the last micro-batch. DDP always does, and DeepSpeed decides by itself.
@@ -44,12 +47,14 @@ class WrapOptions:
     blocks: Sequence[nn.Module]
     bf16: bool = False
     replicas: int = 1
+    tensor_parallel: int = 1
     offload: bool = False
     zero_stage: int = 2
     micro_batch: int = 1
     accumulation: int = 1
     clip_grad_norm: float | None = None
     checkpointing: Checkpointing = "none"
+    activations_on_host: bool = False
     compiler: str | None = None
     reduce_each: bool = False
     prefetch: int = 0

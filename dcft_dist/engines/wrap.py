@@ -37,10 +37,14 @@ def prepare(model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimize
         raise EngineError(f"engine 'single' on {ranks} ranks: use another engine, or start only one rank")
     if ranks % options.replicas:
         raise EngineError(f"{options.replicas} replicas do not divide {ranks} ranks: choose a divisor of {ranks}")
+    if options.tensor_parallel > 1 and (options.engine != "fsdp2" or options.replicas > 1):
+        raise EngineError("sharding.tensor_parallel needs the engine fsdp2, without replicas")
+    if ranks % options.tensor_parallel:
+        raise EngineError(f"sharding.tensor_parallel = {options.tensor_parallel} does not divide {ranks} ranks")
     if not engine.shards_weights(options) or not any(p.is_meta for p in model.parameters()):
         Materialiser(options.device)(model)
     _avoid_wrong_gradients(model, options)
-    checkpoint_activations(options.blocks, options.checkpointing)
+    checkpoint_activations(options.blocks, options.checkpointing, options.activations_on_host)
     if options.compiler is not None:
         compile_blocks(options.blocks, options.compiler)
     return engine.wrap(model, options, make_optimizer)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..compat.pytorch import real_tensors
 from ..engines.box import Box
 
 Packed = NDArray[np.uint8]
@@ -74,14 +75,16 @@ def cut(packed: Packed, box: Box) -> Packed:
         return np.zeros(0, dtype=np.uint8)
     first = box.first
     if first is None:
-        return pack(unpack(packed, prod(box.grid)).view(box.grid)[box.slices()])
+        with real_tensors():  # `dcft plan` has bits, too
+            return pack(unpack(packed, prod(box.grid)).view(box.grid)[box.slices()])
     if first % 8 == 0:
         piece = packed[first // 8 : num_bytes(first + box.numel)].copy()
         if box.numel % 8:
             piece[-1] &= (1 << (box.numel % 8)) - 1
         return piece
     covering = packed[first // 8 : num_bytes(first + box.numel)]
-    return pack(unpack(covering, first % 8 + box.numel)[first % 8 :])
+    with real_tensors():
+        return pack(unpack(covering, first % 8 + box.numel)[first % 8 :])
 
 
 def paste(piece: Packed, box: Box, whole: Packed) -> None:

@@ -17,6 +17,7 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--replicas", type=int, help="number of groups of ranks, each with a full copy of the weights (hybrid sharding)"
     )
+    plan.add_argument("--tensor-parallel", type=int, help="ranks that share the layers of a model")
     plan.add_argument("--micro-batch", type=int)
     plan.add_argument("--accumulation", type=int, help="micro-batches in a step")
     plan.add_argument("--reduce", choices=("auto", "last", "each"), help="when their gradients are reduced over the ranks")
@@ -25,11 +26,16 @@ def add_arguments(plan: argparse.ArgumentParser) -> None:
         choices=("none", "blocks", "selective"),
         help="what the backward computes again instead of keeping it",
     )
+    plan.add_argument("--activations-on-host", action="store_true", default=None, help="they wait in host memory")
+    plan.add_argument(
+        "--offload", action="store_true", default=None, help="weights and optimizer state are in host memory (fsdp2)"
+    )
     plan.add_argument("--length", type=int, help="tokens in a sample of text (default: 512)")
     plan.add_argument("--level", choices=("update", "gradient"))
     plan.add_argument("--where", choices=("before", "after"))
     plan.add_argument("--fp32", dest="bf16", action="store_false", default=None, help="compute in float32, not bfloat16")
     plan.add_argument("--memory-gib", type=float, default=80.0, help="memory of one GPU in GiB")
+    plan.add_argument("--host-memory-gib", type=float, help="host memory of one node in GiB")
     plan.add_argument(
         "--fit", action="store_true", help="find the largest micro-batch that fits, with each kind of checkpointing"
     )

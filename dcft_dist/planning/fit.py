@@ -1,21 +1,33 @@
-"""Which settings fit N GPUs of M GiB (`dcft plan --fit`): the largest micro-batch with each kind of checkpointing."""
+"""Which settings fit N GPUs of M GiB (`dcft plan --fit`): the largest micro-batch with each way to save memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from .memory import GIB, Forecast, forecast
 from .planned_models import Request
+
+# What saves memory of a GPU, in the order of what it costs.
+_WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"activation_checkpointing": "selective"},
+    {"activation_checkpointing": "blocks"},
+    {"activation_checkpointing": "blocks", "activations_on_host": True},
+    {"activation_checkpointing": "blocks", "offload": True},
+    {"activation_checkpointing": "blocks", "activations_on_host": True, "offload": True},
+)
 
 MOST = 64  # largest micro-batch that is tried, if the request does not say how many samples a step has
 
 
 def fitting(request: Request, plan: Callable[[Request], Forecast] = forecast) -> list[Forecast]:
-    """Forecasts of the largest micro-batch, a power of two, that fits with each kind of activation checkpointing.
+    """Forecasts of the largest micro-batch, a power of two, that fits with each way to save memory.
 
-    A step keeps its number of samples: a smaller micro-batch makes more of them. Kinds that compute more again come later,
-    and only if the micro-batch is larger with them.
+    A step keeps its number of samples: a smaller micro-batch makes more of them. Ways that cost more come later, and only if
+    the micro-batch is larger with them. Host memory is used only if nothing fits without it. What the request asks for
+    already is kept.
 
     Args:
         request: its micro-batch times its accumulation are the samples of a rank in a step; with one micro-batch, up to
@@ -26,9 +38,13 @@ def fitting(request: Request, plan: Callable[[Request], Forecast] = forecast) ->
         At least one forecast. If nothing fits, the one that needs the least memory.
     """
     samples = request.micro_batch * request.accumulation if request.accumulation > 1 else MOST
-    found = list[Forecast]()
-    for how in ("none", "selective", "blocks"):
-        largest = _largest(replace(request, activation_checkpointing=how), samples, plan)
+    found, fits_without_host = list[Forecast](), False
+    for way in _WAYS:
+        host = "offload" in way or "activations_on_host" in way
+        if (host and fits_without_host) or (way.get("offload") and request.engine == "zero3"):
+            break
+        largest = _largest(replace(request, **{"activation_checkpointing": "none", **way}), samples, plan)
+        fits_without_host |= largest.fits and not host
         if not found or largest.fits > found[-1].fits or _size(largest) > _size(found[-1]) or not largest.fits:
             found.append(largest)
     fits = [f for f in found if f.fits]
@@ -73,14 +89,17 @@ def fitting_table(found: list[Forecast]) -> str:
         f"{request.model}: {found[0].weights:,} weights; {request.engine} on {request.ranks} ranks of "
         f"{request.memory_gib:g} GiB",
         "",
-        f"{'checkpointing':<16}{'micro-batch':>12}{'micro-batches':>15}{'GiB':>9}",
+        f"{'checkpointing':<16}{'on the host':<24}{'micro-batch':>12}{'micro-batches':>15}{'GiB':>9}{'GiB of host':>13}",
     ]
     for f in found:
         r = f.request
-        lines.append(f"{r.activation_checkpointing:<16}{r.micro_batch:>12}{r.accumulation:>15}{f.peak / GIB:>9.2f}")
+        host = ["activations"] * r.activations_on_host + ["weights"] * r.offload
+        row = f"{r.activation_checkpointing:<16}{', '.join(host) or '-':<24}{r.micro_batch:>12}{r.accumulation:>15}"
+        lines.append(f"{row}{f.peak / GIB:>9.2f}{f.host_peak / GIB:>13.2f}")
     if not found[0].fits:
         return "\n".join([*lines, "", "nothing fits, and this needs the least: take more GPUs, or shorter samples"])
     first = found[0].request
     words = f"--train.micro_batch {first.micro_batch} --train.activation_checkpointing {first.activation_checkpointing}"
+    words += " --train.activations_on_host true" * first.activations_on_host + " --sharding.offload true" * first.offload
     advice = "the first line computes nothing more often than it must" if len(found) > 1 else "use it"
     return "\n".join([*lines, "", f"{advice}: {words}"])

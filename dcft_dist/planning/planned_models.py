@@ -63,10 +63,15 @@ class Request:
         mask_placement: gradient level before the reduction: `replicated` or `sharded` mask bits.
         bf16: True: compute in bfloat16; False: in float32.
         replicas: number of groups of ranks, each with a full copy of the weights (hybrid sharding).
+        tensor_parallel: ranks that share the layers of a model; see `sharding.tensor_parallel`.
         memory_gib: memory of one GPU in GiB.
         accumulation: micro-batches in one step.
         reduce: when the gradients of several micro-batches are reduced over ranks; see `sharding.reduce`.
         activation_checkpointing: what is computed again in the backward; see `train.activation_checkpointing`.
+        activations_on_host: what a block keeps for the backward waits in host memory.
+        offload: weights, reduced gradients and optimizer state are in host memory; see `sharding.offload`.
+        checkpoint_copies: checkpoints are copied into host memory; see `checkpoint.background`.
+        host_memory_gib: host memory of a node in GiB; None: unknown.
         words: overrides of a configuration file, as on the command line.
     """
 
@@ -81,10 +86,15 @@ class Request:
     mask_placement: Literal["replicated", "sharded"] = "replicated"
     bf16: bool = True
     replicas: int = 1
+    tensor_parallel: int = 1
     memory_gib: float = 80.0
     accumulation: int = 1
     reduce: Literal["auto", "last", "each"] = "auto"
     activation_checkpointing: Checkpointing = "none"
+    activations_on_host: bool = False
+    offload: bool = False
+    checkpoint_copies: bool = False
+    host_memory_gib: float | None = None
     words: tuple[str, ...] = ()
 
 
@@ -139,14 +149,19 @@ def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
             "length": config.task.max_tokens,
             "level": config.level,
         }
-        size, ranks = given.get("micro_batch") or config.train.micro_batch, given.get("ranks") or 1
-        configured |= {"accumulation": max(config.train.global_batch // ranks // size, 1)}
+        together = given.get("tensor_parallel") or config.sharding.tensor_parallel
+        size, ranks = given.get("micro_batch") or config.train.micro_batch, (given.get("ranks") or 1) // together
+        configured |= {"accumulation": max(config.train.global_batch // max(ranks, 1) // size, 1)}
         configured |= {"where": config.penalty.where, "bf16": config.train.precision == "bf16"}
         configured |= {
             "mask_placement": config.penalty.mask_placement,
             "replicas": config.sharding.replicas,
+            "tensor_parallel": config.sharding.tensor_parallel,
             "reduce": config.sharding.reduce,
             "activation_checkpointing": config.train.activation_checkpointing,
+            "activations_on_host": config.train.activations_on_host,
+            "offload": config.sharding.offload,
+            "checkpoint_copies": config.checkpoint.background and config.checkpoint.staging is None,
             "words": tuple(words),
         }
     elif words:
@@ -173,9 +188,8 @@ def _configured(request: Request) -> Planned:
     config = load_config(request.model, list(request.words))
     if config.model.name != "own":
         raise ConfigError(f"{request.model}: only a model from model.build can be planned, not {config.model.name}")
-    if config.method not in ("dcft", "equal_displacement", "full") or config.sharding.offload:
-        unsupported = "sharding.offload" if config.sharding.offload else f"method {config.method!r}"
-        raise ConfigError(f"{request.model}: {unsupported} cannot be planned")
+    if config.method not in ("dcft", "equal_displacement", "full"):
+        raise ConfigError(f"{request.model}: method {config.method!r} cannot be planned")
     if config.data.modality == "own":
         raise ConfigError(f"{request.model}: batches of data.collate cannot be planned: their sizes are unknown")
     labels = config.data.label if isinstance(config.data.label, list) else [config.data.label]

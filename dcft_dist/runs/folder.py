@@ -29,6 +29,7 @@ _FREE = (
     "train.micro_batch",
     "train.workers",
     "train.activation_checkpointing",
+    "train.activations_on_host",
     "train.compile",
     "train.profile",
     "optimizer.fused",

@@ -100,8 +100,8 @@ class RunContext(TaskModel):
                 None: whole examples, as in an evaluation.
             device: where to put the micro-batches; None: this rank's device.
         """
-        world, size = self.world, micro_batch(self.config, len(indices), self.world.world_size)
-        return micro_batches(indices, world.rank, world.world_size, size, examples, device or world.device, draw)
+        world, size = self.world, micro_batch(self.config, len(indices), self.world.data_ranks)
+        return micro_batches(indices, world.data_rank, world.data_ranks, size, examples, device or world.device, draw)
 
     def progress_bar(self, items: Any, what: str, **options: Any) -> Any:
         """Yields `items` and shows their progress on rank 0.
@@ -259,8 +259,8 @@ def _check_numbers(model: nn.Module, place: str) -> None:
 
 def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module], num_weights: int) -> WrapOptions:
     train, sharding, device = config.train, config.sharding, world.device
-    size = micro_batch(config, train.global_batch, world.world_size)
-    accumulation = train.global_batch // world.world_size // size
+    size = micro_batch(config, train.global_batch, world.data_ranks)
+    accumulation = train.global_batch // world.data_ranks // size
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     return WrapOptions(
         engine=config.engine,
@@ -268,12 +268,14 @@ def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module], num
         blocks=blocks,
         bf16=train.precision == "bf16",
         replicas=sharding.replicas,
+        tensor_parallel=sharding.tensor_parallel,
         offload=sharding.offload,
         zero_stage=sharding.zero_stage,
         micro_batch=size,
         accumulation=accumulation,
         clip_grad_norm=train.clip_grad_norm,
         checkpointing=train.activation_checkpointing,
+        activations_on_host=train.activations_on_host,
         compiler=train.compile,
         reduce_each=reduces_each(sharding.reduce, accumulation, num_weights, memory),
         prefetch=sharding.prefetch,

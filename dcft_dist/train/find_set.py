@@ -140,7 +140,7 @@ class _ScoreItems:
         self._run, self._batches = run, batches
 
     def __len__(self) -> int:
-        config, ranks = self._run.config, self._run.world.world_size
+        config, ranks = self._run.config, self._run.world.data_ranks
         return sum(len(batch) // ranks // micro_batch(config, len(batch), ranks) for batch in self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -153,7 +153,7 @@ def _score(run: RunContext) -> Scores:
     indices = order(run.config.seed, 0, len(run.train))[: settings.num_samples]
     batches = [indices[first : first + size] for first in range(0, len(indices), size)]
     items = _ScoreItems(run, batches)
-    ranks = run.world.world_size
+    ranks = run.world.data_ranks
     return score_importance(
         run.model,
         list(items) if settings.criterion == "obs" else items,  # obs needs more than one pass

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
             log.info("%s: %s", config.start_from, writer.take_from(Path(config.start_from), config))
         commit = git_commit()  # now, since the working tree may change during the run
         writer.phase("setup")
+        world = replace(world, together=config.sharding.tensor_parallel)
         return Trainer(make_context(config, world, writer)).carry_out(commit)
 
 

@@ -107,7 +107,7 @@ class Training:
                 penalty.set_factor(factor_at(config.penalty, step, total))
         stop, loss_sum = stop_requested(), torch.zeros((), dtype=torch.float64, device=run.world.device)
         for i, batch in enumerate(micro_batches):
-            seed_step(config.seed, step, run.world.rank * len(micro_batches) + i)
+            seed_step(config.seed, step, run.world.data_rank * len(micro_batches) + i)
             with prepared.accumulating(last=i == len(micro_batches) - 1):
                 loss = run.loss(prepared.model, batch) / len(micro_batches)
                 mark("forward")

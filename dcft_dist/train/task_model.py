@@ -127,7 +127,7 @@ class TaskModel:
         training = model.training
         model.eval()
         try:
-            for batch in evaluation_batches(examples, world.rank, world.world_size, size, world.device, limit):
+            for batch in evaluation_batches(examples, world.data_rank, world.data_ranks, size, world.device, limit):
                 with self.prepared.computing():
                     outputs = self.objective.whole(partial(self.outputs, model), batch)
                 real = batch["real"]
@@ -138,7 +138,8 @@ class TaskModel:
         finally:
             model.train(training)
             find_engine(model).settle()
-        rows = gather_rows(torch.cat(local))
+        mine = torch.cat(local)
+        rows = gather_rows(mine if world.rank % world.together == 0 else mine[:0])
         rows = rows[rows[:, 0].argsort()]
         indices, broken, records = rows[:, 0].long(), rows[:, 1].bool(), rows[:, 2:]
         labels = torch.tensor([examples.labels[i] for i in indices.tolist()])

@@ -193,7 +193,7 @@ def _features(run: RunContext, name: str, examples: Examples, what: str) -> list
         DivergedError: an output is NaN; the message names the example of the split `what`.
         ConfigError: the head's output is not the model's.
     """
-    rank, ranks = run.world.rank, run.world.world_size
+    rank, ranks = run.world.data_rank, run.world.data_ranks
     features, labels = [], []
     size = run.config.evaluation_batch
     with _recorded(run.model, name) as records:

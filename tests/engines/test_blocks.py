@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dcft_dist import FundamentalSet, attach_penalty, score_importance
+from dcft_dist.engines import blocks
 from dcft_dist.engines.blocks import checkpoint_activations, compile_blocks
 from dcft_dist.engines.find import find_engine
 from dcft_dist.engines.prepared import WrapOptions
@@ -77,8 +78,14 @@ EXACT: dict[str, dict[str, Any]] = {
     "blocks": {"checkpointing": "blocks"},
     "selective": {"checkpointing": "selective"},
     "prefetch": {"prefetch": 1},
+    "on the host": {"activations_on_host": True},
+    "inputs on the host": {"checkpointing": "blocks", "activations_on_host": True},
 }
-ROUNDED: dict[str, dict[str, Any]] = {"reduced early": {"reduce_each": True}, "compiled": {"compiler": "aot_eager"}}
+ROUNDED: dict[str, dict[str, Any]] = {
+    "reduced early": {"reduce_each": True},
+    "compiled": {"compiler": "aot_eager"},
+    "compiled, inputs on the host": {"compiler": "aot_eager", "checkpointing": "blocks", "activations_on_host": True},
+}
 
 
 def largest_differences(engine: str, stage: int, level: str, choices: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -177,3 +184,48 @@ def test_what_cannot_be_done_is_refused() -> None:
         checkpoint_activations([], "blocks")
     with pytest.raises(EngineError, match=r"torch\.compile has no backend 'inducktor': use one of .*inductor"):
         compile_blocks([block], "inducktor")
+
+
+class Noted(blocks.HostCopies):
+    """Notes the shapes of what goes to the host, and whether it comes back."""
+
+    def __init__(self) -> None:
+        self.put_there: list[tuple[int, ...]] = []
+        self.fetched = 0
+
+    def put(self, tensor: Tensor) -> Any:
+        self.put_there.append(tuple(tensor.shape))
+        return super().put(tensor)
+
+    def get(self, kept: Any) -> Tensor:
+        self.fetched += 1
+        return super().get(kept)
+
+
+def on_the_host(engine: str, stage: int, how: Any) -> tuple[list[tuple[int, ...]], int]:
+    net, noted = make_net(), Noted()
+    options = options_of(engine, stage, checkpointing=how, activations_on_host=True, micro_batch=7)
+    options = replace(options, blocks=list(net.blocks))
+    prepared = prepare(net, options, lambda weights: make_optimizer("momentum", [p for _, p, _ in weights]))
+    blocks.HOST.append(noted)
+    try:
+        prepared.zero_grad()
+        with prepared.accumulating(last=True):
+            prepared.backward(loss_fn(prepared.model, my_part(make_batches(1, 14, torch.float32)[0])))
+        with torch.no_grad():
+            loss_fn(prepared.model, my_part(make_batches(1, 14, torch.float32)[0]))
+    finally:
+        blocks.HOST.pop()
+    return noted.put_there, noted.fetched
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_activations_go_to_the_host_and_weights_do_not(engine: str, stage: int) -> None:
+    """With `blocks`, one tensor of each block: its input."""
+    ranks = 1 if engine == "single" else 2
+    weights = {tuple(p.shape) for block in make_net().blocks for p in block.parameters()}
+    weights |= {shape[::-1] for shape in weights}
+    for put_there, fetched in run_ranks(ranks, on_the_host, engine, stage, "blocks"):
+        assert put_there == [(14 // ranks, 13)] * 2 and fetched == 2, put_there
+    for put_there, fetched in run_ranks(ranks, on_the_host, engine, stage, "none"):
+        assert len(put_there) >= 6 and fetched == len(put_there) and not weights & set(put_there), put_there

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, ResNetConfig, T5Config, ViTConfig
 
+from benchmarks import plan
 from dcft_dist.cli import main
 from dcft_dist.compat.deepspeed import zero3_alone, zero3_weights
-from dcft_dist.compat.pytorch import fake_ranks, fake_tensors, memory_tracker
+from dcft_dist.compat.pytorch import fake_ranks, fake_tensors, look_at_memory, memory_tracker
 from dcft_dist.errors import ConfigError, EngineError
 from dcft_dist.method import kernels, shard_table
 from dcft_dist.method.bits import num_bytes
@@ -95,6 +96,11 @@ SAVING = [
     (4, "decoder", {"activation_checkpointing": "selective"}),
     (2, "decoder", {"accumulation": 2, "reduce": "last"}),
     (4, "vit", {"accumulation": 2, "reduce": "each", "activation_checkpointing": "blocks"}),
+    (4, "decoder", {"tensor_parallel": 2}),
+    (2, "decoder", {"activations_on_host": True}),
+    (2, "vit", {"activations_on_host": True, "activation_checkpointing": "blocks"}),
+    (2, "decoder", {"offload": True}),
+    (4, "vit", {"offload": True, "activations_on_host": True, "activation_checkpointing": "blocks"}),
 ]
 
 
@@ -112,6 +118,33 @@ def test_what_saves_memory_equals_what_real_ranks_need(
         assert getattr(foretold, key) == getattr(real, key), key
     if request.activation_checkpointing != "none":
         assert foretold.plain_peak < 0.8 * forecast(plain).plain_peak
+    assert foretold.host.keys() == real.host.keys()
+    for kind, size in real.host.items():
+        assert foretold.host[kind] == pytest.approx(size, rel=0.05), kind
+    blocks = 6 * 8 * (17 if model == "vit" else 64) * 64 * 4  # inputs of the blocks: samples x tokens x width
+    if request.activations_on_host and request.activation_checkpointing == "blocks":
+        assert foretold.host["activations"] == blocks
+    if request.offload:
+        assert foretold.host["parameters"] == pytest.approx(4 * foretold.weights / ranks, rel=0.02)
+        assert foretold.host["optimizer"] >= 8 * foretold.weights / ranks
+        assert foretold.plain_step["optimizer"] == 0 and foretold.host["mask"] == foretold.bits > 0
+
+
+def test_what_the_host_keeps(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It decides too whether a model fits, and a checkpoint beside the training takes one more copy of everything."""
+    words = ["--ranks", "4", "--gpus-per-node", "2", "--length", "32", "--offload", "--host-memory-gib", "0.0001"]
+    assert main(["plan", "--model", folders["vit"], *words]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "does not fit into 0.0001 GiB" in text and "fits into 80 GiB" in text and "weights and optimizer on the host" in text
+    )
+    offloaded = Request(folders["vit"], 4, length=32, offload=True, gpus_per_node=2)
+    assert (
+        forecast(replace(offloaded, host_memory_gib=1.0)).fits
+        and not forecast(replace(offloaded, host_memory_gib=1e-4)).fits
+    )
+    copied = forecast(Request(folders["vit"], 4, length=32, checkpoint_copies=True))
+    assert copied.host == {"copy of a checkpoint": pytest.approx(12 * copied.weights / 4, rel=0.02)}
 
 
 def test_where_gradients_wait(folders: dict[str, str]) -> None:
@@ -152,12 +185,11 @@ def test_what_zero3_holds_before_a_step_counts(folders: dict[str, str]) -> None:
     request, mode = Request(folders["decoder"], 2, "zero3", bf16=True, length=32), fake_tensors(numbers=True)
     with fake_ranks(2), zero3_alone():
         prepared = _prepared(planned(request), request, mode)
-        tracker = memory_tracker(prepared.model, prepared.optimizer)
+        tracker, seen = memory_tracker(prepared.model, prepared.optimizer)
         with mode, tracker:
-            pass
-        (seen,) = tracker.get_tracker_snapshot("peak").values()
+            look_at_memory(tracker)
         weights = sum(t.numel() * t.element_size() for t in zero3_weights(prepared.model))
-    assert seen["Total"] > 4 * 500_000_000 + weights > 2e9 + 6e5
+    assert sum(seen.values()) > 4 * 500_000_000 + weights > 2e9 + 6e5
 
 
 def test_a_large_model_on_many_ranks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,21 +213,13 @@ def true_width(recipe: str, folder: Path) -> list[str]:
     """
     import transformers
 
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "pathology_vit_giant": (
-            "Dinov2Config",
-            {"hidden_size": 1536, "num_attention_heads": 24, "use_swiglu_ffn": True, "patch_size": 14, "image_size": 518},
-        ),
-        "reports_bert": ("BertConfig", {}),
-        "instructions_7b": ("LlamaConfig", {"num_key_value_heads": 32}),
-    }
     if recipe == "swin_unetr":
         return ["--model.args.depths", "[1,1,1,1]"]
+    _, kind, sizes = plan.RECIPES[recipe]
     if recipe == "encoder_sam":
         config = transformers.SamConfig(vision_config={"num_hidden_layers": 4, "global_attn_indexes": [1, 3]})
     else:
-        kind, sizes = kinds[recipe]
-        config = getattr(transformers, kind)(**sizes, num_hidden_layers=4)
+        config = getattr(transformers, kind)(**{**sizes, "num_hidden_layers": 4})
     config.save_pretrained(folder)
     return ["--model.weights", str(folder)]
 
@@ -206,6 +230,7 @@ RECIPES = {
     "reports_bert": 0.052,
     "swin_unetr": 0.06,
     "instructions_7b": 1.07,
+    "instructions_70b": 5.52,
 }
 
 
@@ -244,14 +269,18 @@ def test_a_plan_follows_its_configuration(tmp_path: Path, capsys: pytest.Capture
     assert adam["plain_step"]["optimizer"] > 1000 * sgd["plain_step"]["optimizer"]
     shared = found("--optimizer.name", "sgd", "--penalty.mask_placement", "sharded")
     assert shared["bits"] == pytest.approx(sgd["bits"] / 4, rel=0.01)
-    with pytest.raises(ConfigError, match=r"sharding\.offload cannot be planned"):
-        forecast(request_of("configs/swin_unetr.toml", ["--sharding.offload", "true"], ranks=2))
+    words = ["--model.args.depths", "[1,1,1,1]", "--sharding.offload", "true", "--checkpoint.background", "true"]
+    offloaded = request_of("configs/swin_unetr.toml", [*words, "--train.activations_on_host", "true"], ranks=2)
+    assert offloaded.offload and offloaded.activations_on_host and offloaded.checkpoint_copies
+    staged = request_of("configs/swin_unetr.toml", [*words, "--checkpoint.staging", "/tmp"], ranks=2)
+    assert staged.offload and not staged.activations_on_host and not staged.checkpoint_copies
 
 
 def planned_by_rule(request: Request) -> Forecast:
-    """1 GiB, and for each sample of a micro-batch 1 GiB, with checkpointing less."""
+    """1 GiB, or 0.3 with offloading, and for each sample of a micro-batch 1 GiB, with checkpointing less."""
     share = {"none": 1.0, "selective": 0.5, "blocks": 0.1}[request.activation_checkpointing]
-    return Forecast(request, dcft_step={"all": int(2**30 * (1 + share * request.micro_batch))})
+    share, whole = share / (2 if request.activations_on_host else 1), 0.3 if request.offload else 1.0
+    return Forecast(request, dcft_step={"all": int(2**30 * (whole + share * request.micro_batch))})
 
 
 @pytest.mark.parametrize(
@@ -260,18 +289,26 @@ def planned_by_rule(request: Request) -> Forecast:
         (5.0, 1, [("none", 4, 1), ("selective", 8, 1), ("blocks", 32, 1)]),
         (5.0, 4, [("none", 4, 2), ("selective", 8, 1)]),  # eight samples in a step
         (1.7, 1, [("selective", 1, 1), ("blocks", 4, 1)]),
-        (1.0, 1, [("blocks", 1, 1)]),
+        (1.06, 1, [("blocks, activations", 1, 1), ("blocks, weights", 4, 1), ("blocks, activations, weights", 8, 1)]),
+        (1.0, 1, [("blocks, weights", 4, 1), ("blocks, activations, weights", 8, 1)]),
+        (0.3, 1, [("blocks, activations, weights", 1, 1)]),
         (100.0, 1, [("none", 64, 1)]),
     ],
 )
 def test_what_fits(memory: float, accumulation: int, expected: list[tuple[str, int, int]]) -> None:
     request = Request("any", 2, memory_gib=memory, accumulation=accumulation, micro_batch=2)
     found = fitting(request, planned_by_rule)
-    assert [(r.activation_checkpointing, r.micro_batch, r.accumulation) for r in (f.request for f in found)] == expected
-    text = fitting_table(found)
-    fits = memory > 1.0
+    ways = [
+        r.activation_checkpointing + ", activations" * r.activations_on_host + ", weights" * r.offload
+        for r in (f.request for f in found)
+    ]
+    assert [(way, f.request.micro_batch, f.request.accumulation) for way, f in zip(ways, found, strict=True)] == expected
+    text, (how, *host) = fitting_table(found), expected[0][0].split(", ")
+    fits = memory > 0.3
     assert ("nothing fits" in text) != fits
-    assert (f"--train.micro_batch {expected[0][1]} --train.activation_checkpointing {expected[0][0]}" in text) == fits
+    assert (f"--train.micro_batch {expected[0][1]} --train.activation_checkpointing {how}" in text) == fits
+    assert ("--sharding.offload true" in text) == (fits and "weights" in host)
+    assert ("--train.activations_on_host true" in text) == (fits and "activations" in host)
 
 
 def test_what_fits_by_the_command(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -294,6 +331,8 @@ def test_refusals(folders: dict[str, str]) -> None:
         request_of("vit_large", ["--model.weights", "x"], ranks=2)
     with pytest.raises(ConfigError, match="ranks must be at least 1, not 0"):
         forecast(Request(folders["vit"], 0))
+    with pytest.raises(ConfigError, match=r"sharding\.offload can be planned under FSDP2, not under ZeRO-3"):
+        forecast(Request(folders["vit"], 4, "zero3", offload=True))
     with pytest.raises(ConfigError, match=r"replicas are for FSDP2, not for ZeRO-3"):
         forecast(Request(folders["vit"], 4, "zero3", replicas=2))
     with pytest.raises(EngineError, match="3 replicas do not divide 4 ranks"):

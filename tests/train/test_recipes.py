@@ -88,7 +88,11 @@ def swin_unetr(folder: Path) -> list[str]:
     return [*words, "--importance.num_samples", "4", "--importance.score_batch", "2", "--train.global_batch", "2"]
 
 
-MADE = (pathology_vit_giant, encoder_sam, reports_bert, instructions_7b, swin_unetr)
+def instructions_70b(folder: Path) -> list[str]:
+    return instructions_7b(folder)
+
+
+MADE = (pathology_vit_giant, encoder_sam, reports_bert, instructions_7b, instructions_70b, swin_unetr)
 RECIPES = {made.__name__: made for made in MADE}
 
 
@@ -129,7 +133,12 @@ def test_recipes_run_at_toy_size(recipe: str, engine: list[str], tmp_path: Path)
     summary = json.loads((tmp_path / "toy/summary.json").read_text())
     assert summary["ranks"] == 2 and summary["num_selected"] == round(0.1 * summary["num_eligible"]) > 0
     assert summary["loading"]["matched"] and all(value == value for value in summary["test"].values())
-    best = {"reports_bert": "auroc", "instructions_7b": "perplexity", "swin_unetr": "dice"}.get(recipe, "accuracy")
+    best = {
+        "reports_bert": "auroc",
+        "instructions_7b": "perplexity",
+        "instructions_70b": "perplexity",
+        "swin_unetr": "dice",
+    }.get(recipe, "accuracy")
     assert best in summary["validation"] and (tmp_path / "toy/report.html").exists()
     if recipe == "encoder_sam":
         check_sam(tmp_path)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dcft_dist.cli import main
-from dcft_dist.files import read_lines
+from dcft_dist.files import read_json, read_lines
 from dcft_dist.reports.render import test_line as line_of_test
 from dcft_dist.train import speed
 from dcft_dist.train.speed import Clock, Speed, flops_of, tokens_in
@@ -86,9 +86,10 @@ def test_what_a_run_says(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     rows = read_lines(tmp_path / "a/tiny/speed.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 5, 6, 8, 10]
     assert all(row["speed/forward_s"] > 0 and row["speed/samples_per_s"] > 0 and "speed/mfu" not in row for row in rows)
-    (trace,) = (tmp_path / "a/tiny/profile").iterdir()
+    trace, collectives = sorted((tmp_path / "a/tiny/profile").iterdir(), key=lambda file: file.suffix)
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
     assert trace.name == "steps_2_to_3_rank_0.json.gz" and "aten::addmm" in names
+    assert read_json(collectives)["collectives"] == {}, "one process sends nothing"
 
     monkeypatch.setitem(speed.PEAKS, "cpu", (1.0, 0.5))
     assert main([*words, "--runs_dir", str(tmp_path / "b")]) == 0
@@ -103,8 +104,11 @@ def test_only_one_rank_speaks(tiny: Path, tmp_path: Path) -> None:
     train(tiny, tmp_path, *words)
     rows = read_lines(tmp_path / "tiny/speed.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    traces = {file.name for file in (tmp_path / "tiny/profile").iterdir()}
-    assert traces == {f"steps_1_to_1_rank_{rank}.json.gz" for rank in (0, 1)}
+    found = {file.name for file in (tmp_path / "tiny/profile").iterdir()}
+    ends = ("_collectives.json", ".json.gz")
+    assert found == {f"steps_1_to_1_rank_{rank}{end}" for rank in (0, 1) for end in ends}
+    times = read_json(tmp_path / "tiny/profile/steps_1_to_1_rank_0_collectives.json")
+    assert times["collectives"]["gloo:all_gather"] > 0 and times["seconds"] > 0
 
 
 def test_the_line_of_the_test() -> None:

@@ -27,6 +27,16 @@ MODELS = {"vit_large": 1, "vit_huge": 1, "vit_giant": 1, "decoder_7b": 1, "decod
 RANKS = (1, 8, 64, 512, 1024)
 
 
+_LLAMA_70B = {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+
+
 # Recipe -> numbers of ranks; class of transformers' configuration and sizes of the model, if its folder has to be made.
 RECIPES: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
     "reports_bert": ((1,), "BertConfig", {}),
@@ -45,18 +55,8 @@ RECIPES: dict[str, tuple[tuple[int, ...], str, dict[str, Any]]] = {
         },
     ),
     "instructions_7b": ((8,), "LlamaConfig", {}),
-    "instructions_70b": (
-        (32, 64),
-        "LlamaConfig",
-        {
-            "hidden_size": 8192,
-            "intermediate_size": 28672,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-        },
-    ),
+    "instructions_70b": ((32, 64), "LlamaConfig", _LLAMA_70B),
+    "instructions_70b_lora": ((8,), "LlamaConfig", _LLAMA_70B),
 }
 
 

@@ -25,7 +25,8 @@ class Config(Section):
         "weights. Factor 0 freezes the set; factor 1 with rest_factor 0 is sparse fine-tuning. `equal_displacement`: a "
         "control: the step of all body weights together is shortened to the length that it would have under dcft. `full`: "
         "no penalty. `linear_probe`: trains only the head (the warm-up). `bitfit`: trains the biases of the body, and the "
-        "head. `lora`: trains the adapters of `[lora]` and the head; the adapters are merged at the end.",
+        "head. `lora`: trains the adapters of `[lora]` and the head, under `single`, `ddp` or `fsdp2`; the adapters are "
+        "merged at the end.",
     )
     engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] | ImportPath = Field(
         "fsdp2",
@@ -135,8 +136,8 @@ class Config(Section):
             raise ValueError("sharding.tensor_parallel is for the engine fsdp2, without sharding.replicas")
         if sharding.offload and (engine in ("single", "ddp") or (engine == "deepspeed" and sharding.zero_stage == 0)):
             raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
-        if self.method == "lora" and engine not in ("single", "ddp"):
-            raise ValueError(f"method 'lora' is a baseline for the engines single and ddp, not for {engine}")
+        if self.method == "lora" and (engine not in ("single", "ddp", "fsdp2") or sharding.tensor_parallel > 1):
+            raise ValueError("method 'lora' is for the engines single, ddp and fsdp2, without sharding.tensor_parallel")
         if engine == "deepspeed" and (self.method == "equal_displacement" or self.optimizer.pull_to_start):
             raise ValueError("method 'equal_displacement' and optimizer.pull_to_start are not available for deepspeed")
         after = self.penalty.where == "after" and self.level == "gradient"

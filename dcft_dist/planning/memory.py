@@ -209,32 +209,34 @@ def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
 
     with mode, _counted_copies() as copies:
         batch = planned_model.make_batch()
-        with _measured(prepared) as scoring:
-            scores = score_importance(prepared.model, [batch], loss_of, head=head, eligible=planned_model.eligible)
-        result.scores = sum(4 * s.values.numel() for s in scores.shards.values())
-        result.score_peak = sum(scoring.peak.values()) - (result.scores if request.offload else 0)
-        result.sent_score = scoring.sent
-        result.eligible, chosen = scores.num_eligible, _some_set(scores)
-        del scores
+        if planned_model.uses_set:
+            with _measured(prepared) as scoring:
+                scores = score_importance(prepared.model, [batch], loss_of, head=head, eligible=planned_model.eligible)
+            result.scores = sum(4 * s.values.numel() for s in scores.shards.values())
+            result.score_peak = sum(scoring.peak.values()) - (result.scores if request.offload else 0)
+            result.sent_score = scoring.sent
+            result.eligible, chosen = scores.num_eligible, _some_set(scores)
+            del scores
         step()
         with _measured(prepared) as plain:
             step(plain.goes_on)
         result.plain_step, result.sent_plain = plain.peak, plain.sent
-        penalty = attach_penalty(
-            prepared.model,
-            chosen,
-            optimizer=prepared.optimizer,
-            level=request.level,
-            where=request.where,
-            mask_placement=request.mask_placement,
-        )
-        result.bits = penalty.mask_bytes
-        step()
-        with _measured(prepared) as dcft:
-            step(dcft.goes_on)
-        result.dcft_step, result.sent_dcft = dcft.peak, dcft.sent
-        penalty.remove()
-    result.host = dcft.host
+        dcft = plain
+        if planned_model.uses_set:
+            penalty = attach_penalty(
+                prepared.model,
+                chosen,
+                optimizer=prepared.optimizer,
+                level=request.level,
+                where=request.where,
+                mask_placement=request.mask_placement,
+            )
+            result.bits = penalty.mask_bytes
+            step()
+            with _measured(prepared) as dcft:
+                step(dcft.goes_on)
+            penalty.remove()
+    result.dcft_step, result.sent_dcft, result.host = dcft.peak, dcft.sent, dcft.host
     if request.offload and (request.level == "update" or request.where == "after"):
         result.host["mask"] = result.bits
     if request.activations_on_host:

@@ -21,6 +21,7 @@ from ..engines.prepared import Weight
 from ..errors import ConfigError, did_you_mean
 from ..models.custom import custom_model
 from ..objectives.make import make_objective
+from ..train.methods import choose_trained
 from ..train.optimizer import make_optimizer
 
 
@@ -110,6 +111,7 @@ class Planned:
         loss: (model, micro-batch) -> scalar loss.
         make_optimizer: makes the optimizer for a list of weights.
         eligible: patterns of the weights to score; None: weights of linear and convolution layers outside the head.
+        uses_set: whether weights are scored and penalised; if not, that is not planned.
     """
 
     model: nn.Module
@@ -121,6 +123,7 @@ class Planned:
         [p for _, p, _ in weights], lr=1e-4
     )
     eligible: Sequence[str] | None = None
+    uses_set: bool = True
 
 
 def is_configuration(model: str) -> bool:
@@ -188,7 +191,7 @@ def _configured(request: Request) -> Planned:
     config = load_config(request.model, list(request.words))
     if config.model.name != "own":
         raise ConfigError(f"{request.model}: only a model from model.build can be planned, not {config.model.name}")
-    if config.method not in ("dcft", "equal_displacement", "full"):
+    if config.method not in ("dcft", "equal_displacement", "full", "lora"):
         raise ConfigError(f"{request.model}: method {config.method!r} cannot be planned")
     if config.data.modality == "own":
         raise ConfigError(f"{request.model}: batches of data.collate cannot be planned: their sizes are unknown")
@@ -211,7 +214,9 @@ def _configured(request: Request) -> Planned:
 
     optimizer = partial(make_optimizer, config=config, depths={}, head=())
     eligible = config.importance.eligible
-    return Planned(pretrained.module, pretrained.head, pretrained.blocks, batch, loss, optimizer, eligible)
+    choose_trained(pretrained, config)
+    module, uses_set = pretrained.module, config.method != "lora"
+    return Planned(module, pretrained.head, pretrained.blocks, batch, loss, optimizer, eligible, uses_set)
 
 
 def _inputs(config: Config, request: Request) -> dict[str, Tensor]:

@@ -29,6 +29,7 @@ from ..models.pretrained import Pretrained
 from ..objectives.base import Metrics, Objective
 from ..objectives.make import label_facts
 from ..runs.writer import RunWriter
+from .adapters import fill_adapters, moved_names
 from .handshake import code_facts, compare_data, compare_starts, compare_weights, read_contents
 from .methods import choose_trained, depths
 from .optimizer import make_optimizer
@@ -59,6 +60,11 @@ class RunContext(TaskModel):
     def metric(self) -> str:
         """Name of the validation metric that chooses the best epoch."""
         return self.config.train.metric or self.objective.best
+
+    @property
+    def stores_frozen(self) -> bool:
+        """Whether checkpoints have weights that are not trained. With adapters, they would be a hundred times as large."""
+        return self.config.method != "lora"
 
     @property
     def steps_per_epoch(self) -> int:
@@ -239,7 +245,9 @@ def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
     head, block_depths = pretrained.head_names, depths(pretrained)
     prepared = prepare(module, options, lambda weights: make_optimizer(weights, config, block_depths, head))
     if loading and shards_weights(options):
-        loading.into(prepared.model)
+        loading.into(prepared.model, moved_names(module))
+    if config.method == "lora":
+        fill_adapters(prepared.model, config.seed)
     _check_numbers(prepared.model, str(loading.place) if loading else "the model")
     return prepared
 

@@ -203,7 +203,7 @@ class Trainer:
         if not may_not_win and (best.value is None or value > best.value):
             best = Best(epoch, value, step)
             state = {"epoch": epoch, "validation": metrics}
-            self._write(self._best_folder(best), step, model_state(self.run.model), state)
+            self._write(self._best_folder(best), step, model_state(self.run.model, frozen=self.run.stores_frozen), state)
         if write:
             self._save(step, best, validated=True, epoch=epoch, validation=None if may_not_win else metrics)
         self.writer.phase("train", step)
@@ -233,7 +233,7 @@ class Trainer:
         average_buffers(self.run.model)  # a resumed run then has the same buffers as this one
         check_replicas(self.run.model)
         self.training.check_penalty()
-        state = model_state(self.run.model, self.run.prepared.optimizer)
+        state = model_state(self.run.model, self.run.prepared.optimizer, self.run.stores_frozen)
         progress = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
         progress["data"] = self.run.task.checksum
         progress["factor"] = self.training.learned.state() if self.training.learned else None
@@ -313,7 +313,7 @@ class Trainer:
             raise CheckpointError(
                 f"the data are not those that {latest} was trained with: put them back, or give a new --name"
             )
-        load_checkpoint(latest, self.run.model, self.run.prepared.optimizer)
+        load_checkpoint(latest, self.run.model, self.run.prepared.optimizer, self.run.stores_frozen)
         if self.training.learned:
             self.training.learned.load_state(state["factor"])
         self.writer.forget_after(state["step"])

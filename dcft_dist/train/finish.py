@@ -20,8 +20,8 @@ from ..objectives.base import Metrics, intervals
 from ..runs.facts import changes_since_begin
 from ..runs.provenance import machine, peak_memory_gib, versions
 from ..weights.checkpoint import load_checkpoint, read_state
+from .adapters import merge_adapters
 from .context import RunContext
-from .methods import merge_adapters
 
 
 def finish(
@@ -48,7 +48,7 @@ def finish(
     config, writer = run.config, run.writer
     writer.phase("test")
     state = read_state(best, verified=True)
-    load_checkpoint(best, run.model)
+    load_checkpoint(best, run.model, frozen=run.stores_frozen)
     test, test_intervals = _test(run) if config.test else (None, None)
     if config.checkpoint.keep_last:
         _export(run, fundamental)
@@ -121,7 +121,7 @@ def _export(run: RunContext, fundamental: FundamentalSet | None) -> None:
     """Writes the adapted model as a folder that its library reads, with its new head and the fundamental set."""
     folder = run.writer.model
     if run.config.method == "lora":
-        merge_adapters(run.pretrained.module)
+        merge_adapters(run.model, run.pretrained.module)
     run.pretrained.save(run.model, folder)
     if fundamental is not None:
         fundamental.save(folder / run.writer.fundamental.name)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
-from ..config.method import Lora
 from ..config.schema import Config
 from ..controls.step_controls import EqualDisplacement, PullToStart
 from ..engines.prepared import Prepared
-from ..errors import DataError
 from ..method.fundamental_set import FundamentalSet
 from ..method.penalty import Penalty, attach_penalty
 from ..models.pretrained import Pretrained
+from .adapters import insert_adapters
 
 
 def choose_trained(pretrained: Pretrained, config: Config) -> None:
@@ -23,7 +19,7 @@ def choose_trained(pretrained: Pretrained, config: Config) -> None:
 
     Args:
         pretrained: the model, changed in place.
-        config: its `method`, `lora` and `seed` are used.
+        config: its `method` and `lora` are used.
 
     Raises:
         DataError: `lora` without the package peft.
@@ -33,7 +29,7 @@ def choose_trained(pretrained: Pretrained, config: Config) -> None:
         for name, parameter in pretrained.module.named_parameters():
             parameter.requires_grad_(name.endswith("bias") or name in head)
     elif config.method == "lora":
-        _insert_adapters(pretrained.module, head, config.lora, config.seed)
+        insert_adapters(pretrained.module, head, config.lora)
 
 
 def depths(pretrained: Pretrained) -> dict[str, int]:
@@ -86,33 +82,3 @@ def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config
     if config.optimizer.pull_to_start:
         PullToStart(prepared.model, head, config.optimizer.pull_to_start, prepared.optimizer)
     return penalty
-
-
-def _insert_adapters(module: nn.Module, head: set[str], settings: Lora, seed: int) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise DataError("method 'lora' needs the package peft: pip install peft") from error
-    linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in head]
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=linear)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, module)
-    for name, parameter in module.named_parameters():  # peft froze everything but its adapters
-        if name in head:
-            parameter.requires_grad_(True)
-
-
-def merge_adapters(module: nn.Module) -> None:
-    """Merges the LoRA adapters into the weights and removes them, so the weights have their original names again.
-
-    Args:
-        module: the unwrapped model, changed in place.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in list(module.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge()
-            parent, _, slot = name.rpartition(".")
-            setattr(module.get_submodule(parent), slot, layer.get_base_layer())

@@ -43,12 +43,13 @@ Files = dict[str, dict[str, Any]]  # name of a file -> its size in bytes, and it
 ASIDE = ".aside"  # end of the name of a checkpoint while it is replaced
 
 
-def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> State:
+def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, frozen: bool = True) -> State:
     """The tensors that a checkpoint stores, each element on the rank that owns it. Collective.
 
     Args:
         model: the wrapped model.
         optimizer: its optimizer; None: only weights and buffers.
+        frozen: whether weights that are not trained are stored; without, who loads the checkpoint must have them.
 
     Returns:
         Name (`model.<weight>`, `buffer.<buffer>`, `optimizer.<weight>.<key>`) -> piece or tensor, for `save_checkpoint`.
@@ -59,6 +60,8 @@ def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
     engine = find_engine(model)
     state: State = {f"buffer.{name}": b for name, b in _buffers(engine)}
     for shard in engine.shards():
+        if not (frozen or shard.parameter.requires_grad):
+            continue
         piece = state[f"model.{shard.name}"] = _owned(shard, shard.local)
         optimizer_state = optimizer.state.get(shard.parameter, {}) if optimizer is not None else {}
         for key, value in optimizer_state.items():
@@ -333,7 +336,9 @@ def read_state(folder: Path, identity: Mapping[str, Any] | None = None, verified
     return state
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, frozen: bool = True
+) -> None:
     """Reads a checkpoint into a prepared model, whichever engine and number of ranks wrote it. Collective.
 
     If several weights share one flat parameter, its step count is the largest of theirs.
@@ -342,12 +347,13 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         folder: folder of the checkpoint.
         model: the wrapped model; its weights and buffers are changed.
         optimizer: its optimizer, which gets the stored state; None: that state is not read.
+        frozen: whether weights that are not trained are read; without, they stay as they are.
 
     Raises:
         CheckpointError: the checkpoint does not have the weights of this model, or cannot be read.
     """
     engine = find_engine(model)
-    shards = engine.shards()
+    shards = [shard for shard in engine.shards() if frozen or shard.parameter.requires_grad]
     with collectives.agreed(f"checkpoint {folder.name}: read"):
         reader = _reader(folder, shards)
         stored = reader.metadata.state_dict_metadata

@@ -146,16 +146,17 @@ class Loading:
         self.into(module)
 
     @torch.no_grad()
-    def into(self, model: nn.Module) -> None:
+    def into(self, model: nn.Module, moved: Mapping[str, str] | None = None) -> None:
         """Reads weights and persistent buffers into a model under any engine. Each rank reads its shards. Collective.
 
         Args:
             model: the wrapped model, with memory.
+            moved: name when this object was made -> name now, of weights that have another one since.
 
         Raises:
             CheckpointError: a file cannot be read.
         """
-        engine = find_engine(model)
+        engine, now = find_engine(model), moved or {}
         with collectives.agreed(f"read {self.place}"), WeightFiles(self.place) as stored:
             buffers, shards = persistent_buffers(engine.module), {shard.name: shard for shard in engine.shards()}
             for name in (*self.report.matched, *self.report.resized):
@@ -165,7 +166,7 @@ class Loading:
                 if name in buffers:
                     buffers[name].copy_(values[...])
                 else:
-                    shard = shards[engine.names.aliases[name]]
+                    shard = shards[engine.names.aliases[now.get(name, name)]]
                     shard.local.copy_(cells(values, shard.box).view(shard.local.shape))
             for template in self._fresh:  # only one module at a time has whole weights
                 for name, whole in _fresh(*template, self._seed).items():

@@ -11,7 +11,8 @@ from torch import nn
 
 from dcft_dist.config.toml import load_config
 from dcft_dist.models.pretrained import Pretrained
-from dcft_dist.train.methods import choose_trained, depths, merge_adapters
+from dcft_dist.train.adapters import merge_adapters
+from dcft_dist.train.methods import choose_trained, depths
 from dcft_dist.train.optimizer import make_optimizer
 
 
@@ -68,7 +69,7 @@ def test_adapters_start_at_nothing_and_merge_into_the_weights() -> None:
     for p in adapters.values():
         nn.init.normal_(p)
     changed = module(inputs)
-    merge_adapters(module)
+    merge_adapters(module, module)
     after = module.state_dict()
     assert after.keys() == before.state_dict().keys()
     for name in ("below", "blocks.0.0", "blocks.1.0", "blocks.2.0"):

@@ -19,8 +19,9 @@ class Optimizer(Section):
     momentum: Fraction = Field(0.0, description="Momentum of SGD.")
     fused: bool = Field(
         True,
-        description="Whether torch's fused kernel makes AdamW's step; `false`: the slower default of torch. The results "
-        "differ by rounding. SGD has no fused kernel for sharded weights.",
+        description="Whether torch's fused kernel makes AdamW's step; `false`: torch's default, which is its multi-tensor "
+        "(foreach) implementation on a GPU and a loop on a CPU. The results differ by rounding. SGD has no fused kernel for "
+        "sharded weights.",
     )
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         1.0,

@@ -20,6 +20,7 @@ __all__ = ["encoder", "tiny"]
 EXACT = {
     "blocks": ["--train.activation_checkpointing", "blocks"],
     "selective": ["--train.activation_checkpointing", "selective"],
+    "on the host": ["--train.activation_checkpointing", "blocks", "--train.activations_on_host", "true"],
 }
 ROUNDED = {
     "compiled": ["--train.compile", "aot_eager"],
@@ -55,6 +56,18 @@ def test_on_two_ranks(tiny: Path, tmp_path: Path) -> None:
     assert blocks["weights_checksum"] == plain["weights_checksum"]
     train(tiny, tmp_path / "all", *PLAIN, *EXACT["selective"], *(word for words in ROUNDED.values() for word in words))
     assert losses(tmp_path / "all") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])
+def test_on_four_ranks(tiny: Path, tmp_path: Path, engine: str) -> None:
+    """All keys at once that must not change a bit."""
+    options = [*PLAIN, "--engine", engine, "--sharding.zero_stage", "3", "--checkpoint.every", "2"]
+    plain = train(tiny, tmp_path / "plain", *options, ranks=4)
+    beside = ["--checkpoint.background", "true", "--checkpoint.staging", str(tmp_path / "node"), "--sharding.prefetch", "1"]
+    shown = ["--trackers", '["wandb", "mlflow"]', "--train.profile", "[2, 3]"]
+    found = train(tiny, tmp_path / "all", *options, *EXACT["on the host"], *beside, *shown, ranks=4)
+    assert found["weights_checksum"] == plain["weights_checksum"] and found["test"] == plain["test"]
+    assert losses(tmp_path / "all") == losses(tmp_path / "plain") != []
 
 
 def test_a_run_goes_on_with_other_settings(tiny: Path, tmp_path: Path) -> None:

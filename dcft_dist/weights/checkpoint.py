@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
@@ -39,6 +40,8 @@ _STATE, _MANIFEST = "state.json", "manifest.json"
 _FORMAT = 3  # since 3, the file of a rank has all that this rank needs to go on, but for the buffers
 
 Files = dict[str, dict[str, Any]]  # name of a file -> its size in bytes, and its SHA-256
+
+VISIBLE_S = 60.0  # seconds that a network file system may take to show one node what another has written
 
 ASIDE = ".aside"  # end of the name of a checkpoint while it is replaced
 
@@ -199,9 +202,13 @@ def publish(temporary: Path, folder: Path, state: dict[str, Any], identity: Mapp
     Raises:
         CheckpointError: this rank does not see the whole file of another.
     """
+    deadline = time.monotonic() + VISIBLE_S
     for name, entry in files.items():
-        if not (file := temporary / name).is_file() or file.stat().st_size != entry["size"]:
-            raise CheckpointError(f"{file} is not whole on rank 0: runs_dir must be on a file system that all ranks share")
+        while not _has_size(temporary / name, entry["size"]):
+            if time.monotonic() > deadline:
+                text = f"{temporary / name} is not whole on rank 0 after {VISIBLE_S:g} s"
+                raise CheckpointError(f"{text}: runs_dir must be on a file system that all ranks share")
+            time.sleep(0.2)
     write_json(temporary / _STATE, state)
     stated = {"size": (temporary / _STATE).stat().st_size, "sha256": sha256_of(temporary / _STATE)}
     about = {"format": _FORMAT, "name": folder.name, "identity": dict(identity or {}), "files": {**files, _STATE: stated}}
@@ -212,6 +219,13 @@ def publish(temporary: Path, folder: Path, state: dict[str, Any], identity: Mapp
     temporary.rename(folder)
     if aside.exists():
         shutil.rmtree(aside)
+
+
+def _has_size(file: Path, size: int) -> bool:
+    try:
+        return file.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def bring_back(checkpoints: Path) -> None:

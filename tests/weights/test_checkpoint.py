@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -355,3 +356,25 @@ def test_plain_weights_with_a_prefix_a_type_and_mistakes(tmp_path: Path) -> None
         load_weights(block, tmp_path)
     with pytest.raises(CheckpointError, match="is damaged"):
         load_weights(block, tmp_path / "nothing")
+
+
+def late(folder: str, forever: bool) -> str:
+    """Rank 1's file becomes visible to rank 0 a second later, or never."""
+    prepared, place = wide("fsdp2", 3), Path(folder) / ("never" if forever else "late")
+    has_size, began = checkpoint._has_size, time.monotonic()
+    checkpoint._has_size = lambda file, size: (  # type: ignore[assignment]
+        has_size(file, size) and ("shard-00002" not in file.name or (time.monotonic() - began > 1 and not forever))
+    )
+    checkpoint.VISIBLE_S = 3.0
+    try:
+        save_checkpoint(place, model_state(prepared.model), {})
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved" if checkpoint.is_complete(place) else "incomplete"
+
+
+def test_a_file_system_that_shows_files_late(tmp_path: Path) -> None:
+    assert run_ranks(2, late, str(tmp_path), False) == ["saved", "saved"]
+    first, second = run_ranks(2, late, str(tmp_path), True)
+    assert first.startswith("CheckpointError: ") and "is not whole on rank 0 after 3 s: runs_dir must be on" in first
+    assert "rank 0: " in second and "not whole" in second and not (tmp_path / "never").exists()

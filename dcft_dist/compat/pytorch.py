@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor as AsyncCollectiveTensor
 
 # -- modules --------------------------------------------------------------------------------------------------------------
 
@@ -179,6 +180,11 @@ def real_tensors() -> Any:
 
 # The values of a DTensor on this rank, without a copy, in C.
 local_values = attrgetter("_local_tensor")
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor, or another one in its memory, was changed in place."""
+    return tensor._version
 
 
 def storage_of(tensor: Tensor) -> int:

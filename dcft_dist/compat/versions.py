@@ -22,6 +22,7 @@ USES: dict[str, tuple[str, ...]] = {
     "torch.cuda.memory": ("_record_memory_history", "_dump_snapshot"),
     "Module": ("_non_persistent_buffers_set", "_apply", "_modules", "_parameters"),
     "DTensor": ("_local_tensor",),
+    "torch.distributed._functional_collectives": ("AsyncCollectiveTensor",),
     "torch.distributed.distributed_c10d": ("_get_default_store",),
     "torch.distributed.tensor._utils": ("compute_local_shape_and_global_offset",),
     "torch._subclasses.fake_tensor": ("FakeTensor", "FakeTensorMode", "unset_fake_temporarily"),

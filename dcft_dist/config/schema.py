@@ -134,6 +134,10 @@ class Config(Section):
             raise ValueError(f"sharding.replicas is for the engines fsdp2 and fsdp1, not for {engine}")
         if sharding.tensor_parallel > 1 and (engine != "fsdp2" or sharding.replicas > 1):
             raise ValueError("sharding.tensor_parallel is for the engine fsdp2, without sharding.replicas")
+        if sharding.tensor_parallel > 1 and self.train.compile and self.train.activation_checkpointing == "blocks":
+            raise ValueError(
+                "train.compile with sharding.tensor_parallel needs train.activation_checkpointing = 'none' or 'selective'"
+            )
         if sharding.offload and (engine in ("single", "ddp") or (engine == "deepspeed" and sharding.zero_stage == 0)):
             raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
         if self.method == "lora" and (engine not in ("single", "ddp", "fsdp2") or sharding.tensor_parallel > 1):

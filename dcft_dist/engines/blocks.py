@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..compat.pytorch import storage_of
+from ..compat.pytorch import local_values, storage_of, version_of
 from ..errors import EngineError
 
 Checkpointing = Literal["none", "blocks", "selective"]
@@ -107,13 +108,25 @@ class _OnHost(torch.autograd.graph.saved_tensors_hooks):
     def __init__(self, block: nn.Module) -> None:
         own, host = (*block.parameters(), *block.buffers()), HOST[-1]
 
-        def pack(tensor: Tensor) -> tuple[bool, Any]:
-            stays = storage_of(tensor) in map(storage_of, own)  # now: ZeRO-3 gathers them inside of the block
-            return stays, tensor if stays else host.put(tensor)
+        def pack(tensor: Tensor) -> tuple[Any, Any]:
+            if storage_of(tensor) in map(storage_of, own):  # now: ZeRO-3 gathers them inside of the block
+                return version_of(tensor), tensor
+            if isinstance(tensor, DTensor):
+                layout = (tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())
+                return layout, host.put(local_values(tensor))
+            return None, host.put(tensor)
 
-        def unpack(packed: tuple[bool, Any]) -> Tensor:
-            stays, kept = packed
-            return kept if stays else host.get(kept)
+        def unpack(packed: tuple[Any, Any]) -> Tensor:
+            about, kept = packed
+            if isinstance(about, int):
+                if version_of(kept) != about:  # autograd looks at tensors that it keeps itself, not at what a hook returns
+                    raise EngineError("a weight or buffer that the backward needs was changed in place after the forward")
+                return kept  # type: ignore[no-any-return]
+            values = host.get(kept)
+            if about is None:
+                return values
+            mesh, placements, shape, stride = about
+            return DTensor.from_local(values, mesh, placements, run_check=False, shape=shape, stride=stride)
 
         super().__init__(pack, unpack)
 

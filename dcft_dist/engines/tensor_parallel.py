@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.utils._pytree import tree_map
 
+from ..compat.pytorch import AsyncCollectiveTensor
 from ..errors import EngineError, listing
 
 _KEY = "sharding.tensor_parallel"
@@ -78,6 +79,7 @@ def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     ranks, styles, tied = mesh.size(), _styles_of(model, mesh.size()), _tied(model)
     if unknown := sorted({style for style in styles.values() if style not in _STYLES}):
         raise EngineError(f"{_KEY}: the plan of the model has styles that are not known: {listing(unknown)}")
+    beside_split = {name.rpartition(".")[0] for name, style in styles.items() if style == "colwise"}
     for name, module in list(model.named_modules()):
         own = dict(module.named_parameters(recurse=False))
         if not own:
@@ -87,9 +89,15 @@ def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
             raise EngineError(
                 f"{_KEY}: {place} belongs to a module with submodules, and the plan of the model leaves it out"
             )
+        parent = name.rpartition(".")[0]
+        if name not in styles and parent in beside_split:
+            text = f"{name} has weights beside layers that are split, and the plan of the model leaves it out"
+            raise EngineError(f"{_KEY}: {text}, so its gradient would be wrong")
         style = styles.get(name, "replicate")
         _require_even(name, module, style, ranks)
         parallelize_module(module, mesh, _STYLES[style](), src_data_rank=None)
+        if isinstance(module, nn.Embedding):
+            module.register_forward_hook(_arrived)
         for slot, before in own.items():  # torch's RowwiseParallel makes every weight trainable
             getattr(module, slot).requires_grad_(before.requires_grad)
     # What a layer returns is a view of its DTensor; nothing in a model changes it in place.
@@ -100,6 +108,11 @@ def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
             if getattr(other, name).placements != first.placements:
                 raise EngineError(f"{_KEY}: the plan of the model splits a tied weight ({slot}) in two ways")
             setattr(other, name, first)
+
+
+def _arrived(_: nn.Module, args: Any, output: Any) -> Any:
+    """A compiled block loses the gradient of an input that is still on its way."""
+    return output.clone() if isinstance(output, AsyncCollectiveTensor) else output
 
 
 def _styles_of(model: nn.Module, ranks: int) -> dict[str, str]:

@@ -39,6 +39,10 @@ def prepare(model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimize
         raise EngineError(f"{options.replicas} replicas do not divide {ranks} ranks: choose a divisor of {ranks}")
     if options.tensor_parallel > 1 and (options.engine != "fsdp2" or options.replicas > 1):
         raise EngineError("sharding.tensor_parallel needs the engine fsdp2, without replicas")
+    if options.tensor_parallel > 1 and options.compiler is not None and options.checkpointing == "blocks":
+        raise EngineError(
+            "train.compile with sharding.tensor_parallel needs train.activation_checkpointing = 'none' or 'selective'"
+        )
     if ranks % options.tensor_parallel:
         raise EngineError(f"sharding.tensor_parallel = {options.tensor_parallel} does not divide {ranks} ranks")
     if not engine.shards_weights(options) or not any(p.is_meta for p in model.parameters()):

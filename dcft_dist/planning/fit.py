@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from .memory import GIB, Forecast, forecast
-from .planned_models import Request
+from .planned_models import Request, is_configuration
 
 # What saves memory of a GPU, in the order of what it costs.
 _WAYS: tuple[dict[str, Any], ...] = (
@@ -19,31 +19,34 @@ _WAYS: tuple[dict[str, Any], ...] = (
     {"activation_checkpointing": "blocks", "activations_on_host": True, "offload": True},
 )
 
-MOST = 64  # largest micro-batch that is tried, if the request does not say how many samples a step has
+MOST = 64  # largest micro-batch that is tried, if nothing says how many samples a step has
 
 
 def fitting(request: Request, plan: Callable[[Request], Forecast] = forecast) -> list[Forecast]:
-    """Forecasts of the largest micro-batch, a power of two, that fits with each way to save memory.
+    """Forecasts of the largest micro-batch that fits with each way to save memory.
 
-    A step keeps its number of samples: a smaller micro-batch makes more of them. Ways that cost more come later, and only if
-    the micro-batch is larger with them. Host memory is used only if nothing fits without it. What the request asks for
-    already is kept.
+    A step of a configuration, or of several micro-batches, keeps its number of samples: the micro-batch divides them, and a
+    smaller one makes more of them. Otherwise powers of two up to `MOST` are tried. Ways that cost more come later, and only
+    if the micro-batch is larger with them. Host memory is used only if nothing fits without it.
 
     Args:
-        request: its micro-batch times its accumulation are the samples of a rank in a step; with one micro-batch, up to
-            `MOST` are tried.
+        request: its micro-batch times its accumulation are the samples of a rank in a step.
         plan: makes one forecast.
 
     Returns:
         At least one forecast. If nothing fits, the one that needs the least memory.
     """
-    samples = request.micro_batch * request.accumulation if request.accumulation > 1 else MOST
+    samples = request.micro_batch * request.accumulation
+    if is_configuration(request.model) or request.accumulation > 1:
+        sizes = [n for n in range(1, samples + 1) if samples % n == 0]
+    else:
+        sizes, samples = [2**i for i in range(MOST.bit_length())], 0
     found, fits_without_host = list[Forecast](), False
     for way in _WAYS:
         host = "offload" in way or "activations_on_host" in way
         if (host and fits_without_host) or (way.get("offload") and request.engine == "zero3"):
             break
-        largest = _largest(replace(request, **{"activation_checkpointing": "none", **way}), samples, plan)
+        largest = _largest(replace(request, **{"activation_checkpointing": "none", **way}), sizes, samples, plan)
         fits_without_host |= largest.fits and not host
         if not found or largest.fits > found[-1].fits or _size(largest) > _size(found[-1]) or not largest.fits:
             found.append(largest)
@@ -55,26 +58,25 @@ def _size(found: Forecast) -> int:
     return found.request.micro_batch if found.fits else 0
 
 
-def _largest(request: Request, samples: int, plan: Callable[[Request], Forecast]) -> Forecast:
-    """The largest micro-batch that fits, or 1. Memory grows evenly with it, so two forecasts tell where to look."""
+def _largest(request: Request, sizes: list[int], samples: int, plan: Callable[[Request], Forecast]) -> Forecast:
+    """The largest of the sizes that fits, or 1. Memory grows evenly with it, so two forecasts tell where to look.
+
+    `samples`: of a step; 0: one micro-batch is a step.
+    """
 
     def of(size: int) -> Forecast:
-        several = request.accumulation > 1
-        return plan(replace(request, micro_batch=size, accumulation=max(samples // size, 1) if several else 1))
+        return plan(replace(request, micro_batch=size, accumulation=samples // size if samples else 1))
 
     known = {1: of(1)}
-    if not known[1].fits or samples < 2:
+    if not known[1].fits or len(sizes) < 2:
         return known[1]
-    known[2] = of(2)
-    each = max(known[2].peak - known[1].peak, 1)
-    size = 1
-    while 2 * size <= samples and known[1].peak + (2 * size - 1) * each <= request.memory_gib * GIB:
-        size *= 2
-    while size > 1:
+    known[sizes[1]] = of(sizes[1])
+    each = max((known[sizes[1]].peak - known[1].peak) / (sizes[1] - 1), 1)
+    left = [size for size in sizes if known[1].peak + (size - 1) * each <= request.memory_gib * GIB]
+    while (size := left.pop()) > 1:
         known[size] = known.get(size) or of(size)
         if known[size].fits:
             break
-        size //= 2
     return known[size]
 
 

@@ -21,6 +21,7 @@ from ..engines.prepared import Weight
 from ..errors import ConfigError, did_you_mean
 from ..models.custom import custom_model
 from ..objectives.make import make_objective
+from ..train.context import micro_batch
 from ..train.methods import choose_trained
 from ..train.optimizer import make_optimizer
 
@@ -153,8 +154,10 @@ def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
             "level": config.level,
         }
         together = given.get("tensor_parallel") or config.sharding.tensor_parallel
-        size, ranks = given.get("micro_batch") or config.train.micro_batch, (given.get("ranks") or 1) // together
-        configured |= {"accumulation": max(config.train.global_batch // max(ranks, 1) // size, 1)}
+        share = max(config.train.global_batch // max((given.get("ranks") or 1) // together, 1), 1)
+        size = micro_batch(given.get("micro_batch") or config.train.micro_batch, share)
+        given = {**given, "micro_batch": size}
+        configured |= {"accumulation": share // size}
         configured |= {"where": config.penalty.where, "bf16": config.train.precision == "bf16"}
         configured |= {
             "mask_placement": config.penalty.mask_placement,

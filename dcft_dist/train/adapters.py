@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 
 import torch
 from torch import nn
 
 from ..config.method import Lora
 from ..engines.find import find_engine
+from ..engines.names import ParameterNames
 from ..engines.whole_tensors import fill_shard
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..seeds import seed_of
 
 
 def insert_adapters(module: nn.Module, head: set[str], settings: Lora) -> None:
     """Gives each linear layer of the body an adapter, and freezes the rest of the body. Call it before wrapping.
+
+    Left out are layers of which the weight is tied to another one, since merging would change that one too, and layers
+    inside of `nn.MultiheadAttention`, which reads their weights past the adapter.
 
     Args:
         module: the model, changed in place; its weights may be on the meta device.
@@ -24,18 +30,36 @@ def insert_adapters(module: nn.Module, head: set[str], settings: Lora) -> None:
 
     Raises:
         DataError: the package peft is not installed.
+        ConfigError: there is no layer to adapt.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise DataError("method 'lora' needs the package peft: pip install peft") from error
-    linear = [n for n, m in module.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in head]
-    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=linear)
+    linear = _adaptable(module, head)
+    if not linear:
+        raise ConfigError("method 'lora': the body has no linear layer to adapt")
+    pattern = "|".join(map(re.escape, linear))  # of whole names: names in a list also fit others that end like them
+    config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=pattern)
     with torch.random.fork_rng():
         inject_adapter_in_model(config, module)
+    torch.backends.mha.set_fastpath_enabled(False)  # it evaluates an encoder layer without its adapters
     for name, parameter in module.named_parameters():  # peft froze everything but its adapters
         if name in head:
             parameter.requires_grad_(True)
+
+
+def _adaptable(module: nn.Module, head: set[str]) -> list[str]:
+    aliases = Counter(ParameterNames.of(module).aliases.values())
+    attention = {child for m in module.modules() if isinstance(m, nn.MultiheadAttention) for child in m.modules()}
+    return [
+        name
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Linear)
+        and m not in attention
+        and f"{name}.weight" not in head
+        and aliases[f"{name}.weight"] == 1
+    ]
 
 
 def moved_names(module: nn.Module) -> dict[str, str]:

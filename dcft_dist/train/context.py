@@ -106,7 +106,7 @@ class RunContext(TaskModel):
                 None: whole examples, as in an evaluation.
             device: where to put the micro-batches; None: this rank's device.
         """
-        world, size = self.world, micro_batch(self.config, len(indices), self.world.data_ranks)
+        world, size = self.world, micro_batch(self.config.train.micro_batch, len(indices) // self.world.data_ranks)
         return micro_batches(indices, world.data_rank, world.data_ranks, size, examples, device or world.device, draw)
 
     def progress_bar(self, items: Any, what: str, **options: Any) -> Any:
@@ -267,8 +267,9 @@ def _check_numbers(model: nn.Module, place: str) -> None:
 
 def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module], num_weights: int) -> WrapOptions:
     train, sharding, device = config.train, config.sharding, world.device
-    size = micro_batch(config, train.global_batch, world.data_ranks)
-    accumulation = train.global_batch // world.data_ranks // size
+    share = train.global_batch // world.data_ranks
+    size = micro_batch(train.micro_batch, share)
+    accumulation = share // size
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     return WrapOptions(
         engine=config.engine,
@@ -291,13 +292,11 @@ def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module], num
     )
 
 
-def micro_batch(config: Config, global_batch: int, ranks: int) -> int:
-    """The largest size up to `train.micro_batch` that divides one rank's share of a global batch.
+def micro_batch(limit: int, share: int) -> int:
+    """The size of a micro-batch: the largest up to a limit that divides one rank's share of a global batch.
 
     Args:
-        config: its `train.micro_batch` is the limit.
-        global_batch: examples of one step over all ranks.
-        ranks: number of ranks.
+        limit: `train.micro_batch`.
+        share: examples of one step on one rank.
     """
-    share = global_batch // ranks
-    return max(n for n in range(1, config.train.micro_batch + 1) if share % n == 0)
+    return max(n for n in range(1, limit + 1) if share % n == 0)

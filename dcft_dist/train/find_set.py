@@ -140,8 +140,8 @@ class _ScoreItems:
         self._run, self._batches = run, batches
 
     def __len__(self) -> int:
-        config, ranks = self._run.config, self._run.world.data_ranks
-        return sum(len(batch) // ranks // micro_batch(config, len(batch), ranks) for batch in self._batches)
+        limit, shares = self._run.config.train.micro_batch, [len(b) // self._run.world.data_ranks for b in self._batches]
+        return sum(share // micro_batch(limit, share) for share in shares)
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._run.progress_bar(self._batches, "score"):
@@ -153,7 +153,7 @@ def _score(run: RunContext) -> Scores:
     indices = order(run.config.seed, 0, len(run.train))[: settings.num_samples]
     batches = [indices[first : first + size] for first in range(0, len(indices), size)]
     items = _ScoreItems(run, batches)
-    ranks = run.world.data_ranks
+    share = size // run.world.data_ranks
     return score_importance(
         run.model,
         list(items) if settings.criterion == "obs" else items,  # obs needs more than one pass
@@ -161,7 +161,7 @@ def _score(run: RunContext) -> Scores:
         head=run.pretrained.head,
         criterion=settings.criterion,
         eligible=settings.eligible,
-        accumulation=size // ranks // micro_batch(run.config, size, ranks),
+        accumulation=share // micro_batch(run.config.train.micro_batch, share),
         seed=run.config.seed,
         block=settings.block,
         damping=settings.damping,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -27,7 +28,7 @@ from ..config.schema import Config
 from ..distributed import collectives
 from ..engines.checksum import check_replicas
 from ..engines.whole_tensors import average_buffers
-from ..errors import CheckpointError, ConfigError, DivergedError, RunError, listing
+from ..errors import CheckpointError, ConfigError, DivergedError, RunError, WorldError, listing
 from ..files import append_line, sha256_of, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..objectives.base import Metrics, oriented
@@ -104,6 +105,8 @@ class Trainer:
         try:
             summary = self._phases(commit)
         except BaseException as error:
+            # A good checkpoint that is under way is not lost, unless the ranks have lost each other.
+            self.saver.leave(0.0 if isinstance(error, WorldError | KeyboardInterrupt) else 60.0)
             self.trackers.close("stopped" if isinstance(error, Stopped) else "failed")
             raise
         self.trackers.close("done")
@@ -372,7 +375,7 @@ class Trainer:
         """Logs how fast the steps since the last log were, in a file of its own: no two runs have the same numbers."""
         if self.training.speed is None:
             return
-        self._rates = self.training.speed.report(self.run.world.world_size)
+        self._rates = self.training.speed.report(self.run.world.data_ranks)
         if self.run.world.is_first:
             with logging_only(self.writer.speed):
                 append_line(self.writer.speed, {"step": step, **self._rates})
@@ -422,12 +425,17 @@ def _staging(config: Config) -> Path | None:
     """The folder of `checkpoint.staging` on this node; None without it. Collective.
 
     Raises:
-        ConfigError: it names an environment variable that is not set on a node.
+        ConfigError: it names an environment variable that is not set on a node, or is no absolute path.
     """
-    if config.checkpoint.staging is None:
+    if (given := config.checkpoint.staging) is None:
         return None
-    place = os.path.expandvars(config.checkpoint.staging)
+    place = Path(os.path.expandvars(given)).expanduser()
     with collectives.agreed("checkpoint.staging"):
-        if "$" in place:
-            raise ConfigError(f"checkpoint.staging: {place!r} names an environment variable that is not set")
-    return Path(place)
+        empty = [
+            name for pair in re.findall(r"\$(\w+)|\$\{(\w+)\}", given) for name in pair if name and not os.environ.get(name)
+        ]
+        if empty:
+            raise ConfigError(f"checkpoint.staging = {given!r}: the environment variable {empty[0]} is not set")
+        if not place.is_absolute():
+            raise ConfigError(f"checkpoint.staging = {given!r} must be an absolute path")
+    return place

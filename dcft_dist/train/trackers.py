@@ -10,10 +10,13 @@ import logging
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.util import find_spec
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
@@ -25,6 +28,8 @@ from ..files import read_json_or, write_json
 from ..runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+CLOSE_S = 60.0  # seconds that the end of a run waits for trackers
 
 PROJECT = "dcft_dist"  # project of Weights & Biases, and experiment of MLflow, unless the environment names another
 
@@ -75,7 +80,9 @@ class _WandB:
             mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
             dir=folder.path,
             config=config.model_dump(mode="json"),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, disable_code=True),
+            settings=wandb.Settings(
+                silent=True, console="off", disable_git=True, disable_code=True, init_timeout=60, login_timeout=30
+            ),
         )
         self._run.define_metric("*", step_metric="step")  # its own count of steps cannot go back to a checkpoint
 
@@ -92,6 +99,7 @@ class _MLflow:
     def __init__(self, folder: RunFolder, config: Config, id: str | None, first_new: int) -> None:
         import mlflow
 
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells each attempt to reach a server
         place = os.environ.get("MLFLOW_TRACKING_URI", (folder.path.resolve().parent / "mlruns").as_uri())
         with _files_allowed():
             self._client: Any = mlflow.MlflowClient(tracking_uri=place)
@@ -121,7 +129,8 @@ class _MLflow:
         from mlflow.entities import Metric
 
         now = int(1000 * time.time())
-        self._client.log_batch(self.id, metrics=[Metric(key, value, now, step) for key, value in values.items()])
+        named = {re.sub(r"[^\w\-. :/]", "_", key): value for key, value in values.items()}  # names of classes are in them
+        self._client.log_batch(self.id, metrics=[Metric(key, value, now, step) for key, value in named.items()])
 
     def close(self, ended: str) -> None:
         self._client.set_terminated(self.id, {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}[ended])
@@ -162,7 +171,10 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of one run. Only rank 0 has any; the others may make the same calls."""
+    """The trackers of one run. Only rank 0 has any; the others may make the same calls.
+
+    A thread talks to the trackers, so that one that does not answer holds nothing up.
+    """
 
     def __init__(self, folder: RunFolder, config: Config, active: bool) -> None:
         """
@@ -174,6 +186,8 @@ class Trackers:
         self._folder, self._config = folder, config
         self._names = list(config.trackers) if active else []
         self._trackers: dict[str, Tracker] = {}
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     def begin(self, first_new: int) -> None:
         """Opens the trackers.
@@ -181,39 +195,59 @@ class Trackers:
         Args:
             first_new: values of this step, and of later ones, which an earlier start has logged, do not count.
         """
-        ids = {
-            name: id for name, id in read_json_or(self._folder.trackers, {}).items() if re.fullmatch(r"\w{1,64}", str(id))
-        }
+        if not self._names or self._thread is not None:
+            return
+        self._thread = threading.Thread(target=self._talk, name="dcft_dist: trackers", daemon=True)
+        self._thread.start()
         for name in self._names:
-            with self._left_out_if_it_fails(name):
-                tracker = _MAKE[name](self._folder, self._config, ids.get(name), first_new)
-                self._trackers[name] = tracker
-                if tracker.id is not None and tracker.id != ids.get(name):
-                    ids[name] = tracker.id
-                    write_json(self._folder.trackers, ids)
+            self._work.put(partial(self._open, name, first_new))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Adds the values of a step to every tracker."""
-        for name, tracker in list(self._trackers.items()):
-            with self._left_out_if_it_fails(name):
-                tracker.log(step, values)
+        for name in self._names:
+            self._work.put(partial(self._with, name, lambda tracker: tracker.log(step, values)))
 
     def close(self, ended: str) -> None:
-        """Closes the trackers; later calls do nothing.
+        """Closes the trackers, and gives up those that take longer than `CLOSE_S`; later calls do nothing.
 
         Args:
             ended: `done`, `stopped` or `failed`.
         """
-        for name, tracker in list(self._trackers.items()):
+        if self._thread is None:
+            return
+        for name in self._names:
+            self._work.put(partial(self._with, name, lambda tracker: tracker.close(ended)))
+        self._work.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            waited = f"{CLOSE_S:g} s"
+            log.warning("the trackers %s do not answer: given up after %s", " and ".join(self._names), waited)
+        self._thread, self._names = None, []
+
+    def _talk(self) -> None:
+        while (call := self._work.get()) is not None:
+            call()
+
+    def _open(self, name: str, first_new: int) -> None:
+        kept = read_json_or(self._folder.trackers, {})
+        ids = kept.get("ids") if isinstance(kept, dict) and kept.get("run") == self._config.name else {}
+        pairs = ids.items() if isinstance(ids, dict) else ()
+        ids = {key: id for key, id in pairs if key in _MAKE and isinstance(id, str) and re.fullmatch(r"\w{1,64}", id)}
+        with self._left_out_if_it_fails(name):
+            tracker = self._trackers[name] = _MAKE[name](self._folder, self._config, ids.get(name), first_new)
+            if tracker.id is not None and tracker.id != ids.get(name):
+                write_json(self._folder.trackers, {"run": self._config.name, "ids": {**ids, name: tracker.id}})
+
+    def _with(self, name: str, call: Callable[[Tracker], None]) -> None:
+        if name in self._trackers:
             with self._left_out_if_it_fails(name):
-                tracker.close(ended)
-        self._trackers = {}
+                call(self._trackers[name])
 
     @contextmanager
     def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # wandb raises KeyboardInterrupt where nobody answers its questions
             self._trackers.pop(name, None)
-            cause = f"{type(error).__name__}: {line_of(error)}"
+            cause = f"{type(error).__name__}: {line_of(error)}" if isinstance(error, Exception) else type(error).__name__
             log.warning("the tracker %s has failed, and the run goes on without it: %s", name, cause)

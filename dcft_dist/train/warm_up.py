@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..compat.pytorch import clean, persistent_buffers
 from ..data.batches import Examples, evaluation_batches, order
@@ -232,7 +233,8 @@ def _recorded(model: nn.Module, name: str) -> Iterator[list[tuple[Tensor, Tensor
     def record(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
             raise ConfigError(f"model.head: {name} does not turn one tensor into one tensor: it cannot be warmed up alone")
-        records.append((inputs[0], output))
+        given = inputs[0].to_local() if isinstance(inputs[0], DTensor) else inputs[0]  # under tensor parallelism
+        records.append((given, output))
 
     training, handle = model.training, module.register_forward_hook(record)
     model.eval()

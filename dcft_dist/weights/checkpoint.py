@@ -113,7 +113,7 @@ def save_checkpoint(folder: Path, tensors: State, state: dict[str, Any], identit
     files = write_tensors(temporary, tensors)
     with collectives.agreed("checkpoint: rename the folder"):
         if collectives.rank() == 0:
-            publish(temporary, folder, state, identity, files)
+            publish(temporary, folder, state, identity, files, sizes_of(tensors))
 
 
 def temporary_folder(folder: Path, keep: Collection[Path] = ()) -> Path:
@@ -190,7 +190,19 @@ def files_of_all(mine: Path | None, group: dist.ProcessGroup | None = None) -> F
     }
 
 
-def publish(temporary: Path, folder: Path, state: dict[str, Any], identity: Mapping[str, Any] | None, files: Files) -> None:
+def sizes_of(tensors: State) -> dict[str, int]:
+    """Number of elements of each whole weight, for `publish`."""
+    return {name: entry.numel for name, entry in tensors.items() if name.startswith("model.")}
+
+
+def publish(
+    temporary: Path,
+    folder: Path,
+    state: dict[str, Any],
+    identity: Mapping[str, Any] | None,
+    files: Files,
+    sizes: Mapping[str, int],
+) -> None:
     """Writes state and checksums, and gives a checkpoint its final name. Rank 0 calls it when all ranks have written.
 
     Args:
@@ -198,6 +210,7 @@ def publish(temporary: Path, folder: Path, state: dict[str, Any], identity: Mapp
         folder: final folder; replaced if it exists.
         state, identity: as for `save_checkpoint`.
         files: returned by `write_tensors`.
+        sizes: returned by `sizes_of`.
 
     Raises:
         CheckpointError: this rank does not see the whole file of another.
@@ -212,7 +225,7 @@ def publish(temporary: Path, folder: Path, state: dict[str, Any], identity: Mapp
     write_json(temporary / _STATE, state)
     stated = {"size": (temporary / _STATE).stat().st_size, "sha256": sha256_of(temporary / _STATE)}
     about = {"format": _FORMAT, "name": folder.name, "identity": dict(identity or {}), "files": {**files, _STATE: stated}}
-    write_json(temporary / _MANIFEST, about)
+    write_json(temporary / _MANIFEST, {**about, "sizes": dict(sizes)})
     aside = folder.with_name(f".{folder.name}{ASIDE}")
     if folder.exists():  # it has its place until the new one has
         folder.rename(aside)
@@ -373,7 +386,7 @@ def load_checkpoint(
         stored = reader.metadata.state_dict_metadata
         targets = [(f"model.{shard.name}", shard, shard.local) for shard in shards]
         requested: State = {f"buffer.{name}": b for name, b in _buffers(engine) if f"buffer.{name}" in stored}
-        scalars: list[tuple[Tensor, Tensor]] = []
+        scalars: dict[int, tuple[Tensor, list[Tensor]]] = {}  # several weights may share one
         if optimizer is not None:
             for shard, key, name in _stored_optimizer_state(shards, stored):
                 tensor = _state_tensor(optimizer, shard, key, stored[name])
@@ -381,7 +394,7 @@ def load_checkpoint(
                     targets.append((name, shard, shard.within(tensor)))
                 else:
                     requested[name] = torch.zeros_like(tensor)
-                    scalars.append((tensor, requested[name]))
+                    scalars.setdefault(id(tensor), (tensor, []))[1].append(requested[name])
         not_contiguous = []
         for name, shard, values in targets:
             first, numel = shard.box.first, prod(shard.box.grid)
@@ -395,8 +408,8 @@ def load_checkpoint(
             reader.read(requested)
         for whole, shard, values in not_contiguous:
             values.detach().copy_(whole.view(shard.box.grid)[shard.box.slices()])
-        for tensor, value in scalars:
-            tensor.copy_(torch.maximum(tensor, value))
+        for shared, numbers in scalars.values():
+            shared.copy_(torch.stack(numbers).amax(0))
     engine.publish()
 
 
@@ -405,7 +418,12 @@ def _reader(folder: Path, shards: list[Shard]) -> ShardReader:
     parts = [(f"model.{s.name}", s.box.first, s.local.numel()) for s in shards if s.local.numel()]
     needed = [(name, first, n) for name, first, n in parts if first is not None]
     with _readable(folder):
-        if _manifest(folder).get("format", 1) >= 3:  # before, a rank's count of steps could be in any file
+        manifest = _manifest(folder)
+        sizes = manifest.get("sizes", {})
+        wrong = [s.name for s in shards if sizes.get(f"model.{s.name}", prod(s.box.grid)) != prod(s.box.grid)]
+        if wrong:
+            raise CheckpointError(f"{folder}: {listing(wrong, 3)} has another size there: it belongs to another model")
+        if manifest.get("format", 1) >= 3:  # before, a rank's count of steps could be in any file
             own = {file for rank in (0, collectives.rank()) if (file := folder / shard_file_name(rank)).exists()}
             reader = ShardReader(folder, sorted(own))
             if len(needed) == len(parts) and reader.has(needed):

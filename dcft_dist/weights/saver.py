@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..distributed import collectives
-from .checkpoint import check_tensors, files_of_all, publish, save_checkpoint, temporary_folder, write_mine
+from .checkpoint import check_tensors, files_of_all, publish, save_checkpoint, sizes_of, temporary_folder, write_mine
 from .shard_files import FlatPiece, State
 
 
@@ -72,6 +73,7 @@ class Saver:
             self._begin(folder.parent)
         temporary = temporary_folder(folder, [path for _, path, _ in self._under_way])
         part: State | Path | None
+        sizes = sizes_of(tensors)
         if self._staging is None:
             part = {name: _copied(entry) for name, entry in tensors.items()}
         else:
@@ -86,7 +88,7 @@ class Saver:
                 if isinstance(part, Path):
                     _move(part, temporary)
             if collectives.rank() == 0:
-                publish(temporary, folder, state, identity, files)
+                publish(temporary, folder, state, identity, files, sizes)
                 then()
 
         self._under_way.append((step, temporary, self._writer.submit(write)))  # type: ignore[union-attr]
@@ -101,10 +103,9 @@ class Saver:
             with collectives.agreed("checkpoint: clear the disk of the node"):
                 for left in self._staging.glob(f"{mine}_*"):  # by an earlier start of this run
                     shutil.rmtree(left, ignore_errors=True)  # several ranks do so at once
-            self._staging = self._staging / f"{mine}_{collectives.rank()}"
             with collectives.agreed("checkpoint: make a folder on the disk of the node"):
-                self._staging.parent.mkdir(parents=True, exist_ok=True)
-                self._staging.mkdir(mode=0o700)  # not one that another user has made
+                self._staging.mkdir(parents=True, exist_ok=True)  # in it, one that only this user can read
+                self._staging = Path(tempfile.mkdtemp(prefix=f"{mine}_{collectives.rank()}_", dir=self._staging))
 
     def finish(self) -> None:
         """Waits until everything is written. Collective.
@@ -122,6 +123,18 @@ class Saver:
     def close(self) -> None:
         """Waits as `finish` does, and deletes what is left on the disk of the node. Collective."""
         self.finish()
+        self._clear()
+
+    def leave(self, wait_s: float) -> None:
+        """After an error: what is under way may still be written. Deletes what is then left on the disk of the node.
+
+        Args:
+            wait_s: seconds to wait at most.
+        """
+        wait([job for _, _, job in self._under_way], wait_s)
+        self._clear()
+
+    def _clear(self) -> None:
         if self._writer is not None and self._staging is not None:
             shutil.rmtree(self._staging, ignore_errors=True)
 

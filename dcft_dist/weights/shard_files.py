@@ -22,6 +22,8 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from ..errors import CheckpointError
+
 State = dict[str, Any]  # name -> FlatPiece, or a tensor that is stored whole
 
 
@@ -140,10 +142,15 @@ class ShardReader(HuggingFaceStorageReader):
 
         Args:
             requested: name -> FlatPiece or tensor, which gets the stored values.
+
+        Raises:
+            CheckpointError: a whole tensor has another shape.
         """
-        if not self._all:  # the files do not show how large the whole tensors are
-            for name, entry in requested.items():
-                stored: Any = self.metadata.state_dict_metadata[name]
+        for name, entry in requested.items():
+            stored: Any = self.metadata.state_dict_metadata[name]
+            if not isinstance(entry, FlatPiece) and stored.size != entry.size():
+                raise CheckpointError(f"{self.path}: {name} is {list(stored.size)} there, not {list(entry.size())}")
+            if not self._all:  # the files do not show how large the whole tensors are
                 stored.size = entry.size()
         planner = _LoadPlanner(flatten_state_dict=False)
         planner.set_up_planner(requested, self.metadata, True)

@@ -240,3 +240,27 @@ def test_activations_go_to_the_host_and_weights_do_not(engine: str, stage: int) 
         assert put_there == [(14 // ranks, 13)] * 2 and fetched == 2, put_there
     for put_there, fetched in run_ranks(ranks, on_the_host, engine, stage, "none"):
         assert len(put_there) >= 6 and fetched == len(put_there) and not weights & set(put_there), put_there
+
+
+class InPlace(nn.Module):
+    """Changes its buffer after the backward has begun to need it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("c", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * self.c
+        self.c.add_(1)
+        return y
+
+
+def test_what_stays_and_is_changed_in_place_is_noticed() -> None:
+    """As autograd notices it, which does not look at what a hook returns."""
+    block = InPlace()
+    x = torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        block(x).sum().backward()
+    checkpoint_activations([block], "none", on_host=True)
+    with pytest.raises(EngineError, match="a weight or buffer that the backward needs was changed in place"):
+        block(x).sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from dcft_dist import attach_penalty, load_weights, save_weights, score_importance, select_fundamental
 from dcft_dist.engines.find import find_engine
@@ -88,6 +98,15 @@ def test_equals_one_process(model: str, how: str, ranks: int, together: int) -> 
         assert max(distances.values()) <= 1e-9, distances
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_compiled(checkpointing: str) -> None:
+    """The first block's input comes from the split embedding, which is still on its way."""
+    _, _, weights = run_ranks(1, trained, "llama", 1, "update", {})[0]
+    more = {"compiler": "aot_eager", "checkpointing": checkpointing}
+    for _, _, state in run_ranks(2, trained, "llama", 2, "update", more):
+        assert max(float((state[name] - weight).abs().max()) for name, weight in weights.items()) <= 1e-9
+
+
 def layers_of(model: str) -> dict[str, tuple[int, ...]]:
     """Shape of this rank's part of each weight."""
     return {shard.name: tuple(shard.local.shape) for shard in find_engine(built(model, 2).model).shards()}
@@ -135,6 +154,8 @@ def refused(kind: str) -> str:
         "style": MODELS["llama"],
         "inside": MODELS["llama"],
         "replicas": MODELS["llama"],
+        "compiled": MODELS["llama"],
+        "beside": lambda: PhiForCausalLM(PhiConfig(**SIZES, intermediate_size=48, vocab_size=50, qk_layernorm=True)),
     }[kind]()
     if kind == "style":
         net._tp_plan = {**net._tp_plan, "model.norm": "sequence_parallel"}
@@ -142,6 +163,8 @@ def refused(kind: str) -> str:
         net.model.layers[0].mlp.gate = nn.Parameter(torch.zeros(3))
     with pytest.raises(EngineError) as error:
         options = WrapOptions("fsdp2", CPU, [], tensor_parallel=2, replicas=2 if kind == "replicas" else 1)
+        if kind == "compiled":
+            options = replace(options, compiler="aot_eager", checkpointing="blocks")
         prepare(net, options, lambda weights: make_optimizer("momentum", [p for _, p, _ in weights]))
     return str(error.value)
 
@@ -152,6 +175,8 @@ REFUSED = {
     "uneven": "sharding.tensor_parallel = 2 does not divide 51, a dimension of ",
     "style": "the plan of the model has styles that are not known: sequence_parallel",
     "inside": "model.layers.0.mlp.gate belongs to a module with submodules, and the plan of the model leaves it out",
+    "compiled": "train.compile with sharding.tensor_parallel needs train.activation_checkpointing = 'none' or 'selective'",
+    "beside": "model.layers.0.self_attn.q_layernorm has weights beside layers that are split, and the plan of the model",
     "replicas": "sharding.tensor_parallel needs the engine fsdp2, without replicas",
 }
 

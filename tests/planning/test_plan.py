@@ -97,6 +97,7 @@ SAVING = [
     (2, "decoder", {"accumulation": 2, "reduce": "last"}),
     (4, "vit", {"accumulation": 2, "reduce": "each", "activation_checkpointing": "blocks"}),
     (4, "decoder", {"tensor_parallel": 2}),
+    (4, "decoder", {"tensor_parallel": 2, "activations_on_host": True}),
     (2, "decoder", {"activations_on_host": True}),
     (2, "vit", {"activations_on_host": True, "activation_checkpointing": "blocks"}),
     (2, "decoder", {"offload": True}),
@@ -238,7 +239,16 @@ RECIPES = {
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_at_true_width(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From nothing but the configurations: sizes of a micro-batch, precision and level are theirs."""
-    words = [*true_width(recipe, tmp_path), "--train.micro_batch", "2", "--ranks", "64", "--json"]
+    words = [
+        *true_width(recipe, tmp_path),
+        "--train.global_batch",
+        "128",
+        "--train.micro_batch",
+        "2",
+        "--ranks",
+        "64",
+        "--json",
+    ]
     assert main(["plan", "--model", f"configs/{recipe}.toml", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["weights"] == pytest.approx(RECIPES[recipe] * 1e9, rel=0.02)
@@ -315,6 +325,18 @@ def test_what_fits(memory: float, accumulation: int, expected: list[tuple[str, i
     assert (f"--train.micro_batch {expected[0][1]} --train.activation_checkpointing {how}" in text) == fits
     assert ("--sharding.offload true" in text) == (fits and "weights" in host)
     assert ("--train.activations_on_host true" in text) == (fits and "activations" in host)
+
+
+def test_what_fits_a_configuration(tmp_path: Path) -> None:
+    """Only micro-batches that the run would make: they divide what a rank has of a step."""
+    words = ["--train.global_batch", "24", "--train.micro_batch", "8"]
+    request = request_of("configs/instructions_7b.toml", words, ranks=2, memory_gib=7.5)
+    assert (request.micro_batch, request.accumulation) == (6, 2)
+    found = fitting(request, planned_by_rule)
+    sizes = [(f.request.micro_batch, f.request.accumulation) for f in found]
+    assert sizes == [(6, 2), (12, 1)] and found[0].fits, sizes
+    alone = request_of("configs/instructions_7b.toml", [*words, "--sharding.tensor_parallel", "2"], ranks=2, micro_batch=5)
+    assert (alone.micro_batch, alone.accumulation) == (4, 6)
 
 
 def test_what_fits_by_the_command(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:

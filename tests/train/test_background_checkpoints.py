@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from dcft_dist.cli import main
-from dcft_dist.errors import TemporaryError
+from dcft_dist.errors import DivergedError, TemporaryError
 from dcft_dist.files import read_lines
 from dcft_dist.train.steps import Training
 from dcft_dist.weights import saver
@@ -33,6 +34,11 @@ def words(tiny: Path, runs: Path, *more: str) -> list[str]:
 
 def checksum(runs: Path) -> str:
     return str(json.loads((runs / "tiny/summary.json").read_text())["weights_checksum"])
+
+
+def folder_name(checkpoints: Path) -> str:
+    """How a run's folders on the disk of a node begin."""
+    return f"dcft_{hashlib.sha256(str(checkpoints.resolve()).encode()).hexdigest()[:16]}"
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +90,9 @@ def test_a_failure_is_told_at_the_next_save(
     left = [path for path in (tmp_path / "full/tiny/checkpoints").iterdir() if path.name.startswith("step")]
     assert [path.name for path in left] == ["step_00000002"] and is_complete(left[0])
     monkeypatch.setattr(saver, name, last)
-    waiting = list((tmp_path / "node").glob("*/*")) if staged else []
-    assert [path.name for path in waiting] == ["step_00000004"] * staged
+    assert not staged or list((tmp_path / "node").iterdir()) == [], "the disk of the node is left clean"
+    if staged:  # by a start that was killed
+        (tmp_path / "node" / f"{folder_name(tmp_path / 'full/tiny/checkpoints')}_3_x/step_00000001").mkdir(parents=True)
     assert main(words(tiny, tmp_path / "full", *options)) == 0
     assert checksum(tmp_path / "full") == checksum(tmp_path / "plain")
     assert read_lines(tmp_path / "full/tiny/attempts.jsonl")[1]["at"] == "step 2"
@@ -108,9 +115,35 @@ def test_the_disk_of_the_node(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert main(words(tiny, tmp_path / "staged", *BACKGROUND, *staged)) == 0
     assert checksum(tmp_path / "staged") == checksum(tmp_path / "plain")
     assert (".step_00000004.tmp", 0o700) in seen and list((tmp_path / "node").iterdir()) == []
-    assert main(words(tiny, tmp_path / "unset", *BACKGROUND, "--checkpoint.staging", "$NO_SUCH")) == 2
-    dist.destroy_process_group()
+    monkeypatch.setattr(saver, "_move", move)
+    monkeypatch.setenv("EMPTY", "")
+    for place in ("$NO_SUCH", "${NO_SUCH}/x", "$EMPTY/x", "relative"):
+        assert main(words(tiny, tmp_path / "unset", *BACKGROUND, "--checkpoint.staging", place)) == 2
+        dist.destroy_process_group()
     assert main(words(tiny, tmp_path / "front", *staged)) == 2
+
+
+def test_a_good_checkpoint_is_written_though_the_run_fails(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that diverges while the last good checkpoint is under way."""
+    write, step = saver.write_mine, Training.step
+
+    def slow(folder: Path, tensors: Any) -> Any:
+        if "step_00000004" in folder.name:
+            time.sleep(2)
+        return write(folder, tensors)
+
+    def diverging(self: Training, number: int, total: int, groups: Any) -> Any:
+        if number == 4:
+            raise DivergedError("the training loss is nan")
+        return step(self, number, total, groups)
+
+    monkeypatch.setattr(saver, "write_mine", slow)
+    monkeypatch.setattr(Training, "step", diverging)
+    assert main(words(tiny, tmp_path, *BACKGROUND)) == 2
+    dist.destroy_process_group()
+    assert is_complete(tmp_path / "tiny/checkpoints/step_00000004")
 
 
 @pytest.mark.parametrize("engine", ["fsdp2", "deepspeed"])

@@ -12,8 +12,11 @@ import pytest
 from dcft_dist import FundamentalSet
 from dcft_dist.files import read_json, read_lines
 
+from ..own import tiny_decoder
 from ..processes import output_of
-from .test_recipes import SMALL, instructions_7b
+from .test_recipes import SMALL, instructions_7b, reports_bert
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 OPTIONS = ["--train.precision", "fp32", "--train.epochs", "2", "--checkpoint.keep_last", "2", "--log_every", "1"]
 TOGETHER = ["--sharding.tensor_parallel", "2"]
@@ -47,6 +50,11 @@ def test_equals_one_process(recipe: list[str], tmp_path: Path) -> None:
         assert losses(folder) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
         for split in ("validation", "test"):
             assert found[split] == pytest.approx(one[split], rel=1e-3), split
+        tokens = [
+            [row["speed/tokens_per_s"] / row["speed/samples_per_s"] for row in read_lines(f / "it/speed.jsonl")]
+            for f in (folder, tmp_path / "one")
+        ]
+        assert tokens[0] == pytest.approx(tokens[1], rel=0.2), "ranks that compute together count once"
         rows = [len(list(csv.DictReader((f / "it/predictions.csv").open()))) for f in (folder, tmp_path / "one")]
         assert rows[0] == rows[1] > 0, "each test example once"
 
@@ -64,3 +72,19 @@ def test_a_run_goes_on_without(recipe: list[str], tmp_path: Path) -> None:
     assert read_lines(run / "attempts.jsonl")[1]["at"] == f"step {int(kept.name[5:])}"
     for split in ("validation", "test"):
         assert found[split] == pytest.approx(expected[split], rel=1e-3), split
+
+
+def test_a_head_of_its_own(tmp_path: Path) -> None:
+    """It is warmed up on what the split decoder gives it."""
+    words = reports_bert(tmp_path)
+    words[words.index("--model.weights") + 1] = str(tiny_decoder(tmp_path / "decoder"))
+    text = (CONFIGS / "reports_bert.toml").read_text().replace("args = {add_pooling_layer = false}", "")
+    (tmp_path / "decoder.toml").write_text(text.replace('unused = ["pooler.*", "cls.*"]', 'unused = ["lm_head.*"]'))
+    words += [*SMALL, *OPTIONS]
+    found = {}
+    for ranks, more in ((1, ["--engine", "single"]), (4, ["--engine", "fsdp2", *TOGETHER])):
+        runs = ["--runs_dir", str(tmp_path / str(ranks)), "--name", "it"]
+        output_of("train", tmp_path / "decoder.toml", *words, *runs, *more, ranks=ranks)
+        found[ranks] = read_json(tmp_path / f"{ranks}/it/summary.json")
+    assert found[4]["test"] == pytest.approx(found[1]["test"], rel=1e-3)
+    assert losses(tmp_path / "4") == pytest.approx(losses(tmp_path / "1"), rel=1e-4)

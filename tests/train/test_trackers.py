@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 import torch.distributed as dist
 
 from dcft_dist.cli import main
+from dcft_dist.config.toml import load_config
 from dcft_dist.errors import TemporaryError
 from dcft_dist.files import read_json, read_lines
+from dcft_dist.runs.folder import RunFolder
 from dcft_dist.train import trackers
 from dcft_dist.weights import checkpoint
 
@@ -94,7 +98,7 @@ def test_one_run_in_every_tracker_over_two_starts(
     monkeypatch.setattr(checkpoint, "write_shard_file", full)
     assert main(words(tiny, tmp_path, *ALL, "--checkpoint.every", "3")) == 1
     dist.destroy_process_group()
-    first = read_json(tmp_path / "tiny/trackers.json")
+    first = read_json(tmp_path / "tiny/trackers.json")["ids"]
     assert curves_of_mlflow(tmp_path)[2].info.status == "FAILED"
     monkeypatch.setattr(checkpoint, "write_shard_file", write)
     assert main(words(tiny, tmp_path, *ALL, "--checkpoint.every", "3")) == 0
@@ -107,7 +111,7 @@ def test_one_run_in_every_tracker_over_two_starts(
             logged.setdefault(key, {})[row["step"]] = row[key]
     test = read_json(run / "summary.json")["test"]
     assert len(logged["train/loss"]) == 10 and "validation/accuracy" in logged
-    assert read_json(run / "trackers.json") == first
+    assert read_json(run / "trackers.json") == {"run": "tiny", "ids": first}
     ids, curves = curves_of_wandb(run)
     assert ids == {first["wandb"]} and len(list(run.glob("wandb/offline-run-*"))) == 2
     for found in (curves, curves_of_mlflow(tmp_path)[1], curves_of_tensorboard(run)):
@@ -155,11 +159,47 @@ def test_a_tracker_that_is_not_installed(
     assert "trackers: wandb is not installed: pip install 'dcft_dist[trackers]'" in capsys.readouterr().err
 
 
-def test_ids_that_somebody_else_has_written(tiny: Path, tmp_path: Path) -> None:
-    """They are used as ids, or not at all."""
+IDS = [
+    {"run": "tiny", "ids": {"wandb": "../../x", "mlflow": "0" * 32, "tensorboard": [1]}},
+    {"run": "tiny", "ids": {"wandb": 12345678, "mlflow": 5}},
+    {"run": "tiny", "ids": ["wandb"]},
+    {"run": "another", "ids": {"wandb": "abcd1234", "mlflow": "0" * 32}},
+    [1],
+]
+
+
+@pytest.mark.parametrize("content", IDS, ids=str)
+def test_ids_that_are_not_of_this_run(content: Any, tiny: Path, tmp_path: Path) -> None:
+    """Of a copied run, of another place, or of no form: the run gets new ones."""
     (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny/trackers.json").write_text('{"wandb": "../../x", "mlflow": "' + "0" * 32 + '", "tensorboard": [1]}')
-    assert main(words(tiny, tmp_path, *ALL)) == 0
-    ids = read_json(tmp_path / "tiny/trackers.json")
-    assert ids["wandb"] not in ("../../x",) and ids["mlflow"] != "0" * 32
-    assert curves_of_mlflow(tmp_path)[0] == {ids["mlflow"]}
+    (tmp_path / "tiny/trackers.json").write_text(json.dumps(content))
+    one_epoch = ["--train.epochs", "1"]
+    assert main(words(tiny, tmp_path, *ALL, *one_epoch)) == 0
+    kept = read_json(tmp_path / "tiny/trackers.json")
+    assert kept["run"] == "tiny" and kept["ids"].keys() == {"wandb", "mlflow"}
+    assert kept["ids"]["wandb"] not in ("../../x", "abcd1234") and kept["ids"]["mlflow"] != "0" * 32
+    assert curves_of_mlflow(tmp_path)[0] == {kept["ids"]["mlflow"]}
+
+
+def test_a_tracker_that_does_not_answer(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It holds up neither the training nor, for long, the end."""
+    forever = threading.Event()
+    monkeypatch.setattr(trackers._MLflow, "__init__", lambda *_: forever.wait(300))
+    monkeypatch.setattr(trackers, "CLOSE_S", 1.0)
+    began = time.monotonic()
+    assert main(words(tiny, tmp_path, "--trackers", '["tensorboard", "mlflow"]', "--train.epochs", "1")) == 0
+    assert time.monotonic() - began < 60
+    assert "the trackers tensorboard and mlflow do not answer: given up after 1 s" in caplog.text
+    forever.set()
+
+
+def test_names_that_mlflow_does_not_take(tmp_path: Path) -> None:
+    config = load_config("smoke.toml", ["--runs_dir", str(tmp_path), "--name", "it"])
+    folder = RunFolder.of(config)
+    folder.path.mkdir()
+    tracker = trackers._MLflow(folder, config, None, 0)
+    tracker.log(1, {"validation/dice_atrium (LA), left": 0.5})
+    tracker.close("done")
+    assert curves_of_mlflow(tmp_path)[1] == {"validation/dice_atrium _LA__ left": {1: 0.5}}

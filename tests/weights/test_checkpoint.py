@@ -378,3 +378,51 @@ def test_a_file_system_that_shows_files_late(tmp_path: Path) -> None:
     first, second = run_ranks(2, late, str(tmp_path), True)
     assert first.startswith("CheckpointError: ") and "is not whole on rank 0 after 3 s: runs_dir must be on" in first
     assert "rank 0: " in second and "not whole" in second and not (tmp_path / "never").exists()
+
+
+class Scaled(nn.Module):
+    """A weight without dimensions, as temperatures are, and a buffer."""
+
+    def __init__(self, rows: int = 6, size: int = 8) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.layer = nn.Linear(8, rows)
+        self.register_buffer("mean", torch.arange(float(size)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.layer(x)
+
+
+def test_a_weight_without_dimensions(tmp_path: Path) -> None:
+    """Its negative moment comes back; and so does the count of steps, into an optimizer that has made more."""
+
+    def step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        net(torch.ones(2, 8)).square().sum().neg().backward()
+        optimizer.step()
+
+    torch.manual_seed(0)
+    net = Scaled()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for _ in range(2):
+        step(net, optimizer)
+    assert float(optimizer.state[net.scale]["exp_avg"]) < 0
+    save_checkpoint(tmp_path / "it", model_state(net, optimizer), {})
+    saved = {n: v.clone() for n, v in optimizer.state[net.scale].items()}
+    for _ in range(3):
+        step(net, optimizer)
+    load_checkpoint(tmp_path / "it", net, optimizer)
+    assert {n: float(v) for n, v in optimizer.state[net.scale].items()} == {n: float(v) for n, v in saved.items()}
+    assert float(optimizer.state[net.layer.weight]["step"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "said"), [(4, 8, "layer.weight, layer.bias has another size"), (6, 12, "buffer.mean is")]
+)
+def test_a_checkpoint_of_a_model_of_another_size(tmp_path: Path, rows: int, size: int, said: str) -> None:
+    save_checkpoint(tmp_path / "it", model_state(Scaled()), {})
+    net = Scaled(rows, size)
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=said):
+        load_checkpoint(tmp_path / "it", net)
+    assert all(torch.equal(p, before[n]) for n, p in net.state_dict().items())

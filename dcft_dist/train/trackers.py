@@ -101,8 +101,7 @@ class _MLflow:
 
         logging.getLogger("urllib3").setLevel(logging.ERROR)  # it tells each attempt to reach a server
         place = os.environ.get("MLFLOW_TRACKING_URI", (folder.path.resolve().parent / "mlruns").as_uri())
-        with _files_allowed():
-            self._client: Any = mlflow.MlflowClient(tracking_uri=place)
+        self._client: Any = mlflow.MlflowClient(tracking_uri=place)
         if id is not None:
             with suppress(mlflow.MlflowException):  # not in this place
                 self._client.update_run(id, status="RUNNING")
@@ -143,17 +142,22 @@ _MAKE: dict[str, Callable[[RunFolder, Config, str | None, int], Tracker]] = {
 }
 
 
+# Nothing is sent anywhere that the user has not named; and MLflow keeps runs in files only with a word: its databases do not
+# stand several writers on a shared file system.
+_AT_HOME = {"WANDB_ERROR_REPORTING": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_ALLOW_FILE_STORE": "true"}
+
+
 @contextmanager
-def _files_allowed() -> Iterator[None]:
-    """MLflow keeps runs in files only with a word; its databases do not stand several writers on a shared file system."""
-    name = "MLFLOW_ALLOW_FILE_STORE"
-    before = os.environ.get(name)
-    os.environ.setdefault(name, "true")
+def _at_home() -> Iterator[None]:
+    """Inside, libraries that are imported and clients that are made keep to themselves, unless the environment says else."""
+    given = {name for name in _AT_HOME if name in os.environ}
+    for name, value in _AT_HOME.items():
+        os.environ.setdefault(name, value)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
+        for name in _AT_HOME.keys() - given:
+            os.environ.pop(name, None)
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -233,7 +237,7 @@ class Trackers:
         ids = kept.get("ids") if isinstance(kept, dict) and kept.get("run") == self._config.name else {}
         pairs = ids.items() if isinstance(ids, dict) else ()
         ids = {key: id for key, id in pairs if key in _MAKE and isinstance(id, str) and re.fullmatch(r"\w{1,64}", id)}
-        with self._left_out_if_it_fails(name):
+        with self._left_out_if_it_fails(name), _at_home():
             tracker = self._trackers[name] = _MAKE[name](self._folder, self._config, ids.get(name), first_new)
             if tracker.id is not None and tracker.id != ids.get(name):
                 write_json(self._folder.trackers, {"run": self._config.name, "ids": {**ids, name: tracker.id}})

@@ -96,11 +96,8 @@ SAVING = [
     (4, "decoder", {"activation_checkpointing": "selective"}),
     (2, "decoder", {"accumulation": 2, "reduce": "last"}),
     (4, "vit", {"accumulation": 2, "reduce": "each", "activation_checkpointing": "blocks"}),
-    (4, "decoder", {"tensor_parallel": 2}),
     (4, "decoder", {"tensor_parallel": 2, "activations_on_host": True}),
     (2, "decoder", {"activations_on_host": True}),
-    (2, "vit", {"activations_on_host": True, "activation_checkpointing": "blocks"}),
-    (2, "decoder", {"offload": True}),
     (4, "vit", {"offload": True, "activations_on_host": True, "activation_checkpointing": "blocks"}),
 ]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -66,7 +69,7 @@ def curves_of_mlflow(runs: Path) -> tuple[set[str], dict[str, dict[int, float]],
     """The same, and its record of the run."""
     from mlflow import MlflowClient
 
-    with trackers._files_allowed():
+    with trackers._at_home():
         client = MlflowClient(tracking_uri=(runs / "mlruns").as_uri())
     found = client.search_runs([client.get_experiment_by_name("dcft_dist").experiment_id])
     curves = {
@@ -169,16 +172,44 @@ IDS = [
 
 
 @pytest.mark.parametrize("content", IDS, ids=str)
-def test_ids_that_are_not_of_this_run(content: Any, tiny: Path, tmp_path: Path) -> None:
+def test_ids_that_are_not_of_this_run(content: Any, tmp_path: Path) -> None:
     """Of a copied run, of another place, or of no form: the run gets new ones."""
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny/trackers.json").write_text(json.dumps(content))
-    one_epoch = ["--train.epochs", "1"]
-    assert main(words(tiny, tmp_path, *ALL, *one_epoch)) == 0
-    kept = read_json(tmp_path / "tiny/trackers.json")
+    config = load_config("smoke.toml", ["--runs_dir", str(tmp_path), "--name", "tiny", *ALL])
+    folder = RunFolder.of(config)
+    folder.path.mkdir()
+    folder.trackers.write_text(json.dumps(content))
+    opened = trackers.Trackers(folder, config, active=True)
+    opened.begin(0)
+    opened.log(1, {"train/loss": 0.5})
+    opened.close("done")
+    kept = read_json(folder.trackers)
     assert kept["run"] == "tiny" and kept["ids"].keys() == {"wandb", "mlflow"}
     assert kept["ids"]["wandb"] not in ("../../x", "abcd1234") and kept["ids"]["mlflow"] != "0" * 32
-    assert curves_of_mlflow(tmp_path)[0] == {kept["ids"]["mlflow"]}
+    assert curves_of_mlflow(tmp_path)[:2] == ({kept["ids"]["mlflow"]}, {"train/loss": {1: 0.5}})
+
+
+def test_nothing_is_sent(tiny: Path, tmp_path: Path) -> None:
+    """No socket to another machine, and neither MLflow's telemetry nor wandb's reports, in a process of its own."""
+    script = f"""
+import socket, sys
+connect = socket.socket.connect
+def noted(self, address):
+    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+        print("CONNECTS TO", address, flush=True)
+    return connect(self, address)
+socket.socket.connect = noted
+from dcft_dist.cli import main
+assert main({words(tiny, tmp_path, *ALL, "--train.epochs", "1")!r}) == 0
+import mlflow.telemetry, os, threading
+assert mlflow.telemetry.get_telemetry_client() is None
+assert "_MLFLOW_TELEMETRY_SESSION_ID" not in os.environ and "MLFLOW_DISABLE_TELEMETRY" not in os.environ
+print("DONE", flush=True)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "CI"}  # in which MLflow is silent by itself
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert found.returncode == 0 and "DONE" in found.stdout and "CONNECTS TO" not in found.stdout, (
+        found.stdout + found.stderr
+    )
 
 
 def test_a_tracker_that_does_not_answer(
@@ -199,7 +230,8 @@ def test_names_that_mlflow_does_not_take(tmp_path: Path) -> None:
     config = load_config("smoke.toml", ["--runs_dir", str(tmp_path), "--name", "it"])
     folder = RunFolder.of(config)
     folder.path.mkdir()
-    tracker = trackers._MLflow(folder, config, None, 0)
+    with trackers._at_home():
+        tracker = trackers._MLflow(folder, config, None, 0)
     tracker.log(1, {"validation/dice_atrium (LA), left": 0.5})
     tracker.close("done")
     assert curves_of_mlflow(tmp_path)[1] == {"validation/dice_atrium _LA__ left": {1: 0.5}}

@@ -122,6 +122,13 @@ def _add_use(commands: Commands) -> None:
         "--apply", type=Path, metavar="FOLDER", help="apply the file, and write the fine-tuned model to this folder"
     )
 
+    interpolate = commands.add_parser(
+        "interpolate",
+        help="move a finished run's weights back towards their start, the fundamental set and the rest by different shares",
+    )
+    interpolate.add_argument("run", type=Path)
+    _add_trust(interpolate)
+
 
 def _add_compare(commands: Commands) -> None:
     verify = commands.add_parser("verify", help="check every file of a run or of a study: is it as it was written?")
@@ -316,6 +323,17 @@ def _delta(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"{options.file}: {changed:,} of {total:,} weights changed ({changed / total:.1%}); {size:,} bytes")
 
 
+def _interpolate(options: argparse.Namespace, rest: list[str]) -> None:
+    from .distributed.world import joined_world
+    from .reports.comparison import interpolation_table
+    from .train.interpolate import interpolate
+
+    with joined_world(600.0) as world:
+        found = interpolate(options.run, world, options.trust_code)
+        if world.is_first:
+            print(interpolation_table(found))
+
+
 def _report(options: argparse.Namespace, rest: list[str]) -> None:
     from .reports.run_report import write_report
     from .studies.report import write_study_report
@@ -438,6 +456,7 @@ _COMMANDS = {
     "evaluate": _use,
     "predict": _use,
     "delta": _delta,
+    "interpolate": _interpolate,
     "status": _status,
     "verify": _verify,
     "report": _report,

@@ -102,7 +102,7 @@ def _scores(run: RunContext, train: TrainSteps) -> Scores:
         if file.parent == run.writer.path:
             run.writer.require_own(file)
         return load_scores(file, run.model)
-    scores = _score_after_training(run, train) if settings.after_epochs else _score(run)
+    scores = _score_after_training(run, train) if settings.after_epochs else score(run)
     if run.config.until == "score":
         save_scores(scores, file)
         run.writer.keep(file)
@@ -124,7 +124,7 @@ def _score_after_training(run: RunContext, train: TrainSteps) -> Scores:
         rounds=settings.rounds,
         fraction=0.0 if fraction == "auto" else fraction,
         train=train_round,
-        score=lambda: _score(run),
+        score=lambda: score(run),
     )
 
 
@@ -148,7 +148,12 @@ class _ScoreItems:
             yield from self._run.micro_batches(batch, self._run.train, draw=0)
 
 
-def _score(run: RunContext) -> Scores:
+def score(run: RunContext) -> Scores:
+    """Scores the weights as they are. Collective.
+
+    Args:
+        run: the context of the run; its `importance` says how.
+    """
     settings, size = run.config.importance, run.config.importance.score_batch
     indices = order(run.config.seed, 0, len(run.train))[: settings.num_samples]
     batches = [indices[first : first + size] for first in range(0, len(indices), size)]

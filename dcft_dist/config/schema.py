@@ -192,6 +192,8 @@ class Config(Section):
             )
         if self.task.kind != "single_label":
             raise ValueError(f"task.name = '{self.task.name}' needs task.kind = 'single_label'")
+        if self.task.external_tests and self.task.name != "icd10cm_chapter":
+            raise ValueError("task.external_tests = ['icd9'] is for task.name = 'icd10cm_chapter'")
         if self.model.name == "own":
             return self
         if (self.model.name == "dinov2_small") != (self.task.name == "mri_region"):

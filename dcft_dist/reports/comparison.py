@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..errors import DataError
 from ..objectives.base import oriented
@@ -89,29 +88,4 @@ def comparison(runs: Sequence[Path]) -> str:
         *dict.fromkeys(summary["caveat"] for summary in summaries),
         "One seed a row: differences of a few points are noise.",
     ]
-    return "\n".join(lines)
-
-
-def interpolation_table(found: Mapping[str, Any]) -> str:
-    """What `dcft interpolate` has chosen, as a Markdown table: shares of the way, and metrics there.
-
-    Args:
-        found: the content of `interpolation.json`.
-    """
-    metric = found["metric"]
-    labels = {
-        "selected": "selected set",
-        "random": "random set, matched in tensors and magnitudes",
-        "diagonal": "one share for all (WiSE-FT)",
-    }
-    lines = [
-        f"| by | share of the set | share of the rest | validation {metric} | test {metric} | test loss |",
-        "|---|---|---|---|---|---|",
-    ]
-    rows = [(labels[name], row) for name, row in found["families"].items()]
-    for label, row in [*rows, ("as fine-tuned", {"on_set": 1.0, "on_rest": 1.0, **found["end"]})]:
-        test = row.get("test") or {}
-        shown = [f"{test[key]:.4g}" if key in test else "" for key in (metric, "loss")]
-        cells = [label, f"{row['on_set']:.3g}", f"{row['on_rest']:.3g}", f"{row['validation'][metric]:.4g}", *shown]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..files import write_atomic
+from .interpolation import interpolation_table
 from .render import results_of, template, what_it_is
 
 _KINDS = {
@@ -28,7 +29,9 @@ def write_card(folder: Path, config: Config, summary: dict[str, Any]) -> None:
     """
     names = summary["labels"]["names"]
     base = config.model.weights or config.model.build or config.model.name
+    found = summary.get("interpolation")
     facts = {
+        "interpolation": interpolation_table(found) if found else "",
         "base": base,
         "what": what_it_is(summary),
         "task": _KINDS[config.task.kind].format(n=len(names)),

@@ -42,7 +42,7 @@ def summary_of(run: Path) -> dict[str, Any]:
 def results_of(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The table of results: (metric, validation, test, 95 % interval of the test) for each metric, all as text.
 
-    The first row is the first of `shown_metrics`.
+    The first row is the first of `shown_metrics`; rows of further test data follow.
 
     Args:
         s: the summary of a run.
@@ -50,7 +50,12 @@ def results_of(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     first, intervals = shown_metrics(s["validation"])[0], s.get("test_intervals") or {}
     names = sorted(s["validation"], key=lambda name: name != first)
     ranges = {name: f"{low:.3f} to {high:.3f}" for name, (low, high) in intervals.items()}
-    return [(name, shown_value(s["validation"], name), shown_value(s["test"], name), ranges.get(name, "")) for name in names]
+    rows = [(name, shown_value(s["validation"], name), shown_value(s["test"], name), ranges.get(name, "")) for name in names]
+    for test, found in (s.get("external") or {}).items():
+        low_high = (found["test_intervals"] or {}).get(first)
+        shown = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
+        rows.append((f"{first}, {test}", "", shown_value(found["test"], first), shown))
+    return rows
 
 
 def what_it_is(summary: dict[str, Any]) -> str:
@@ -68,17 +73,21 @@ def what_it_is(summary: dict[str, Any]) -> str:
 
 
 def test_line(summary: dict[str, Any]) -> str:
-    """The first test metrics of a run in one line, with their 95 % intervals if there are any; empty without a test.
+    """The first test metrics of a run, a line for each set of test data, with 95 % intervals if there are any.
 
     Args:
-        summary: of a run, the content of its `summary.json`.
+        summary: of a run, the content of its `summary.json`. Without a test the text is empty.
     """
-    intervals = summary.get("test_intervals") or {}
-    parts = []
-    for name, value in list((summary.get("test") or {}).items())[:3]:
-        low_high = intervals.get(name)
-        parts.append(f"{name} {value:.4g}" + (f" [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""))
-    return f"test, epoch {summary['best_epoch']}: {', '.join(parts)}" if parts else ""
+    lines = []
+    for test, found in {"": summary, **(summary.get("external") or {})}.items():
+        intervals = found.get("test_intervals") or {}
+        parts = []
+        for name, value in list((found.get("test") or {}).items())[:3]:
+            low_high = intervals.get(name)
+            parts.append(f"{name} {value:.4g}" + (f" [{low_high[0]:.4g}, {low_high[1]:.4g}]" if low_high else ""))
+        if parts:
+            lines.append(f"test{f' {test}' if test else ''}, epoch {summary['best_epoch']}: {', '.join(parts)}")
+    return "\n".join(lines)
 
 
 def template(name: str) -> jinja2.Template:

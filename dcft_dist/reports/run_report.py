@@ -9,8 +9,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..files import objects_in, write_atomic
+from ..files import objects_in, read_lines, write_atomic
 from ..method.fundamental_set import FundamentalSet
+from .interpolation import plane_picture
 from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture
 from .render import png, results_of, summary_of, template, what_it_is
 
@@ -46,6 +47,14 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:
     """(file name, title, caption, figure) of each picture for which the run has data."""
+    if "interpolation" in summary:
+        caption = (
+            "Each place between start and end of the training: the share of its way that the set goes, and that all other "
+            "weights go. Circles: the chosen places, on validation data. Right: one share for all, with as many candidates."
+        )
+        figure = plane_picture(read_lines(run / "plane.jsonl"), summary["interpolation"])
+        yield "plane", "Interpolation by set", caption, figure
+        return
     rows = objects_in(run / "metrics.jsonl", "step")
     yield "loss", "Loss", "Training loss of each logged step, validation loss of each epoch.", loss_curves(rows)
     caption = "Epoch 0 is the warmed-up head on the frozen body. The marked epoch was tested."

@@ -1,7 +1,7 @@
 """The files of a run's directory, and the facts that one process can read from them without torch.
 
 config.toml  metrics.jsonl  head.safetensors  scores.safetensors  fundamental.safetensors  removal.json  checkpoints/
-tensorboard/  model/ (the fine-tuned weights)  predictions.csv (of the test data)  summary.json  estimate.json  report.html
+tensorboard/  model/ (the fine-tuned weights)  predictions*.csv (of the test data)  summary.json  estimate.json  report.html
 lock  attempts.jsonl  errors/  progress.json (see `runs.status`)  facts.json (see `runs.facts`)  trackers.json (ids)
 contents/ (of the data files; see `data.contents`)
 """
@@ -68,7 +68,6 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.speed = path / "speed.jsonl"
         self.profile = path / "profile"
-        self.predictions = path / "predictions.csv"
         self.estimate = path / "estimate.json"
         self.summary = path / "summary.json"
         self.report = path / "report.html"
@@ -113,7 +112,7 @@ class RunFolder:
         """
         scores = self.path / self.scores.name  # not those of another run
         files = [self.path / "config.toml", self.metrics, self.head, scores, self.fundamental, self.removal]
-        files = [*files, self.predictions, *(files_below(self.model) if self.model.is_dir() else ())]
+        files = [*files, *self.path.glob("predictions*.csv"), *(files_below(self.model) if self.model.is_dir() else ())]
         files = [file for file in files if file.is_file() and file != self.model / "README.md"]  # people write into the card
         return {file.relative_to(self.path).as_posix(): _checksum(file) for file in files}
 

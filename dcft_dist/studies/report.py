@@ -44,7 +44,9 @@ def write_study_report(folder: Path, pictures: Path | None = None) -> Path:
     for result in setting_results:
         if not any(arm.correct for arm in result.arms):
             raise DataError(f"{folder}: no cell of {result.setting} has been tested yet")
-        figures = {"contrasts": contrast_picture(result), "tuning": tuning_picture(study, store, result.setting)}
+        figures = {"contrasts": contrast_picture(result), "tuning": None}
+        if result.setting in study.settings:
+            figures["tuning"] = tuning_picture(study, store, result.setting)
         images = {name: png(figure) for name, figure in figures.items() if figure}
         for name, data in images.items():
             if pictures:

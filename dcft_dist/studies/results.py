@@ -45,6 +45,12 @@ def write_checksums(folder: Path, cells: int) -> None:
     write_json(folder / CHECKSUMS, {"cells": cells, "files": checksums})
 
 
+def _tuning_score(result: Result) -> float:
+    if result.get("interpolate") and "summary" in result:
+        return float(result["summary"]["validation"]["accuracy"])
+    return max((epoch["validation/accuracy"] for epoch in result.get("epochs", [])[1:]), default=0.0)
+
+
 class StudyFolder:
     """The results of one study in its folder.
 
@@ -113,6 +119,8 @@ class StudyFolder:
         expected = settings_of(make_config(self.study, cell, self.path))
         actual = completed(result)["config"]
         different = [key for key in expected.keys() | actual.keys() if expected.get(key) != actual.get(key)]
+        if result.get("interpolate") != self.study.family(cell.arm):
+            different.append("interpolate")
         if different:
             raise RunError(
                 f"{self.path}: {cell.name} was run with another {listing(sorted(different))} than the study says now: "
@@ -120,9 +128,13 @@ class StudyFolder:
             )
         return result
 
-    def examples(self, setting: str) -> dict[str, list[Any]]:
+    def examples_file(self, setting: str, test: str = "") -> Path:
+        """The path of the test examples of a setting, or of its further test data with the name `test`."""
+        return self.path / "examples" / f"{setting}{f'.{test}' if test else ''}.json"
+
+    def examples(self, setting: str, test: str = "") -> dict[str, list[Any]]:
         """Reads `"group"` and `"label"` of each test example; both lists are empty before the first test."""
-        file = self.path / "examples" / f"{setting}.json"
+        file = self.examples_file(setting, test)
         examples: dict[str, list[Any]] = read_json(file, "group", "label") if file.exists() else {"group": [], "label": []}
         return examples
 
@@ -162,7 +174,8 @@ class StudyFolder:
     def choose(self, setting: str, arm: str) -> Values:
         """The values with the highest mean validation accuracy over the tuning seeds; the earlier in the grid wins a tie.
 
-        The best epoch of a run counts. Epoch 0 does not: it is the linear probe, which no value changes.
+        The best epoch of a run counts, or the chosen place of one that is interpolated. Epoch 0 does not: it is the linear
+        probe, which no value changes.
 
         Raises:
             DataError: tuning cells are missing.
@@ -184,11 +197,7 @@ class StudyFolder:
         scores: dict[Values, dict[int, float]] = {}
         for values in self.study.grid(arm):
             cells = [Cell(setting, arm, values, seed, True) for seed in self.study.tune_seeds]
-            epochs_by_seed = {cell.seed: self.get(cell).get("epochs", [])[1:] for cell in cells if self.has(cell)}
-            scores[values] = {
-                seed: max((epoch["validation/accuracy"] for epoch in epochs), default=0.0)
-                for seed, epochs in epochs_by_seed.items()
-            }
+            scores[values] = {cell.seed: _tuning_score(self.get(cell)) for cell in cells if self.has(cell)}
         return scores
 
     def final(self, setting: str, arm: str, values: Values, seed: int) -> Result | None:

@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,10 @@ from typing import Any
 
 from ..distributed.world import World
 from ..errors import DivergedError, RunError, UnfinishedError, listing
-from ..files import json_line, objects_in, read_json, read_json_or, write_atomic
+from ..files import json_line, objects_in, read_json, read_json_or, read_lines, write_atomic
 from ..runs.provenance import machine
+from ..train.interpolate import interpolate
+from ..train.places import PLANE
 from ..train.run import run
 from .results import StudyFolder, completed
 from .study import Cell, Study, final_cells, load_study, make_config, make_preparation, settings_of, tuning_cells
@@ -131,12 +134,15 @@ class Runner:
             RunError: a result in the folder was computed with another version of the study.
             UnfinishedError: cells of other shares were missing after `wait_s`.
         """
-        for number, cell in enumerate(mine := self._my_share(cells), 1):
+        runs = defaultdict(list)  # cells by their run: those that differ in the interpolation alone have one
+        for cell in cells:
+            runs[make_config(self.study, cell, self.folder).name].append(cell)
+        mine = [(run_name, cell) for run_name in self._my_share(runs) for cell in runs[run_name]]
+        for number, (run_name, cell) in enumerate(mine, 1):
             if not self.results.has(cell):
                 began = time.monotonic()
                 result = self.run_cell(cell)
                 self.results.put(cell, result)
-                shutil.rmtree(self.folder / "runs" / cell.name, ignore_errors=True)
                 log.info(
                     "%s %d/%d: %s: %s (%.0f s)",
                     phase,
@@ -147,6 +153,8 @@ class Runner:
                     time.monotonic() - began,
                 )
             self.results.get(cell)
+            if cell is runs[run_name][-1]:
+                shutil.rmtree(self.folder / "runs" / run_name, ignore_errors=True)
         self._wait_for([self.results.file(cell) for cell in cells if not self.results.has(cell)], f"{phase} cells")
 
     def run_cell(self, cell: Cell) -> dict[str, Any]:
@@ -165,37 +173,49 @@ class Runner:
             "seed": cell.seed,
             "tuning": cell.tuning,
         }
+        if family := self.study.family(cell.arm):
+            identity["interpolate"] = family
         try:
             if message := (source / "ready").read_text():
                 raise DivergedError(f"before scoring: {message}")
             summary = run(config, self.world)
+            if family:
+                summary = interpolate(self.folder / "runs" / config.name, self.world)
         except DivergedError as error:  # too high a learning rate is a result, not a failure
             return {**identity, "config": settings_of(config), "diverged": str(error)}
-        run_folder = self.folder / "runs" / cell.name
+        run_folder = self.folder / "runs" / config.name
+        if family:
+            summary, identity["places"] = _of_family(summary, run_folder, family)
+        after = f"_{family}" if family else ""
+        place = run_folder / "interpolation" if family else run_folder
         rows = objects_in(run_folder / "metrics.jsonl", "step")
         prefixes = ("validation/", "movement/")
         return {
             **identity,
             "config": settings_of(config),
-            "summary": {key: value for key, value in summary.items() if key not in ("name", "removal")},
+            "summary": {key: value for key, value in summary.items() if key not in ("name", "removal", "files")},
             "prepared_seconds": read_json_or(source / "progress.json", {"seconds": {}}, "seconds")["seconds"],
             "epochs": [{k: v for k, v in row.items() if k.startswith(prefixes)} for row in rows if "validation/loss" in row],
             "train_loss": _train_loss(rows),
             "in_force": _mean(
                 [row["penalty/applied_over_proposed"] for row in rows if "penalty/applied_over_proposed" in row]
             ),
-            "predicted": None if cell.tuning else self._predicted(cell, run_folder / "predictions.csv"),
+            "predicted": None if cell.tuning else self._predicted(cell, place / f"predictions{after}.csv"),
+            "external": {
+                name: self._predicted(cell, place / f"predictions{after}_{name}.csv", name)
+                for name in summary.get("external", {})
+            },
         }
 
-    def _predicted(self, cell: Cell, file: Path) -> list[int]:
-        """The predicted class of each test example.
+    def _predicted(self, cell: Cell, file: Path, test: str = "") -> list[int]:
+        """The predicted class of each test example, of the test data or of further test data.
 
         Groups and labels are the same for all cells of a setting, so they go into one file of `examples/`.
         """
         with file.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
         examples = {"group": [row["group"] for row in rows], "label": [int(row["label"]) for row in rows]}
-        shared = self.folder / "examples" / f"{cell.setting}.json"
+        shared = self.results.examples_file(cell.setting, test)
         if not shared.exists():
             write_atomic(shared, json_line(examples))
         elif read_json(shared, "group", "label") != examples:
@@ -273,6 +293,22 @@ def _reproducible(result: dict[str, Any]) -> dict[str, Any]:
     if "summary" in reproducible:
         reproducible["summary"] = {key: value for key, value in reproducible["summary"].items() if key not in _MAY_DIFFER}
     return reproducible
+
+
+def _of_family(summary: dict[str, Any], run_folder: Path, family: str) -> tuple[dict[str, Any], list[list[Any]]]:
+    """The summary of an interpolated run with the results of one family, and the family's places with validation metrics."""
+    found = summary["interpolation"]
+    mine = found["families"][family]
+    results = {key: mine.get(key) for key in ("validation", "test", "test_intervals")}
+    results["external"] = mine.get("external", {})
+    rows = read_lines(run_folder / "interpolation" / PLANE)
+    places = [
+        [row["on_set"], row["on_rest"], row["metrics"]["accuracy"], round(row["metrics"]["loss"], 5)]
+        for row in rows
+        if row["family"] == family
+    ]
+    chosen = {"on_set": mine["on_set"], "on_rest": mine["on_rest"], "jaccard_of_random": found["jaccard_of_random"]}
+    return summary | results | {"interpolation": chosen}, places
 
 
 def _outcome(result: dict[str, Any]) -> str:

@@ -9,6 +9,9 @@ task.train_per_class = 30
 [arms.full]
 method = "full"
 optimizer.lr = [5e-5, 1e-4]        # a list of values to choose from
+[arms.full_selected]
+method = "full"
+interpolate = "selected"           # the same run, then moved back by sets (`dcft interpolate`)
 [[contrasts]]
 arm = "dcft"
 minus = "random_magnitude"
@@ -32,12 +35,16 @@ from ..config.schema import Config
 from ..config.section import Section, Seed
 from ..config.toml import flat_keys, load_config
 from ..errors import ConfigError, line_of
+from ..train.places import FAMILIES
 
 Values = tuple[tuple[str, Any], ...]  # dotted key, value
 
 
 # Sections that determine the warmed-up head and the scores. Cells that agree in all of them share both.
 _PREPARED = {"model", "task", "data", "import_roots", "seed", "head_warmup", "importance"}
+
+
+_INTERPOLATE = "interpolate"  # the one key of an arm that is not of the configuration
 
 
 class Contrast(Section):
@@ -73,18 +80,35 @@ class Study(Section):
             raise ValueError(f"contrasts name unknown arms: {', '.join(sorted(unknown))}")
         if sum(c.deciding for c in self.contrasts) > 1:
             raise ValueError("only one contrast can be the deciding one")
+        wrong = {arm: family for arm in self.arms if (family := self.family(arm)) not in (None, *FAMILIES)}
+        if wrong:
+            raise ValueError(f"arms: interpolate is one of {', '.join(FAMILIES)}: {wrong}")
         if not self.tune_seeds and not self.seeds:
             raise ValueError("neither tune_seeds nor seeds are set: a study needs at least one of them")
         if not self.tune_seeds and any(self.grid(arm)[1:] for arm in self.arms):
             raise ValueError("an arm has values to choose from, but there are no tune_seeds")
         return self
 
+    def family(self, arm: str) -> str | None:
+        """The family of places that an arm interpolates in after its training; None if it does not."""
+        family: str | None = self.arms[arm].get(_INTERPOLATE)
+        return family
+
+    @property
+    def interpolates(self) -> bool:
+        """Whether an arm interpolates."""
+        return any(self.family(arm) is not None for arm in self.arms)
+
+    def keys(self, arm: str) -> dict[str, Any]:
+        """The configuration keys of an arm, dotted."""
+        return flat_keys({key: value for key, value in self.arms[arm].items() if key != _INTERPOLATE})
+
     def grid(self, arm: str) -> list[Values]:
         """All combinations of an arm's tuned values, in the order of the file.
 
         An arm that tunes nothing has one empty combination.
         """
-        tuned = {key: value for key, value in flat_keys(self.arms[arm]).items() if isinstance(value, list)}
+        tuned = {key: value for key, value in self.keys(arm).items() if isinstance(value, list)}
         return [tuple(zip(tuned, values, strict=True)) for values in itertools.product(*tuned.values())]
 
 
@@ -161,13 +185,15 @@ def final_cells(study: Study, chosen: dict[tuple[str, str], Values]) -> Iterator
 def make_config(study: Study, cell: Cell, folder: Path) -> Config:
     """The configuration of a cell's run, with its run directory in `folder`/runs until the cell is done.
 
+    In a study that interpolates, cells with the same training have the same run.
+
     Args:
         study: the study.
         cell: one of its cells.
         folder: the study's folder.
     """
     overrides = flat_keys(study.common) | flat_keys(study.settings[cell.setting])
-    overrides |= {key: value for key, value in flat_keys(study.arms[cell.arm]).items() if not isinstance(value, list)}
+    overrides |= {key: value for key, value in study.keys(cell.arm).items() if not isinstance(value, list)}
     overrides |= dict(cell.values) | {"name": cell.name, "runs_dir": str(folder / "runs"), "seed": cell.seed}
     overrides |= {"test": not cell.tuning, "engine": "single", "checkpoint.keep_last": 0, "removal.fractions": []}
     overrides["test_resamples"] = 0  # the study computes intervals over all its seeds
@@ -175,8 +201,11 @@ def make_config(study: Study, cell: Cell, folder: Path) -> Config:
         overrides["train.fall_back"] = False
     if study.resample:
         overrides["task.sample_seed"] = cell.seed
+    if study.interpolates:  # every cell's model moves, so it is exported, and has left epoch 0
+        overrides |= {"checkpoint.keep_last": 1, "train.fall_back": False}
     arguments = [argument for key, value in overrides.items() for argument in (f"--{key}", json.dumps(value))]
-    return load_config(study.base, arguments)
+    config = load_config(study.base, arguments)
+    return config.model_copy(update={"name": _digest(settings_of(config))}) if study.interpolates else config
 
 
 def make_preparation(config: Config, folder: Path) -> Config:
@@ -193,7 +222,7 @@ def make_preparation(config: Config, folder: Path) -> Config:
     training = {"train": config.train, "optimizer": config.optimizer, "selection": config.selection}
     if config.importance.after_epochs:
         facts["before scoring"] = {key: value.model_dump() for key, value in training.items()}
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    digest = _digest(facts)
     defaults = Config(name=digest)
     return config.model_copy(
         update={
@@ -208,6 +237,10 @@ def make_preparation(config: Config, folder: Path) -> Config:
             **(training if config.importance.after_epochs else {}),
         }
     )
+
+
+def _digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def settings_of(config: Config) -> dict[str, Any]:

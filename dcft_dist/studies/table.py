@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from .bootstrap import Estimate, contrast_verdict, estimate
-from .results import StudyFolder
+from .results import Result, StudyFolder
 from .study import Contrast, Study, Values, load_study
 
 Format = Literal["md", "csv", "tex"]
@@ -74,7 +74,7 @@ class SettingResult:
     """The results of all arms and contrasts in one setting.
 
     Attributes:
-        setting: its name.
+        setting: its name; of further test data followed by a comma and their name.
         num_examples: of the test data.
         groups: [num_examples]; the name of each test example's group.
         arms: in the order of the study.
@@ -94,7 +94,7 @@ class SettingResult:
 
 
 def results(folder: Path) -> tuple[Study, list[SettingResult]]:
-    """Reads a study and its results from the study's folder, one `SettingResult` for each setting.
+    """Reads a study and its results from the study's folder, one `SettingResult` for each setting and its further test data.
 
     Raises:
         DataError: the folder is not that of a study, or its test examples are missing or belong to other test data.
@@ -104,28 +104,35 @@ def results(folder: Path) -> tuple[Study, list[SettingResult]]:
     study = load_study(folder / "study.toml")
     store = StudyFolder(study, folder)
     store.check()
-    return study, [_setting(study, store, setting) for setting in study.settings]
+    found = [_setting(study, store, setting) for setting in study.settings]
+    for file in sorted((folder / "examples").glob("*.*.json")):
+        setting, _, test = file.stem.partition(".")
+        found += [_setting(study, store, setting, test)] if setting in study.settings else []
+    return study, found
 
 
-def _setting(study: Study, folder: StudyFolder, setting: str) -> SettingResult:
-    examples = folder.examples(setting)
+def _setting(study: Study, folder: StudyFolder, setting: str, test: str = "") -> SettingResult:
+    examples = folder.examples(setting, test)
     groups, labels = examples["group"], np.asarray(examples["label"])
-    arms = [_arm(study, folder, setting, name, groups, labels) for name in study.arms]
+    arms = [_arm(study, folder, (setting, test), name, groups, labels) for name in study.arms]
     by_name = {result.arm: result for result in arms}
     differences = []
     for contrast in study.contrasts:
+        if test:  # only the test data of the task decide
+            contrast = contrast.model_copy(update={"deciding": False})
         arm, minus = by_name[contrast.arm], by_name[contrast.minus]
         seeds = sorted(arm.correct.keys() & minus.correct.keys())
         value = estimate(np.stack([arm.correct[s] - minus.correct[s] for s in seeds]), groups) if len(seeds) > 1 else None
         loss = np.array([arm.loss(s) - minus.loss(s) for s in seeds])
         verdict = "" if value is None else "undecided" if arm.diverged or minus.diverged else contrast_verdict(value)
         differences.append(Difference(contrast, value, loss, verdict))
-    return SettingResult(setting, len(labels), groups, arms, differences)
+    return SettingResult(f"{setting}, {test}" if test else setting, len(labels), groups, arms, differences)
 
 
 def _arm(
-    study: Study, folder: StudyFolder, setting: str, arm: str, groups: Sequence[str], labels: NDArray[np.int64]
+    study: Study, folder: StudyFolder, place: tuple[str, str], arm: str, groups: Sequence[str], labels: NDArray[np.int64]
 ) -> ArmResult:
+    setting, test = place
     try:
         chosen = folder.choose(setting, arm)
     except DataError:  # tuning is not finished
@@ -133,8 +140,10 @@ def _arm(
     cells = {seed: folder.final(setting, arm, chosen, seed) for seed in study.seeds}
     diverged = tuple(seed for seed, cell in cells.items() if cell and "diverged" in cell)
     done = {seed: cell for seed, cell in cells.items() if cell and "summary" in cell}
+    if test:
+        done = {seed: _on(cell, test) for seed, cell in done.items() if test in cell.get("external", {})}
     if any(len(cell["predicted"]) != len(labels) for cell in done.values()):
-        raise DataError(f"{folder.path / 'examples' / setting}.json is missing or belongs to other test data")
+        raise DataError(f"{folder.examples_file(setting, test)} is missing or belongs to other test data")
     correct = {seed: (np.asarray(cell["predicted"]) == labels).astype(np.float64) for seed, cell in done.items()}
     accuracy = estimate(np.stack(list(correct.values())), groups) if len(correct) > 1 else None
     summaries = {
@@ -144,6 +153,12 @@ def _arm(
         for seed, cell in done.items()
     }
     return ArmResult(arm, chosen, _edges(study, arm, chosen), correct, diverged, summaries, accuracy)
+
+
+def _on(cell: Result, test: str) -> Result:
+    """The result of a cell with further test data in the place of the test data."""
+    summary = cell["summary"] | {"test": cell["summary"]["external"][test]["test"]}
+    return cell | {"predicted": cell["external"][test], "summary": summary}
 
 
 def _minutes(seconds: dict[str, float]) -> float:
@@ -323,7 +338,7 @@ def table(folder: Path, form: Format) -> str:
         for rows in (arm_rows(result, len(study.seeds)), contrast_rows(result)):
             if rows:
                 parts.append(write(rows, title))
-        if rows := tuning_rows(study, store, result.setting):
+        if result.setting in study.settings and (rows := tuning_rows(study, store, result.setting)):
             parts.append(write(rows, f"{result.setting}: validation accuracy of the tuning cells"))
     note = (
         "Mean over seeds in percent [95 % interval over seeds and groups of examples]; way of the body: Euclidean; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..config.checks import check_sizes
 from ..config.schema import Config
 from ..data.batches import Batch, Examples, micro_batches
 from ..data.contents import Contents
-from ..data.splits import TaskData
+from ..data.splits import EXTERNAL, SPLITS, TaskData
 from ..data.tasks import load_task
 from ..distributed import collectives
 from ..distributed.world import World
@@ -46,6 +46,7 @@ class RunContext(TaskModel):
         head: a plain copy of the head if the head is one module, otherwise None.
         num_weights: number of weights of the whole model.
         train, validation, test: the splits as inputs of the model.
+        external: further test data as inputs of the model, by name.
     """
 
     writer: RunWriter
@@ -55,6 +56,7 @@ class RunContext(TaskModel):
     train: Examples
     validation: Examples
     test: Examples
+    external: Mapping[str, Examples]
 
     @property
     def metric(self) -> str:
@@ -130,7 +132,7 @@ class Materials:
         facts: what the objective needs to know of the training labels; see `objectives.make.label_facts`.
         objective: loss and metrics of the task.
         pretrained: the model with its head.
-        examples: name of a split (`train`, `validation`, `test`) -> the split as inputs of the model.
+        examples: name of a split, as in `TaskData.splits` -> the split as inputs of the model.
     """
 
     task: TaskData
@@ -206,6 +208,7 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
     head_copy = copy.deepcopy(head[1]) if head else None
     prepared = _prepare(config, world, pretrained)
     compare_starts(writer, prepared.model, config, facts)
+    watched = {name: contents.watch(examples, name) for name, examples in materials.examples.items()}
     return RunContext(
         config=config,
         world=world,
@@ -217,7 +220,8 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
         task=materials.task,
         head=head_copy,
         num_weights=num_weights,
-        **{name: contents.watch(examples, name) for name, examples in materials.examples.items()},
+        **{name: watched[name] for name in SPLITS},
+        external={name.removeprefix(EXTERNAL): found for name, found in watched.items() if name.startswith(EXTERNAL)},
     )
 
 

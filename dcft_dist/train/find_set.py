@@ -54,7 +54,7 @@ def find_fundamental(run: RunContext, train: TrainSteps) -> FundamentalSet | Non
             "the loss while scoring (%.3f) is at chance level (%.3f): scores mean little", scores.loss, chance["loss"]
         )
     writer.phase("select")
-    fundamental = _select(run, scores)
+    fundamental = select(run, scores)
     if wants_check:
         writer.phase("removal_check")
         check = check_removal(run.model, scores, run.config.removal.fractions, lambda: _validate(run), run.config.seed)
@@ -69,8 +69,13 @@ def _validate(run: RunContext) -> Metrics:
     return run.evaluate(run.validation, run.config.removal.num_samples).metrics
 
 
-def _select(run: RunContext, scores: Scores) -> FundamentalSet:
-    """Selects the set, and stores with it how it was selected."""
+def select(run: RunContext, scores: Scores) -> FundamentalSet:
+    """Selects the set, and stores with it how it was selected. Collective.
+
+    Args:
+        run: the context of the run; its `selection` says how.
+        scores: importance scores of the eligible weights.
+    """
     selection, seed = run.config.selection, run.config.seed
     extra: dict[str, Any] = {}
     fraction = selection.fraction
@@ -85,9 +90,9 @@ def _select(run: RunContext, scores: Scores) -> FundamentalSet:
 
 
 def _scores(run: RunContext, train: TrainSteps) -> Scores:
-    """Scores the weights, or loads the scores of an earlier run. Saves them only if the run ends after scoring."""
+    """Scores the weights, after a training if the run says so, or loads scores; random ones if no others are needed."""
     run.writer.phase("score")
-    settings, file, selection = run.config.importance, run.writer.scores, run.config.selection
+    settings, selection = run.config.importance, run.config.selection
     if selection.kind == "random" and selection.fraction != "auto" and run.config.until != "score":  # no scores are needed
         return score_importance(
             run.model,
@@ -98,11 +103,23 @@ def _scores(run: RunContext, train: TrainSteps) -> Scores:
             eligible=settings.eligible,
             seed=run.config.seed,
         )
+    return score_or_load(run, (lambda: _score_after_training(run, train)) if settings.after_epochs else None)
+
+
+def score_or_load(run: RunContext, make: Callable[[], Scores] | None = None) -> Scores:
+    """Loads the scores of an earlier run, or scores the weights. Saves them only if the run ends after scoring. Collective.
+
+    Args:
+        run: the context of the run.
+        make: scores the weights; None: as they are.
+    """
+    run.writer.phase("score")
+    file = run.writer.scores
     if collectives.on_every_rank(file.exists()):
         if file.parent == run.writer.path:
             run.writer.require_own(file)
         return load_scores(file, run.model)
-    scores = _score_after_training(run, train) if settings.after_epochs else score(run)
+    scores = make() if make else score(run)
     if run.config.until == "score":
         save_scores(scores, file)
         run.writer.keep(file)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data.splits import READING
 from ..distributed import collectives
 from ..engines.whole_tensors import weights_checksum
-from ..errors import DivergedError
-from ..files import read_json, table_of, write_atomic, write_json
+from ..files import read_json, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..method.penalty import Penalty
-from ..objectives.base import Metrics, intervals
 from ..runs.facts import changes_since_begin
 from ..runs.provenance import machine, peak_memory_gib, versions
 from ..weights.checkpoint import load_checkpoint, read_state
 from .adapters import merge_adapters
 from .context import RunContext
+from .testing import run_tests
 
 
 def finish(
@@ -49,7 +45,7 @@ def finish(
     writer.phase("test")
     state = read_state(best, verified=True)
     load_checkpoint(best, run.model, frozen=run.stores_frozen)
-    test, test_intervals = _test(run) if config.test else (None, None)
+    tested = run_tests(run, writer.path)
     if config.checkpoint.keep_last:
         _export(run, fundamental)
     writer.phase("done", int(best.name.partition("_")[2]))
@@ -74,8 +70,9 @@ def finish(
         "jaccard_with_top": extra.get("jaccard_with_top"),
         "loading": run.pretrained.loading.report.to_json() if run.pretrained.loading else None,
         "validation": state["validation"],
-        "test": test,
-        "test_intervals": test_intervals,
+        "test": tested.get("test"),
+        "test_intervals": tested.get("test_intervals"),
+        "external": tested.get("external", {}),
         "labels": run.facts,
         "splits": {name: [len(split), len(set(split.groups))] for name, split in run.task.splits.items()},
         "seconds": writer.seconds,
@@ -95,26 +92,6 @@ def finish(
         if run.world.is_first:
             write_json(writer.summary, summary | {"files": writer.checksums()})
     return summary
-
-
-def _test(run: RunContext) -> tuple[Metrics, dict[str, list[float]] | None]:
-    """Metrics on the test data and their 95 % intervals. Writes the prediction for each example to `predictions.csv`.
-
-    Raises:
-        DivergedError: an output or the test loss is NaN, or the loss is infinite.
-    """
-    evaluation = run.evaluate(run.test)
-    evaluation.require_numbers(run.task.test, "test")
-    if not math.isfinite(loss := evaluation.metrics["loss"]):
-        raise DivergedError(f"the test loss is {loss}: there is an infinite number among the outputs or the labels")
-    labels = [run.test.labels[i] for i in evaluation.indices]
-    groups = [run.task.test.groups[i] for i in evaluation.indices]
-    test_intervals = intervals(run.objective, evaluation.records, torch.tensor(labels), groups, run.config.test_resamples)
-    columns = {"group": groups, "label": labels, **run.objective.predictions(evaluation.records, run.task.class_names)}
-    with collectives.agreed("write the predictions"):
-        if run.world.is_first:
-            write_atomic(run.writer.predictions, table_of(columns))
-    return evaluation.metrics, test_intervals
 
 
 def _export(run: RunContext, fundamental: FundamentalSet | None) -> None:

@@ -26,44 +26,30 @@ from ..data.batches import evaluation_batches
 from ..distributed import collectives
 from ..distributed.world import World
 from ..engines.find import find_engine
-from ..engines.whole_tensors import average_buffers
+from ..engines.whole_tensors import average_buffers, weights_checksum
 from ..errors import RunError
-from ..files import append_line, read_lines, write_json
+from ..files import append_line, read_json, read_lines, write_json
 from ..method.fundamental_set import FundamentalSet
-from ..method.selection import select_fundamental
 from ..objectives.base import Metrics, oriented
 from ..runs.folder import RunFolder
 from ..runs.lock import locked
 from ..runs.writer import RunWriter
 from .context import RunContext, make_context
-from .find_set import score
+from .find_set import score_or_load, select
 from .handshake import greet
+from .places import FAMILIES, PLANE, Place, candidates, places
+from .testing import run_tests
 from .warm_up import warm_up_or_load
 
 log = logging.getLogger(__name__)
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-FAMILIES = ("selected", "random", "diagonal")
+_TESTED = ("test", "test_intervals", "external")
 
-Place = tuple[str, float, float]  # family, share of the set, share of the rest
-
-
-def places() -> list[Place]:
-    """All places to evaluate, each once. Equal shares are the same for every set: they belong to the diagonal."""
-    unequal = [(a, b) for a in SHARES for b in SHARES if a != b]
-    found: list[Place] = [(family, a, b) for family in FAMILIES[:2] for a, b in unequal]
-    number = len(SHARES) ** 2
-    return [*found, *(("diagonal", i / (number - 1), i / (number - 1)) for i in range(number))]
-
-
-def candidates(family: str) -> list[Place]:
-    """The 25 places among which a family chooses."""
-    shared = [("diagonal", a, a) for a in SHARES]
-    return [place for place in places() if place[0] == family or (family != "diagonal" and place in shared)]
+Sets = dict[str, FundamentalSet | None]  # by family; None: all weights go the same share
 
 
 def interpolate(run: Path, world: World, trust: bool = False) -> dict[str, Any]:
-    """Interpolates a finished run, and leaves everything in its folder `interpolation`. Collective.
+    """Interpolates a finished run. Its folder `interpolation` becomes that of another finished run. Collective.
 
     Args:
         run: folder of the run.
@@ -71,7 +57,8 @@ def interpolate(run: Path, world: World, trust: bool = False) -> dict[str, Any]:
         trust: whether the code that the run names may be imported (see `config.trust`).
 
     Returns:
-        For each family the chosen shares, their validation metrics, and test metrics if the run has them.
+        The summary of the interpolated run. Its `"interpolation"` has the chosen shares of each family, their validation
+        metrics and, if the run was tested, what `run_tests` returns.
 
     Raises:
         RunError: the run is not finished, or its method or its best epoch leaves nothing to interpolate.
@@ -88,6 +75,9 @@ def interpolate(run: Path, world: World, trust: bool = False) -> dict[str, Any]:
     words += ["--optimizer.pull_to_start", "0.0", "--selection.kind", "top", "--removal.fractions", "[]", "--until", "train"]
     config = load_config(run / "config.toml", words)
     writer = RunWriter.of(config)
+    if collectives.on_every_rank((result := writer.result()) is not None):
+        log.info("%s: interpolated already: delete %s to do it again", run, writer.path)
+        return result or {}
     with locked(writer.path, config.timeout_s), collectives.explained("interpolation"):
         greet(config)
         with collectives.agreed("set-up"):
@@ -95,51 +85,77 @@ def interpolate(run: Path, world: World, trust: bool = False) -> dict[str, Any]:
             writer.check(config)
         writer.open(config)
         writer.take_from(run, config)
+        if given.start_from and (Path(given.start_from) / writer.scores.name).is_file():
+            writer.take_from(Path(given.start_from), config)  # scores under the same head
         writer.phase("setup")
         context = make_context(config, world, writer)
         warm_up_or_load(context)
         way = Way(context.model, context.pretrained.head)
-        sets = _sets(context)
+        selected, random = _sets(context)
         context.pretrained.load(context.model, folder.model)
         way.ended()
         if not way.length():
             raise RunError(f"{run}: its best epoch is 0, so the weights have gone nowhere: there is nothing to interpolate")
-        return _choose(context, way, sets, folder.result() or {})
+        return _choose(context, way, selected, random, read_json(folder.summary))
 
 
-def _sets(run: RunContext) -> dict[str, FundamentalSet | None]:
+def _sets(run: RunContext) -> tuple[FundamentalSet, FundamentalSet]:
     """The selected set and the random one that matches it. Scores are those of the start, under the warmed-up head."""
-    run.writer.phase("score")
-    scores, settings = score(run), run.config.selection
-    fraction = 0.1 if settings.fraction == "auto" else settings.fraction
-    top = select_fundamental(scores, fraction, scope=settings.scope, floor=settings.floor, cap=settings.cap)
+    scores = score_or_load(run)
+    run.writer.phase("select")
+    top = select(run, scores)
     random = control_set(run.model, scores, top, "random_magnitude", run.config.seed)
-    return {"selected": top, "random": random, "diagonal": None}
+    return top, random
 
 
-def _choose(run: RunContext, way: Way, sets: dict[str, FundamentalSet | None], summary: dict[str, Any]) -> dict[str, Any]:
-    run.writer.phase("interpolate")
-    plane = run.writer.path / "plane.jsonl"
-    found = _validated(run, way, sets, plane)
+def _choose(
+    run: RunContext, way: Way, selected: FundamentalSet, random: FundamentalSet, before: dict[str, Any]
+) -> dict[str, Any]:
+    """Chooses each family's place, tests it, and exports the model at the place of the selected set."""
+    writer = run.writer
+    sets: Sets = {"selected": selected, "random": random, "diagonal": None}
+    writer.phase("interpolate")
+    found = _validated(run, way, sets, writer.path / PLANE)
     chosen = {family: max(candidates(family), key=lambda place: _rank(run, found[place], place)) for family in FAMILIES}
-    result: dict[str, Any] = {"metric": run.metric, "families": {}}
-    run.writer.phase("test")
+    writer.phase("test")
+    families = {}
     for family, (owner, on_set, on_rest) in chosen.items():
-        row = {"on_set": on_set, "on_rest": on_rest, "validation": found[owner, on_set, on_rest]}
-        if run.config.test:
-            with _there(run, way, sets[owner], on_set, on_rest):
-                row["test"] = run.evaluate(run.test).metrics
-        result["families"][family] = row
-    result["end"] = {"validation": found["diagonal", 1.0, 1.0], "test": summary.get("test")}
+        with _there(run, way, sets[owner], on_set, on_rest):
+            tested = run_tests(run, writer.path, f"_{family}")
+        row = {"on_set": on_set, "on_rest": on_rest, "validation": found[owner, on_set, on_rest], "set": owner}
+        families[family] = row | tested
     owner, on_set, on_rest = chosen["selected"]
     with _there(run, way, sets[owner], on_set, on_rest):
-        run.pretrained.save(run.model, run.writer.model)
+        run.pretrained.save(run.model, writer.model)
+        checksum = weights_checksum(run.model)
+    writer.phase("done")
+    mine = families["selected"]
+    summary = before | {
+        "name": f"{before['name']}/interpolation",
+        "engine": run.config.engine,
+        "ranks": run.world.world_size,
+        "removal": None,
+        "validation": mine["validation"],
+        "test": mine.get("test"),
+        "test_intervals": mine.get("test_intervals"),
+        "external": mine.get("external", {}),
+        "seconds": before["seconds"] | {f"interpolation, {phase}": value for phase, value in writer.seconds.items()},
+        "weights_checksum": checksum,
+        "interpolation": {
+            "metric": run.metric,
+            "families": families,
+            "end": {"validation": found["diagonal", 1.0, 1.0], **{key: before.get(key) for key in _TESTED}},
+            "criterion": selected.info.criterion,
+            "fraction": selected.fraction,
+            "jaccard_of_random": selected.jaccard(random),
+        },
+    }
+    selected.save(writer.model / writer.fundamental.name)
     with collectives.agreed("write the results"):
         if run.world.is_first:
-            run.pretrained.save_description(run.writer.model)
-            write_json(run.writer.path / "interpolation.json", result)
-    run.writer.phase("done")
-    return result
+            run.pretrained.save_description(writer.model)
+            write_json(writer.summary, summary | {"files": writer.checksums()})
+    return summary
 
 
 def _rank(run: RunContext, metrics: Metrics, place: Place) -> tuple[float, float, float]:
@@ -147,7 +163,7 @@ def _rank(run: RunContext, metrics: Metrics, place: Place) -> tuple[float, float
     return oriented(run.metric, metrics[run.metric]), -metrics["loss"], place[1] + place[2]
 
 
-def _validated(run: RunContext, way: Way, sets: dict[str, FundamentalSet | None], plane: Path) -> dict[Place, Metrics]:
+def _validated(run: RunContext, way: Way, sets: Sets, plane: Path) -> dict[Place, Metrics]:
     """Validation metrics of every place. Those of an earlier start are read from the file."""
     known: Sequence[Any] = read_lines(plane) if run.world.is_first and plane.exists() else []
     text = collectives.broadcast_text(json.dumps(list(known)), 0, what="places of an earlier start")

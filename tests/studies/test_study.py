@@ -63,6 +63,37 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(folder / "base.toml", text)
 
 
+INTERPOLATED = """
+name = "small"
+base = "{base}"
+tune_seeds = [10]
+seeds = [0, 1]
+[common]
+train.epochs = 1
+task.validation_per_class = 4
+task.test_per_class = 4
+task.external_tests = ["icd9"]
+importance.num_samples = 64
+[settings.small]
+task.train_per_class = 8
+[arms.full]
+method = "full"
+optimizer.lr = 2e-3
+[arms.by_set]
+method = "full"
+interpolate = "selected"
+optimizer.lr = [2e-3, 4e-3]
+[arms.by_one_share]
+method = "full"
+interpolate = "diagonal"
+optimizer.lr = 2e-3
+[[contrasts]]
+arm = "by_set"
+minus = "by_one_share"
+deciding = true
+"""
+
+
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
 
@@ -365,3 +396,38 @@ def test_a_result_of_another_study_is_refused(tmp_path: Path) -> None:
     other = StudyFolder(load_study(write(tmp_path / "t.toml", SMALL.replace("= 8", "= 9"))), tmp_path)
     with pytest.raises(RunError, match=r"was run with another task\.train_per_class"):
         other.get(cell)
+
+
+def test_arms_that_interpolate(small_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cells that differ in the interpolation alone have one training; each is tested on further test data too."""
+    file, folder = write(tmp_path / "study.toml", INTERPOLATED.format(base=small_base)), tmp_path / "folder"
+    assert main(["compare", str(file), "--folder", str(folder)]) == 0
+    study = load_study(file)
+    store = StudyFolder(study, folder)
+    names = {cell: make_config(study, cell, folder).name for cell in final_cells(study, store.choose_all())}
+    rate = dict(store.choose("small", "by_set"))["optimizer.lr"]
+    assert len(set(names.values())) == (2 if rate == 2e-3 else 4) < len(names) == 6
+    cells = {cell.arm: store.get(cell) for cell in names if cell.seed == 0}
+    assert "places" not in cells["full"] and cells["full"]["summary"]["external"]["icd9"]["test"]
+    for arm in ("by_set", "by_one_share"):
+        found, places = cells[arm]["summary"], cells[arm]["places"]
+        best = max(accuracy for _, _, accuracy, _ in places)
+        assert found["validation"]["accuracy"] >= best and len(places) == (20 if arm == "by_set" else 25)
+        groups = store.examples("small", "icd9")["group"]
+        assert len(cells[arm]["external"]["icd9"]) == len(groups) > 0
+    tuned = store.tuning_scores("small", "by_set")
+    assert len(tuned) == 2 and all(len(scores) == 1 for scores in tuned.values())
+    own, further = results(folder)[1]
+    assert (own.setting, further.setting) == ("small", "small, icd9")
+    assert own.differences[0].contrast.deciding and not further.differences[0].contrast.deciding
+    assert own.num_examples == 84 and further.num_examples == len(groups)
+    capsys.readouterr()
+    assert main(["table", str(folder)]) == 0
+    assert "small, icd9" in capsys.readouterr().out
+    assert main(["report", str(folder)]) == 0
+    file.write_text(file.read_text().replace('"selected"', '"random"'))
+    with pytest.raises(RunError, match="was run with another interpolate"):
+        StudyFolder(load_study(file), folder).get(next(cell for cell in names if cell.arm == "by_set"))
+    file.write_text(file.read_text().replace('"random"', '"chosen"'))
+    with pytest.raises(ConfigError, match="interpolate is one of selected, random, diagonal"):
+        load_study(file)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from dcft_dist.cli import main
 from dcft_dist.files import read_json, read_lines
-from dcft_dist.train.interpolate import FAMILIES, candidates, places
+from dcft_dist.runs.folder import RunFolder
+from dcft_dist.train.places import FAMILIES, candidates, places
 
 from ..processes import output_of
 from .test_run import encoder, tiny, train
@@ -42,7 +43,8 @@ def test_a_run_is_interpolated(tiny: Path, tmp_path: Path, method: str, capsys: 
     run = tmp_path / "tiny"
     before = read_json(run / "summary.json")
     output_of("interpolate", run, ranks=2)
-    found: dict[str, Any] = read_json(run / "interpolation/interpolation.json")
+    new = RunFolder(run / "interpolation")
+    found: dict[str, Any] = read_json(new.summary)["interpolation"]
     rows = {(r["family"], r["on_set"], r["on_rest"]): r["metrics"] for r in read_lines(run / "interpolation/plane.jsonl")}
     assert set(rows) == set(places())
     assert rows["diagonal", 1.0, 1.0]["loss"] == pytest.approx(before["validation"]["loss"], rel=1e-5)
@@ -51,6 +53,7 @@ def test_a_run_is_interpolated(tiny: Path, tmp_path: Path, method: str, capsys: 
     for family, row in found["families"].items():
         assert row["validation"][metric] == max(rows[place][metric] for place in candidates(family))
         assert set(row["test"]) == set(before["test"])
+        assert (new.path / f"predictions_{family}.csv").is_file()
     assert read_json(run / "summary.json") == before, "the run itself stays as it is"
 
     start, end, chosen = (exported(f) for f in (run / "model", run / "model", run / "interpolation/model"))
@@ -61,8 +64,10 @@ def test_a_run_is_interpolated(tiny: Path, tmp_path: Path, method: str, capsys: 
     plane = run / "interpolation/plane.jsonl"
     kept = plane.read_text().splitlines(keepends=True)[:40]
     plane.write_text("".join(kept))
-    (run / "interpolation/interpolation.json").unlink()
     capsys.readouterr()
+    assert main(["interpolate", str(run)]) == 0
+    assert "| selected set |" in capsys.readouterr().out and len(read_lines(plane)) == 40, "a second time it changes nothing"
+    new.summary.unlink()
     assert main(["interpolate", str(run)]) == 0
     table = capsys.readouterr().out
     assert "| selected set |" in table and "| as fine-tuned | 1 | 1 |" in table

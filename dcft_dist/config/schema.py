@@ -100,6 +100,11 @@ class Config(Section):
         """Whether the method treats a selected set of weights differently from the others."""
         return self.method in ("dcft", "equal_displacement")
 
+    @property
+    def uses_scores(self) -> bool:
+        """Whether weights are scored: for a set, or for levels of the pull."""
+        return self.uses_set or self.optimizer.pull_by_importance > 0.0
+
     @model_validator(mode="after")
     def _clipping_is_explicit(self) -> Config:
         order, gradient = self.train.clip_order, self.level == "gradient"
@@ -142,8 +147,8 @@ class Config(Section):
             raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
         if self.method == "lora" and (engine not in ("single", "ddp", "fsdp2") or sharding.tensor_parallel > 1):
             raise ValueError("method 'lora' is for the engines single, ddp and fsdp2, without sharding.tensor_parallel")
-        if engine == "deepspeed" and (self.method == "equal_displacement" or self.optimizer.pull_to_start):
-            raise ValueError("method 'equal_displacement' and optimizer.pull_to_start are not available for deepspeed")
+        if engine == "deepspeed" and self.method == "equal_displacement":
+            raise ValueError("method 'equal_displacement' is not available for deepspeed")
         after = self.penalty.where == "after" and self.level == "gradient"
         if engine == "deepspeed" and after and self.train.clip_order == "after_penalty":
             raise ValueError(
@@ -204,12 +209,25 @@ class Config(Section):
     def _factor_can_change(self) -> Config:
         if self.penalty.schedule == "learned" and self.level != "update":
             raise ValueError("penalty.schedule = 'learned' is for the update level, which does not change the gradient")
-        if self.optimizer.pull_to_start and self.uses_set:
-            raise ValueError(
-                "optimizer.pull_to_start is for methods without a set: with a set the order of the two is not defined"
-            )
         if self.penalty.schedule != "constant" and self.method != "dcft":
             raise ValueError(f"penalty.schedule has no meaning for method = '{self.method}'")
+        return self
+
+    @model_validator(mode="after")
+    def _pull_fits(self) -> Config:
+        optimizer = self.optimizer
+        if (optimizer.pull_by_importance or optimizer.pull_levels != "scores") and not optimizer.pull_to_start:
+            raise ValueError("optimizer.pull_by_importance and pull_levels change the pull: set optimizer.pull_to_start too")
+        if optimizer.pull_levels == "permuted" and not optimizer.pull_by_importance:
+            raise ValueError("optimizer.pull_levels needs optimizer.pull_by_importance: without it there are no levels")
+        if optimizer.pull_by_importance and self.method not in ("full", "dcft", "equal_displacement"):
+            raise ValueError(f"optimizer.pull_by_importance is for methods full and dcft, not for '{self.method}'")
+        largest = optimizer.lr * optimizer.pull_to_start * (1.0 + optimizer.pull_by_importance)
+        if largest > 1.0:
+            raise ValueError(
+                f"optimizer.pull_to_start: {largest:.3g} of the way to the start at each step (lr x pull_to_start x "
+                "(1 + pull_by_importance)) throws weights past it: it must be at most 1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -31,7 +31,18 @@ class Optimizer(Section):
     pull_to_start: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
         description="Decoupled L2-SP: after each step every body weight moves back towards its pre-trained value, by `lr` "
-        "times this number times the distance.",
+        "times this number times the distance. It follows a penalty, if there is one. `lr` times the largest pull must be "
+        "at most 1.",
+    )
+    pull_by_importance: Fraction = Field(
+        0.0,
+        description="How much the pull depends on importance, *a*: a weight is pulled `1 - a + a g` times as strongly. g "
+        "grows from 0 to 2 with the weight's level among 256 quantiles of the scores; it is 1 for weights without a score.",
+    )
+    pull_levels: Literal["scores", "permuted"] = Field(
+        "scores",
+        description="`scores`: levels of the scores. `permuted`: a control, with the levels permuted within each tensor and "
+        "magnitude bin.",
     )
 
 

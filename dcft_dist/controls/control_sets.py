@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import collectives
 from ..engines.find import find_engine
+from ..engines.whole_tensors import whole_of, whole_weight
 from ..errors import SelectionError, did_you_mean
 from ..method.fundamental_set import FundamentalSet
 from ..method.importance import score_importance
+from ..method.levels import Levels
 from ..method.ranking import Chunk, Ranking, by_tensor
 from ..method.scores import Scores, ScoreShard
 from ..method.selection import select_fundamental
@@ -87,7 +90,7 @@ def matched_per_magnitude(model: nn.Module, noise: Scores, like: FundamentalSet)
     for name, shape in noise.shapes.items():
         tensor_noise = replace(noise, shapes={name: shape}, shards={name: noise.shards[name]})
         weights = shards[name].local.detach().reshape(-1)[slice(*shards[name].owned)]
-        bins = weights.float().abs().view(torch.int32).to(torch.int64) >> 21
+        bins = _magnitude_bins(weights)
         mask = like.mask_in(name, shards[name].owned_box).to(bins.device)
         ranking = Ranking(tensor_noise)
         present = collectives.all_reduce(torch.bincount(bins, minlength=_BINS), what="magnitude bins")
@@ -106,6 +109,37 @@ def matched_per_magnitude(model: nn.Module, noise: Scores, like: FundamentalSet)
         pieces.update(piece)
         counts.update(count)
     return FundamentalSet.from_pieces(replace(like.info, criterion="random", counts=counts, threshold=None), pieces)
+
+
+@torch.no_grad()
+def permuted_levels(model: nn.Module, levels: Levels, seed: int) -> Levels:
+    """The same levels, permuted among the weights of each tensor and magnitude bin. Collective, tensor by tensor.
+
+    Each rank needs memory for a whole tensor. The result is the same for every number of ranks.
+
+    Args:
+        model: the model that was scored; its weights give the magnitudes.
+        levels: what `levels_of` returned.
+        seed: seed of the permutation.
+    """
+    shards, permuted = {s.name: s for s in find_engine(model).shards()}, {}
+    for number, (name, shape) in enumerate(levels.shapes.items()):
+        shard, own = shards[name], levels.shards[name]
+        weights = whole_weight(shard, shard.local.detach().float())
+        before = whole_of(own.box, own.values, prod(shape), name).cpu()
+        bins = _magnitude_bins(weights).cpu()
+        random = torch.rand(len(bins), generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+        drawn = torch.argsort(random)
+        drawn = drawn[torch.argsort(bins[drawn], stable=True)]  # by bin, in random order within each
+        after = torch.empty_like(before)
+        after[torch.argsort(bins, stable=True)] = before[drawn]
+        index = own.box.flat_index(0, own.box.numel)
+        permuted[name] = ScoreShard(own.box, after[index].to(own.values.device))
+    return Levels(levels.shapes, permuted)
+
+
+def _magnitude_bins(weights: Tensor) -> Tensor:
+    return weights.float().abs().view(torch.int32).to(torch.int64) >> 21
 
 
 def _as_set(noise: Scores, like: FundamentalSet, selects: Callable[[Chunk], Tensor]) -> FundamentalSet:

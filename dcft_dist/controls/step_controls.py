@@ -1,8 +1,7 @@
-"""Controls that act on the whole body at each step. The penalty, in contrast, multiplies the steps of single weights.
+"""A control that acts on the whole body at each step. The penalty, in contrast, multiplies the steps of single weights.
 
 `EqualDisplacement` tests whether DCFT does more than shorten the steps. It shrinks each step of the whole body by one
-number, to the length that the step would have under DCFT. `PullToStart` is L2-SP (Li et al. 2018), decoupled from the
-gradient like AdamW's weight decay.
+number, to the length that the step would have under DCFT.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from ..distributed import collectives
 from ..engines.base import Shard
 from ..engines.find import find_engine
-from ..engines.names import Patterns
 from ..errors import EngineError
 from ..method.fundamental_set import FundamentalSet
 from ..method.penalty_checks import check_factors
@@ -107,40 +105,3 @@ class EqualDisplacement:
             return squares.sum() * unscored**2
         fundamental = squares[self._masks[name]].sum()
         return fundamental * factor**2 + (squares.sum() - fundamental) * rest**2
-
-
-class PullToStart:
-    """Pulls the weights outside the head back to their start after every step, from now until `remove`.
-
-    A weight w becomes w - lr * strength * (w - w_start), lr being the learning rate of its parameter group at that step. The
-    product lr * strength is limited to 1. w_start is the weight when this object is created.
-    """
-
-    def __init__(self, model: nn.Module, head: Patterns, strength: float, optimizer: torch.optim.Optimizer) -> None:
-        """Stores the current weights and hooks the optimizer.
-
-        Args:
-            model: the model, prepared for training.
-            head: patterns of the head, which is not pulled; `()` for none.
-            strength: strength of the pull; 0 for none.
-            optimizer: the optimizer that steps the model's weights.
-
-        Raises:
-            PatternError: a head pattern matches nothing.
-        """
-        engine = find_engine(model)
-        head_names = set(engine.names.match(head, what="head"))
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        body = [s for s in engine.shards() if s.name not in head_names and id(s.parameter) in groups]
-        self._starts = [(s, groups[id(s.parameter)], s.local.detach().clone()) for s in body]
-        self._strength = strength
-        self._handle = optimizer.register_step_post_hook(self._after)
-
-    def remove(self) -> None:
-        """Removes the hook; later steps are not pulled back."""
-        self._handle.remove()
-
-    @torch.no_grad()
-    def _after(self, *_: Any) -> None:
-        for shard, group, start in self._starts:
-            shard.local.copy_(torch.lerp(shard.local, start, min(group["lr"] * self._strength, 1.0)))

@@ -27,7 +27,7 @@ from .box import Box
 from .names import ParameterNames
 from .prepared import MakeOptimizer, Prepared, WrapOptions
 
-_PENALTY = "_dcft_dist_penalty"
+_PENALTY, _PULL = "_dcft_dist_penalty", "_dcft_dist_pull"
 
 
 @dataclass(frozen=True)
@@ -363,6 +363,15 @@ class Engine(ABC):
     @penalty.setter
     def penalty(self, penalty: Any) -> None:
         setattr(self.module, _PENALTY, penalty)
+
+    @property
+    def pull(self) -> Any:
+        """The pull to the start that acts on the unwrapped module, or None. The module keeps it alive."""
+        return getattr(self.module, _PULL, None)
+
+    @pull.setter
+    def pull(self, pull: Any) -> None:
+        setattr(self.module, _PULL, pull)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -164,12 +164,15 @@ class Penalty:
         calls: parameter name -> how often this rank has multiplied the weight's gradient or step.
         frozen: names of the weights that were not trained when the penalty was attached.
         mask_bytes: memory that this rank uses for the bits of the set, in bytes.
+        after_penalties: False: it follows a step before any pull to the start.
         watch: set it to True to measure the effect of the penalty, for `in_force`.
         keep_proposal: set it to True to store `proposal` after each step at the update level. This takes as much memory
             as a second set of weights.
         proposal: parameter name -> the step that the optimizer proposed for this rank's shard of the weight, with zeros
             where it is not fundamental.
     """
+
+    after_penalties = False
 
     def __init__(
         self,
@@ -216,6 +219,7 @@ class Penalty:
         self._weights = SteppedWeights(self._current, self._seen, self._bits, multipliers)
         self._stepping: Stepped | None = None  # what the optimizer steps that is in its step
         self._scaled: set[str] = set()  # weights whose reduced gradient is already multiplied for the next step
+        self._shortened: weakref.ref[Optimizer] | None = None  # the optimizer of which a step was shortened just now
         self._saved: list[int] = []  # entries of the table of which the old weights are saved
         self.keep_proposal = False
         self.proposal: dict[str, Tensor] = {}
@@ -430,9 +434,15 @@ class Penalty:
             for number in self._saved:
                 self.calls[stepped.shards[number].name] += 1
             self._saved = []
-            self._steps.after(optimizer, self.watch)
+            self._shortened = stepped.optimizer
         self._scaled -= stepped.names
         self._seen.after_step(stepped.names)
+
+    def on_finished(self, optimizer: Optimizer) -> None:
+        """Called when a pull to the start, if there is one, has acted on the shortened step too."""
+        if self._shortened is not None and self._shortened() is optimizer:
+            self._shortened = None
+            self._steps.after(optimizer, self.watch)
 
     def _scale_reduced(self, table: ShardTable, names: set[str]) -> None:
         """At the gradient level after the reduction: multiplies the gradients of these weights, once per step."""

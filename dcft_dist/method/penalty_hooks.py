@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -15,13 +16,22 @@ Optimizer = torch.optim.Optimizer
 
 
 class Watcher(Protocol):
-    """What the hooks tell of steps and forwards: a `Penalty`."""
+    """What the hooks tell of steps and forwards: a `Penalty`, or a `PullToStart`.
+
+    Attributes:
+        after_penalties: whether it follows a step only when all penalties have shortened it.
+    """
+
+    after_penalties: bool
 
     def on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Called before a step of any optimizer; returns new arguments for the step, or None."""
 
     def on_stepped(self, optimizer: Optimizer) -> None:
         """Called after a step of any optimizer."""
+
+    def on_finished(self, optimizer: Optimizer) -> None:
+        """Called when all watchers have followed a step."""
 
     def sees_forward_of(self, module: torch.nn.Module) -> bool:
         """Whether it follows this module."""
@@ -30,7 +40,7 @@ class Watcher(Protocol):
         """Called before a forward in training."""
 
 
-# Penalties in the order in which they were attached. It must be the same on every rank, since they call collectives.
+# Watchers in the order in which they were attached. It must be the same on every rank, since they call collectives.
 _watching: dict[int, weakref.ref[Watcher]] = {}
 
 
@@ -95,10 +105,14 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for watcher in list(_watching.values()):
-        penalty = watcher()
-        if penalty is not None:
-            penalty.on_stepped(optimizer)
+    watchers = [found for watcher in _watching.values() if (found := watcher()) is not None]
+    for found in sorted(watchers, key=_turn):
+        found.on_stepped(optimizer)
+    for found in watchers:
+        found.on_finished(optimizer)
+
+
+_turn = attrgetter("after_penalties")
 
 
 class ForwardHook:

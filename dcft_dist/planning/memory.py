@@ -33,8 +33,10 @@ from ..errors import ConfigError
 from ..method.bits import STEP, num_bytes
 from ..method.fundamental_set import FundamentalSet, SetInfo
 from ..method.importance import score_importance
+from ..method.levels import Levels
 from ..method.penalty import attach_penalty
-from ..method.scores import Scores
+from ..method.pull import PullToStart
+from ..method.scores import Scores, ScoreShard
 from .planned_models import Planned, Request, planned
 
 GIB = 2**30
@@ -67,6 +69,7 @@ class Forecast:
         score_peak: peak memory of scoring.
         scores: memory of the scores.
         bits: memory of the penalty's mask.
+        pull: memory of the pull to the start: a copy of the weights, and levels.
         host: host memory of a rank by kind, in a step with the penalty: what is offloaded, activations that wait there, and
             the copy of a checkpoint that is written in the background. Python and the libraries come on top.
         sent_plain, sent_dcft, sent_score: traffic by collective of a step without the penalty, of a step with it, and of
@@ -81,6 +84,7 @@ class Forecast:
     score_peak: int = 0
     scores: int = 0
     bits: int = 0
+    pull: int = 0
     host: dict[str, int] = field(default_factory=dict)
     sent_plain: dict[str, int] = field(default_factory=dict)
     sent_dcft: dict[str, int] = field(default_factory=dict)
@@ -100,7 +104,12 @@ class Forecast:
     @property
     def dcft_peak(self) -> int:
         """Peak memory of a step with the penalty, in bytes."""
-        return sum(self.dcft_step.values()) + (0 if "mask" in self.host else self.bits)
+        return sum(self.dcft_step.values()) + sum(size for kind, size in self.kept.items() if kind not in self.host)
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """What is kept between steps for mask and pull, in bytes."""
+        return {"mask": self.bits} | ({"pull to the start": self.pull} if self.pull else {})
 
     @property
     def peak(self) -> int:
@@ -164,7 +173,8 @@ def table(found: Forecast) -> str:
         f"{'GiB on a rank':<28}{'plain step':>12}{'with DCFT':>12}",
     ]
     rows = [(kind, found.plain_step[kind], found.dcft_step[kind]) for kind in found.plain_step]
-    rows += [("mask", 0, 0 if "mask" in found.host else found.bits), ("peak of a step", found.plain_peak, found.dcft_peak)]
+    rows += [(kind, 0, 0 if kind in found.host else size) for kind, size in found.kept.items()]
+    rows += [("peak of a step", found.plain_peak, found.dcft_peak)]
     rows += [("peak of scoring", 0, found.score_peak), ("  scores", 0, found.scores)]
     lines += [f"{name:<28}{a / GIB:>12.3f}{b / GIB:>12.3f}" for name, a, b in rows]
     lines += ["", f"{'GiB sent or gathered':<28}{'plain step':>12}{'with DCFT':>12}{'score batch':>12}"]
@@ -236,15 +246,38 @@ def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
             with _measured(prepared) as dcft:
                 step(dcft.goes_on)
             penalty.remove()
+        result.pull = _pull_bytes(prepared, planned_model, request) if request.pull_to_start else 0
     result.dcft_step, result.sent_dcft, result.host = dcft.peak, dcft.sent, dcft.host
     if request.offload and (request.level == "update" or request.where == "after"):
         result.host["mask"] = result.bits
+    if request.offload and result.pull:
+        result.host["pull to the start"] = result.pull
     if request.activations_on_host:
         result.host["activations"] = copies.most
     if request.checkpoint_copies:
         states = dcft.host.get("optimizer", dcft.peak.get("optimizer", 0)) / request.replicas
         result.host["copy of a checkpoint"] = int(4 * result.weights / request.ranks + states)
     return result
+
+
+def _pull_bytes(prepared: Prepared, planned_model: Planned, request: Request) -> int:
+    """What a pull to the start keeps. Its levels are all alike here."""
+    head, levels = planned_model.head, None
+    if request.pull_by_importance:
+        eligible = planned_model.eligible
+        scores = score_importance(prepared.model, None, None, head=head, criterion="random", eligible=eligible)
+        shards = {n: ScoreShard(s.box, s.values.to(torch.uint8)) for n, s in scores.shards.items()}
+        levels = Levels(scores.shapes, shards)
+    pull = PullToStart(
+        prepared.model,
+        head,
+        request.pull_to_start,
+        prepared.optimizer,
+        by_importance=request.pull_by_importance,
+        levels=levels,
+    )
+    pull.remove()
+    return pull.num_bytes
 
 
 def _prepared(planned_model: Planned, request: Request, mode: Any) -> Prepared:

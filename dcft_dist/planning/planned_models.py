@@ -72,6 +72,7 @@ class Request:
         activation_checkpointing: what is computed again in the backward; see `train.activation_checkpointing`.
         activations_on_host: what a block keeps for the backward waits in host memory.
         offload: weights, reduced gradients and optimizer state are in host memory; see `sharding.offload`.
+        pull_to_start, pull_by_importance: see `optimizer.pull_to_start` and `optimizer.pull_by_importance`.
         checkpoint_copies: checkpoints are copied into host memory; see `checkpoint.background`.
         host_memory_gib: host memory of a node in GiB; None: unknown.
         words: overrides of a configuration file, as on the command line.
@@ -95,6 +96,8 @@ class Request:
     activation_checkpointing: Checkpointing = "none"
     activations_on_host: bool = False
     offload: bool = False
+    pull_to_start: float = 0.0
+    pull_by_importance: float = 0.0
     checkpoint_copies: bool = False
     host_memory_gib: float | None = None
     words: tuple[str, ...] = ()
@@ -167,6 +170,8 @@ def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
             "activation_checkpointing": config.train.activation_checkpointing,
             "activations_on_host": config.train.activations_on_host,
             "offload": config.sharding.offload,
+            "pull_to_start": config.optimizer.pull_to_start,
+            "pull_by_importance": config.optimizer.pull_by_importance,
             "checkpoint_copies": config.checkpoint.background and config.checkpoint.staging is None,
             "words": tuple(words),
         }

@@ -62,6 +62,7 @@ class RunFolder:
         self.trackers = path / "trackers.json"
         self.head = path / "head.safetensors"
         self.fundamental = path / "fundamental.safetensors"
+        self.levels = path / "levels.safetensors"
         self.removal = path / "removal.json"
         self.scores = path / "scores.safetensors"
         self.model = path / "model"
@@ -111,7 +112,7 @@ class RunFolder:
         Of files of tensors it is the one that they state: whether they agree with it is checked when they are read.
         """
         scores = self.path / self.scores.name  # not those of another run
-        files = [self.path / "config.toml", self.metrics, self.head, scores, self.fundamental, self.removal]
+        files = [self.path / "config.toml", self.metrics, self.head, scores, self.fundamental, self.removal, self.levels]
         files = [*files, *self.path.glob("predictions*.csv"), *(files_below(self.model) if self.model.is_dir() else ())]
         files = [file for file in files if file.is_file() and file != self.model / "README.md"]  # people write into the card
         return {file.relative_to(self.path).as_posix(): _checksum(file) for file in files}

@@ -1,13 +1,14 @@
-"""The fundamental set of a run: scores the weights, selects, and checks the selection by removal."""
+"""What a run takes from its scores: the fundamental set, checked by removal, and levels for a pull by importance."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ..controls.control_sets import control_set
+from ..controls.control_sets import control_set, permuted_levels
 from ..controls.removal import check_removal, choose_fraction
 from ..data.batches import Batch, order
 from ..distributed import collectives
@@ -15,6 +16,7 @@ from ..files import read_json, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..method.gradual_pruning import scores_after_training
 from ..method.importance import score_importance
+from ..method.levels import Levels, levels_of, load_levels, save_levels
 from ..method.scores import Scores, load_scores, save_scores
 from ..method.selection import select_fundamental
 from ..objectives.base import Metrics
@@ -25,16 +27,63 @@ log = logging.getLogger(__name__)
 TrainSteps = Callable[[range, int, str], None]  # (steps, number of all steps, label): trains without penalty
 
 
-def find_fundamental(run: RunContext, train: TrainSteps) -> FundamentalSet | None:
-    """Finds the fundamental set, or loads the set of an earlier attempt. Collective.
+@dataclass(frozen=True)
+class Importance:
+    """What a run takes from its scores.
+
+    Attributes:
+        fundamental: the fundamental set; None if the method uses none.
+        levels: levels of the weights; None if no pull depends on them.
+    """
+
+    fundamental: FundamentalSet | None = None
+    levels: Levels | None = None
+
+
+def find_importance(run: RunContext, train: TrainSteps) -> Importance:
+    """Finds set and levels, or loads those of an earlier start. Scores the weights once at most. Collective.
 
     Args:
         run: the context of the run.
         train: trains without penalty, as (steps, number of all steps, label); used if scoring follows a training
             (`importance.after_epochs`).
+    """
+    config = run.config
+    known: list[Scores] = []
 
-    Returns:
-        The set; None if the run ends after scoring (`until = "score"`).
+    def scores() -> Scores:
+        if not known:
+            known.append(_scores(run, train))
+        return known[0]
+
+    if not config.uses_scores:
+        return Importance()
+    if config.until == "score":
+        scores()
+        return Importance()
+    levels = _levels(run, scores) if config.optimizer.pull_by_importance else None
+    return Importance(find_fundamental(run, scores) if config.uses_set else None, levels)
+
+
+def _levels(run: RunContext, scores: Callable[[], Scores]) -> Levels:
+    writer = run.writer
+    if collectives.on_every_rank(writer.levels.exists()):
+        writer.require_own(writer.levels)
+        return load_levels(writer.levels, run.model)
+    levels = levels_of(scores())
+    if run.config.optimizer.pull_levels == "permuted":
+        levels = permuted_levels(run.model, levels, run.config.seed)
+    save_levels(levels, writer.levels)
+    writer.keep(writer.levels)
+    return levels
+
+
+def find_fundamental(run: RunContext, scores_of: Callable[[], Scores]) -> FundamentalSet:
+    """Finds the fundamental set, or loads the set of an earlier attempt. Collective.
+
+    Args:
+        run: the context of the run.
+        scores_of: returns the scores.
     """
     writer, settings = run.writer, run.config.selection
     wants_check = bool(run.config.removal.fractions) and settings.kind == "top"
@@ -45,9 +94,7 @@ def find_fundamental(run: RunContext, train: TrainSteps) -> FundamentalSet | Non
             if writer.removal.exists():
                 read_json(writer.removal, "base", "removed")
             return FundamentalSet.load(writer.fundamental)
-    scores = _scores(run, train)
-    if run.config.until == "score":
-        return None
+    scores = scores_of()
     chance = run.objective.chance()
     if scores.loss >= 0.95 * chance.get("loss", math.inf):
         log.warning(
@@ -93,7 +140,8 @@ def _scores(run: RunContext, train: TrainSteps) -> Scores:
     """Scores the weights, after a training if the run says so, or loads scores; random ones if no others are needed."""
     run.writer.phase("score")
     settings, selection = run.config.importance, run.config.selection
-    if selection.kind == "random" and selection.fraction != "auto" and run.config.until != "score":  # no scores are needed
+    needed = run.config.until == "score" or selection.fraction == "auto" or run.config.optimizer.pull_by_importance
+    if selection.kind == "random" and not needed:
         return score_importance(
             run.model,
             None,

@@ -40,7 +40,7 @@ from ..weights.checkpoint import bring_back, damage_in, is_complete, load_checkp
 from ..weights.saver import Saver
 from ..weights.shard_files import State
 from .context import RunContext
-from .find_set import find_fundamental
+from .find_set import Importance, find_importance
 from .finish import finish
 from .group_norms import GroupNorms
 from .measure import speed_of
@@ -116,16 +116,16 @@ class Trainer:
         self.writer.phase("warm_up")
         warm_up_or_load(self.run)
         self._stop_between_phases()
-        fundamental = find_fundamental(self.run, self.training.steps) if self.config.uses_set else None
+        found = find_importance(self.run, self.training.steps)
         if self.config.until != "train":
             self.writer.phase(f"{REACHED} {self.config.until}")
             return {}
         self._stop_between_phases()
-        best = self.fine_tune(fundamental)
+        best = self.fine_tune(found)
         if self.config.train.max_steps:
             return self._estimate()
         chosen, loss = self._best_that_is_left(best)
-        summary = finish(self.run, fundamental, chosen, self.training.penalty, commit, loss)
+        summary = finish(self.run, found.fundamental, chosen, self.training.penalty, commit, loss)
         step = int(chosen.name.partition("_")[2])
         self.trackers.log(step, {f"test/{key}": value for key, value in (summary["test"] or {}).items()})
         return summary
@@ -135,15 +135,15 @@ class Trainer:
             self.writer.phase("stopped")
             raise Stopped("between two phases")
 
-    def fine_tune(self, fundamental: FundamentalSet | None) -> Best:
+    def fine_tune(self, found: Importance) -> Best:
         """Trains and validates. Returns the best epoch; its weights are in the folder `best_<step>`. Collective."""
         run, config, settings = self.run, self.config, self.config.train
         per_epoch = run.steps_per_epoch
         epochs = 0 if config.method == "linear_probe" else settings.epochs
-        groups = GroupNorms(run.model, fundamental, run.pretrained.head)
+        groups = GroupNorms(run.model, found.fundamental, run.pretrained.head)
         groups.remember_start()
-        self.training.begin(begin(run.prepared, fundamental, config, run.pretrained.head))
-        self._print_header(fundamental, epochs * per_epoch)
+        self.training.begin(begin(run.prepared, found.fundamental, found.levels, config, run.pretrained.head))
+        self._print_header(found.fundamental, epochs * per_epoch)
         self.training.speed = speed_of(run)
         self.training.losses.clear()  # those of epochs before scoring
         profile = Profile(settings.profile, self.writer.profile, run.world.rank, run.world.device)
@@ -237,7 +237,8 @@ class Trainer:
         check_replicas(self.run.model)
         self.training.check_penalty()
         state = model_state(self.run.model, self.run.prepared.optimizer, self.run.stores_frozen)
-        progress = {"step": step, "best": best.__dict__, "validated": validated, "fundamental": self._set_checksum()}
+        progress = {"step": step, "best": best.__dict__, "validated": validated}
+        progress |= {"fundamental": _checksum(self.writer.fundamental), "levels": _checksum(self.writer.levels)}
         progress["data"] = self.run.task.checksum
         progress["factor"] = self.training.learned.state() if self.training.learned else None
 
@@ -269,10 +270,6 @@ class Trainer:
         for step in steps:
             if step not in complete[-keep:]:
                 shutil.rmtree(self.writer.checkpoint(step, kind))
-
-    def _set_checksum(self) -> str | None:
-        file = self.writer.fundamental
-        return sha256_of(file) if file.exists() else None
 
     def _best_folder(self, best: Best) -> Path:
         return self.writer.checkpoint(best.step, "best")
@@ -310,8 +307,10 @@ class Trainer:
             self.writer.forget_after(-1)
             return 0, Best(), False
         state = read_state(latest, self.identity, verified=True)
-        if state["fundamental"] != self._set_checksum():
+        if state["fundamental"] != _checksum(self.writer.fundamental):
             raise CheckpointError(f"{self.writer.fundamental} is not the set that {latest} was trained with")
+        if state.get("levels") != _checksum(self.writer.levels):
+            raise CheckpointError(f"{self.writer.levels} has not the levels that {latest} was trained with")
         if state.get("data") != self.run.task.checksum:
             raise CheckpointError(
                 f"the data are not those that {latest} was trained with: put them back, or give a new --name"
@@ -419,6 +418,10 @@ class Trainer:
                 f"factor {penalty.factor:g} on the {penalty.level}",
             ]
         print(" | ".join([*parts, f"{self.config.optimizer.name}, {steps} steps"]), flush=True)
+
+
+def _checksum(file: Path) -> str | None:
+    return sha256_of(file) if file.exists() else None
 
 
 def _staging(config: Config) -> Path | None:

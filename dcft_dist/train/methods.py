@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from ..config.schema import Config
-from ..controls.step_controls import EqualDisplacement, PullToStart
+from ..controls.step_controls import EqualDisplacement
 from ..engines.prepared import Prepared
 from ..method.fundamental_set import FundamentalSet
+from ..method.levels import Levels
 from ..method.penalty import Penalty, attach_penalty
+from ..method.pull import PullToStart
 from ..models.pretrained import Pretrained
 from .adapters import insert_adapters
 
@@ -52,12 +54,15 @@ def depths(pretrained: Pretrained) -> dict[str, int]:
     return depth_of
 
 
-def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config, head: tuple[str, ...]) -> Penalty | None:
+def begin(
+    prepared: Prepared, fundamental: FundamentalSet | None, levels: Levels | None, config: Config, head: tuple[str, ...]
+) -> Penalty | None:
     """Attaches what the method does around each optimizer step. Collective.
 
     Args:
         prepared: the wrapped model and its optimizer.
         fundamental: the fundamental set; None if the method uses none.
+        levels: levels of the weights; None if no pull depends on them.
         config: its `method`, `penalty` and `optimizer.pull_to_start` are used.
         head: patterns of the head's weights.
 
@@ -80,5 +85,12 @@ def begin(prepared: Prepared, fundamental: FundamentalSet | None, config: Config
             **factors,
         )
     if config.optimizer.pull_to_start:
-        PullToStart(prepared.model, head, config.optimizer.pull_to_start, prepared.optimizer)
+        PullToStart(
+            prepared.model,
+            head,
+            config.optimizer.pull_to_start,
+            prepared.optimizer,
+            by_importance=config.optimizer.pull_by_importance,
+            levels=levels,
+        )
     return penalty

@@ -11,6 +11,7 @@ from ..data.splits import file_of
 from ..distributed import collectives
 from ..distributed.late import LateSum
 from ..distributed.progress import arrive
+from ..engines.find import find_engine
 from ..errors import DivergedError, PenaltyError
 from ..method.learned_factor import LearnedFactor
 from ..method.penalty import Penalty
@@ -43,6 +44,7 @@ class Training:
         self.learned: LearnedFactor | None = None
         self.speed: Speed | None = None
         self.losses: list[float] = []
+        self._began = False  # the fine-tuning
         self._calls = 0  # of the penalty, up to the last check
         self._sums: LateSum[tuple[int, list[Batch]]] = LateSum("training loss")  # of each step: loss, requests to stop
         self._drawn: tuple[int, list[int]] = (-1, [])  # epoch, order of its examples
@@ -54,7 +56,7 @@ class Training:
         Args:
             penalty: the attached penalty; None if the method uses none.
         """
-        self.penalty, settings = penalty, self.run.config.penalty
+        self.penalty, self._began, settings = penalty, True, self.run.config.penalty
         if penalty and settings.schedule == "learned":
             self.learned = LearnedFactor(self.run.model, penalty, self.run.loss, settings.learn_rate)
 
@@ -125,6 +127,7 @@ class Training:
         self._understand(self._sums.push(sums, (step, micro_batches)))
         if groups is None:  # what is not logged is read one step late
             return norms
+        self._check_pull()
         values = {"train/loss": self.settle(), "train/learning_rate": lr, "train/epoch": (step + 1) / run.steps_per_epoch}
         if penalty:
             values |= {
@@ -160,13 +163,20 @@ class Training:
         return mean_loss
 
     def check_penalty(self) -> None:
-        """Checks, if there is a penalty, that it is in force on every rank. Collective.
+        """Checks, if there is a penalty or a pull, that it is in force on every rank. Collective.
 
         Raises:
-            PenaltyError: it is not; see `Penalty.in_force`.
+            PenaltyError: it is not; see `Penalty.in_force` and `PullToStart.check`.
         """
+        self._check_pull()
         if self.penalty:
             self.penalty.in_force()
+
+    def _check_pull(self) -> None:
+        if (pull := find_engine(self.run.model).pull) is not None:
+            pull.check()
+        elif self.run.config.optimizer.pull_to_start and self._began:
+            raise PenaltyError(f"rank {collectives.rank()}: the pull to the start was taken off the model")
 
     def _cause(self, micro_batches: list[Batch]) -> str:
         """Why a loss is no number: names the first example of the step with a NaN in its input, on any rank. Collective."""

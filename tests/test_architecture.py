@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, str] = {
     "train": "compat config controls data distributed engines method models objectives reports runs weights",
     "inference": "compat config data distributed engines method models objectives runs train",
     "planning": "compat config engines method models objectives train",
-    "studies": "config distributed reports runs train",
+    "studies": "config data distributed reports runs train",
     "cluster": "config runs train",
 }
 # Modules beside the rooms that look into them: the public names, the command line, and former names.

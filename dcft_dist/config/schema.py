@@ -201,7 +201,7 @@ class Config(Section):
             raise ValueError("task.external_tests = ['icd9'] is for task.name = 'icd10cm_chapter'")
         if self.model.name == "own":
             return self
-        if (self.model.name == "dinov2_small") != (self.task.name == "mri_region"):
+        if (self.model.name == "dinov2_small") != (self.task.name in IMAGE_TASKS):
             raise ValueError(f"model.name = '{self.model.name}' cannot read the inputs of task.name = '{self.task.name}'")
         return self
 
@@ -260,6 +260,8 @@ class Config(Section):
             raise ValueError("importance.num_samples must be a multiple of importance.score_batch")
         return self
 
+
+IMAGE_TASKS = ("mri_region", "shoulder_exercise")  # with grey images of their own
 
 # Keys that say where something lies on this machine. What lies there is compared instead, between ranks and between starts.
 LOCAL_PATHS = ("runs_dir", "import_roots", "data.path", "data.train", "data.validation", "data.test", "model.weights")

@@ -15,12 +15,13 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # on
 class Task(Section):
     """The downstream task and its data."""
 
-    name: Literal["icd10cm_chapter", "icd10pcs_system", "drug_review", "mri_region", "own"] = Field(
+    name: Literal["icd10cm_chapter", "icd10pcs_system", "drug_review", "mri_region", "shoulder_exercise", "own"] = Field(
         "icd10cm_chapter",
         description="`icd10cm_chapter`: description of an ICD-10-CM code -> its chapter, 21 classes. "
-        "`icd10pcs_system`: description of a surgical procedure of ICD-10-PCS -> its body system, 31 "
-        "classes. `drug_review`: review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> "
-        "region of the brain, 8 classes. `own`: your data, described in `[data]`; the default if `[data]` names some.",
+        "`icd10pcs_system`: description of a surgical procedure of ICD-10-PCS -> its body system, 31 classes. "
+        "`drug_review`: review of a drug -> negative, neutral or positive. `mri_region`: patch of an MRI slice -> region of "
+        "the brain, 8 classes. `shoulder_exercise`: spectrograms of a smartwatch's sensors -> exercise, 7 classes. `own`: "
+        "your data, described in `[data]`; the default if `[data]` names some.",
     )
     kind: Literal["single_label", "multi_label", "regression", "causal_lm", "segmentation"] = Field(
         "single_label",

@@ -209,7 +209,7 @@ def _descriptions(file: Path) -> Iterable[tuple[str, str]]:
 
 
 def _icd9(task: Task, chapters: dict[str, int]) -> Split:
-    """Descriptions in the wording of ICD-9-CM (version 32) of codes whose ICD-10-CM categories are all held out for testing.
+    """Descriptions of ICD-9-CM codes (version 32). All ICD-10-CM categories of such a code are held out for testing.
 
     The general equivalence mappings of the US government give the categories of a code. Codes of several chapters are left
     out, and texts that ICD-10-CM words in the same way. Three characters of an ICD-9-CM code make a group.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config.schema import Config
+from ..config.schema import IMAGE_TASKS, Config
 from ..errors import ConfigError
 from ..packages import minilm_folder
 from .batches import Processor
@@ -16,14 +16,14 @@ def make_processor(config: Config) -> Processor:
     """Builds the processor of a configuration.
 
     Returns:
-        `task.name = "mri_region"`: `ImageProcessor`. `task.kind = "segmentation"`: `VolumeProcessor`. The user's other data:
-        `LabelledVolumeProcessor`, `CollateProcessor` or `UserImageProcessor` for `data.modality` volume, own or image.
-        Otherwise texts: `AnswerProcessor` for `causal_lm`, else `TextProcessor`.
+        Tasks with grey images of their own: `ImageProcessor`. `task.kind = "segmentation"`: `VolumeProcessor`. The user's
+        other data: `LabelledVolumeProcessor`, `CollateProcessor` or `UserImageProcessor` for `data.modality` volume, own or
+        image. Otherwise texts: `AnswerProcessor` for `causal_lm`, else `TextProcessor`.
 
     Raises:
         ConfigError: the model has no tokenizer, or a key of `[data]` cannot be used.
     """
-    if config.task.name == "mri_region":
+    if config.task.name in IMAGE_TASKS:
         return ImageProcessor(config.model.image_size)
     if config.task.kind == "segmentation":
         return VolumeProcessor(config)

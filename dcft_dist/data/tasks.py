@@ -36,6 +36,10 @@ def load_task(config: Config) -> TaskData:
         from .mri_region import mri_region  # late: needs nibabel
 
         return mri_region(task)
+    if task.name == "shoulder_exercise":
+        from .shoulder_exercise import shoulder_exercise
+
+        return shoulder_exercise(task)
     loaders = {"icd10cm_chapter": icd10cm_chapter, "icd10pcs_system": icd10pcs_system, "drug_review": _drug_review}
     return loaders[task.name](task)
 

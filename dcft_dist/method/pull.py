@@ -1,10 +1,15 @@
 """A pull back to the start after every optimizer step: L2-SP, and a pull that is stronger on weights with high scores.
 
-After each step a weight w becomes w + lr strength (1 - a + a g) (w_start - w). lr is the learning rate of its parameter
-group at that step, a is `by_importance`. With a = 0 this is L2-SP (Li et al. 2018, arXiv 1802.01483), decoupled from the
-gradient like AdamW's weight decay. g depends on the weight's level among the scores of the task (`method.levels`), as the
-Fisher information weights the pull of EWC (Kirkpatrick et al. 2017, arXiv 1612.00796). Its mean over the eligible weights
-is 1; weights that are not eligible have g = 1. The head is never pulled.
+After each step a weight w becomes w + lr strength (1 - a + a g) (w_start - w).
+
+- lr is the learning rate of the weight's parameter group at that step.
+- a is `by_importance`. With a = 0 this is L2-SP (Li et al. 2018, arXiv 1802.01483), decoupled from the gradient like AdamW's
+  weight decay.
+- g depends on the weight's level among the scores of the task (`method.levels`), as the Fisher information weights the pull
+  of EWC (Kirkpatrick et al. 2017, arXiv 1612.00796). Its mean over the eligible weights is 1. Weights that are not eligible
+  have g = 1.
+
+The head is never pulled.
 
 Beside a penalty, the penalty shortens the step first, and then the pull acts on the shortened one.
 """

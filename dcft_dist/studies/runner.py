@@ -12,6 +12,7 @@ every eighth cell. At the end of a phase it waits for the files of the others.
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import math
 import os
@@ -68,7 +69,7 @@ class CellShare:
         return cls(int(index) - 1, int(number))
 
 
-def compare(file: Path, folder: Path, world: World, share: CellShare, wait_s: float) -> None:
+def compare(file: Path, folder: Path, world: World, share: CellShare, wait_s: float, overrides: Sequence[str] = ()) -> None:
     """Runs this process's share of a study. Cells that already have a result are not run again.
 
     Args:
@@ -77,14 +78,15 @@ def compare(file: Path, folder: Path, world: World, share: CellShare, wait_s: fl
         world: the process group of this run.
         share: which cells this process runs.
         wait_s: at the end of a phase, seconds to wait for the cells of other shares.
+        overrides: see `load_study`.
 
     Raises:
         ConfigError: the study, or the configuration of one of its cells, is wrong.
         RunError: a result in the folder was computed with another version of the study.
         UnfinishedError: cells of other shares were missing after `wait_s`.
     """
-    study = load_study(file)
-    write_atomic(folder / "study.toml", file.read_text())
+    study = load_study(file, overrides)
+    write_atomic(folder / "study.toml", written(study, file))
     runner = Runner(study, folder, world, share, wait_s)
     tuning = list(tuning_cells(study))
     runner.prepare(tuning)
@@ -240,7 +242,16 @@ class Runner:
 # -- regenerating ----------------------------------------------------------------------------------------------------------
 
 
-def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
+def written(study: Study, file: Path) -> str:
+    """The text of a study's file, with the overrides that it was given beside."""
+    text = file.read_text(encoding="utf-8")
+    if not study.overrides:
+        return text
+    first, _, rest = text.partition("\n")
+    return f"overrides = {json.dumps(study.overrides)}\n{rest if first.startswith('overrides = ') else text}"
+
+
+def again(file: Path, folder: Path, world: World, part: float, overrides: Sequence[str] = ()) -> list[str]:
     """Runs a random part of the finished cells again and compares their results with the stored ones.
 
     The new runs go into a folder beside the study's, named `<folder>_again`. The cells are drawn with a fixed seed.
@@ -250,11 +261,12 @@ def again(file: Path, folder: Path, world: World, part: float) -> list[str]:
         folder: the study's folder.
         world: the process group of this run.
         part: fraction of the finished cells to run again; at least one cell runs.
+        overrides: see `load_study`.
 
     Returns:
         One line for each value that is different, with the cell, the value before and the value now.
     """
-    study = load_study(file)
+    study = load_study(file, overrides)
     stored = StudyFolder(study, folder)
     final = final_cells(study, stored.choose_all()) if study.seeds else ()
     done = [cell for cell in (*tuning_cells(study), *final) if stored.has(cell)]

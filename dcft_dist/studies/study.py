@@ -24,7 +24,7 @@ import hashlib
 import itertools
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,9 @@ class Study(Section):
     seeds: list[Seed] = Field([], description="Seeds of the tested cells. Empty: the study only tunes, on validation data.")
     resample: bool = Field(False, description="Each seed also draws its own training texts.")
     common: dict[str, Any] = Field({}, description="Configuration keys that every cell has.")
+    overrides: list[str] = Field(
+        [], description="The same, as words of the command line: those that `dcft compare` was given beside the study."
+    )
     settings: dict[str, dict[str, Any]] = Field(min_length=1)
     arms: dict[str, dict[str, Any]] = Field(min_length=1)
     contrasts: list[Contrast] = Field([])
@@ -138,14 +141,21 @@ class Cell:
         return ".".join([self.setting, self.arm, *words, f"seed-{self.seed}"])
 
 
-def load_study(path: Path) -> Study:
+def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     """Reads a study and checks the configurations of its cells.
+
+    Args:
+        path: its TOML file.
+        overrides: keys and values that every cell has, such as `["--data.path", "pathmnist.npz"]`; they replace those of the
+            study's `common`, and give way to those of settings and arms.
 
     Raises:
         ConfigError: the file does not exist, its keys are wrong, or a cell has a wrong configuration.
     """
     try:
         study = Study.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        if overrides:
+            study = study.model_copy(update={"overrides": list(overrides)})
     except OSError as error:
         raise ConfigError(f"no study {path}: {error.strerror}") from error
     except ValidationError as error:
@@ -192,7 +202,8 @@ def make_config(study: Study, cell: Cell, folder: Path) -> Config:
         cell: one of its cells.
         folder: the study's folder.
     """
-    overrides = flat_keys(study.common) | flat_keys(study.settings[cell.setting])
+    given = _words(flat_keys(study.common))
+    overrides = flat_keys(study.settings[cell.setting])
     overrides |= {key: value for key, value in study.keys(cell.arm).items() if not isinstance(value, list)}
     overrides |= dict(cell.values) | {"name": cell.name, "runs_dir": str(folder / "runs"), "seed": cell.seed}
     overrides |= {"test": not cell.tuning, "engine": "single", "checkpoint.keep_last": 0, "removal.fractions": []}
@@ -203,9 +214,14 @@ def make_config(study: Study, cell: Cell, folder: Path) -> Config:
         overrides["task.sample_seed"] = cell.seed
     if study.interpolates:  # every cell's model moves, so it is exported, and has left epoch 0
         overrides |= {"checkpoint.keep_last": 1, "train.fall_back": False}
-    arguments = [argument for key, value in overrides.items() for argument in (f"--{key}", json.dumps(value))]
-    config = load_config(study.base, arguments)
+    arguments = _words(overrides)
+    config = load_config(study.base, [*given, *study.overrides, *arguments])
     return config.model_copy(update={"name": _digest(settings_of(config))}) if study.interpolates else config
+
+
+def _words(keys: dict[str, Any]) -> list[str]:
+    """Keys and values as words of the command line."""
+    return [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value))]
 
 
 def make_preparation(config: Config, folder: Path) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from dcft_dist.cli import main
 from dcft_dist.config.schema import Config
 from dcft_dist.config.toml import load_config
+from dcft_dist.data import shoulder_exercise
 from dcft_dist.data.batches import make_batch
 from dcft_dist.data.mri_region import NAMES
 from dcft_dist.data.splits import TaskData
@@ -46,6 +48,70 @@ def test_drug_reviews() -> None:
     assert not set(task.train.groups) & set(task.validation.groups)
     assert Counter(task.test.labels) == {0: 95, 1: 36, 2: 248}
     assert not any("&#039;" in text for text in task.train.inputs)
+
+
+def test_procedures_by_body_system() -> None:
+    task = load_task(load_config("icd.toml", ["--task.name", "icd10pcs_system", "--task.train_per_class", "20"]))
+    assert len(task.class_names) == 31 and Counter(task.train.labels) == dict.fromkeys(range(31), 20)
+    groups = [set(split.groups) for split in task.splits.values()]
+    assert not groups[0] & groups[1] and not groups[1] & groups[2] and not groups[0] & groups[2]
+    assert all(group[0] == "0" and len(group) == 4 for group in groups[2])
+    eye = task.class_names.index("Eye")
+    assert all(g[1] == "8" for g, label in zip(task.test.groups, task.test.labels, strict=True) if label == eye)
+
+
+def test_wording_of_icd9() -> None:
+    """The same training texts; descriptions of ICD-9-CM only of categories that are in no training or validation text."""
+    plain = load_task(load_config("icd.toml", []))
+    task = load_task(load_config("icd.toml", ["--task.external_tests", '["icd9"]']))
+    assert task.train == plain.train and task.test == plain.test and task.checksum != plain.checksum
+    found = task.splits["external icd9"]
+    assert len(found) == 1241 and set(found.labels) == set(range(21)) and max(Counter(found.labels).values()) == 100
+    texts = {text.lower() for split in plain.splits.values() for text in split.inputs}
+    assert not texts & {text.lower() for text in found.inputs}
+    straining = found.inputs.index("Straining on urination")
+    assert task.class_names[found.labels[straining]].startswith("Symptoms, signs") and found.groups[straining] == "788"
+    held_out = {"R39"}  # of which it is another wording
+    assert not held_out & {*task.train.groups, *task.validation.groups}
+    with pytest.raises(ConfigError, match=r"is for task\.name = 'icd10cm_chapter'"):
+        load_config("icd.toml", ["--task.name", "icd10pcs_system", "--task.external_tests", '["icd9"]'])
+
+
+def test_shoulder_exercises() -> None:
+    task = load_task(load_config("shoulder.toml"))
+    assert [sorted(set(split.groups)) for split in task.splits.values()] == [
+        [f"person {n}" for n in (3, 4, 6, 7, 8)],
+        ["person 10", "person 2"],
+        ["person 1", "person 5", "person 9"],
+    ]
+    assert task.train.inputs.shape[1:] == (96, 96) and task.train.inputs.dtype == np.uint8
+    assert Counter(task.train.labels).keys() == set(range(7))
+
+
+def test_an_image_of_sensors_shows_what_they_measure() -> None:
+    """A sine of 25/4 Hz in the third channel: a bright row in the third band, eight rows above its lower end."""
+    values = np.zeros((254, 6))
+    values[:, 2] = np.sin(2 * np.pi * 6.25 * np.arange(254) / 50)
+    image = shoulder_exercise._image(values)
+    assert image.shape == (96, 96) and int(image[:, 50].argmax()) == 2 * 16 + (16 - 8)
+    assert image[:32].max() == image[48:].max() == 0
+
+
+def test_no_code_of_a_pickle_runs(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    array = np.empty((), dtype=object)
+    array[()] = {"X": [], "y": [], "subject": [Code()]}
+    np.save(tmp_path / "evil.npy", array)
+    np.save(tmp_path / "other.npy", np.zeros(3))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "evil.npy").read_bytes()[:200])
+    wrong = {"evil": "it would call pathlib", "other": "cannot be read", "cut": "cannot be read", "none": "No such"}
+    for name, said in wrong.items():
+        with pytest.raises(DataError, match=said):
+            shoulder_exercise.read_recordings(tmp_path / f"{name}.npy")
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.usefixtures("mricron")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
@@ -431,3 +433,34 @@ def test_arms_that_interpolate(small_base: Path, tmp_path: Path, capsys: pytest.
     file.write_text(file.read_text().replace('"random"', '"chosen"'))
     with pytest.raises(ConfigError, match="interpolate is one of selected, random, diagonal"):
         load_study(file)
+
+
+def test_a_study_on_images_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`medmnist.toml` with its data on the command line: every arm runs, and the folder knows which data they were."""
+    draw = np.random.default_rng(0)
+    arrays = {}
+    for split, size in {"train": 64, "val": 16, "test": 12}.items():
+        arrays[f"{split}_labels"] = draw.permutation(np.arange(size) % 4).reshape(size, 1).astype(np.uint8)
+        arrays[f"{split}_images"] = draw.integers(0, 256, (size, 28, 28, 3), dtype=np.uint8)
+    np.savez(tmp_path / "made_up.npz", **arrays)
+    text = (ROOT / "configs/studies/medmnist.toml").read_text()
+    data = ["--data.path", str(tmp_path / "made_up.npz")]
+    assert main(["compare", str(write(tmp_path / "whole.toml", text)), *data, "--count"]) == 0
+    counted = capsys.readouterr().out
+    assert "| tuning | 144 | 108 | 34,560 |" in counted and "| testing | 45 | 35 | 9,600 |" in counted
+
+    text = re.sub(r"= \[([\d.e-]+),.*\]", r"= \1", text)  # the first of several values
+    text = text.replace("tune_seeds = 1000", "tune_seeds = []").replace("seeds = 0\n", "seeds = [0]\n")
+    small = ["--model.num_layers", "1", "--model.image_size", "28", "--importance.num_samples", "32", "--train.epochs", "1"]
+    file, folder = write(tmp_path / "study.toml", text), tmp_path / "folder"
+    assert main(["compare", str(file), *data, *small, "--train.precision", "fp32", "--folder", str(folder)]) == 0
+    stored, found = results(folder)
+    assert stored.overrides[:2] == data
+    assert {arm.arm for arm in found[0].arms if arm.correct} == set(load_study(file, data).arms) and len(found[0].arms) == 9
+    with pytest.raises(RunError, match=r"another data\.path"):
+        cell = next(iter(final_cells(stored, StudyFolder(stored, folder).choose_all())))
+        StudyFolder(load_study(file, ["--data.path", "other.npz"]), folder).get(cell)
+    capsys.readouterr()
+    assert main(["compare", str(file), "--data.paht", "x", "--folder", str(folder)]) == 2
+    dist.destroy_process_group()
+    assert "data.paht" in capsys.readouterr().err

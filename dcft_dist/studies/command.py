@@ -1,0 +1,71 @@
+"""The command `dcft compare`: its arguments, and how it runs a study in this process or in several."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ..config.toml import find_config
+
+
+def add_arguments(compare: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `dcft compare`."""
+    compare.add_argument("study", type=Path)
+    compare.add_argument("--folder", type=Path, help="folder for the results (default: runs/<name of the file>)")
+    compare.add_argument("--workers", type=int, default=1, help="number of processes on this machine")
+    compare.add_argument("--share", metavar="I/N", help="run only the I-th of N shares (for array jobs)")
+    compare.add_argument("--wait", type=float, default=86400.0, metavar="S", help="seconds to wait for other shares")
+    compare.add_argument("--count", action="store_true", help="run nothing: count trainings and examples")
+    compare.add_argument(
+        "--again", type=float, metavar="PART", help="run this fraction of the finished cells again, and compare"
+    )
+
+
+def run(options: argparse.Namespace, rest: list[str]) -> int:
+    """Carries out `dcft compare`.
+
+    Args:
+        options: its arguments.
+        rest: further words: keys and values of the configuration, for every cell.
+
+    Returns:
+        The exit code.
+    """
+    options.study = find_config(options.study)
+    folder = options.folder or Path("runs") / options.study.stem
+    if options.count:
+        from .size import size_of
+
+        print(size_of(options.study, folder, rest))
+        return 0
+    if options.workers > 1 and not options.share and options.again is None:
+        from .study import load_study
+
+        load_study(options.study, rest)  # an error prints one message, not one for each process
+        words = ["compare", str(options.study), "--folder", str(folder), "--wait", str(options.wait), *rest, "--share"]
+        command = [sys.executable, "-m", "dcft_dist.cli", *words]
+        from .runner import in_parallel
+
+        return in_parallel(lambda share: subprocess.Popen([*command, share]), options.workers)
+    import torch
+
+    from ..distributed.world import joined_world
+    from .runner import CellShare, again, compare, quiet
+
+    share = CellShare.parse(options.share or "1/1")
+    quiet()
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise torch has already read it
+        torch.set_num_threads(1)  # the last digits depend on it; they must not depend on --workers
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with joined_world(3600.0) as world:
+        if options.again is not None:
+            different = again(options.study, folder, world, options.again, rest)
+            print("\n".join(different) or "every cell has the same results, to the last digit")
+            return int(bool(different))
+        compare(options.study, folder, world, share, options.wait, rest)
+    return 0

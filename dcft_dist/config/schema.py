@@ -216,13 +216,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _pull_fits(self) -> Config:
         optimizer = self.optimizer
-        if (optimizer.pull_by_importance or optimizer.pull_levels != "scores") and not optimizer.pull_to_start:
-            raise ValueError("optimizer.pull_by_importance and pull_levels change the pull: set optimizer.pull_to_start too")
+        changes = optimizer.pull_by_importance or optimizer.pull_levels != "scores" or optimizer.pull_selective
+        if changes and not optimizer.pull_to_start:
+            raise ValueError("optimizer.pull_* change the pull: set optimizer.pull_to_start too")
         if optimizer.pull_levels == "permuted" and not optimizer.pull_by_importance:
             raise ValueError("optimizer.pull_levels needs optimizer.pull_by_importance: without it there are no levels")
         if optimizer.pull_by_importance and self.method not in ("full", "dcft", "equal_displacement"):
             raise ValueError(f"optimizer.pull_by_importance is for methods full and dcft, not for '{self.method}'")
-        largest = optimizer.lr * optimizer.pull_to_start * (1.0 + optimizer.pull_by_importance)
+        rate = 0.0 if optimizer.pull_selective else optimizer.lr  # a selective pull does not know beforehand
+        largest = rate * optimizer.pull_to_start * (1.0 + optimizer.pull_by_importance)
         if largest > 1.0:
             raise ValueError(
                 f"optimizer.pull_to_start: {largest:.3g} of the way to the start at each step (lr x pull_to_start x "

@@ -39,6 +39,12 @@ class Optimizer(Section):
         description="How much the pull depends on importance, *a*: a weight is pulled `1 - a + a g` times as strongly. g "
         "grows from 0 to 2 with the weight's level among 256 quantiles of the scores; it is 1 for weights without a score.",
     )
+    pull_selective: bool = Field(
+        False,
+        description="Whether a tensor is pulled only while its descent direction points back to its start (Selective "
+        "Projection Decay). It then goes back by `pull_to_start` times what its last step has added to its distance; `lr` "
+        "has no part in it, so values near 1 are usual.",
+    )
     pull_levels: Literal["scores", "permuted"] = Field(
         "scores",
         description="`scores`: levels of the scores. `permuted`: a control, with the levels permuted within each tensor and "

@@ -19,7 +19,7 @@ class Watcher(Protocol):
     """What the hooks tell of steps and forwards: a `Penalty`, or a `PullToStart`.
 
     Attributes:
-        after_penalties: whether it follows a step only when all penalties have shortened it.
+        after_penalties: whether it is told of a step only after all penalties.
     """
 
     after_penalties: bool
@@ -96,23 +96,25 @@ def unseen() -> Iterator[None]:
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
     changed = None
-    for watcher in list(_watching.values()):
-        penalty = watcher()
-        new_arguments = penalty.on_step(optimizer, args, kwargs) if penalty is not None else None
+    for watcher in _in_turns():
+        new_arguments = watcher.on_step(optimizer, args, kwargs)
         if new_arguments is not None:
             changed = args, kwargs = new_arguments
     return changed
 
 
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    watchers = _in_turns()
+    for watcher in watchers:
+        watcher.on_stepped(optimizer)
+    for watcher in watchers:
+        watcher.on_finished(optimizer)
+
+
+def _in_turns() -> list[Watcher]:
+    """Penalties first, then pulls."""
     watchers = [found for watcher in _watching.values() if (found := watcher()) is not None]
-    for found in sorted(watchers, key=_turn):
-        found.on_stepped(optimizer)
-    for found in watchers:
-        found.on_finished(optimizer)
-
-
-_turn = attrgetter("after_penalties")
+    return sorted(watchers, key=attrgetter("after_penalties"))
 
 
 class ForwardHook:

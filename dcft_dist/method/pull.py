@@ -11,6 +11,11 @@ After each step a weight w becomes w + lr strength (1 - a + a g) (w_start - w).
 
 The head is never pulled.
 
+A *selective* pull (Tian et al. 2024, Selective Projection Decay, arXiv 2411.01713) acts on a tensor only while its descent
+direction points back to its start, and takes back no more than the last step has added. D is the way of a tensor from its
+start before the step, D' after it, G its gradient. If sum(G D) > 0, w becomes w - strength r D' with
+r = max(0, 1 - |D| / |D'|). Otherwise the tensor is left as it is. lr has no part in it.
+
 Beside a penalty, the penalty shortens the step first, and then the pull acts on the shortened one.
 """
 
@@ -24,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import collectives
+from ..engines.base import Shard
 from ..engines.current import Current
 from ..engines.find import find_engine, torch_optimizer
 from ..engines.names import Patterns
@@ -54,6 +60,7 @@ class PullToStart:
         *,
         by_importance: float = 0.0,
         levels: Levels | None = None,
+        selective: bool = False,
     ) -> None:
         """Stores the current weights and follows the optimizer. Collective.
 
@@ -64,6 +71,7 @@ class PullToStart:
             optimizer: the optimizer that steps the model's weights; not needed for a DeepSpeedEngine, which has its own.
             by_importance: a, in [0, 1].
             levels: what `levels_of` returned; needed if a is not 0.
+            selective: whether the pull is selective. It makes one collective for each step.
 
         Raises:
             PatternError: a head pattern matches nothing.
@@ -98,6 +106,8 @@ class PullToStart:
             self._table = 1.0 - by_importance + by_importance * levels.strengths()
             self._largest = float(self._table.max())
         self._strength, self._optimizer, self.steps = strength, weakref.ref(own), 0
+        self._selective = selective
+        self._before: dict[str, list[Tensor]] = {}  # of a selective pull: sum(G D) and |D|^2 on this rank
         self._number = watch_optimizers(self)
         engine.pull = self
 
@@ -127,7 +137,18 @@ class PullToStart:
     # -- around optimizer.step ---------------------------------------------------------------------------------------------
 
     def on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        """Called before a step of any optimizer."""
+        """Called before a step of any optimizer, and after every penalty has changed its gradients."""
+        if not self._selective or optimizer is not self._optimizer():
+            return None
+        if any(callable(a) and a is not optimizer for a in (*args, *kwargs.values())):
+            raise alone(PenaltyError(f"rank {collectives.rank()}: a selective pull cannot follow a step with a closure"))
+        with torch.no_grad():
+            for name, shard in self._stepped(optimizer):
+                way, gradient = self._way(shard), shard.gradient
+                product = torch.zeros((), dtype=torch.float64, device=way.device)
+                if gradient is not None:
+                    product = (gradient.reshape(-1)[slice(*shard.owned)] * way).sum(dtype=torch.float64)
+                self._before[name] = [product, way.square().sum(dtype=torch.float64)]
         return None
 
     @torch.no_grad()
@@ -136,27 +157,55 @@ class PullToStart:
         if optimizer is not self._optimizer():
             return
         self.steps += 1
-        self._current.refresh()
-        rates = self._rates(optimizer)
-        for name, start in self._starts.items():
-            shard = self._current.shards[name]
-            if (rate := rates.get(id(shard.parameter))) is None:
-                continue  # ZeRO steps one part of the weights after the other
-            weight = rate * self._strength
+        stepped, rates = self._stepped(optimizer), self._rates(optimizer)
+        shares = self._selected(stepped) if self._selective else {n: rates[id(s.parameter)] for n, s in stepped}
+        for name, shard in stepped:
+            weight = shares[name] * self._strength
             if weight * self._largest > 1.0:
                 raise alone(
                     PenaltyError(
                         f"rank {collectives.rank()}: the pull of {name} is {weight * self._largest:.3g} of its way to the "
-                        f"start (lr {rate:g} x strength {self._strength:g} x {self._largest:.3g}): it must be at "
-                        "most 1, so lower the strength or the learning rate"
+                        f"start ({'share' if self._selective else 'lr'} {shares[name]:g} x strength {self._strength:g} x "
+                        f"{self._largest:.3g}): it must be at most 1, so lower the strength or the learning rate"
                     )
                 )
-            if start.shape != shard.local.shape:
-                raise alone(PenaltyError(f"rank {collectives.rank()}: {name} is sharded in another way than at the start"))
             if name in self._levels:
-                self._pull_by_level(shard.local.detach(), start, self._levels[name], weight)
+                self._pull_by_level(shard.local.detach(), self._starts[name], self._levels[name], weight)
             else:
-                shard.local.copy_(torch.lerp(shard.local, start, weight))
+                shard.local.detach().lerp_(self._starts[name], weight)
+
+    def _stepped(self, optimizer: Optimizer) -> list[tuple[str, Shard]]:
+        """The pulled weights that the optimizer steps now: ZeRO steps one part of them after the other."""
+        self._current.refresh()
+        rates, found = self._rates(optimizer), []
+        for name, start in self._starts.items():
+            shard = self._current.shards[name]
+            if id(shard.parameter) in rates:
+                if start.shape != shard.local.shape:
+                    where = f"rank {collectives.rank()}: {name}"
+                    raise alone(PenaltyError(f"{where} is sharded in another way than when the pull began"))
+                found.append((name, shard))
+        return found
+
+    def _selected(self, stepped: list[tuple[str, Shard]]) -> dict[str, float]:
+        """r of each tensor; 0 for those that are left as they are. Collective."""
+        names, rows = list(self._starts), dict(self._before)  # all names: ZeRO steps others on each rank
+        for name, shard in stepped:
+            way = self._way(shard)
+            rows[name] = [*self._before[name], way.square().sum(dtype=torch.float64)]
+        self._before = {}
+        zeros = torch.zeros(3, dtype=torch.float64)
+        table = torch.stack([torch.stack(rows[name]).cpu() if name in rows else zeros for name in names])
+        found = {}
+        for name, (product, before, after) in zip(
+            names, collectives.all_reduce(table, what="selective pull").tolist(), strict=True
+        ):
+            found[name] = max(0.0, 1.0 - (before / after) ** 0.5) if product > 0 and after > 0 else 0.0
+        return found
+
+    def _way(self, shard: Shard) -> Tensor:
+        """How far the cells that this rank owns are from their start, flat."""
+        return (shard.local.detach() - self._starts[shard.name]).reshape(-1)[slice(*shard.owned)]
 
     @staticmethod
     def _rates(optimizer: Optimizer) -> dict[int, float]:
@@ -166,6 +215,9 @@ class PullToStart:
     def _pull_by_level(self, local: Tensor, start: Tensor, levels: Tensor, weight: float) -> None:
         """In pieces, so that no more memory is needed than for one of them."""
         table = torch.from_numpy(weight * self._table).to(local.device, local.dtype)
+        if not local.is_contiguous():
+            local.copy_(torch.lerp(local, start, table[levels.to(torch.int32)]))
+            return
         local, start, levels, step = local.view(-1), start.view(-1), levels.view(-1), step_of(local.device)
         for first in range(0, len(local), step):
             piece = local[first : first + step]

@@ -92,5 +92,6 @@ def begin(
             prepared.optimizer,
             by_importance=config.optimizer.pull_by_importance,
             levels=levels,
+            selective=config.optimizer.pull_selective,
         )
     return penalty

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from functools import partial
 
 import pytest
@@ -22,7 +21,6 @@ from ..ranks import run_ranks
 from .test_levels import expected, some_scores
 
 STRENGTH, FACTOR, STEPS = 3.0, 0.1, 3
-SHARES = (0.0, 0.5, 1.0)  # by importance
 
 
 def some_set() -> FundamentalSet:
@@ -33,7 +31,9 @@ def some_set() -> FundamentalSet:
     )
 
 
-def trained(engine: str, ranks: int, optimizer: str, share: float, penalty: str) -> dict[str, Tensor]:
+def trained(
+    engine: str, ranks: int, optimizer: str, share: float, penalty: str, selective: bool = False
+) -> dict[str, Tensor]:
     """Whole weights after three steps. `penalty`: when it is attached, "before" or "after" the pull, or "" for none."""
     prepared = prepare(make_net, engine, lambda p: make_optimizer(optimizer, p), micro_batch=8 // ranks)
     levels = levels_of(some_scores(prepared.model, "zeros"))
@@ -43,7 +43,16 @@ def trained(engine: str, ranks: int, optimizer: str, share: float, penalty: str)
 
     if penalty == "before":
         attach()
-    pull = PullToStart(prepared.model, HEAD, STRENGTH, prepared.optimizer, by_importance=share, levels=levels)
+    strength = 0.45 if selective else STRENGTH
+    pull = PullToStart(
+        prepared.model,
+        HEAD,
+        strength,
+        prepared.optimizer,
+        by_importance=share,
+        levels=levels,
+        selective=selective,
+    )
     if penalty == "after":
         attach()
     for batch in make_batches(STEPS, 8, torch.float32):
@@ -60,7 +69,7 @@ def level_of_each(net: nn.Module) -> dict[str, Tensor]:
     return expected({n: s.values.view(scores.shapes[n]) for n, s in scores.shards.items()})
 
 
-def by_hand(optimizer_name: str, share: float, penalty: bool) -> dict[str, Tensor]:
+def by_hand(optimizer_name: str, share: float, penalty: bool, selective: bool = False) -> dict[str, Tensor]:
     """One process and plain tensors: the optimizer's step, times the factor on the set, and then the pull."""
     net = make_net()
     level = level_of_each(net)
@@ -70,7 +79,7 @@ def by_hand(optimizer_name: str, share: float, penalty: bool) -> dict[str, Tenso
     chosen = some_set()
     start = {n: p.detach().clone() for n, p in net.named_parameters()}
     optimizer = make_optimizer(optimizer_name, net.parameters())
-    lr = optimizer.param_groups[0]["lr"]
+    lr, selected = optimizer.param_groups[0]["lr"], list[bool]()
     for batch in make_batches(STEPS, 8, torch.float32):
         old = {n: p.detach().clone() for n, p in net.named_parameters()}
         optimizer.zero_grad()
@@ -81,8 +90,15 @@ def by_hand(optimizer_name: str, share: float, penalty: bool) -> dict[str, Tenso
                 if penalty and name in chosen.names:
                     p.copy_(torch.where(chosen.mask(name), old[name] + FACTOR * (p - old[name]), p))
                 if p.requires_grad and not name.startswith("head"):
-                    weight = lr * STRENGTH * strengths.get(name, torch.ones(())).to(p.dtype)
+                    rate = lr * STRENGTH
+                    if selective:
+                        before, after = (old[name] - start[name]).norm(), (p - start[name]).norm()
+                        back = p.grad is not None and float((p.grad * (old[name] - start[name])).sum()) > 0
+                        rate = 0.45 * float((1 - before / after).clamp(min=0)) if back and after > 0 else 0.0
+                        selected.append(rate > 0)
+                    weight = rate * strengths.get(name, torch.ones(())).to(p.dtype)
                     p.copy_(torch.lerp(p, start[name], float(weight) if not weight.dim() else weight))
+    assert not selective or (any(selected) and not all(selected)), "some tensors are pulled, and some are not"
     return {n: p.detach() for n, p in net.named_parameters()}
 
 
@@ -90,7 +106,9 @@ def all_cases(engine: str, ranks: int) -> list[dict[str, Tensor]]:
     return [trained(engine, ranks, *case) for case in CASES]
 
 
-CASES = [*itertools.product(["sgd", "adamw_smooth"], SHARES, [""]), ("adamw_smooth", 1.0, "before"), ("sgd", 0.5, "after")]
+# optimizer, share by importance, when a penalty is attached, whether the pull is selective
+CASES = [("sgd", 0.0, "", False), ("adamw_smooth", 0.5, "", False), ("adamw_smooth", 1.0, "before", False)]
+CASES += [("sgd", 0.5, "after", False), ("momentum", 0.0, "", True), ("momentum", 0.5, "after", True)]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -98,11 +116,11 @@ def test_pull_under_every_engine(engine: str) -> None:
     ranks = 1 if engine == "single" else 4 if engine in ("fsdp2", "fsdp2-hybrid", "zero3") else 2
     results = run_ranks(ranks, all_cases, engine, ranks)
     for number, case in enumerate(CASES):
-        optimizer, share, penalty = case
-        right = by_hand(optimizer, share, bool(penalty))
+        optimizer, share, penalty, selective = case
+        right = by_hand(optimizer, share, bool(penalty), selective)
         for found in results:
             for name, weight in right.items():
-                if name.startswith("unused") and optimizer != "sgd":
+                if name.startswith("unused") and optimizer == "adamw_smooth":
                     continue  # some engines give it a gradient of 0, so AdamW decays it
                 torch.testing.assert_close(
                     found[number][name], weight, rtol=2e-5, atol=2e-6, msg=partial("{} {}: {}".format, case, name)
@@ -156,6 +174,14 @@ def test_what_is_refused() -> None:
         optimizer.step()
     pull.remove()
     PullToStart(net, HEAD, 6.0, optimizer)
+
+
+def test_a_selective_pull_takes_no_closure() -> None:
+    net = make_net()
+    optimizer = make_optimizer("sgd", net.parameters())
+    PullToStart(net, HEAD, 1.0, optimizer, selective=True)
+    with pytest.raises(PenaltyError, match="cannot follow a step with a closure"):
+        optimizer.step(lambda: 0.0)
 
 
 def test_it_lasts_and_says_when_it_does_not() -> None:

@@ -100,6 +100,7 @@ def test_levels_are_permuted_within_magnitudes(tiny: Path, tmp_path: Path) -> No
     ("words", "said"),
     [
         (["--optimizer.pull_by_importance", "0.5"], "set optimizer.pull_to_start too"),
+        (["--optimizer.pull_selective", "true"], "set optimizer.pull_to_start too"),
         (["--optimizer.pull_to_start", "1", "--optimizer.pull_levels", "permuted"], "without it there are no levels"),
         ([*PULL, "--method", "lora"], "is for methods full and dcft, not for 'lora'"),
         ([*PULL, "--optimizer.pull_to_start", "400"], "1.2 of the way to the start at each step"),

@@ -62,7 +62,7 @@ def plane_picture(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -
         ticks = [f"{share:g}" for share in shares]
         axes.set_xticks(range(len(shares)), ticks)
         axes.set_yticks(range(len(shares)), ticks)
-        axes.set(title=LABELS[family], xlabel="share of the set", ylabel="share of the rest")
+        axes.set(title=LABELS[family].partition(",")[0], xlabel="share of the set", ylabel="share of the rest")
         _mark(axes, shares.index(families[family]["on_set"]), shares.index(families[family]["on_rest"]))
     figure.colorbar(image, ax=planes, label=f"validation {metric}", shrink=0.8)
     points = sorted((on_set, value) for (family, on_set, _), value in values.items() if family == "diagonal")

@@ -25,8 +25,8 @@ class Estimate:
 
     Attributes:
         mean: over seeds and examples.
-        low: 2.5 % quantile of the resampled means.
-        high: 97.5 % quantile of the resampled means.
+        low: lower end of the interval, a quantile of the resampled means.
+        high: upper end.
         num_seeds: how many seeds the mean is over.
     """
 
@@ -36,13 +36,14 @@ class Estimate:
     num_seeds: int
 
 
-def estimate(values: NDArray[np.float64], groups: Sequence[str], seed: int = 0) -> Estimate:
-    """Estimates the mean over seeds and examples, with its 95 % bootstrap interval.
+def estimate(values: NDArray[np.float64], groups: Sequence[str], seed: int = 0, level: float = 0.95) -> Estimate:
+    """Estimates the mean over seeds and examples, with its bootstrap interval.
 
     Args:
         values: [seeds, examples]; 1 for a right and 0 for a wrong prediction, or the difference of two arms.
         groups: [examples]; the name of each example's group.
         seed: of the resampling.
+        level: of the interval.
     """
     _, group_indices = np.unique(np.asarray(groups), return_inverse=True)
     num_groups = int(group_indices.max()) + 1
@@ -54,7 +55,7 @@ def estimate(values: NDArray[np.float64], groups: Sequence[str], seed: int = 0) 
         seed_counts = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), _AT_ONCE)
         group_counts = generator.multinomial(num_groups, np.full(num_groups, 1 / num_groups), _AT_ONCE)
         means.append(((seed_counts @ sums) * group_counts).sum(1) / (num_seeds * (group_counts @ sizes)))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(values.mean()), float(low), float(high), num_seeds)
 
 

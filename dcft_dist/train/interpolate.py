@@ -72,7 +72,9 @@ def interpolate(run: Path, world: World, trust: bool = False) -> dict[str, Any]:
         what = "importance.after_epochs" if given.importance.after_epochs else f"method = {given.method!r}"
         raise RunError(f"{run}: a run with {what} cannot be interpolated")
     words = ["--runs_dir", str(run), "--name", "interpolation", "--start_from", str(run), "--method", "dcft"]
-    words += ["--optimizer.pull_to_start", "0.0", "--selection.kind", "top", "--removal.fractions", "[]", "--until", "train"]
+    words += ["--selection.kind", "top", "--removal.fractions", "[]", "--until", "train"]
+    pull = {"pull_to_start": "0.0", "pull_by_importance": "0.0", "pull_selective": "false", "pull_levels": "scores"}
+    words += [word for key, value in pull.items() for word in (f"--optimizer.{key}", value)]
     config = load_config(run / "config.toml", words)
     writer = RunWriter.of(config)
     if collectives.on_every_rank((result := writer.result()) is not None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,15 @@ def test_every_family_has_as_many_candidates() -> None:
     assert ("diagonal", 1.0, 1.0) in candidates("selected") and ("selected", 0.0, 1.0) in candidates("selected")
 
 
-@pytest.mark.parametrize("method", ["dcft", "full"])
-def test_a_run_is_interpolated(tiny: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+PULL = ["--optimizer.pull_to_start", "50", "--optimizer.pull_by_importance", "0.5"]
+
+
+@pytest.mark.parametrize(("method", "more"), [("dcft", []), ("full", PULL)])
+def test_a_run_is_interpolated(
+    tiny: Path, tmp_path: Path, method: str, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     """By two ranks and, after an interruption, by one: the same places and numbers; the chosen model is exported."""
-    train(tiny, tmp_path, *OPTIONS, "--method", method)
+    train(tiny, tmp_path, *OPTIONS, "--method", method, *more)
     run = tmp_path / "tiny"
     before = read_json(run / "summary.json")
     output_of("interpolate", run, ranks=2)
@@ -60,6 +66,17 @@ def test_a_run_is_interpolated(tiny: Path, tmp_path: Path, method: str, capsys: 
     assert start.keys() >= chosen.keys() and all(chosen[name].shape == end[name].shape for name in chosen)
     head = [name for name in chosen if name.startswith("head") or name in ("weight", "bias")]
     assert all(torch.equal(chosen[name], end[name]) for name in head), "the head stays as trained"
+
+    assert main(["verify", str(new.path)]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(new.path)]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["metrics"]["loss"] == pytest.approx(found["families"]["selected"]["test"]["loss"], rel=1e-4)
+    card = (new.model / "README.md").read_text()
+    assert (
+        "The two shares were chosen on validation data from 25 pairs." in card and "| one share for all (WiSE-FT) |" in card
+    )
+    assert "Interpolation by set" in (new.path / "report.html").read_text()
 
     plane = run / "interpolation/plane.jsonl"
     kept = plane.read_text().splitlines(keepends=True)[:40]

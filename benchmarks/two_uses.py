@@ -1,0 +1,75 @@
+"""The two other uses of the scores: primary contrasts with Holm's correction, and all others of their studies.
+
+    python benchmarks/two_uses.py [--folder runs]
+
+The rule is in docs/results/protocol.md, 2026-11-29. Points and intervals are computed as in the tables of the studies
+(`dcft_dist.studies.bootstrap`). Studies that are not there are left out, and so are contrasts with fewer than two seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from dcft_dist.studies.bootstrap import contrast_verdict, estimate
+from dcft_dist.studies.table import Difference, SettingResult, results
+
+KEPT_STUDIES = Path(__file__).parents[1] / "docs/results/studies"
+PRIMARY = ("interpolate_630", "pull_630")
+OTHERS = ("interpolate_pcs", "pull_pcs", "interpolate_mri", "interpolate_shoulder")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--folder", type=Path, default=KEPT_STUDIES, help="the folder with the folders of the studies")
+    folder = arguments.parse_args().folder
+    found = {name: results(folder / name)[1] for name in (*PRIMARY, *OTHERS) if (folder / name / "study.toml").is_file()}
+    print("| study, test data | contrast | points [95 %] | 97.5 % | test loss [SE] | seeds | by its 95 % interval |")
+    print("|---|---|---|---|---|---|---|")
+    lows: dict[str, tuple[float, float]] = {}
+    for name, settings in found.items():
+        for setting in settings:
+            for difference in setting.differences:
+                if difference.value is not None:
+                    wide = row(setting, difference)
+                    if difference.contrast.deciding and name in PRIMARY:
+                        lows[name] = difference.value.low, wide
+    if set(lows) == set(PRIMARY):
+        print(f"\nHolm over the two primary contrasts: {holm(lows)}")
+
+
+def row(setting: SettingResult, difference: Difference) -> float:
+    """Prints a row of the table. Returns the lower end of the 97.5 % interval."""
+    value, contrast = difference.value, difference.contrast
+    assert value is not None
+    arms = {arm.arm: arm.correct for arm in setting.arms}
+    seeds = sorted(arms[contrast.arm].keys() & arms[contrast.minus].keys())
+    values = np.stack([arms[contrast.arm][seed] - arms[contrast.minus][seed] for seed in seeds])
+    wide = estimate(values, setting.groups, level=0.975)
+    error = difference.loss.std(ddof=1) / len(seeds) ** 0.5
+    cells = [
+        setting.setting,
+        f"{contrast.arm} minus {contrast.minus}{' (primary)' if contrast.deciding else ''}",
+        f"{100 * value.mean:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]",
+        f"[{100 * wide.low:+.2f}, {100 * wide.high:+.2f}]",
+        f"{difference.loss.mean():+.4f} [{error:.4f}]",
+        str(len(seeds)),
+        contrast_verdict(value),
+    ]
+    print(f"| {' | '.join(cells)} |")
+    return wide.low
+
+
+def holm(lows: dict[str, tuple[float, float]]) -> str:
+    """Which primary contrasts are supported: one whose 97.5 % interval is above 0, and then the other at 95 %."""
+    first = [name for name, (_, wide) in lows.items() if wide > 0]
+    if not first:
+        return "none is supported"
+    supported = [name for name, (low, wide) in lows.items() if wide > 0 or low > 0]
+    return f"supported: {', '.join(supported)}"
+
+
+if __name__ == "__main__":
+    main()

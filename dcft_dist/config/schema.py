@@ -175,6 +175,8 @@ class Config(Section):
         if self.data.processor and (self.data.modality != "image" or self.task.name != "own"):
             raise ValueError("data.processor is for task.name = 'own' with data.modality = 'image'")
         if self.task.name == "own":
+            if self.task.external_tests:
+                raise ValueError("task.external_tests are for built-in tasks; name your files in data.external_tests")
             if not self.data.sources():
                 raise ValueError(f"task.name = 'own' needs data: data.{'build' if self.data.format == 'python' else 'path'}")
             if self.task.kind == "segmentation" and self.data.modality != "volume":
@@ -197,6 +199,8 @@ class Config(Section):
             )
         if self.task.kind != "single_label":
             raise ValueError(f"task.name = '{self.task.name}' needs task.kind = 'single_label'")
+        if self.data.external_tests:
+            raise ValueError("data.external_tests are for task.name = 'own'; built-in tasks have task.external_tests")
         if self.task.external_tests and self.task.name != "icd10cm_chapter":
             raise ValueError("task.external_tests = ['icd9'] is for task.name = 'icd10cm_chapter'")
         if self.model.name == "own":

@@ -78,6 +78,11 @@ class Data(Section):
     train: str | None = Field(None, description="`table`: file of the training split, if each split has its own file.")
     validation: str | None = Field(None, description="`table`: file of the validation split.")
     test: str | None = Field(None, description="`table`: file of the test split.")
+    external_tests: dict[str, str] = Field(
+        {},
+        description="Name -> file of further test data in the same `format`, such as those of another hospital. The run is "
+        "tested once on each. No group and no file of them may be in the training or validation data.",
+    )
     build: str | None = Field(
         None,
         description="`python`: import path of a function without arguments that returns rows, or split -> rows. A row is a "
@@ -176,6 +181,10 @@ class Data(Section):
             )
         if (self.collate is None) == (self.modality == "own"):
             raise ValueError("modality = 'own' and collate go together")
+        if self.external_tests and self.format == "python":
+            raise ValueError("external_tests are files: with format = 'python' write them to a table")
+        if wrong := [name for name in self.external_tests if not re.fullmatch(r"[A-Za-z0-9_-]{1,50}", name)]:
+            raise ValueError(f"external_tests: {wrong[0]!r} is no name: use letters, digits, _ and -")
         if self.group and self.format in ("image_folder", "medmnist"):
             raise ValueError(f"format = '{self.format}' has no columns, so no group = '{self.group}'")
         return self

@@ -13,7 +13,7 @@ from ..config.schema import Config
 from ..errors import DataError, did_you_mean, listing
 from .identity import check_groups_are_spelled_alike, check_no_file_is_in_two_splits, spelled_twice
 from .readers import Row, read_rows
-from .splits import SPLITS, Split, TaskData
+from .splits import EXTERNAL, SPLITS, Split, TaskData
 from .tables import is_empty
 
 Parts = dict[str, list[Row]]  # rows by split
@@ -34,6 +34,7 @@ def user_task(config: Config) -> TaskData:
     _check_files(parts)
     _check_groups(parts)
     check_no_file_is_in_two_splits(parts)
+    external = {name: _external(config, name, parts) for name in data.external_tests}
     names = _names(config, parts["train"])
     splits = {name: _decoded(rows, _decoder(config, names)) for name, rows in parts.items()}
     if config.task.kind == "single_label":
@@ -42,7 +43,23 @@ def user_task(config: Config) -> TaskData:
         _check_findings(names, splits["train"])
     grouped = data.group is not None or data.group_pattern is not None
     caveat = "" if grouped else "No groups were given: examples of one patient may be in two splits."
-    return TaskData.of(names, splits, caveat)
+    return TaskData.of(names, splits, caveat, {n: _decoded(rows, _decoder(config, names)) for n, rows in external.items()})
+
+
+def _external(config: Config, name: str, parts: Parts) -> list[Row]:
+    """Rows of further test data, none of which may have been seen in training or validation."""
+    sources = {"path": config.data.external_tests[name], "train": None, "validation": None, "test": None, "split": None}
+    read = read_rows(config.data.model_copy(update=sources), config.import_roots)
+    rows = _with_masks([row for part in read.values() for row in part], config)
+    others = {split: parts[split] for split in ("train", "validation")} | {f"{EXTERNAL}{name}": rows}
+    if not rows:
+        raise DataError(f"data.external_tests.{name}: {sources['path']} has no examples")
+    if config.data.group or config.data.group_pattern:
+        check_groups_are_spelled_alike(row for part in others.values() for row in part)
+    _check_files({name: rows})
+    _check_groups(others)
+    check_no_file_is_in_two_splits(others)
+    return rows
 
 
 def other_split(config: Config, names: Sequence[str], labelled: bool) -> Split:

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def interpolate(run: Path, world: World, trust: bool = False) -> dict[str, Any]:
         if given.start_from and (Path(given.start_from) / writer.scores.name).is_file():
             writer.take_from(Path(given.start_from), config)  # scores under the same head
         writer.phase("setup")
-        context = make_context(config, world, writer)
+        context = make_context(config, replace(world, together=config.sharding.tensor_parallel), writer)
         warm_up_or_load(context)
         way = Way(context.model, context.pretrained.head)
         selected, random = _sets(context)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dcft_dist.data.identity import meaning
+from dcft_dist.data.splits import TaskData
 from dcft_dist.errors import DataError
 
 from .tables import picture, table, task_of
@@ -27,14 +28,14 @@ def images(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def split(folder: Path, test: Rows, *words: str) -> None:
+def split(folder: Path, test: Rows, *words: str) -> TaskData:
     parts = {"train": [(f"im/{i}.png", i % 2, i) for i in range(10)], "test": test}
     parts["validation"] = [(f"im/{i}.png", i % 2, i) for i in range(10, 20)]
     how = ["--data.modality", "image", "--data.input", "path", "--data.label", "label", *words]
     for name, rows in parts.items():
         file = table(folder, [{"path": p, "label": y, "patient": g} for p, y, g in rows], f"{name}.csv")
         how += [f"--data.{name}", str(file)]
-    task_of(*how)
+    return task_of(*how)
 
 
 GROUP = ("--data.group", "patient")
@@ -48,6 +49,29 @@ def test_a_file_in_two_splits(name: str, words: tuple[str, ...], images: Path) -
     with pytest.raises(DataError, match=r"train.csv, line 2.* in train.*test.csv, line 11|is in two splits") as error:
         split(images, [*((f"im/{i}.png", i % 2, i) for i in range(20, 29)), (path, 0, 900)], *words)
     assert ("have the same contents" in str(error.value)) == (name == "im/copy.png")
+
+
+@pytest.mark.parametrize("words", [(), GROUP])
+def test_further_test_data(words: tuple[str, ...], images: Path) -> None:
+    """They may overlap with the test data, such as patients in another scanner, but not with what was learned from."""
+    test: Rows = [(f"im/{i}.png", i % 2, i) for i in range(20, 30)]
+
+    def with_site(rows: Rows) -> TaskData:
+        file = table(images, [{"path": p, "label": y, "patient": g} for p, y, g in rows], "site_b.csv")
+        return split(images, test, *words, "--data.external_tests", f'{{site_b = "{file}"}}')
+
+    task = with_site(test[:5])
+    assert len(task.external["site_b"]) == 5 and list(task.splits)[3:] == ["external site_b"]
+    for seen, name in ((0, "train"), (15, "validation")):
+        with pytest.raises(DataError, match=rf"in {name}.* in external site_b|is in two splits"):
+            with_site([*test[:5], (f"im/{seen}.png", 0, 901)])
+    if words:
+        with pytest.raises(DataError, match=r"group '3' is in two splits: .*train.csv, line 5 .* in external site_b"):
+            with_site([("im/20.png", 0, 3)])
+    with pytest.raises(DataError, match="is not one of the 2 classes"):
+        with_site([("im/20.png", 7, 20)])
+    with pytest.raises(DataError, match=r"im/none.png \("):
+        with_site([("im/none.png", 0, 20)])
 
 
 def test_contents_are_compared_to_the_end(images: Path) -> None:

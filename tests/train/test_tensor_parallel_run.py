@@ -19,6 +19,7 @@ from .test_recipes import SMALL, instructions_7b, reports_bert
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 OPTIONS = ["--train.precision", "fp32", "--train.epochs", "2", "--checkpoint.keep_last", "2", "--log_every", "1"]
+PLACE = ("family", "on_set", "on_rest")
 TOGETHER = ["--sharding.tensor_parallel", "2"]
 
 
@@ -57,6 +58,15 @@ def test_equals_one_process(recipe: list[str], tmp_path: Path) -> None:
         assert tokens[0] == pytest.approx(tokens[1], rel=0.2), "ranks that compute together count once"
         rows = [len(list(csv.DictReader((f / "it/predictions.csv").open()))) for f in (folder, tmp_path / "one")]
         assert rows[0] == rows[1] > 0, "each test example once"
+    planes = []
+    for ranks, folder in ((1, tmp_path / "one"), (2, tmp_path / "2")):
+        output_of("interpolate", folder / "it", ranks=ranks)
+        planes.append(
+            {tuple(row[key] for key in PLACE): row["metrics"] for row in read_lines(folder / "it/interpolation/plane.jsonl")}
+        )
+    assert planes[0].keys() == planes[1].keys() and len(planes[0]) == 65
+    for place, metrics in planes[0].items():
+        assert planes[1][place]["loss"] == pytest.approx(metrics["loss"], rel=1e-3), place
 
 
 def test_a_run_goes_on_without(recipe: list[str], tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """The two other uses of the scores: primary contrasts with Holm's correction, and all others of their studies.
 
-    python benchmarks/two_uses.py [--folder runs]
+    python benchmarks/two_uses.py [--folder runs] [--places]
 
 The rule is in docs/results/protocol.md, 2026-11-29. Points and intervals are computed as in the tables of the studies
 (`dcft_dist.studies.bootstrap`). Studies that are not there are left out, and so are contrasts with fewer than two seeds.
+`--places` prints, for each study that interpolates, validation accuracy and loss of every place, averaged over its tested
+seeds, and how often each place was chosen.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from dcft_dist.files import objects_in
 from dcft_dist.studies.bootstrap import contrast_verdict, estimate
 from dcft_dist.studies.table import Difference, SettingResult, results
 
@@ -24,7 +28,9 @@ OTHERS = ("interpolate_pcs", "pull_pcs", "interpolate_mri", "interpolate_shoulde
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--folder", type=Path, default=KEPT_STUDIES, help="the folder with the folders of the studies")
-    folder = arguments.parse_args().folder
+    arguments.add_argument("--places", action="store_true")
+    options = arguments.parse_args()
+    folder = options.folder
     found = {name: results(folder / name)[1] for name in (*PRIMARY, *OTHERS) if (folder / name / "study.toml").is_file()}
     print("| study, test data | contrast | points [95 %] | 97.5 % | test loss [SE] | seeds | by its 95 % interval |")
     print("|---|---|---|---|---|---|---|")
@@ -38,6 +44,23 @@ def main() -> None:
                         lows[name] = difference.value.low, wide
     if set(lows) == set(PRIMARY):
         print(f"\nHolm over the two primary contrasts: {holm(lows)}")
+
+    for name in found if options.places else ():
+        print_places(folder / name)
+
+
+def print_places(folder: Path) -> None:
+    """Prints the places of each arm of a study that interpolates."""
+    cells = [row for row in objects_in(folder / "cells.jsonl", "cell", "arm") if "places" in row and not row["tuning"]]
+    for arm in dict.fromkeys(row["arm"] for row in cells):
+        rows = [row for row in cells if row["arm"] == arm]
+        shares = [row["summary"]["interpolation"] for row in rows]
+        chosen = Counter((found["on_set"], found["on_rest"]) for found in shares)
+        print(f"\n{folder.name}, {arm}\n")
+        print("| set | rest | validation accuracy | validation loss | chosen |\n|---|---|---|---|---|")
+        means = np.mean([row["places"] for row in rows], 0)
+        for (on_set, on_rest, *_), (_, _, accuracy, loss) in zip(rows[0]["places"], means, strict=True):
+            print(f"| {on_set:.3g} | {on_rest:.3g} | {100 * accuracy:.1f} | {loss:.3f} | {chosen[on_set, on_rest]} |")
 
 
 def row(setting: SettingResult, difference: Difference) -> float:

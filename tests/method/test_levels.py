@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dcft_dist import Scores, score_importance
+from dcft_dist.controls.control_sets import permuted_levels
 from dcft_dist.engines.find import find_engine
 from dcft_dist.errors import ScoreError
 from dcft_dist.method.levels import LEVELS, Levels, levels_of, load_levels, save_levels
@@ -91,6 +92,30 @@ def test_strengths_have_mean_one() -> None:
         every = torch.cat([strengths[s.values.to(torch.int64)] for s in levels.shards.values()])
         assert float(every.mean()) == pytest.approx(1.0, abs=1e-12)
         assert strengths.diff().min() > 0 and strengths[0] > 0 and strengths[-1] < 2.1
+
+
+def permuted(engine: str, folder: str) -> None:
+    model = prepare(make_net, engine, lambda p: torch.optim.SGD(p, lr=0.1)).model if engine != "single" else make_net()
+    levels = levels_of(some_scores(model, "random"))
+    save_levels(levels, f"{folder}/levels")
+    for seed in (0, 1):
+        save_levels(permuted_levels(model, levels, seed), f"{folder}/{seed}")
+
+
+def test_permuted_levels_stay_within_their_magnitudes(tmp_path: Path) -> None:
+    found = {}
+    for engine, ranks in (("single", 1), ("ddp", 2), ("fsdp2", 4), ("zero3", 2)):
+        (tmp_path / engine).mkdir()
+        run_ranks(ranks, permuted, engine, str(tmp_path / engine))
+        found[engine] = [load_file(tmp_path / engine / name) for name in ("levels", "0", "1")]
+    before, first, second = found["single"]
+    for name, level in before.items():
+        bins = make_net().get_parameter(name).detach().abs().view(torch.int32) >> 21
+        for number in bins.unique():
+            assert torch.equal(first[name][bins == number].sort().values, level[bins == number].sort().values)
+        assert not torch.equal(first[name], level) and not torch.equal(first[name], second[name])
+        for engine in found:
+            assert torch.equal(found[engine][1][name], first[name]), "the same for every number of ranks"
 
 
 def test_files_that_are_no_levels(tmp_path: Path) -> None:

@@ -323,6 +323,8 @@ def _interpolate(options: argparse.Namespace, rest: list[str]) -> None:
     from .distributed.world import joined_world
     from .train.interpolate import interpolate
 
+    if (options.run / "config.toml").is_file():
+        _load(options.run / "config.toml", ())  # private?
     with joined_world(600.0) as world:
         found = interpolate(options.run, world, options.trust_code)
         if world.is_first:
@@ -373,7 +375,10 @@ def _table(options: argparse.Namespace, rest: list[str]) -> None:
         folder = options.runs[0]
         with expected_form(folder):
             if options.pack:
-                StudyFolder(load_study(folder / "study.toml"), folder).pack(options.pack)
+                study = load_study(folder / "study.toml")
+                if study.is_private():
+                    os.umask(0o077)
+                StudyFolder(study, folder).pack(options.pack)
             print(table(folder, options.format))
         return
     from .reports.comparison import comparison, removal_table

@@ -226,12 +226,15 @@ class Config(Section):
         if optimizer.pull_levels == "permuted" and not optimizer.pull_by_importance:
             raise ValueError("optimizer.pull_levels needs optimizer.pull_by_importance: without it there are no levels")
         if optimizer.pull_by_importance and self.method not in ("full", "dcft", "equal_displacement"):
-            raise ValueError(f"optimizer.pull_by_importance is for methods full and dcft, not for '{self.method}'")
-        rate = 0.0 if optimizer.pull_selective else optimizer.lr  # a selective pull does not know beforehand
+            raise ValueError(
+                f"optimizer.pull_by_importance is for methods full, dcft and equal_displacement, not for '{self.method}'"
+            )
+        rate = 1.0 if optimizer.pull_selective else optimizer.lr
         largest = rate * optimizer.pull_to_start * (1.0 + optimizer.pull_by_importance)
         if largest > 1.0:
+            factors = "" if optimizer.pull_selective else "lr x "
             raise ValueError(
-                f"optimizer.pull_to_start: {largest:.3g} of the way to the start at each step (lr x pull_to_start x "
+                f"optimizer.pull_to_start: {largest:.3g} of the way to the start at each step ({factors}pull_to_start x "
                 "(1 + pull_by_importance)) throws weights past it: it must be at most 1"
             )
         return self
@@ -270,7 +273,8 @@ class Config(Section):
 IMAGE_TASKS = ("mri_region", "shoulder_exercise")  # with grey images of their own
 
 # Keys that say where something lies on this machine. What lies there is compared instead, between ranks and between starts.
-LOCAL_PATHS = ("runs_dir", "import_roots", "data.path", "data.train", "data.validation", "data.test", "model.weights")
+LOCAL_PATHS: tuple[str, ...] = ("runs_dir", "start_from", "import_roots", "data.path", "data.train", "data.validation")
+LOCAL_PATHS += ("data.test", "data.external_tests", "model.weights")
 
 
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:

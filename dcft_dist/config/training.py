@@ -42,8 +42,8 @@ class Optimizer(Section):
     pull_selective: bool = Field(
         False,
         description="Whether a tensor is pulled only while its descent direction points back to its start (Selective "
-        "Projection Decay). It then goes back by `pull_to_start` times what its last step has added to its distance; `lr` "
-        "has no part in it, so values near 1 are usual.",
+        "Projection Decay). It then goes back by `pull_to_start`, at most 1, times what its last step has added to its "
+        "distance; `lr` has no part in it.",
     )
     pull_levels: Literal["scores", "permuted"] = Field(
         "scores",

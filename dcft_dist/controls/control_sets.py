@@ -115,7 +115,8 @@ def matched_per_magnitude(model: nn.Module, noise: Scores, like: FundamentalSet)
 def permuted_levels(model: nn.Module, levels: Levels, seed: int) -> Levels:
     """The same levels, permuted among the weights of each tensor and magnitude bin. Collective, tensor by tensor.
 
-    Each rank needs memory for a whole tensor. The result is the same for every number of ranks.
+    Each rank needs about forty bytes for each weight of the largest tensor. The result does not depend on the number of
+    ranks.
 
     Args:
         model: the model that was scored; its weights give the magnitudes.
@@ -128,11 +129,11 @@ def permuted_levels(model: nn.Module, levels: Levels, seed: int) -> Levels:
         weights = whole_weight(shard, shard.local.detach().float())
         before = whole_of(own.box, own.values, prod(shape), name).cpu()
         bins = _magnitude_bins(weights).cpu()
-        random = torch.rand(len(bins), generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
-        drawn = torch.argsort(random)
-        drawn = drawn[torch.argsort(bins[drawn], stable=True)]  # by bin, in random order within each
+        draw = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+        random = torch.randint(0, 1 << 40, bins.shape, generator=draw).add_(bins << 40)
+        drawn = before[random.argsort()]  # by bin, in random order within each
         after = torch.empty_like(before)
-        after[torch.argsort(bins, stable=True)] = before[drawn]
+        after[bins.argsort(stable=True)] = drawn
         index = own.box.flat_index(0, own.box.numel)
         permuted[name] = ScoreShard(own.box, after[index].to(own.values.device))
     return Levels(levels.shapes, permuted)

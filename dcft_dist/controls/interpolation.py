@@ -82,10 +82,10 @@ class Way:
         engine.publish()
 
     def length(self) -> float:
-        """Distance between start and end of this model's body, over all ranks. Collective."""
+        """Euclidean distance of this model's body from its start, where it is now. Collective."""
         squares = [0.0]
         for shard in self._body(find_engine(self._model)):
-            way = self._end[shard.name].double() - self._start[shard.name].double()
+            way = shard.local.detach().double() - self._start[shard.name].double()
             squares.append(float(way.reshape(-1)[slice(*shard.owned)].square().sum()))
         return math.sqrt(collectives.reduce_numbers([sum(squares)], what="length of the way")[0])
 

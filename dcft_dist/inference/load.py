@@ -57,7 +57,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World, trust: bool 
     if any(word.startswith("--data.") for word in overrides) and config.task.name != "own":
         raise ConfigError(f"--data.*: {run} has the task {config.task.name}, which brings its own data: leave --data out")
     if new_sources:  # drop the run's own sources, or both would be mixed
-        config, facts = folder.finished(overrides, _SOURCES)
+        config, facts = folder.finished(overrides, (*_SOURCES, "data.external_tests"))
     elif config.task.name == "own":
         raise ConfigError(f"which data? Give one of {', '.join(f'--{key}' for key in _SOURCES)}, as in the configuration")
     else:

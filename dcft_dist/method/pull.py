@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..compat.pytorch import is_capturing
 from ..distributed import collectives
 from ..engines.base import Shard
 from ..engines.current import Current
@@ -38,6 +39,7 @@ from .bits import step_of
 from .levels import Levels
 from .penalty_checks import check_precision
 from .penalty_hooks import Optimizer, is_watched, unwatch, watch_optimizers
+from .step_checks import StepChecks
 
 
 class PullToStart:
@@ -95,8 +97,14 @@ class PullToStart:
             steps_the_model = isinstance(own, Optimizer) and bool(self._rates(own).keys() & stepped)
             if own is None or not (steps_the_model or own is engine.own_optimizer):
                 raise PenaltyError("pass the optimizer that steps the model's weights, made after the model was wrapped")
-            if by_importance and levels and (unknown := levels.shapes.keys() - self._current.shards.keys()):
-                raise PenaltyError(f"the model has no weight {listing(sorted(unknown), 3)}, of which there are levels")
+            shapes = engine.full_shapes()
+            if levels and (other := [n for n, shape in levels.shapes.items() if shapes.get(n) != shape]):
+                raise PenaltyError(f"the model lacks {listing(other, 3)} of the levels, or has it in another shape")
+            if selective and strength * (1.0 + by_importance) > 1.0:
+                raise PenaltyError(
+                    f"strength x (1 + by_importance) of a selective pull must be at most 1, not "
+                    f"{strength * (1.0 + by_importance):g}, which throws weights past their start"
+                )
         trained = set(engine.names.trainable) - head_names
         self._starts = {n: s.local.detach().clone() for n, s in self._current.shards.items() if n in trained}
         self._levels: dict[str, Tensor] = {}
@@ -108,6 +116,7 @@ class PullToStart:
         self._strength, self._optimizer, self.steps = strength, weakref.ref(own), 0
         self._selective = selective
         self._before: dict[str, list[Tensor]] = {}  # of a selective pull: sum(G D) and |D|^2 on this rank
+        self._checks = StepChecks(self._current, self._starts, "pull")
         self._number = watch_optimizers(self)
         engine.pull = self
 
@@ -129,18 +138,27 @@ class PullToStart:
         """Checks that the pull is still in force.
 
         Raises:
-            PenaltyError: it was removed, or somebody has cleared torch's hooks on optimizers.
+            PenaltyError: it was removed, its optimizer is gone, or somebody has cleared torch's hooks on optimizers.
         """
-        if not is_watched(self) or self._engine.pull is not self:
+        if not is_watched(self) or self._engine.pull is not self or self._optimizer() is None:
             raise alone(PenaltyError(f"rank {collectives.rank()}: the pull to the start was taken off: attach it again"))
 
     # -- around optimizer.step ---------------------------------------------------------------------------------------------
 
     def on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """Called before a step of any optimizer, and after every penalty has changed its gradients."""
-        if not self._selective or optimizer is not self._optimizer():
+        own = self._optimizer()
+        if optimizer is not own:
+            self._require_apart(optimizer, own)
             return None
-        if any(callable(a) and a is not optimizer for a in (*args, *kwargs.values())):
+        if is_capturing():
+            raise alone(PenaltyError(f"rank {collectives.rank()}: a pull cannot be captured in a CUDA graph: it reads lr"))
+        closure = any(callable(a) and a is not optimizer for a in (*args, *kwargs.values()))
+        if self._engine.penalty is None or self._engine.penalty.level != "update":  # which tries it as well
+            self._checks.try_out(optimizer, [shard for _, shard in self._stepped(optimizer)], closure)
+        if not self._selective:
+            return None
+        if closure:
             raise alone(PenaltyError(f"rank {collectives.rank()}: a selective pull cannot follow a step with a closure"))
         with torch.no_grad():
             for name, shard in self._stepped(optimizer):
@@ -173,6 +191,20 @@ class PullToStart:
                 self._pull_by_level(shard.local.detach(), self._starts[name], self._levels[name], weight)
             else:
                 shard.local.detach().lerp_(self._starts[name], weight)
+
+    def _require_apart(self, optimizer: Optimizer, own: Optimizer | None) -> None:
+        """Checks that an optimizer which the pull does not follow steps none of its weights."""
+        if getattr(own, "optim", None) is optimizer:  # inside a ZeroRedundancyOptimizer
+            return
+        others = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        pulled = [name for name in self._starts if id(self._current.shards[name].parameter) in others]
+        if pulled:
+            raise alone(
+                PenaltyError(
+                    f"rank {collectives.rank()}: {type(optimizer).__name__} steps {listing(pulled, 3)}, but the pull to the "
+                    "start follows another optimizer: attach it after the optimizer is made, and use one for the whole body"
+                )
+            )
 
     def _stepped(self, optimizer: Optimizer) -> list[tuple[str, Shard]]:
         """The pulled weights that the optimizer steps now: ZeRO steps one part of them after the other."""
@@ -210,6 +242,8 @@ class PullToStart:
     @staticmethod
     def _rates(optimizer: Optimizer) -> dict[int, float]:
         """Learning rate of each tensor that an optimizer steps, by its id."""
+        if any(group["lr"] is None for group in optimizer.param_groups):
+            raise alone(PenaltyError(f"{type(optimizer).__name__} has no lr, of which a pull is a multiple"))
         return {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
 
     def _pull_by_level(self, local: Tensor, start: Tensor, levels: Tensor, weight: float) -> None:

@@ -36,14 +36,16 @@ _ROUNDING = 1e-6  # relative to the largest element: `p += e; p -= e` is no chan
 
 
 class StepChecks:
-    """The checks of one penalty at the update level."""
+    """The checks of one penalty at the update level, or of a pull to the start."""
 
-    def __init__(self, current: Current, names: Iterable[str]) -> None:
+    def __init__(self, current: Current, names: Iterable[str], by: str = "penalty") -> None:
         """
         Args:
             current: the shards of the model.
-            names: names of the penalised weights.
+            names: names of the weights that are written into.
+            by: who writes, for the messages.
         """
+        self._by = by
         values = all(has_values(shard.local) for shard in current.shards.values())
         self._current, self._names = current, set(names) if values else set()
         self._steps: Counter[int] = Counter()  # by id of the optimizer
@@ -83,6 +85,25 @@ class StepChecks:
         self._written, self._untried = {}, ""
         if self._is_due(optimizer) and (problem := self._trial(optimizer, shards, closure)):
             raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
+
+    def try_out(self, optimizer: Optimizer, shards: Sequence[Shard], closure: bool) -> None:
+        """Only tries the optimizer, if it is time for that, and counts the step.
+
+        Args:
+            optimizer: as in `before`.
+            shards: weights that it steps.
+            closure: as in `before`.
+
+        Raises:
+            PenaltyError: the optimizer does not go on from its parameters, or could not be tried.
+        """
+        if not self._names or is_capturing():
+            return
+        self._untried = ""
+        problem = self._trial(optimizer, shards, closure) if self._is_due(optimizer) else ""
+        if problem := problem or self._untried:
+            raise alone(PenaltyError(f"rank {collectives.rank()}: {problem}"))
+        self._steps[id(optimizer)] += 1
 
     def after(self, optimizer: Optimizer, watch: bool) -> None:
         """Notes what the weights are now, if the step is to be checked.
@@ -128,6 +149,7 @@ class StepChecks:
         tried = min((stepped[key] for key in penalised or stepped), key=lambda p: local_tensor(p).numel(), default=None)
         if tried is None:
             return ""
+        advice = f"the {self._by} {_ADVICE}"
         name, kind, before = penalised.get(id(tried), "a weight"), type(optimizer).__name__, self._samples()
         try:
             left = distance_left(own, tried)
@@ -136,21 +158,22 @@ class StepChecks:
             if collectives.world_size() > 1 and collectives.is_communication(error):
                 raise
             if not closure:
-                self._untried = f"{kind} cannot be tried on a copy of {name} ({line_of(error)}); so {_ADVICE}"
+                self._untried = f"{kind} cannot be tried on a copy of {name} ({line_of(error)}); so {advice}"
             return ""  # the step itself may fail too, and says why
         if moved := _different(before, self._samples()):
-            return f"{kind} keeps weights of its own: without being given {listing(moved, 3)}, it changes them; so {_ADVICE}"
+            moved_names = listing(moved, 3)
+            return f"{kind} keeps weights of its own: without being given {moved_names}, it changes them; so {advice}"
         if id(tried) in penalised and left < _LEFT * (1 - decay(own, tried)):
             return (
-                f"{kind} keeps weights of its own: of a change that the penalty writes into {name}, its next step leaves "
-                f"{max(left, 0.0):.0%}; so {_ADVICE}"
+                f"{kind} keeps weights of its own: of a change that the {self._by} writes into {name}, its next step leaves "
+                f"{max(left, 0.0):.0%}; so {advice}"
             )
         return ""
 
 
 _ADVICE = (
-    "the penalty cannot hold at the update level: use an optimizer that goes on from its parameters, such as "
-    "torch.optim.AdamW, or level='gradient'"
+    "cannot hold: use an optimizer that goes on from its parameters, such as torch.optim.AdamW; or, for a penalty, "
+    "level='gradient'"
 )
 
 

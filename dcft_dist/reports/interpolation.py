@@ -31,7 +31,8 @@ def interpolation_table(found: Mapping[str, Any]) -> str:
     for label, row in [*rows, ("as fine-tuned", {"on_set": 1.0, "on_rest": 1.0, **found["end"]})]:
         test = row.get("test") or {}
         shown = [f"{test[key]:.4g}" if key in test else "" for key in (metric, "loss")]
-        shown += [f"{row['external'][name]['test'][metric]:.4g}" for name in external]
+        others = [row["external"][name]["test"] for name in external]
+        shown += [f"{metrics[metric]:.4g}" if metric in metrics else "" for metrics in others]
         cells = [label, f"{row['on_set']:.3g}", f"{row['on_rest']:.3g}", f"{row['validation'][metric]:.4g}", *shown]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -45,9 +46,10 @@ def plane_picture(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -
         found: `"interpolation"` of the summary.
     """
     metric, families = found["metric"], found["families"]
-    values = {(row["family"], row["on_set"], row["on_rest"]): row["metrics"][metric] for row in rows}
-    shares = sorted({on_set for family, on_set, _ in values if family != "diagonal"})
-    low, high = min(values.values()), max(values.values())
+    good = [r for r in rows if isinstance(r["family"], str) and isinstance(r["metrics"], dict) and metric in r["metrics"]]
+    values = {(row["family"], row["on_set"], row["on_rest"]): row["metrics"][metric] for row in good}
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
+    low, high = min(values.values(), default=0.0), max(values.values(), default=1.0)
     figure = Figure(figsize=(12, 4), layout="constrained")
     *planes, line = figure.subplots(1, 3)
     for axes, family in zip(planes, ("selected", "random"), strict=True):
@@ -66,7 +68,7 @@ def plane_picture(rows: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -
         _mark(axes, shares.index(families[family]["on_set"]), shares.index(families[family]["on_rest"]))
     figure.colorbar(image, ax=planes, label=f"validation {metric}", shrink=0.8)
     points = sorted((on_set, value) for (family, on_set, _), value in values.items() if family == "diagonal")
-    line.plot(*zip(*points, strict=True), "o-", color="#2c6fbb", markersize=4)
+    line.plot([x for x, _ in points], [y for _, y in points], "o-", color="#2c6fbb", markersize=4)
     chosen = families["diagonal"]
     _mark(line, chosen["on_set"], chosen["validation"][metric])
     line.set(title=LABELS["diagonal"], xlabel="share of all", ylabel=f"validation {metric}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..files import objects_in, read_lines, write_atomic
+from ..files import objects_in, write_atomic
 from ..method.fundamental_set import FundamentalSet
 from .interpolation import plane_picture
 from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture
@@ -52,7 +52,8 @@ def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, st
             "Each place between start and end of the training: the share of its way that the set goes, and that all other "
             "weights go. Circles: the chosen places, on validation data. Right: one share for all, with as many candidates."
         )
-        figure = plane_picture(read_lines(run / "plane.jsonl"), summary["interpolation"])
+        rows = objects_in(run / "plane.jsonl", "family", "on_set", "on_rest", "metrics")
+        figure = plane_picture(rows, summary["interpolation"])
         yield "plane", "Interpolation by set", caption, figure
         return
     rows = objects_in(run / "metrics.jsonl", "step")

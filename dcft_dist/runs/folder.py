@@ -63,6 +63,7 @@ class RunFolder:
         self.head = path / "head.safetensors"
         self.fundamental = path / "fundamental.safetensors"
         self.levels = path / "levels.safetensors"
+        self.plane = path / "plane.jsonl"  # of an interpolated run: validation metrics of every place
         self.removal = path / "removal.json"
         self.scores = path / "scores.safetensors"
         self.model = path / "model"
@@ -94,7 +95,7 @@ class RunFolder:
         if not self.has_results():
             return
         moved = LOCAL_PATHS if self.facts.exists() and not self.summary.exists() else ()
-        changed = [text for key, text in self.changes(config).items() if key not in moved]
+        changed = [text for key, text in self.changes(config).items() if not _is_under(key, moved)]
         if changed:
             raise ConfigError(
                 f"{self.path} holds a run with another configuration ({listing(changed)}): "
@@ -112,7 +113,16 @@ class RunFolder:
         Of files of tensors it is the one that they state: whether they agree with it is checked when they are read.
         """
         scores = self.path / self.scores.name  # not those of another run
-        files = [self.path / "config.toml", self.metrics, self.head, scores, self.fundamental, self.removal, self.levels]
+        files = [
+            self.path / "config.toml",
+            self.metrics,
+            self.head,
+            scores,
+            self.fundamental,
+            self.removal,
+            self.levels,
+            self.plane,
+        ]
         files = [*files, *self.path.glob("predictions*.csv"), *(files_below(self.model) if self.model.is_dir() else ())]
         files = [file for file in files if file.is_file() and file != self.model / "README.md"]  # people write into the card
         return {file.relative_to(self.path).as_posix(): _checksum(file) for file in files}
@@ -213,3 +223,8 @@ def identity(config: Config) -> dict[str, Any]:
     default = resolved_keys(Config(name="default"))
     keys = {key: value for key, value in resolved_keys(config).items() if value != default.get(key)}
     return {key: json.loads(value) for key, value in keys.items() if not key.startswith(_FREE)}
+
+
+def _is_under(key: str, parents: tuple[str, ...]) -> bool:
+    """Whether a dotted key is one of these, or belongs to one of them."""
+    return any(key == parent or key.startswith(f"{parent}.") for parent in parents)

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from ..config.toml import find_config
@@ -37,6 +38,8 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     """
     options.study = find_config(options.study)
     folder = options.folder or Path("runs") / options.study.stem
+    rest = rest or _known(folder)
+    _keep_private(options.study, folder, rest)
     if options.count:
         from .size import size_of
 
@@ -69,3 +72,24 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
             return int(bool(different))
         compare(options.study, folder, world, share, options.wait, rest)
     return 0
+
+
+def _known(folder: Path) -> list[str]:
+    """The keys that an earlier start of the study was given on the command line."""
+    try:
+        words = tomllib.loads((folder / "study.toml").read_text(encoding="utf-8")).get("overrides", [])
+    except (OSError, ValueError):
+        return []
+    if words:
+        print(f"going on with {' '.join(words)}", file=sys.stderr)
+    return list(map(str, words))
+
+
+def _keep_private(study: Path, folder: Path, rest: list[str]) -> None:
+    """If runs of the study are private, so is every file that this process writes from now on."""
+    from .study import load_study
+
+    if load_study(study, rest).is_private():
+        os.umask(0o077)
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)

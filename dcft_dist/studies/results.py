@@ -138,6 +138,21 @@ class StudyFolder:
         examples: dict[str, list[Any]] = read_json(file, "group", "label") if file.exists() else {"group": [], "label": []}
         return examples
 
+    def require_same(self) -> None:
+        """Checks that all results there are were computed with this version of the study.
+
+        Raises:
+            RunError: one was not.
+        """
+        cells = list(tuning_cells(self.study))
+        for setting, arm in itertools.product(self.study.settings, self.study.arms if self.study.seeds else ()):
+            with suppress(DataError):  # tuning is not finished
+                values = self.choose(setting, arm)
+                cells += [Cell(setting, arm, values, seed, False) for seed in self.study.seeds]
+        for cell in cells:
+            if self.has(cell):
+                self.get(cell)
+
     def pack(self, target: Path) -> int:
         """Copies the study to the folder `target`, with all results in one file `cells.jsonl`.
 

@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 import time
+import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from ..distributed.world import World
-from ..errors import DivergedError, RunError, UnfinishedError, listing
+from ..errors import ConfigError, DivergedError, RunError, UnfinishedError, listing
 from ..files import json_line, objects_in, read_json, read_json_or, read_lines, write_atomic
+from ..runs.folder import RunFolder
 from ..runs.provenance import machine
 from ..train.interpolate import interpolate
-from ..train.places import PLANE
 from ..train.run import run
 from .results import StudyFolder, completed
 from .study import Cell, Study, final_cells, load_study, make_config, make_preparation, settings_of, tuning_cells
@@ -86,8 +87,9 @@ def compare(file: Path, folder: Path, world: World, share: CellShare, wait_s: fl
         UnfinishedError: cells of other shares were missing after `wait_s`.
     """
     study = load_study(file, overrides)
-    write_atomic(folder / "study.toml", written(study, file))
     runner = Runner(study, folder, world, share, wait_s)
+    runner.results.require_same()  # before the file of the study is replaced
+    write_atomic(folder / "study.toml", written(study, file))
     tuning = list(tuning_cells(study))
     runner.prepare(tuning)
     runner.run_all(tuning, "tuning")
@@ -110,13 +112,15 @@ class Runner:
 
         A preparation can diverge if it trains before scoring. Its file `ready` then contains the error, else nothing.
         """
-        configs = {}
+        configs, needed = {}, set()
         for cell in cells:
             config = make_preparation(make_config(self.study, cell, self.folder), self.folder)
             configs[config.name] = config
-        ready_files = {name: self.folder / "prepared" / name / "ready" for name in configs}
-        for name in self._my_share(configs):
-            if not ready_files[name].exists():
+            if not self.results.has(cell):
+                needed.add(config.name)
+        ready_files = {name: self.folder / "prepared" / name / "ready" for name in needed}
+        for name in self._my_share(configs):  # of all, so that every share counts alike
+            if name in needed and not ready_files[name].exists():
                 log.info("preparing %s", name)
                 try:
                     run(configs[name], self.world)
@@ -243,12 +247,19 @@ class Runner:
 
 
 def written(study: Study, file: Path) -> str:
-    """The text of a study's file, with the overrides that it was given beside."""
+    """The text of a study's file, with the overrides that it was given beside, as its first line.
+
+    Raises:
+        ConfigError: the file has overrides elsewhere.
+    """
     text = file.read_text(encoding="utf-8")
+    first, _, rest = text.partition("\n")
+    own = first.startswith("overrides = ")
     if not study.overrides:
         return text
-    first, _, rest = text.partition("\n")
-    return f"overrides = {json.dumps(study.overrides)}\n{rest if first.startswith('overrides = ') else text}"
+    if not own and tomllib.loads(text).get("overrides"):
+        raise ConfigError(f"{file}: overrides is what `dcft compare` writes, into the first line: put keys into [common]")
+    return f"overrides = {json.dumps(study.overrides, ensure_ascii=False)}\n{rest if own else text}"
 
 
 def again(file: Path, folder: Path, world: World, part: float, overrides: Sequence[str] = ()) -> list[str]:
@@ -313,14 +324,18 @@ def _of_family(summary: dict[str, Any], run_folder: Path, family: str) -> tuple[
     mine = found["families"][family]
     results = {key: mine.get(key) for key in ("validation", "test", "test_intervals")}
     results["external"] = mine.get("external", {})
-    rows = read_lines(run_folder / "interpolation" / PLANE)
+    rows = read_lines(RunFolder(run_folder / "interpolation").plane)
     places = [
         [row["on_set"], row["on_rest"], row["metrics"]["accuracy"], round(row["metrics"]["loss"], 5)]
         for row in rows
         if row["family"] == family
     ]
-    chosen = {"on_set": mine["on_set"], "on_rest": mine["on_rest"], "jaccard_of_random": found["jaccard_of_random"]}
-    return summary | results | {"interpolation": chosen}, places
+    chosen = {key: mine[key] for key in ("on_set", "on_rest", "movement")} | {
+        "jaccard_of_random": found["jaccard_of_random"]
+    }
+    results |= {"weights_checksum": mine["weights_checksum"], "interpolation": chosen}
+    results["jaccard_with_top"] = found["jaccard_of_random"] if family == "random" else None
+    return summary | results, places
 
 
 def _outcome(result: dict[str, Any]) -> str:

@@ -35,7 +35,7 @@ from ..config.schema import Config
 from ..config.section import Section, Seed
 from ..config.toml import flat_keys, load_config
 from ..errors import ConfigError, line_of
-from ..train.places import FAMILIES
+from ..train.places import FAMILIES, can_interpolate
 
 Values = tuple[tuple[str, Any], ...]  # dotted key, value
 
@@ -43,6 +43,19 @@ Values = tuple[tuple[str, Any], ...]  # dotted key, value
 # Sections that determine the warmed-up head and the scores. Cells that agree in all of them share both.
 _PREPARED = {"model", "task", "data", "import_roots", "seed", "head_warmup", "importance"}
 
+
+# Keys that `make_config` sets.
+_OWN: tuple[str, ...] = (
+    "name",
+    "runs_dir",
+    "seed",
+    "test",
+    "engine",
+    "checkpoint.keep_last",
+    "removal.fractions",
+    "test_resamples",
+)
+_OWN += ("train.fall_back",)
 
 _INTERPOLATE = "interpolate"  # the one key of an arm that is not of the configuration
 
@@ -102,6 +115,12 @@ class Study(Section):
         """Whether an arm interpolates."""
         return any(self.family(arm) is not None for arm in self.arms)
 
+    def is_private(self) -> bool:
+        """Whether a run of it is private."""
+        seed = (self.seeds or self.tune_seeds)[0]
+        cells = (Cell(setting, arm, self.grid(arm)[0], seed, False) for setting in self.settings for arm in self.arms)
+        return any(make_config(self, cell, Path()).private for cell in cells)
+
     def keys(self, arm: str) -> dict[str, Any]:
         """The configuration keys of an arm, dotted."""
         return flat_keys({key: value for key, value in self.arms[arm].items() if key != _INTERPOLATE})
@@ -150,7 +169,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
             study's `common`, and give way to those of settings and arms.
 
     Raises:
-        ConfigError: the file does not exist, its keys are wrong, or a cell has a wrong configuration.
+        ConfigError: the file does not exist, its keys are wrong, a cell has a wrong configuration, or an override would have
+            no effect.
     """
     try:
         study = Study.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -163,11 +183,38 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise ConfigError(f"{path}: " + "; ".join(text.removeprefix(": ") for text in problems)) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not a TOML file: {line_of(error)}") from error
+    _check_overrides(study)
     for setting in study.settings:
         for arm in study.arms:
             for values in study.grid(arm):
-                make_config(study, Cell(setting, arm, values, (study.seeds or study.tune_seeds)[0], False), Path())
+                cell = Cell(setting, arm, values, (study.seeds or study.tune_seeds)[0], False)
+                _check_cell(study, cell, make_config(study, cell, Path()))
     return study
+
+
+def _check_overrides(study: Study) -> None:
+    """Checks that overrides are not overridden themselves."""
+    given = {word[2:].partition("=")[0] for word in study.overrides if word.startswith("--")}
+    taken = {
+        **dict.fromkeys(_OWN, "the study itself"),
+        **({"task.sample_seed": "the study itself"} if study.resample else {}),
+    }
+    for setting, keys in study.settings.items():
+        taken |= dict.fromkeys(flat_keys(keys), f"settings.{setting}")
+    for arm in study.arms:
+        taken |= dict.fromkeys(study.keys(arm), f"arms.{arm}")
+    for key in sorted(given & taken.keys()):
+        raise ConfigError(f"--{key} has no effect: {taken[key]} sets it")
+
+
+def _check_cell(study: Study, cell: Cell, config: Config) -> None:
+    """Checks what a run alone would find out after its training."""
+    if config.task.kind != "single_label":
+        raise ConfigError(f"a study compares accuracies, so its task.kind is 'single_label', not {config.task.kind!r}")
+    if study.family(cell.arm) and not can_interpolate(config):
+        raise ConfigError(
+            f"arms.{cell.arm}: interpolate goes with method full, dcft or equal_displacement, scored at the start"
+        )
 
 
 def tuning_cells(study: Study) -> Iterator[Cell]:

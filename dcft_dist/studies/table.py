@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,11 +149,18 @@ def _arm(
     accuracy = estimate(np.stack(list(correct.values())), groups) if len(correct) > 1 else None
     summaries = {
         seed: cell["summary"]
-        | {"body": cell["epochs"][-1]["movement/body"], "minutes": _minutes(cell["summary"]["seconds"])}
+        | {"body": _way(cell), "minutes": _minutes(cell["summary"]["seconds"])}
         | {"prepared_minutes": _minutes(cell.get("prepared_seconds", {}))}
         for seed, cell in done.items()
     }
     return ArmResult(arm, chosen, _edges(study, arm, chosen), correct, diverged, summaries, accuracy)
+
+
+def _way(cell: Result) -> float:
+    """Distance of the tested body from its start; NaN where it was not stored."""
+    if "interpolate" in cell:
+        return float(cell["summary"]["interpolation"].get("movement", math.nan))
+    return float(cell["epochs"][-1]["movement/body"])
 
 
 def _on(cell: Result, test: str) -> Result:
@@ -206,7 +214,7 @@ def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
                 "macro-F1": f"{100 * np.mean([run['test']['macro_f1'] for run in runs]):.1f}" if runs else "",
                 "validation accuracy": f"{100 * np.mean([r['validation']['accuracy'] for r in runs]):.1f}" if runs else "",
                 "best epoch": f"{np.mean([run['best_epoch'] for run in runs]):.1f}" if runs else "",
-                "way of the body": f"{np.mean([run['body'] for run in runs]):.3g}" if runs else "",
+                "way of the body": f"{way:.3g}" if runs and (way := np.mean([r["body"] for r in runs])) == way else "",
                 "Jaccard": f"{np.mean(jaccards):.2f}" if (jaccards := _jaccards(runs)) else "",
                 "minutes": _time(runs),
             }

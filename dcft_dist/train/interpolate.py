@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +23,13 @@ from ..config.toml import load_config
 from ..config.trust import require_trust
 from ..controls.control_sets import control_set
 from ..controls.interpolation import Way
-from ..data.batches import evaluation_batches
+from ..data.batches import order
 from ..distributed import collectives
 from ..distributed.world import World
 from ..engines.find import find_engine
 from ..engines.whole_tensors import average_buffers, weights_checksum
 from ..errors import RunError
-from ..files import append_line, read_json, read_lines, write_json
+from ..files import append_line, objects_in, read_json, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..objectives.base import Metrics, oriented
 from ..runs.folder import RunFolder
@@ -38,7 +38,7 @@ from ..runs.writer import RunWriter
 from .context import RunContext, make_context
 from .find_set import score_or_load, select
 from .handshake import greet
-from .places import FAMILIES, PLANE, Place, candidates, places
+from .places import FAMILIES, Place, can_interpolate, candidates, places
 from .testing import run_tests
 from .warm_up import warm_up_or_load
 
@@ -69,9 +69,11 @@ def interpolate(run: Path, world: World, trust: bool = False) -> dict[str, Any]:
     given, _ = folder.finished()
     require_trust(given, run, trust)
     folder.require_unaltered()
-    if given.method not in ("dcft", "full", "equal_displacement") or given.importance.after_epochs:
+    if not can_interpolate(given):
         what = "importance.after_epochs" if given.importance.after_epochs else f"method = {given.method!r}"
         raise RunError(f"{run}: a run with {what} cannot be interpolated")
+    if not folder.model.is_dir():
+        raise RunError(f"{folder.model} is missing: it was deleted, or the run had checkpoint.keep_last = 0")
     words = ["--runs_dir", str(run), "--name", "interpolation", "--start_from", str(run), "--method", "dcft"]
     words += ["--selection.kind", "top", "--removal.fractions", "[]", "--until", "train"]
     pull = {"pull_to_start": "0.0", "pull_by_importance": "0.0", "pull_selective": "false", "pull_levels": "scores"}
@@ -118,19 +120,18 @@ def _choose(
     writer = run.writer
     sets: Sets = {"selected": selected, "random": random, "diagonal": None}
     writer.phase("interpolate")
-    found = _validated(run, way, sets, writer.path / PLANE)
+    found = _validated(run, way, sets, writer.plane)
     chosen = {family: max(candidates(family), key=lambda place: _rank(run, found[place], place)) for family in FAMILIES}
     writer.phase("test")
     families = {}
     for family, (owner, on_set, on_rest) in chosen.items():
         with _there(run, way, sets[owner], on_set, on_rest):
             tested = run_tests(run, writer.path, f"_{family}")
+            there = {"movement": way.length(), "weights_checksum": weights_checksum(run.model)}
+            if family == "selected":
+                run.pretrained.save(run.model, writer.model)
         row = {"on_set": on_set, "on_rest": on_rest, "validation": found[owner, on_set, on_rest], "set": owner}
-        families[family] = row | tested
-    owner, on_set, on_rest = chosen["selected"]
-    with _there(run, way, sets[owner], on_set, on_rest):
-        run.pretrained.save(run.model, writer.model)
-        checksum = weights_checksum(run.model)
+        families[family] = row | there | tested
     writer.phase("done")
     mine = families["selected"]
     summary = before | {
@@ -143,7 +144,7 @@ def _choose(
         "test_intervals": mine.get("test_intervals"),
         "external": mine.get("external", {}),
         "seconds": before["seconds"] | {f"interpolation, {phase}": value for phase, value in writer.seconds.items()},
-        "weights_checksum": checksum,
+        "weights_checksum": mine["weights_checksum"],
         "interpolation": {
             "metric": run.metric,
             "families": families,
@@ -168,16 +169,21 @@ def _rank(run: RunContext, metrics: Metrics, place: Place) -> tuple[float, float
 
 def _validated(run: RunContext, way: Way, sets: Sets, plane: Path) -> dict[Place, Metrics]:
     """Validation metrics of every place. Those of an earlier start are read from the file."""
-    known: Sequence[Any] = read_lines(plane) if run.world.is_first and plane.exists() else []
-    text = collectives.broadcast_text(json.dumps(list(known)), 0, what="places of an earlier start")
-    found: dict[Place, Metrics] = {(r["family"], r["on_set"], r["on_rest"]): r["metrics"] for r in json.loads(text)}
+    known = objects_in(plane, "family", "on_set", "on_rest", "metrics") if run.world.is_first and plane.exists() else []
+    text = collectives.broadcast_text(json.dumps(known), 0, what="places of an earlier start")
+    found: dict[Place, Metrics] = {}
+    for row in json.loads(text):
+        place, metrics = (row["family"], row["on_set"], row["on_rest"]), row["metrics"]
+        if place in places() and isinstance(metrics, dict) and metrics.keys() >= {run.metric, "loss"}:
+            found[place] = metrics
     todo = [place for place in places() if place not in found]
     for family, on_set, on_rest in run.progress_bar(todo, "interpolate"):
         with _there(run, way, sets[family], on_set, on_rest):
             metrics = run.validate(f"at the place {on_set:g}, {on_rest:g}")
         found[family, on_set, on_rest] = metrics
-        if run.world.is_first:
-            append_line(plane, {"family": family, "on_set": on_set, "on_rest": on_rest, "metrics": metrics})
+        with collectives.agreed("write the plane"):
+            if run.world.is_first:
+                append_line(plane, {"family": family, "on_set": on_set, "on_rest": on_rest, "metrics": metrics})
     return found
 
 
@@ -198,7 +204,7 @@ def _there(run: RunContext, way: Way, chosen: FundamentalSet | None, on_set: flo
 
 @torch.no_grad()
 def _renew_statistics(run: RunContext) -> None:
-    """Means and variances of batch normalisation over the training data, as `torch.optim.swa_utils.update_bn` takes them."""
+    """Means and variances of batch normalisation over an epoch of training batches, as `swa_utils.update_bn` takes them."""
     norms = [
         m
         for m in find_engine(run.model).module.modules()
@@ -213,11 +219,11 @@ def _renew_statistics(run: RunContext) -> None:
         m.reset_running_stats()
         m.momentum = None  # the mean over all batches
         m.train()
-    for batch in evaluation_batches(
-        run.train, run.world.data_rank, run.world.data_ranks, run.config.evaluation_batch, run.world.device
-    ):
-        with run.prepared.computing():
-            run.outputs(run.model, batch)
+    size, indices = run.config.train.global_batch, order(run.config.seed, 0, len(run.train))
+    for step in range(run.steps_per_epoch):
+        for batch in run.micro_batches(indices[step * size : (step + 1) * size], run.train, draw=0):
+            with run.prepared.computing():
+                run.outputs(run.model, batch)
     for m, momentum in zip(norms, momenta, strict=True):
         m.momentum = momentum
     find_engine(run.model).settle()

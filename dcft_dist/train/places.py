@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from ..config.schema import Config
+
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 FAMILIES = ("selected", "random", "diagonal")
-PLANE = "plane.jsonl"  # validation metrics of every place
 
 Place = tuple[str, float, float]  # family, share of the set, share of the rest
+
+
+def can_interpolate(config: Config) -> bool:
+    """Whether runs with this configuration can be interpolated: all weights move, and the scores are those of the start."""
+    return config.method in ("dcft", "full", "equal_displacement") and not config.importance.after_epochs
 
 
 def places() -> list[Place]:

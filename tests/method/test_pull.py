@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+from collections import OrderedDict
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -163,9 +166,11 @@ def test_what_is_refused() -> None:
     with pytest.raises(PenaltyError, match="half precision"):
         half = nn.Linear(3, 3).to(torch.bfloat16)
         PullToStart(half, (), 1.0, torch.optim.SGD(half.parameters(), lr=0.1))
-    with pytest.raises(PenaltyError, match=r"the model has no weight .* of which there are levels"):
-        other = nn.Linear(3, 3)
-        PullToStart(other, (), 1.0, torch.optim.SGD(other.parameters(), lr=0.1), by_importance=1.0, levels=levels)
+    for other in (nn.Linear(3, 3), nn.Sequential(OrderedDict(mix=nn.Linear(12, 7)))):
+        with pytest.raises(PenaltyError, match=r"the model lacks .* of the levels, or has it in another shape"):
+            PullToStart(other, (), 1.0, torch.optim.SGD(other.parameters(), lr=0.1), by_importance=1.0, levels=levels)
+    with pytest.raises(PenaltyError, match=r"of a selective pull must be at most 1, not 1\.5"):
+        PullToStart(net, HEAD, 1.0, optimizer, by_importance=0.5, levels=levels, selective=True)
     pull = PullToStart(net, HEAD, 6.0, optimizer, by_importance=1.0, levels=levels)
     with pytest.raises(PenaltyError, match="already attached"):
         PullToStart(net, HEAD, 6.0, optimizer)
@@ -174,6 +179,50 @@ def test_what_is_refused() -> None:
         optimizer.step()
     pull.remove()
     PullToStart(net, HEAD, 6.0, optimizer)
+
+
+class Masters(torch.optim.SGD):
+    """Steps copies of its own."""
+
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, lr=lr)
+        self.own = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.own[p] -= group["lr"] * p.grad
+                    p.copy_(self.own[p])
+
+
+def test_an_optimizer_that_undoes_the_pull() -> None:
+    net = make_net()
+    optimizer = Masters([p for p in net.parameters() if p.requires_grad], 0.1)
+    PullToStart(net, HEAD, 1.0, optimizer)
+    with pytest.raises(PenaltyError, match=r"Masters cannot be tried on a copy of .* so the pull cannot hold"):
+        for batch in make_batches(3, 8, torch.float32):
+            optimizer.zero_grad()
+            loss_fn(net, batch).backward()
+            optimizer.step()
+
+
+def test_another_optimizer_of_the_same_weights() -> None:
+    net = make_net()
+    optimizer = make_optimizer("sgd", net.parameters())
+    pull = PullToStart(net, HEAD, 1.0, optimizer)
+    of_the_head = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    loss_fn(net, make_batches(1, 8, torch.float32)[0]).backward()
+    of_the_head.step()  # which is not pulled
+    other = make_optimizer("sgd", net.parameters())
+    with pytest.raises(PenaltyError, match=r"SGD steps conv.weight, conv.bias, encode.weight .*follows another optimizer"):
+        other.step()
+    pull.check()
+    del optimizer
+    gc.collect()
+    with pytest.raises(PenaltyError, match="was taken off"):
+        pull.check()
 
 
 def test_a_selective_pull_takes_no_closure() -> None:
@@ -196,7 +245,8 @@ def test_it_lasts_and_says_when_it_does_not() -> None:
     assert torch.equal(net.mix.weight, start["mix.weight"]) and not torch.equal(net.head.weight, start["head.weight"])
     assert not torch.equal(twin.mix.weight, start["mix.weight"]), "a copy is not pulled"
     other = make_net()
-    pull = PullToStart(other, HEAD, 1.0, make_optimizer("sgd", other.parameters()))
+    of_other = make_optimizer("sgd", other.parameters())
+    pull = PullToStart(other, HEAD, 1.0, of_other)
     pull.check()
     hooks = dict(_global_optimizer_post_hooks)
     _global_optimizer_post_hooks.clear()

@@ -417,6 +417,10 @@ def test_arms_that_interpolate(small_base: Path, tmp_path: Path, capsys: pytest.
         assert found["validation"]["accuracy"] >= best and len(places) == (20 if arm == "by_set" else 25)
         groups = store.examples("small", "icd9")["group"]
         assert len(cells[arm]["external"]["icd9"]) == len(groups) > 0
+        share = found["interpolation"]["on_set"]
+        whole, moved = cells[arm]["epochs"][-1]["movement/body"], found["interpolation"]["movement"]
+        assert moved == pytest.approx(share * whole, rel=1e-3) if arm == "by_one_share" else moved <= 1.001 * whole
+    assert len({cells[arm]["summary"]["weights_checksum"] for arm in ("by_set", "by_one_share")}) == 2
     tuned = store.tuning_scores("small", "by_set")
     assert len(tuned) == 2 and all(len(scores) == 1 for scores in tuned.values())
     own, further = results(folder)[1]
@@ -427,12 +431,18 @@ def test_arms_that_interpolate(small_base: Path, tmp_path: Path, capsys: pytest.
     assert main(["table", str(folder)]) == 0
     assert "small, icd9" in capsys.readouterr().out
     assert main(["report", str(folder)]) == 0
-    file.write_text(file.read_text().replace('"selected"', '"random"'))
+    text = file.read_text()
+    file.write_text(text.replace('"selected"', '"random"'))
     with pytest.raises(RunError, match="was run with another interpolate"):
         StudyFolder(load_study(file), folder).get(next(cell for cell in names if cell.arm == "by_set"))
-    file.write_text(file.read_text().replace('"random"', '"chosen"'))
-    with pytest.raises(ConfigError, match="interpolate is one of selected, random, diagonal"):
-        load_study(file)
+    for other, said in {
+        'interpolate = "chosen"': "interpolate is one of selected, random, diagonal",
+        'interpolate = "random"\nmethod = "lora"': "by_set: interpolate goes with method full",
+        'interpolate = "random"\ntask.kind = "regression"': "task.name = 'icd10cm_chapter' needs task.kind",
+    }.items():
+        file.write_text(re.sub(r'(by_set\]\n)method = "full"\ninterpolate = "\w+"', rf"\1{other}", text))
+        with pytest.raises(ConfigError, match=said):
+            load_study(file)
 
 
 def test_a_study_on_images_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -456,6 +466,14 @@ def test_a_study_on_images_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["compare", str(file), *data, *small, "--train.precision", "fp32", "--folder", str(folder)]) == 0
     stored, found = results(folder)
     assert stored.overrides[:2] == data
+    before = (folder / "study.toml").read_text()
+    assert main(["compare", str(file), "--folder", str(folder)]) == 0, "goes on with the keys that it was given"
+    assert main(["compare", str(file), *data, "--train.epochs", "2", "--folder", str(folder)]) == 2
+    capsys.readouterr()
+    assert (folder / "study.toml").read_text() == before, "a start that is refused changes nothing"
+    for key, value in {"--seed": "7", "--optimizer.lr": "1", "--test": "false"}.items():
+        with pytest.raises(ConfigError, match=rf"{key} has no effect: (the study itself|arms.\w+) sets it"):
+            load_study(file, [*data, key, value])
     assert {arm.arm for arm in found[0].arms if arm.correct} == set(load_study(file, data).arms) and len(found[0].arms) == 9
     with pytest.raises(RunError, match=r"another data\.path"):
         cell = next(iter(final_cells(stored, StudyFolder(stored, folder).choose_all())))

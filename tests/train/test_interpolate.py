@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from dcft_dist.cli import main
-from dcft_dist.files import read_json, read_lines
+from dcft_dist.files import objects_in, read_json, read_lines
+from dcft_dist.reports.interpolation import interpolation_table, plane_picture
 from dcft_dist.runs.folder import RunFolder
 from dcft_dist.train.places import FAMILIES, candidates, places
 
@@ -98,7 +100,8 @@ def test_a_run_is_interpolated(
 def test_what_cannot_be_interpolated(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", str(tiny), "--runs_dir", str(tmp_path), "--engine", "single", "--removal.fractions", "[]"]
     said = {}
-    for name, more in {"none": None, "probe": ["--method", "linear_probe"], "still": ["--train.epochs", "0"]}.items():
+    runs = {"none": None, "probe": ["--method", "linear_probe"], "still": ["--train.epochs", "0"]}
+    for name, more in {**runs, "kept": ["--checkpoint.keep_last", "0"]}.items():
         assert more is None or main([*words, "--name", name, *more]) == 0
         assert main(["interpolate", str(tmp_path / name)]) == 2
         dist.destroy_process_group()
@@ -106,3 +109,90 @@ def test_what_cannot_be_interpolated(tiny: Path, tmp_path: Path, capsys: pytest.
     assert "contains no finished run" in said["none"]
     assert "a run with method = 'linear_probe' cannot be interpolated" in said["probe"]
     assert "its best epoch is 0" in said["still"]
+    assert "or the run had checkpoint.keep_last = 0" in said["kept"]
+
+
+NORMALISED = """
+import torch
+from torch import nn
+
+def rows():
+    def part(n, o):
+        return [{"case": f"{(i*37%90)/90} {(i*11%7)/7}", "label": str(int((i*37%90)>45)), "patient": o+i} for i in range(n)]
+    return {"train": part(65, 0), "validation": part(40, 1000), "test": part(40, 2000)}
+
+def collate(cases):
+    values = torch.tensor([[float(x) for x in case.split()] for case in cases])
+    return {"ages": values[:, 0], "doses": values[:, 1]}
+
+class Net(nn.Module):
+    def __init__(self, outputs):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(2, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.last = nn.Linear(16, outputs)
+
+    def forward(self, ages, doses):
+        return self.last(self.body(torch.stack([ages, doses], 1)))
+"""
+CONFIG = """
+name = "bn"
+method = "full"
+engine = "single"
+private = true
+runs_dir = "{folder}"
+import_roots = ["{folder}"]
+model = {{build = "normalised.Net", args = {{outputs = "num_outputs"}}, head = ["last"]}}
+task.name = "own"
+data = {{format = "python", build = "normalised.rows", input = "case", group = "patient", modality = "own"}}
+importance = {{num_samples = 32, score_batch = 16}}
+train = {{epochs = 2, global_batch = 16, fall_back = false, evaluation_batch = 64}}
+optimizer.lr = 1e-2
+removal.fractions = []
+test_resamples = 0
+"""
+
+
+def test_batch_normalisation_of_private_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Statistics are taken again, in training batches: 65 examples would leave a batch of one. Nobody else can read it."""
+    (tmp_path / "normalised.py").write_text(NORMALISED)
+    text = CONFIG.format(folder=tmp_path).replace('modality = "own"', 'modality = "own", collate = "normalised.collate"')
+    (tmp_path / "bn.toml").write_text(text)
+    umask = os.umask(0o022)
+    try:
+        assert main(["train", str(tmp_path / "bn.toml")]) == 0
+        run, new = tmp_path / "bn", RunFolder(tmp_path / "bn/interpolation")
+        os.umask(0o022)
+        assert main(["interpolate", str(run)]) == 0
+        files = [file for file in new.path.rglob("*") if file.is_file()]
+        assert len(files) > 8 and not any(file.stat().st_mode & 0o077 for file in files)
+    finally:
+        os.umask(umask)
+    rows = {(r["family"], r["on_set"], r["on_rest"]): r["metrics"] for r in read_lines(new.plane)}
+    assert len({metrics["loss"] for metrics in rows.values()}) > 50
+    trained, chosen = (load_file(next(folder.rglob("model.safetensors"))) for folder in (run / "model", new.model))
+    shares = read_json(new.summary)["interpolation"]["families"]["selected"]
+    changed = not torch.equal(trained["body.1.running_mean"], chosen["body.1.running_mean"])
+    assert changed == ((shares["on_set"], shares["on_rest"]) != (1.0, 1.0))
+
+    # A plane that is damaged, and a folder that was moved while it was not finished.
+    kept = new.plane.read_text().splitlines(keepends=True)
+    odd = ["5\n", "{}\n", '{"family": [1], "on_set": 0, "on_rest": 0, "metrics": {}}\n', "not JSON\n"]
+    new.plane.write_text("".join([*kept[:20], *odd, *kept[20:40]]))
+    new.summary.unlink()
+    moved = tmp_path / "elsewhere"
+    run.rename(moved)
+    assert main(["interpolate", str(moved)]) == 0
+    again = objects_in(moved / "interpolation/plane.jsonl", "family", "on_set")
+    assert {(r["family"], r["on_set"], r["on_rest"]) for r in again if r["family"] != [1]} == set(places())
+    (moved / "interpolation/plane.jsonl").write_text("")
+    assert main(["interpolate", str(moved)]) == 0 and main(["verify", str(moved / "interpolation")]) == 1
+    assert "plane.jsonl is missing, or is not the file that the run wrote" in capsys.readouterr().out
+
+
+def test_a_table_without_a_metric() -> None:
+    """Data of another hospital may have one class alone."""
+    there = {"on_set": 0.0, "on_rest": 1.0, "validation": {"auroc": 0.9, "loss": 1.0}, "test": {"auroc": 0.8, "loss": 1.1}}
+    there["external"] = {"site_b": {"test": {"loss": 2.0}}}
+    found = {"metric": "auroc", "families": dict.fromkeys(FAMILIES, there), "end": there}
+    assert "| 0.9 | 0.8 | 1.1 |  |" in interpolation_table(found)
+    assert plane_picture([], found).axes

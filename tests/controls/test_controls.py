@@ -1,4 +1,4 @@
-"""What DCFT is compared with: other sets, steps of the same length, the way back to the start; and the learned factor."""
+"""What DCFT is compared with: other sets, and steps of the same length; and the learned factor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dcft_dist import FundamentalSet, attach_penalty, score_importance, select_f
 from dcft_dist.config.method import Penalty
 from dcft_dist.controls.control_sets import KINDS, control_set
 from dcft_dist.controls.removal import choose_fraction
-from dcft_dist.controls.step_controls import EqualDisplacement, PullToStart
+from dcft_dist.controls.step_controls import EqualDisplacement
 from dcft_dist.errors import PenaltyError, SelectionError
 from dcft_dist.method.gradual_pruning import kept, scores_after_training
 from dcft_dist.method.learned_factor import LearnedFactor
@@ -88,41 +88,6 @@ def test_equal_displacement_goes_as_far_as_dcft_in_the_direction_proposed(engine
         for name, proposed in plain["step"].items():
             share = found["share"] if name in body(plain["step"]) else 1.0
             torch.testing.assert_close(found["step"][name], share * proposed, rtol=1e-7, atol=1e-12)
-
-
-def pulled(engine: str) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
-    model = wrap(make_net(torch.float64), engine)
-    optimizer = make_optimizer("sgd", model.parameters())
-    start = full_state(model)
-    if engine != "none":
-        PullToStart(model, HEAD, 3.0, optimizer)
-    states = []
-    for batch in make_batches(3, 8, torch.float64):
-        optimizer.zero_grad()
-        loss_fn(model, my_part(batch)).backward()
-        optimizer.step()
-        states.append(full_state(model))
-    return start, states
-
-
-@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp2", 2)])
-def test_pull_to_start(engine: str, ranks: int) -> None:
-    """By hand: w <- w - lr * 3 * (w - start) after each step of SGD."""
-    net = make_net(torch.float64)
-    start = {n: p.detach().clone() for n, p in net.named_parameters()}
-    optimizer = make_optimizer("sgd", net.parameters())
-    lr = optimizer.param_groups[0]["lr"]
-    for batch in make_batches(3, 8, torch.float64):
-        optimizer.zero_grad()
-        loss_fn(net, batch).backward()
-        optimizer.step()
-        with torch.no_grad():
-            for name, p in net.named_parameters():
-                if not name.startswith("head"):
-                    p -= lr * 3.0 * (p - start[name])
-    for _, states in run_ranks(ranks, pulled, engine):
-        for name, p in net.named_parameters():
-            torch.testing.assert_close(states[-1][name], p.detach(), rtol=1e-9, atol=1e-12)
 
 
 def learned(engine: str) -> tuple[float, list[float]]:

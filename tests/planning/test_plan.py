@@ -91,20 +91,18 @@ def test_equals_what_real_ranks_need(folders: dict[str, str], ranks: int, model:
     assert foretold.bits == pytest.approx(marked / 8, rel=0.02)
 
 
-@pytest.mark.parametrize(("ranks", "engine"), [(2, "fsdp2"), (4, "fsdp2"), (2, "zero3")])
+@pytest.mark.parametrize(("ranks", "engine"), [(4, "fsdp2"), (2, "zero3")])
 def test_what_a_pull_keeps(folders: dict[str, str], ranks: int, engine: str) -> None:
     """A copy of the body in float32 and a byte for each eligible weight, both sharded; the same as on real ranks."""
     request = Request(folders["vit"], ranks, engine, pull_to_start=100.0, pull_by_importance=0.5)  # type: ignore[arg-type]
     foretold = forecast(request)
     assert foretold.pull == run_ranks(ranks, really, request)[0].pull
     assert foretold.pull == pytest.approx((4 * foretold.weights + foretold.eligible) / ranks, rel=0.02)
-    without = forecast(replace(request, pull_by_importance=0.0))
-    assert without.pull == pytest.approx(4 * foretold.weights / ranks, rel=0.02)
-    assert forecast(replace(request, pull_to_start=0.0)).dcft_peak == without.dcft_peak - without.pull
+    assert foretold.dcft_peak == sum(foretold.dcft_step.values()) + foretold.bits + foretold.pull
     assert "pull to the start" in table(foretold)
     if engine == "fsdp2":
-        offloaded = forecast(replace(request, offload=True))
-        assert offloaded.host["pull to the start"] == foretold.pull
+        offloaded = forecast(replace(request, offload=True, pull_by_importance=0.0))
+        assert offloaded.host["pull to the start"] == pytest.approx(4 * foretold.weights / ranks, rel=0.02)
 
 
 SAVING = [

@@ -65,6 +65,12 @@ def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(folder / "base.toml", text)
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a study sets it; and put back."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
 INTERPOLATED = """
 name = "small"
 base = "{base}"
@@ -400,6 +406,7 @@ def test_a_result_of_another_study_is_refused(tmp_path: Path) -> None:
         other.get(cell)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_arms_that_interpolate(small_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Cells that differ in the interpolation alone have one training; each is tested on further test data too."""
     file, folder = write(tmp_path / "study.toml", INTERPOLATED.format(base=small_base)), tmp_path / "folder"
@@ -445,6 +452,7 @@ def test_arms_that_interpolate(small_base: Path, tmp_path: Path, capsys: pytest.
             load_study(file)
 
 
+@pytest.mark.usefixtures("quiet")
 def test_a_study_on_images_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`medmnist.toml` with its data on the command line: every arm runs, and the folder knows which data they were."""
     draw = np.random.default_rng(0)

@@ -50,6 +50,8 @@ def test_a_run_with_a_pull(tiny: Path, tmp_path: Path, method: str) -> None:
         method == "dcft"
     )
     for engine, (ranks, more) in ENGINES.items():
+        if engine == "fsdp2" and method == "dcft":
+            continue  # four ranks say as much
         other = tmp_path / engine.replace(" ", "_")
         train(tiny, tmp_path, *words, *more, "--name", other.name, ranks=ranks)
         for name, level in load_file(other / "levels.safetensors").items():  # scores may differ in their last digit

@@ -67,9 +67,9 @@ def curves_of_wandb(run: Path) -> tuple[set[str], dict[str, dict[int, float]]]:
 
 def curves_of_mlflow(runs: Path) -> tuple[set[str], dict[str, dict[int, float]], Any]:
     """The same, and its record of the run."""
-    from mlflow import MlflowClient
+    with trackers._at_home():  # its first import asks whether it may send
+        from mlflow import MlflowClient
 
-    with trackers._at_home():
         client = MlflowClient(tracking_uri=(runs / "mlruns").as_uri())
     found = client.search_runs([client.get_experiment_by_name("dcft_dist").experiment_id])
     curves = {

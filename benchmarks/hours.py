@@ -2,12 +2,13 @@
 
     python benchmarks/hours.py [docs/results/studies/X ...]
 
-Each head with its scores counts once. A process had one core, or a share of one GPU. Its hours are wall time, so other
-processes on the same machine made them longer.
+Each head with its scores counts once, and so does a training that several cells share. A process had one core, or a share
+of one GPU. Its hours are wall time, so other processes on the same machine made them longer.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -23,10 +24,13 @@ def main() -> None:
     for folder in folders:
         rows = [row for row in read_lines(folder / "cells.jsonl") if "summary" in row]
         numbers = [len(rows), 0, 0.0, 0.0]
-        counted = set()
+        counted = set[object]()
         for row in rows:
             preparation = tuple(row.get("prepared_seconds", {}).items())
-            hours = sum(row["summary"]["seconds"].values()) / 3600
+            shared = json.dumps(row["config"], sort_keys=True)
+            phases = {phase: value for phase, value in row["summary"]["seconds"].items() if (shared, phase) not in counted}
+            hours = sum(phases.values()) / 3600
+            counted |= {(shared, phase) for phase in phases}
             hours += sum(seconds for _, seconds in preparation) / 3600 if preparation not in counted else 0.0
             counted.add(preparation)
             on_gpu = row["summary"]["device"] != "cpu"

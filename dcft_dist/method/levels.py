@@ -12,22 +12,18 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..distributed import collectives
 from ..engines.base import Shard
-from ..engines.find import find_engine
-from ..engines.whole_tensors import cells, whole_of
+from ..engines.whole_tensors import whole_of
 from ..errors import ScoreError
-from ..tensor_file import TensorFile, is_altered
 from .ranking import Chunk, Ranking
-from .scores import Scores, ScoreShard
+from .scores import Scores, ScoreShard, read_shards, write_shards
 
 LEVELS = 256
 
@@ -183,19 +179,7 @@ def save_levels(levels: Levels, path: str | os.PathLike[str]) -> None:
         levels: what `levels_of` returned.
         path: the file to write; an existing file is replaced.
     """
-    writer: TensorFile | None = None
-    with collectives.agreed(f"write {path}"):
-        if collectives.rank() == 0:
-            entries = {name: ("U8", shape, prod(shape)) for name, shape in levels.shapes.items()}
-            writer = TensorFile(Path(path), entries, {"levels": json.dumps(LEVELS)})
-    for name, shape in levels.shapes.items():
-        shard = levels.shards[name]
-        values = whole_of(shard.box, shard.values, prod(shape), name).cpu()
-        if writer is not None:
-            writer.write(values.numpy().tobytes())
-    with collectives.agreed(f"write {path}"):
-        if writer is not None:
-            writer.close()
+    write_shards(path, "U8", levels.shapes, levels.shards, {"levels": json.dumps(LEVELS)})
 
 
 def load_levels(path: str | os.PathLike[str], model: nn.Module) -> Levels:
@@ -208,23 +192,7 @@ def load_levels(path: str | os.PathLike[str], model: nn.Module) -> Levels:
     Raises:
         ScoreError: the file is missing, damaged or altered, or the model has other weights.
     """
-    engine = find_engine(model)
-    full, local = engine.full_shapes(), {s.name: s for s in engine.shards()}
-    with collectives.agreed(f"read {path}"):
-        try:
-            if collectives.rank() == 0 and is_altered(Path(path)):
-                raise ScoreError(f"{path} was altered after it was written: restore it, or score again")
-            with safe_open(path, framework="pt") as file:
-                if json.loads(file.metadata()["levels"]) != LEVELS:
-                    raise ValueError(f"it has not {LEVELS} levels")
-                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in full if name in set(file.keys())}
-                if unknown := [n for n in file.keys() if n not in full or full[n] != shapes[n]]:  # noqa: SIM118
-                    raise ScoreError(f"{path} has levels of {unknown[0]}, which this model lacks or has in another shape")
-                shards = {
-                    name: ScoreShard(box, cells(file.get_slice(name), box).to(local[name].local.device))
-                    for name in shapes
-                    for box in [local[name].owned_box]
-                }
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ScoreError(f"{path} is missing, damaged, or not a file of levels: {error}") from error
+    number, shapes, shards = read_shards(path, model, "levels")
+    if number != LEVELS:
+        raise ScoreError(f"{path} has {number} levels, not {LEVELS}")
     return Levels(shapes, shards)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -86,14 +87,33 @@ def save_scores(scores: Scores, path: str | os.PathLike[str]) -> None:
     """
     about = {key: getattr(scores, key) for key in _FIELDS}
     about["loss"] = None if math.isnan(scores.loss) else scores.loss
+    write_shards(path, "F32", scores.shapes, scores.shards, {"scores": json.dumps(about)})
+
+
+def write_shards(
+    path: str | os.PathLike[str],
+    dtype: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    shards: Mapping[str, ScoreShard],
+    about: dict[str, str],
+) -> None:
+    """Writes one number for each eligible weight, from the shards of all ranks, to a safetensors file. Collective.
+
+    Args:
+        path: the file to write; an existing file is replaced.
+        dtype: of the numbers, as safetensors calls it: `"F32"` or `"U8"`.
+        shapes: name -> full shape of each eligible weight.
+        shards: name -> this rank's numbers.
+        about: the file's metadata.
+    """
     writer: TensorFile | None = None
+    size = {"F32": 4, "U8": 1}[dtype]
     with collectives.agreed(f"write {path}"):
         if collectives.rank() == 0:
-            entries = {name: ("F32", shape, 4 * prod(shape)) for name, shape in scores.shapes.items()}
-            writer = TensorFile(Path(path), entries, {"scores": json.dumps(about)})
-    for name, shape in scores.shapes.items():
-        shard = scores.shards[name]
-        values = whole_of(shard.box, shard.values, prod(shape), name).cpu()
+            entries = {name: (dtype, shape, size * prod(shape)) for name, shape in shapes.items()}
+            writer = TensorFile(Path(path), entries, about)
+    for name, shape in shapes.items():
+        values = whole_of(shards[name].box, shards[name].values, prod(shape), name).cpu()
         if writer is not None:
             writer.write(values.numpy().tobytes())
     with collectives.agreed(f"write {path}"):
@@ -118,6 +138,29 @@ def load_scores(path: str | os.PathLike[str], model: nn.Module) -> Scores:
         ScoreError: the file is missing, damaged or altered, or the model has other weights.
         EngineError: the model is wrapped in an unsupported way.
     """
+    about, shapes, shards = read_shards(path, model, "scores")
+    for key in ("head", "unscored", "frozen"):
+        about[key] = tuple(about[key])
+    about["loss"] = float("nan") if about["loss"] is None else about["loss"]
+    return Scores(shapes=shapes, shards=shards, **about)
+
+
+def read_shards(
+    path: str | os.PathLike[str], model: nn.Module, what: str
+) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, ScoreShard]]:
+    """Reads a file of `write_shards`. Each rank reads what it owns. Collective.
+
+    Args:
+        path: the file; it must be readable on every rank.
+        model: the model, under any engine.
+        what: key of the metadata to return; it also names the file's content in messages.
+
+    Returns:
+        The metadata under that key, read as JSON; full shapes, and this rank's numbers, by name.
+
+    Raises:
+        ScoreError: the file is missing, damaged or altered, or the model has other weights.
+    """
     engine = find_engine(model)
     full, local = engine.full_shapes(), {s.name: s for s in engine.shards()}
     with collectives.agreed(f"read {path}"):
@@ -125,20 +168,17 @@ def load_scores(path: str | os.PathLike[str], model: nn.Module) -> Scores:
             if collectives.rank() == 0 and is_altered(Path(path)):
                 raise ScoreError(f"{path} was altered after it was written: score again, or restore the file")
             with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["scores"])
+                about = json.loads(file.metadata()[what])
                 names = list(file.keys())
                 shapes = {n: tuple(file.get_slice(n).get_shape()) for n in full if n in set(names)}
                 unknown = [n for n in names if n not in full or full[n] != shapes[n]]
                 if unknown:
-                    raise ScoreError(f"{path} has scores of {unknown[0]}, which this model lacks or has in another shape")
+                    raise ScoreError(f"{path} has {what} of {unknown[0]}, which this model lacks or has in another shape")
                 shards = {
                     n: ScoreShard(box, cells(file.get_slice(n), box).to(local[n].local.device))
                     for n in shapes
                     for box in [local[n].owned_box]
                 }
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            raise ScoreError(f"{path} is missing, damaged, or not a file of scores: {error}") from error
-    for key in ("head", "unscored", "frozen"):
-        about[key] = tuple(about[key])
-    about["loss"] = float("nan") if about["loss"] is None else about["loss"]
-    return Scores(shapes=shapes, shards=shards, **about)
+            raise ScoreError(f"{path} is missing, damaged, or not a file of {what}: {error}") from error
+    return about, shapes, shards

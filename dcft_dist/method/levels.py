@@ -22,14 +22,10 @@ from ..distributed import collectives
 from ..engines.base import Shard
 from ..engines.whole_tensors import whole_of
 from ..errors import ScoreError
-from .ranking import Chunk, Ranking
+from .ranking import POSITION_BITS, POSITION_DIGITS, SCORE_DIGITS, Chunk, Ranking
 from .scores import Scores, ScoreShard, read_shards, write_shards
 
 LEVELS = 256
-
-_SCORE_BITS, _PLACE_BITS = 32, 55
-_SCORE_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the digits of the score's key
-_PLACE_DIGITS = ((44, 11), (33, 11), (22, 11), (11, 11), (0, 11))
 
 
 @dataclass(frozen=True)
@@ -114,15 +110,15 @@ class _Cuts:
         """
         self._ranking = ranking
         keys, left, ties = torch.zeros_like(counts), counts, counts
-        for shift, bits in _SCORE_DIGITS:
+        for shift, bits in SCORE_DIGITS:
             digit, left, ties = self._digit(keys, left, shift, bits, Chunk.key)
             keys = (keys << bits) | digit
-        keys[counts == 0] = 1 << _SCORE_BITS  # above every score
+        keys[counts == 0] = 1 << 32  # above every score
         self._tied = keys[(ties != left) & (counts > 0)].unique()  # keys with cells on both sides of a cut
         on_tie = torch.isin(keys, self._tied)
         places = torch.searchsorted(self._tied, keys[on_tie])  # number of the key, and then the digits of the place
         left = left[on_tie]
-        for shift, bits in _PLACE_DIGITS if len(places) else ():
+        for shift, bits in POSITION_DIGITS if len(places) else ():
             digit, left, _ = self._digit(places, left, shift, bits, self._place)
             places = (places << bits) | digit
         self._untied = keys[~on_tie].sort().values
@@ -134,7 +130,7 @@ class _Cuts:
         untied, tied, places = (t.to(key.device) for t in (self._untied, self._tied, self._places))
         number = torch.searchsorted(untied, key, right=True)
         if len(tied):
-            above = torch.searchsorted(places >> _PLACE_BITS, torch.searchsorted(tied, key))  # those with lower keys
+            above = torch.searchsorted(places >> POSITION_BITS, torch.searchsorted(tied, key))  # those with lower keys
             at = self._place(chunk)
             number += torch.where(at >= 0, torch.searchsorted(places, at, right=True), above)
         return number
@@ -144,7 +140,7 @@ class _Cuts:
         key = chunk.key()
         tied = self._tied.to(key.device)
         number = torch.searchsorted(tied, key).clamp_(max=max(len(tied) - 1, 0))
-        return torch.where(tied[number] == key, (number << _PLACE_BITS) | chunk.place(), -1)
+        return torch.where(tied[number] == key, (number << POSITION_BITS) | chunk.place(), -1)
 
     def _digit(
         self, prefixes: Tensor, left: Tensor, shift: int, bits: int, value_of: Callable[[Chunk], Tensor]

@@ -226,8 +226,9 @@ class PullToStart:
             way = self._way(shard)
             rows[name] = [*self._before[name], way.square().sum(dtype=torch.float64)]
         self._before = {}
-        zeros = torch.zeros(3, dtype=torch.float64)
-        table = torch.stack([torch.stack(rows[name]).cpu() if name in rows else zeros for name in names])
+        device = stepped[0][1].local.device if stepped else "cpu"
+        zeros = [torch.zeros((), dtype=torch.float64, device=device)] * 3
+        table = torch.stack([number for name in names for number in rows.get(name, zeros)]).view(-1, 3)  # read at once
         found = {}
         for name, (product, before, after) in zip(
             names, collectives.all_reduce(table, what="selective pull").tolist(), strict=True

@@ -34,13 +34,13 @@ Group = Callable[["Chunk"], Tensor]  # the group of each cell of a chunk (int64)
 FAN = 64  # positions tried at once if the cut goes through equal scores
 
 
-_SCORE_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the digits of the 32-bit score key
+SCORE_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits) of the digits of the 32-bit score key
 
 
-_POSITION_BITS = 55
+POSITION_BITS = 55
 
 
-_POSITION_DIGITS = ((44, 11), (33, 11), (22, 11), (11, 11), (0, 11))
+POSITION_DIGITS = ((44, 11), (33, 11), (22, 11), (11, 11), (0, 11))
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Chunk:
     def place(self) -> Tensor:
         """Canonical positions, counted backwards: an earlier cell has the larger value."""
         index = self.shard.box.flat_index(self.begin, self.end, self.shard.values.device)
-        return (1 << _POSITION_BITS) - 1 - (index + self.base)
+        return (1 << POSITION_BITS) - 1 - (index + self.base)
 
 
 @dataclass(frozen=True)
@@ -280,12 +280,12 @@ class Ranking:
         remaining = torch.tensor(list(counts), dtype=torch.int64, device=self._device)
         empty = remaining == 0
         key, ties = torch.zeros_like(remaining), torch.zeros_like(remaining)
-        for shift, bits in _SCORE_DIGITS:
+        for shift, bits in SCORE_DIGITS:
             digit, remaining, ties = self._digit(key, None, shift, bits, remaining, group, keep)
             key = (key << bits) | digit
         place = torch.zeros_like(key)
         if bool(((ties != remaining) & ~empty).any()):
-            for shift, bits in _POSITION_DIGITS:
+            for shift, bits in POSITION_DIGITS:
                 digit, remaining, _ = self._digit(key, place, shift, bits, remaining, group, keep)
                 place = (place << bits) | digit
         key[empty] = 1 << 32  # above every score

@@ -214,12 +214,18 @@ def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
                 "macro-F1": f"{100 * np.mean([run['test']['macro_f1'] for run in runs]):.1f}" if runs else "",
                 "validation accuracy": f"{100 * np.mean([r['validation']['accuracy'] for r in runs]):.1f}" if runs else "",
                 "best epoch": f"{np.mean([run['best_epoch'] for run in runs]):.1f}" if runs else "",
-                "way of the body": f"{way:.3g}" if runs and (way := np.mean([r["body"] for r in runs])) == way else "",
+                "way of the body": _way_of_all(runs),
                 "Jaccard": f"{np.mean(jaccards):.2f}" if (jaccards := _jaccards(runs)) else "",
                 "minutes": _time(runs),
             }
         )
     return rows
+
+
+def _way_of_all(summaries: list[dict[str, Any]]) -> str:
+    """The mean way of the body; nothing where a run did not store it."""
+    way = float(np.mean([summary["body"] for summary in summaries])) if summaries else math.nan
+    return "" if math.isnan(way) else f"{way:.3g}"
 
 
 def _jaccards(summaries: list[dict[str, Any]]) -> list[float]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from dcft_dist import FundamentalSet, attach_penalty
+from dcft_dist.distributed import collectives
 from dcft_dist.errors import PenaltyError
 from dcft_dist.method.levels import levels_of
 from dcft_dist.method.pull import PullToStart
@@ -223,6 +224,19 @@ def test_another_optimizer_of_the_same_weights() -> None:
     gc.collect()
     with pytest.raises(PenaltyError, match="was taken off"):
         pull.check()
+
+
+@pytest.mark.parametrize(("selective", "number"), [(False, 0), (True, 1)])
+def test_what_a_step_sends(selective: bool, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, calls = make_net(), list[str]()
+    optimizer = make_optimizer("sgd", net.parameters())
+    PullToStart(net, HEAD, 0.5, optimizer, selective=selective)
+    loss_fn(net, make_batches(1, 8, torch.float32)[0]).backward()
+    for name in ("all_reduce", "all_gather_ints", "all_gather_uneven", "reduce_numbers"):
+        called = getattr(collectives, name)
+        monkeypatch.setattr(collectives, name, lambda *a, n=name, f=called, **k: calls.append(n) or f(*a, **k))
+    optimizer.step()
+    assert calls == ["all_reduce"] * number
 
 
 def test_a_selective_pull_takes_no_closure() -> None:

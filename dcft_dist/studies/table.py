@@ -223,7 +223,7 @@ def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
 
 
 def _way_of_all(summaries: list[dict[str, Any]]) -> str:
-    """The mean way of the body; nothing where a run did not store it."""
+    """Mean distance of the body from its start; empty if a run did not store it."""
     way = float(np.mean([summary["body"] for summary in summaries])) if summaries else math.nan
     return "" if math.isnan(way) else f"{way:.3g}"
 

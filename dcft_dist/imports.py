@@ -19,6 +19,7 @@ _MAY = {
     "data.collate": "your function that turns a list of inputs into a dictionary of tensors",
     "data.transform": "a class or function of MONAI, or your own",
     "model.args": "an object such as torch.nn.SiLU",
+    "optimizer.build": "a class such as torch.optim.NAdam, or your own subclass of torch.optim.Optimizer",
     "engine": "your subclass of dcft_dist.engines.base.Engine",
 }
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from .schema import is_section, sections
+from .schema import is_section, is_table, sections
 from .section import ImportPath
 
 _PAGE = re.compile(r"\bdocs/(\w+\.md)\b(?!`)")
@@ -48,6 +48,8 @@ def _values(field: FieldInfo) -> str:
     words = ", ".join(f"`{c}`" for c in dict.fromkeys(choices))
     if choices and "float" not in str(field.annotation):
         return f"{words}, or an import path" if ImportPath in get_args(field.annotation) else words
+    if get_args(field.annotation) and is_table(get_args(field.annotation)[0]):
+        return "list of tables"
     kind = str(field.annotation).replace("typing.", "").replace("<class '", "").replace("'>", "")
     if kind.startswith("dict"):
         return "table"

@@ -84,11 +84,11 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
 
     @property
-    def level(self) -> str:
+    def level(self) -> Literal["gradient", "update"]:
         """The penalty level, `gradient` or `update`, with `auto` resolved."""
         if self.penalty.level != "auto":
             return self.penalty.level
-        return "gradient" if self.optimizer.name == "sgd" and self.optimizer.weight_decay == 0 else "update"
+        return "gradient" if self.optimizer.name == "sgd" and not self.optimizer.decays else "update"
 
     @property
     def evaluation_batch(self) -> int:
@@ -287,4 +287,9 @@ def sections() -> Iterator[tuple[str, type[BaseModel]]]:
 
 def is_section(field: FieldInfo) -> bool:
     """Whether a field of the schema is a section with its own keys."""
-    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    return is_table(field.annotation)
+
+
+def is_table(kind: Any) -> bool:
+    """Whether a type is that of a table with its own keys."""
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

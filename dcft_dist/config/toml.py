@@ -11,7 +11,7 @@ import math
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -135,7 +135,9 @@ def _explain(detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         section: type[BaseModel] = Config
         for part in detail["loc"][:-1]:
-            section = section.model_fields[part].annotation  # type: ignore[assignment]
+            if isinstance(part, str):  # not the position in a list of tables
+                annotation: Any = section.model_fields[part].annotation
+                section = get_args(annotation)[0] if get_args(annotation) else annotation
         word = str(detail["loc"][-1])
         nested = [repr(f"{prefix}.{word}") for prefix, part in sections() if prefix and word in part.model_fields]
         if section is Config and nested:

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from .section import Count, Fraction, Positive, Section
 
+NotNegative = Annotated[float, Field(ge=0.0)]
+
+
+class WeightGroup(Section):
+    """An entry of `[[optimizer.groups]]`: weights with another learning rate or weight decay."""
+
+    pattern: str = Field(description="Name of a module or weight, or a glob over whole names.")
+    lr_scale: NotNegative = Field(1.0, description="Multiplies their learning rate; 0 leaves them as they are.")
+    weight_decay: NotNegative | None = Field(None, description="Their weight decay, of vectors too; absent: the usual one.")
+
 
 class Optimizer(Section):
     """The optimizer for fine-tuning."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="Optimizer: `adamw` or `sgd`.")
+    name: Literal["adamw", "sgd", "own"] = Field(
+        "adamw",
+        description="Optimizer: `adamw`, `sgd`, or `own`: the one of `build`; if you set `build`, this value is chosen "
+        "automatically.",
+    )
+    build: str | None = Field(
+        None,
+        description="Import path of an optimizer of torch or of another package, such as `torch.optim.NAdam`, or of your "
+        "own. It is tried on a small weight first. Refused: one that needs a closure, keeps weights of its own, or has a "
+        "state that checkpoints cannot keep. One that looks at whole tensors works where tensors are not flattened.",
+    )
+    args: dict[str, Any] = Field({}, description="Keyword arguments of `build`, besides the learning rate and weight decay.")
     lr: Positive = Field(2e-4, description="Peak learning rate of the body.")
     head_lr: Positive | None = Field(None, description="Peak learning rate of the head; absent: `lr`.")
-    weight_decay: Annotated[float, Field(ge=0.0)] = Field(0.0, description="Weight decay of matrices; vectors have none.")
+    weight_decay: NotNegative = Field(0.0, description="Weight decay of matrices; vectors have none.")
+    betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)] = Field(
+        [0.9, 0.999], description="AdamW: decay of the averages of the gradient and of its square."
+    )
+    eps: Positive = Field(1e-8, description="AdamW: added to the denominator.")
     momentum: Fraction = Field(0.0, description="Momentum of SGD.")
     fused: bool = Field(
         True,
@@ -27,6 +52,12 @@ class Optimizer(Section):
         1.0,
         description="Layer-wise decay: the learning rate of a block is this number times the rate of the next block, nearer "
         "to the output. The embeddings count as one more block, before the first.",
+    )
+    groups: list[WeightGroup] = Field(
+        [],
+        description="Weights with another learning rate or weight decay, each entry with `pattern`, `lr_scale` and "
+        "`weight_decay` (docs/models.md). A weight belongs to the first entry that matches it. `lr_scale` multiplies "
+        "`layer_decay` and `head_lr` too.",
     )
     pull_to_start: Annotated[float, Field(ge=0.0)] = Field(
         0.0,
@@ -50,6 +81,32 @@ class Optimizer(Section):
         description="`scores`: levels of the scores. `permuted`: a control, with the levels permuted within each tensor and "
         "magnitude bin.",
     )
+
+    @property
+    def kind(self) -> str:
+        """`adamw`, `sgd`, or the import path of `build`."""
+        return self.build or self.name
+
+    @property
+    def decays(self) -> bool:
+        """Whether any weight has weight decay."""
+        return self.weight_decay > 0.0 or any(group.weight_decay for group in self.groups)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_if_built(cls, values: Any) -> Any:
+        return {**values, "name": "own"} if isinstance(values, dict) and values.get("build") else values
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Optimizer:
+        if (self.name == "own") != (self.build is not None):
+            raise ValueError("name = 'own' needs build: the import path of an optimizer")
+        if self.args and self.build is None:
+            raise ValueError("args are for an optimizer of `build`")
+        others = {"adamw": (), "sgd": ("betas", "eps"), "own": ("betas", "eps", "momentum")}[self.name]
+        if unused := [key for key in others if getattr(self, key) != type(self).model_fields[key].default]:
+            raise ValueError(f"{unused[0]} does nothing for {self.kind}" + (": put it into args" if self.build else ""))
+        return self
 
 
 class Train(Section):
@@ -84,8 +141,16 @@ class Train(Section):
         "gradients of equal micro-batches.",
     )
     evaluation_batch: Count = Field(64, description="Examples in one forward pass of one rank during evaluation.")
-    warmup_fraction: Fraction = Field(0.1, description="Share of the steps with rising learning rate; cosine decay follows.")
-    final_lr_fraction: Fraction = Field(0.0, description="Learning rate at the last step, as a multiple of the peak.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine",
+        description="How the learning rate falls after its warm-up. `cosine`, `linear`: over all other steps. `constant`: "
+        "not at all. `wsd` (warm-up, stable, decay): linearly, over the last `decay_fraction` of the steps.",
+    )
+    warmup_fraction: Fraction = Field(0.1, description="Share of the steps with rising learning rate.")
+    decay_fraction: Fraction = Field(0.1, description="`wsd`: share of the steps with falling learning rate.")
+    final_lr_fraction: Fraction = Field(
+        0.0, description="Learning rate at the end, as a multiple of the peak; not for `constant`."
+    )
     clip_grad_norm: Positive | None = Field(None, description="Maximum gradient norm; absent: no clipping.")
     clip_order: Literal["before_penalty", "after_penalty"] | None = Field(
         None, description="Whether gradients are clipped before or after the penalty; required with `clip_grad_norm`."
@@ -116,6 +181,12 @@ class Train(Section):
         description="First and last of the steps to profile, such as `[20, 22]`: `profile/` in the run's folder gets a "
         "trace of each rank by torch.profiler, and on a GPU a snapshot of its memory. [] profiles nothing.",
     )
+
+    @model_validator(mode="after")
+    def _decays_after_the_warmup(self) -> Train:
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1.0:
+            raise ValueError("warmup_fraction and decay_fraction are more than all steps together")
+        return self
 
 
 class Sharding(Section):

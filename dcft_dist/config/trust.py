@@ -39,6 +39,7 @@ _KNOWN = {
     "task.metrics": r"torchmetrics\.functional\.[a-z]\w*",
     "data.transform": r"monai\.transforms\.Rand[A-Za-z]+|torchvision\.transforms\.(Random[A-Za-z]+|ColorJitter)",
     "model.args": r"torch\.nn\.[A-Z]\w*",
+    "optimizer.build": r"(torch\.optim|pytorch_optimizer)\.[A-Z]\w*|transformers\.Adafactor",
 }
 
 # Words in the names of arguments by which a well-known builder may run code, or read a pickle, a file or an address.
@@ -57,7 +58,9 @@ def named_code(config: Config) -> dict[str, str]:
     for key, path in _paths(config):
         if not re.fullmatch(_KNOWN.get(key, "(?!)"), path):
             wanted[f"{key} = {path}"] = _source(path, roots)
-    for section, arguments in (("model.args", config.model.args), ("data.transform_args", config.data.transform_args)):
+    tables = {"model.args": config.model.args, "data.transform_args": config.data.transform_args}
+    tables["optimizer.args"] = config.optimizer.args
+    for section, arguments in tables.items():
         for name, value in _nested(arguments):
             if _needs_a_word(name, value):
                 wanted[f"{section}.{name} = {value}"] = str(config.model.weights)
@@ -140,6 +143,8 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
     for key in ("build", "collate", "transform"):
         if path := getattr(config.data, key):
             yield f"data.{key}", path
+    if config.optimizer.build:
+        yield "optimizer.build", config.optimizer.build
     if config.task.loss:
         yield "task.loss", config.task.loss
     for path in config.task.metrics:

@@ -164,7 +164,8 @@ class Engine(ABC):
     The trainer (`dcft train`) also needs:
         - `wrap_module`; or `wrap`, if the wrapper takes the optimizer too.
         - `prepared`, a subclass of `Prepared`, if a training step differs from that of a plain module.
-        - `shards_weights`, if the engine can shard a model that is still on the meta device.
+        - `shards_weights`, if the engine can shard a model that is still on the meta device; `flattens`, if the optimizer
+          gets flat parts of the weights.
 
     Override the other methods where their default is wrong for the engine:
         - `backward` and `reduce_gradients`, if a backward does not end in the mean over ranks; `expect`, if the wrapper
@@ -244,6 +245,15 @@ class Engine(ABC):
     @classmethod
     def shards_weights(cls, options: WrapOptions) -> bool:
         """Whether the engine can shard a model on the meta device first and allocate its memory afterwards."""
+        return False
+
+    @classmethod
+    def flattens(cls, zero_stage: int) -> bool:
+        """Whether an optimizer gets flat parts of the weights, which do not show the rows and columns.
+
+        Args:
+            zero_stage: stage of DeepSpeed; other engines do not need it.
+        """
         return False
 
     @classmethod

@@ -109,6 +109,10 @@ class FSDP1Engine(Engine):
         return True
 
     @classmethod
+    def flattens(cls, zero_stage: int) -> bool:
+        return True
+
+    @classmethod
     def wrap_module(cls, model: nn.Module, options: WrapOptions) -> nn.Module:
         bf16 = MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         fsdp_options: dict[str, Any] = {

@@ -11,6 +11,7 @@ the gradients it accumulated.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..compat.deepspeed import (
@@ -127,6 +129,10 @@ class ZeroEngine(Engine):
         return options.zero_stage == 3
 
     @classmethod
+    def flattens(cls, zero_stage: int) -> bool:
+        return zero_stage > 0
+
+    @classmethod
     def wrap(cls, model: nn.Module, options: WrapOptions, make_optimizer: MakeOptimizer) -> Prepared:
         config = _config(options)
         if any(p.is_meta for p in model.parameters()):
@@ -135,6 +141,8 @@ class ZeroEngine(Engine):
         if options.bf16:
             model.register_forward_pre_hook(_in_bf16, with_kwargs=True)
         optimizer = make_optimizer([(name, p, len(zero_shape(p)) > 1) for name, p in model.named_parameters()])
+        if dist.get_world_size() == 1:
+            os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed wants it, and no launcher has set it for a lone process
         engine, *_ = import_deepspeed().initialize(model=model, optimizer=optimizer, config=config)
         return cls.prepared(options, engine, optimizer)
 

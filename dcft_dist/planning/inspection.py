@@ -1,35 +1,38 @@
-"""The role of each weight in a run, shown before the run starts: `dcft inspect`."""
+"""The role and the rates of each weight in a run, shown before the run starts: `dcft inspect`."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from ..config.schema import Config
 from ..engines.names import ParameterNames, matrix_names
 from ..models.pretrained import Pretrained
+from ..train.optimizer import Rates, rates_of
 
 GROUPS = ("eligible", "unscored", "head", "frozen")
 
 
 @dataclass(frozen=True)
 class WeightRow:
-    """Weights of one shape and group, with names that differ only in numbers.
+    """Weights of one shape and group with the same rates, and with names that differ only in numbers.
 
     Attributes:
         name: their common name, with the numbers as a range: `blocks.[0-11].weight`.
         shape: shape of each weight.
         group: `eligible`, `unscored`, `head` or `frozen`.
         number: how many weights there are.
+        rates: their learning rate and weight decay; None where they are not asked for.
     """
 
     name: str
     shape: tuple[int, ...]
     group: str
     number: int
+    rates: Rates | None = None
 
     @property
     def num_weights(self) -> int:
@@ -59,22 +62,29 @@ def groups_of(pretrained: Pretrained, eligible: Sequence[str] | None) -> dict[st
     return groups
 
 
-def lines_of(pretrained: Pretrained, eligible: Sequence[str] | None) -> list[WeightRow]:
+def lines_of(
+    pretrained: Pretrained, eligible: Sequence[str] | None, rates: Mapping[str, Rates] | None = None
+) -> list[WeightRow]:
     """Summarises similar weights in rows, in the order of the model.
 
     Args:
         pretrained: the model with its head.
         eligible: as for `groups_of`.
+        rates: name -> rates of a weight; see `rates_of`. None: rows do not tell them apart.
 
     Raises:
         PatternError: a pattern matches nothing.
     """
     parameters = ParameterNames.of(pretrained.module).parameters
-    numbers: dict[tuple[str, tuple[int, ...], str], list[tuple[str, ...]]] = defaultdict(list)
+    numbers: dict[tuple[str, tuple[int, ...], str, Rates | None], list[tuple[str, ...]]] = defaultdict(list)
     for name, group in groups_of(pretrained, eligible).items():
-        key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), tuple(parameters[name].shape), group)
+        own_rates = rates[name] if rates and group != "frozen" else None
+        key = (re.sub(r"(?<![^.])\d+(?![^.])", "*", name), tuple(parameters[name].shape), group, own_rates)
         numbers[key].append(tuple(re.findall(r"(?<![^.])\d+(?![^.])", name)))
-    return [WeightRow(_filled(name, rows), shape, group, len(rows)) for (name, shape, group), rows in numbers.items()]
+    return [
+        WeightRow(_filled(name, rows), shape, group, len(rows), own_rates)
+        for (name, shape, group, own_rates), rows in numbers.items()
+    ]
 
 
 def _filled(name: str, numbers: Sequence[tuple[str, ...]]) -> str:
@@ -95,15 +105,19 @@ def inspection(pretrained: Pretrained, config: Config) -> str:
         config: configuration of the run.
 
     Returns:
-        Lines with the shape, group and name of the weights; totals by group; the blocks that are sharded one by one; and a
-        summary of the tensors in the file of weights.
+        Lines with the shape, group, learning rate, weight decay and name of the weights; totals by group; the blocks that
+        are sharded one by one; and a summary of the tensors in the file of weights.
 
     Raises:
-        PatternError: a pattern in `importance.eligible` matches nothing.
+        PatternError: a pattern in `importance.eligible` or `optimizer.groups` matches nothing.
     """
-    lines = lines_of(pretrained, config.importance.eligible)
+    lines = lines_of(pretrained, config.importance.eligible, rates_of(pretrained, config))
     width = max(len(line.name) for line in lines)
-    rows = [f"{_shape_text(line):>24}  {line.group:<9} {line.name:<{width}}" for line in lines]
+    title = f"{'shape':>24}  {'group':<9} {'lr':>8} {'decay':>7}  name"
+    rows = [
+        title,
+        *(f"{_shape_text(line):>24}  {line.group:<9} {_rates_text(line)}  {line.name:<{width}}" for line in lines),
+    ]
     total = sum(line.num_weights for line in lines)
     sums = {group: sum(line.num_weights for line in lines if line.group == group) for group in GROUPS}
     parts = [f"{group} {number:,} ({number / total:.1%})" for group, number in sums.items() if number]
@@ -116,6 +130,11 @@ def _shape_text(line: WeightRow) -> str:
     """Number and shape of a row: `12 x 384x384`."""
     shape = "x".join(map(str, line.shape)) or "1"
     return f"{line.number} x {shape}" if line.number > 1 else shape
+
+
+def _rates_text(line: WeightRow) -> str:
+    """Peak learning rate and weight decay of a row."""
+    return f"{'-':>8} {'-':>7}" if line.rates is None else f"{line.rates.peak_lr:>8.3g} {line.rates.weight_decay:>7.3g}"
 
 
 def _kinds(blocks: Iterable[object]) -> str:

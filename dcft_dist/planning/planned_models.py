@@ -23,7 +23,7 @@ from ..models.custom import custom_model
 from ..objectives.make import make_objective
 from ..train.context import micro_batch
 from ..train.methods import choose_trained
-from ..train.optimizer import make_optimizer
+from ..train.optimizer import make_optimizer, rates_of
 
 
 def _vit(width: int, layers: int, heads: int, patch: int) -> tuple[str, dict[str, int]]:
@@ -220,9 +220,9 @@ def _configured(request: Request) -> Planned:
             return functional.cross_entropy(outputs.float(), batch["labels"][:, 0])
         return objective.loss(outputs, batch["labels"])
 
-    optimizer = partial(make_optimizer, config=config, depths={}, head=())
     eligible = config.importance.eligible
     choose_trained(pretrained, config)
+    optimizer = partial(make_optimizer, config=config, rates=rates_of(pretrained, config))
     module, uses_set = pretrained.module, config.method != "lora"
     return Planned(module, pretrained.head, pretrained.blocks, batch, loss, optimizer, eligible, uses_set)
 

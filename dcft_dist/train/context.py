@@ -31,8 +31,8 @@ from ..objectives.make import label_facts
 from ..runs.writer import RunWriter
 from .adapters import fill_adapters, moved_names
 from .handshake import code_facts, compare_data, compare_starts, compare_weights, read_contents
-from .methods import choose_trained, depths
-from .optimizer import make_optimizer
+from .methods import choose_trained
+from .optimizer import make_optimizer, rates_of
 from .task_model import TaskModel, build_for_task
 
 
@@ -246,8 +246,8 @@ def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
         loading.into_whole(module, world.device)
     choose_trained(pretrained, config)
     compare_weights(loading.place if loading else None, module, whole=not (loading and shards_weights(options)))
-    head, block_depths = pretrained.head_names, depths(pretrained)
-    prepared = prepare(module, options, lambda weights: make_optimizer(weights, config, block_depths, head))
+    rates = rates_of(pretrained, config)
+    prepared = prepare(module, options, lambda weights: make_optimizer(weights, config, rates))
     if loading and shards_weights(options):
         loading.into(prepared.model, moved_names(module))
     if config.method == "lora":

@@ -21,6 +21,7 @@ from ..method.scores import Scores, load_scores, save_scores
 from ..method.selection import select_fundamental
 from ..objectives.base import Metrics
 from .context import RunContext, micro_batch
+from .custom_optimizer import group_values, set_group_values
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +184,8 @@ def _score_after_training(run: RunContext, train: TrainSteps) -> Scores:
         steps = range(index * total // settings.rounds, (index + 1) * total // settings.rounds)
         train(steps, total, f"{settings.after_epochs // settings.rounds} epochs before scoring")
 
-    return scores_after_training(
+    before = group_values(run.prepared.optimizer)
+    scores = scores_after_training(
         run.model,
         run.prepared.optimizer,
         rounds=settings.rounds,
@@ -191,6 +193,8 @@ def _score_after_training(run: RunContext, train: TrainSteps) -> Scores:
         train=train_round,
         score=lambda: score(run),
     )
+    set_group_values(run.prepared.optimizer, before)
+    return scores
 
 
 class _ScoreItems:

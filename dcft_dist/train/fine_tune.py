@@ -40,6 +40,7 @@ from ..weights.checkpoint import bring_back, damage_in, is_complete, load_checkp
 from ..weights.saver import Saver
 from ..weights.shard_files import State
 from .context import RunContext
+from .custom_optimizer import group_values, set_group_values
 from .find_set import Importance, find_importance
 from .finish import finish
 from .group_norms import GroupNorms
@@ -241,6 +242,7 @@ class Trainer:
         progress |= {"fundamental": _checksum(self.writer.fundamental), "levels": _checksum(self.writer.levels)}
         progress["data"] = self.run.task.checksum
         progress["factor"] = self.training.learned.state() if self.training.learned else None
+        progress["groups"] = group_values(self.run.prepared.optimizer) if self.config.optimizer.build else None
 
         def remove_old() -> None:  # the new checkpoint is complete: older ones are no longer needed
             self._remove_old("step", step, self.config.checkpoint.keep_last)
@@ -318,6 +320,8 @@ class Trainer:
         load_checkpoint(latest, self.run.model, self.run.prepared.optimizer, self.run.stores_frozen)
         if self.training.learned:
             self.training.learned.load_state(state["factor"])
+        if groups := state.get("groups"):
+            set_group_values(self.run.prepared.optimizer, groups)
         self.writer.forget_after(state["step"])
         log.info("going on from step %d", state["step"])
         return int(state["step"]), Best(**state["best"]), bool(state["validated"])
@@ -417,7 +421,7 @@ class Trainer:
                 f"{fundamental.num_selected / fundamental.num_eligible:.1%} of the eligible)",
                 f"factor {penalty.factor:g} on the {penalty.level}",
             ]
-        print(" | ".join([*parts, f"{self.config.optimizer.name}, {steps} steps"]), flush=True)
+        print(" | ".join([*parts, f"{self.config.optimizer.kind}, {steps} steps"]), flush=True)
 
 
 def _checksum(file: Path) -> str | None:

@@ -65,7 +65,7 @@ def finish(
         "factor": penalty.factor if penalty else None,
         "level": penalty.level if penalty else None,
         "where": penalty.where if penalty and penalty.level == "gradient" else None,
-        "optimizer": config.optimizer.name,
+        "optimizer": config.optimizer.kind,
         "best_epoch": state["epoch"],
         "jaccard_with_top": extra.get("jaccard_with_top"),
         "loading": run.pretrained.loading.report.to_json() if run.pretrained.loading else None,

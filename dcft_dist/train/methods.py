@@ -34,26 +34,6 @@ def choose_trained(pretrained: Pretrained, config: Config) -> None:
         insert_adapters(pretrained.module, head, config.lora)
 
 
-def depths(pretrained: Pretrained) -> dict[str, int]:
-    """Depth of each body weight: its block, counted from the last one, for layer-wise learning rates.
-
-    Args:
-        pretrained: the model, not wrapped yet.
-
-    Returns:
-        Name -> depth: 0 for the last block, `len(blocks) - 1` for the first. Weights before all blocks, such as embeddings,
-        have `len(blocks)`. Other weights outside the blocks have 0.
-    """
-    blocks, head = pretrained.blocks, set(pretrained.head_names)
-    inside = {id(p): len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
-    depth_of, depth = {}, len(blocks)
-    for name, parameter in pretrained.module.named_parameters():
-        if name not in head:
-            depth = inside.get(id(parameter), 0 if depth < len(blocks) else depth)
-            depth_of[name] = depth
-    return depth_of
-
-
 def begin(
     prepared: Prepared, fundamental: FundamentalSet | None, levels: Levels | None, config: Config, head: tuple[str, ...]
 ) -> Penalty | None:
@@ -79,7 +59,7 @@ def begin(
             fundamental,
             settings.factor,
             optimizer=prepared.optimizer,
-            level=settings.level,
+            level=config.level if config.optimizer.build else settings.level,
             where=settings.where,
             mask_placement=settings.mask_placement,
             **factors,

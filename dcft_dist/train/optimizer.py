@@ -1,55 +1,120 @@
-"""The trainer's optimizer, and the learning rate and penalty factor of each step."""
+"""The trainer's optimizer: which rates hold for which weights, and the learning rate and penalty factor of each step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..compat.pytorch import clean
 from ..config.method import Penalty as PenaltySettings
 from ..config.schema import Config
+from ..engines.names import ParameterNames
 from ..engines.prepared import Weight
+from ..models.pretrained import Pretrained
+from .custom_optimizer import custom_optimizer
 
 
-def make_optimizer(
-    weights: Iterable[Weight], config: Config, depths: Mapping[str, int], head: Collection[str]
-) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable weights, with weight decay on matrices only.
+@dataclass(frozen=True)
+class Rates:
+    """Rates of a weight.
+
+    Attributes:
+        peak_lr: learning rate at the peak of the schedule.
+        weight_decay: weight decay.
+        in_head: whether the weight belongs to the head.
+    """
+
+    peak_lr: float
+    weight_decay: float
+    in_head: bool
+
+
+def rates_of(pretrained: Pretrained, config: Config) -> dict[str, Rates]:
+    """Rates of every weight: layer-wise decay, the head's own rate, and `optimizer.groups`.
+
+    Args:
+        pretrained: the model, not wrapped yet.
+        config: its section `optimizer` is used.
+
+    Returns:
+        Name -> rates, in model order.
+
+    Raises:
+        PatternError: a pattern matches no weight.
+    """
+    settings, head, depth_of = config.optimizer, set(pretrained.head_names), depths(pretrained)
+    names = ParameterNames.of(pretrained.module)
+    group_of = {
+        name: group for group in reversed(settings.groups) for name in names.match(group.pattern, what="optimizer.groups")
+    }
+    rates = {}
+    for name, parameter in names.parameters.items():
+        lr = settings.head_lr or settings.lr if name in head else settings.lr * settings.layer_decay ** depth_of[name]
+        decay = settings.weight_decay if parameter.ndim > 1 else 0.0
+        if group := group_of.get(name):
+            lr *= group.lr_scale
+            decay = decay if group.weight_decay is None else group.weight_decay
+        rates[name] = Rates(lr, decay, name in head)
+    return rates
+
+
+def depths(pretrained: Pretrained) -> dict[str, int]:
+    """Depth of each body weight: its block, counted from the last one, for layer-wise learning rates.
+
+    Args:
+        pretrained: the model, not wrapped yet.
+
+    Returns:
+        Name -> depth: 0 for the last block, `len(blocks) - 1` for the first. Weights before all blocks, such as embeddings,
+        have `len(blocks)`. Other weights outside the blocks have 0.
+    """
+    blocks, head = pretrained.blocks, set(pretrained.head_names)
+    inside = {id(p): len(blocks) - 1 - i for i, block in enumerate(blocks) for p in block.parameters()}
+    depth_of, depth = {}, len(blocks)
+    for name, parameter in pretrained.module.named_parameters():
+        if name not in head:
+            depth = inside.get(id(parameter), 0 if depth < len(blocks) else depth)
+            depth_of[name] = depth
+    return depth_of
+
+
+def make_optimizer(weights: Iterable[Weight], config: Config, rates: Mapping[str, Rates]) -> torch.optim.Optimizer:
+    """The optimizer over the trainable weights.
 
     Each parameter group keeps its peak learning rate as `peak_lr`, and whether it belongs to the head as `in_head`.
 
     Args:
-        weights: (name, parameter, whether it is a matrix or has more dimensions).
+        weights: (name, parameter, whether it is a matrix or has more dimensions), as an engine lists them.
         config: its section `optimizer` is used.
-        depths: block of each body weight, counted from the last one (0), for layer-wise learning rates; see `depths` in
-            `train.methods`.
-        head: names of the head's weights.
+        rates: made by `rates_of`.
+
+    Raises:
+        ConfigError: the optimizer of `optimizer.build` cannot be used; see `custom_optimizer`.
     """
     settings = config.optimizer
-    groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
-    for name, parameter, is_matrix in weights:
+    groups: dict[Rates, list[nn.Parameter]] = {}
+    for name, parameter, _ in weights:
         if parameter.requires_grad:
-            depth = depths.get(name, 0) if settings.layer_decay < 1.0 else 0
-            groups.setdefault((name in head, is_matrix, depth), []).append(parameter)
+            groups.setdefault(rates[clean(name)], []).append(parameter)
     param_groups: list[dict[str, Any]] = [
-        {
-            "params": parameters,
-            "peak_lr": settings.head_lr if in_head and settings.head_lr else settings.lr * settings.layer_decay**depth,
-            "weight_decay": settings.weight_decay if is_matrix else 0.0,
-            "in_head": in_head,
-        }
-        for (in_head, is_matrix, depth), parameters in groups.items()
+        {"params": parameters, "peak_lr": r.peak_lr, "weight_decay": r.weight_decay, "in_head": r.in_head}
+        for r, parameters in groups.items()
     ]
+    if settings.build is not None:
+        return custom_optimizer(param_groups, config)
     if settings.name == "sgd":
         return torch.optim.SGD(param_groups, lr=settings.lr, momentum=settings.momentum)
-    return torch.optim.AdamW(param_groups, lr=settings.lr, fused=settings.fused or None)
+    betas = (settings.betas[0], settings.betas[1])
+    return torch.optim.AdamW(param_groups, lr=settings.lr, betas=betas, eps=settings.eps, fused=settings.fused or None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: int, total: int) -> float:
-    """Sets the learning rates of a step: linear warm-up, then cosine decay to `train.final_lr_fraction` of the peak.
+    """Sets the learning rates of a step.
 
     Args:
         optimizer: made by `make_optimizer`; its groups are changed.
@@ -60,16 +125,30 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, config: Config, step: in
     Returns:
         The learning rate of the last block (of the whole body without `optimizer.layer_decay`).
     """
-    settings = config.train
-    warmup = settings.warmup_fraction * total
-    if step < warmup:
-        scale = (step + 1) / (warmup + 1)
-    else:
-        progress = (step - warmup) / max(total - warmup, 1)
-        scale = settings.final_lr_fraction + (1 - settings.final_lr_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+    scale = lr_scale(config, step, total)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * scale
     return config.optimizer.lr * scale
+
+
+def lr_scale(config: Config, step: int, total: int) -> float:
+    """The learning rate of a step as a multiple of its peak: a linear warm-up, then `train.schedule`.
+
+    Args:
+        config: its section `train` is used.
+        step: the step, counted from 0.
+        total: number of all steps.
+    """
+    settings = config.train
+    warmup = settings.warmup_fraction * total
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    begin = total - settings.decay_fraction * total if settings.schedule == "wsd" else warmup
+    progress = max(step - begin, 0.0) / max(total - begin, 1)
+    if settings.schedule == "constant":
+        return 1.0
+    left = 0.5 * (1 + math.cos(math.pi * progress)) if settings.schedule == "cosine" else 1.0 - progress
+    return settings.final_lr_fraction + (1 - settings.final_lr_fraction) * left
 
 
 def factor_at(penalty: PenaltySettings, step: int, total: int) -> float:

@@ -28,6 +28,7 @@ from ..method.head_warmup import warm_up_head
 from ..tensor_file import is_altered
 from ..weights.export import write_tensors
 from .context import RunContext
+from .custom_optimizer import group_values, set_group_values
 from .steps import Training
 
 log = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def _warm_up(run: RunContext) -> dict[str, Tensor]:
 def _warm_up_in_place(run: RunContext, names: list[str]) -> None:
     """Trains a head of several modules (a decoder) inside the model; the body's learning rate is 0. Collective."""
     settings, optimizer = run.config.head_warmup, run.prepared.optimizer
-    peak_rates = [group["peak_lr"] for group in optimizer.param_groups]
+    before = group_values(optimizer)
     for group in optimizer.param_groups:
         group["peak_lr"] = settings.lr if group["in_head"] else 0.0
     training, total = Training(run), settings.max_epochs * run.steps_per_epoch
@@ -154,8 +155,7 @@ def _warm_up_in_place(run: RunContext, names: list[str]) -> None:
                 break
     _load_state(run, best)
     optimizer.state.clear()
-    for group, rate in zip(optimizer.param_groups, peak_rates, strict=True):
-        group["peak_lr"] = rate
+    set_group_values(optimizer, before)
     log.info("head: %s", json.dumps({"epochs": best_epoch, "validation_loss": lowest}))
 
 

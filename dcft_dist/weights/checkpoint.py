@@ -39,6 +39,14 @@ _STATE, _MANIFEST = "state.json", "manifest.json"
 
 _FORMAT = 3  # since 3, the file of a rank has all that this rank needs to go on, but for the buffers
 
+_NUMBER = "#"  # in the name of an entry of the optimizer's state that is a number of Python, before its type
+
+_NUMBERS: dict[str, tuple[type, torch.dtype]] = {
+    "bool": (bool, torch.uint8),
+    "int": (int, torch.int64),
+    "float": (float, torch.float64),
+}
+
 Files = dict[str, dict[str, Any]]  # name of a file -> its size in bytes, and its SHA-256
 
 VISIBLE_S = 60.0  # seconds that a network file system may take to show one node what another has written
@@ -58,7 +66,7 @@ def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
         Name (`model.<weight>`, `buffer.<buffer>`, `optimizer.<weight>.<key>`) -> piece or tensor, for `save_checkpoint`.
 
     Raises:
-        CheckpointError: an entry of the optimizer's state is not a tensor.
+        CheckpointError: an entry of the optimizer's state is neither a tensor nor a number.
     """
     engine = find_engine(model)
     state: State = {f"buffer.{name}": b for name, b in _buffers(engine)}
@@ -74,6 +82,10 @@ def model_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
                     state[name] = _owned(shard, shard.within(value))
                 elif piece.values.numel():  # beside every piece, so that a rank finds it in its own file
                     state[name] = value.clone()
+            elif isinstance(value, int | float):  # also True and False
+                if piece.values.numel():
+                    kind = next(kind for kind in _NUMBERS if isinstance(value, _NUMBERS[kind][0]))
+                    state[f"{name}{_NUMBER}{kind}"] = torch.tensor(value, dtype=_NUMBERS[kind][1])
             elif value is not None:
                 raise CheckpointError(f"optimizer state {key} of {shard.name} is a {type(value).__name__}, not a tensor")
     return state
@@ -387,8 +399,14 @@ def load_checkpoint(
         targets = [(f"model.{shard.name}", shard, shard.local) for shard in shards]
         requested: State = {f"buffer.{name}": b for name, b in _buffers(engine) if f"buffer.{name}" in stored}
         scalars: dict[int, tuple[Tensor, list[Tensor]]] = {}  # several weights may share one
+        numbers: dict[tuple[int, str], tuple[dict[str, Any], list[Tensor]]] = {}  # not tensors, likewise
         if optimizer is not None:
             for shard, key, name in _stored_optimizer_state(shards, stored):
+                if _NUMBER in key:
+                    requested[name] = torch.zeros((), dtype=_NUMBERS[key.partition(_NUMBER)[2]][1])
+                    entries: dict[str, Any] = optimizer.state[shard.parameter]
+                    numbers.setdefault((id(entries), key), (entries, []))[1].append(requested[name])
+                    continue
                 tensor = _state_tensor(optimizer, shard, key, stored[name])
                 if tensor.ndim:
                     targets.append((name, shard, shard.within(tensor)))
@@ -408,8 +426,11 @@ def load_checkpoint(
             reader.read(requested)
         for whole, shard, values in not_contiguous:
             values.detach().copy_(whole.view(shard.box.grid)[shard.box.slices()])
-        for shared, numbers in scalars.values():
-            shared.copy_(torch.stack(numbers).amax(0))
+        for shared, several in scalars.values():
+            shared.copy_(torch.stack(several).amax(0))
+        for (_, key), (entries, several) in numbers.items():
+            name, _, kind = key.partition(_NUMBER)
+            entries[name] = _NUMBERS[kind][0](torch.stack(several).amax(0).item())
     engine.publish()
 
 

@@ -74,7 +74,7 @@ def test_all_errors_at_once(tmp_path: Path) -> None:
         "penalty.factr: unknown key (did you mean 'factor'?)",
         "penalty.level: Input should be 'auto', 'gradient' or 'update' (did you mean 'gradient'?) (got 'gradiant')",
         "train.epochs: Input should be greater than or equal to 0 (got -1)",
-        "optimizer.name: Input should be 'adamw' or 'sgd' (did you mean 'adamw'?)",
+        "optimizer.name: Input should be 'adamw', 'sgd' or 'own' (did you mean 'adamw'?)",
         "seed: Input should be a valid integer",
     ):
         assert part in found, part

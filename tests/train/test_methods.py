@@ -15,8 +15,7 @@ from dcft_dist.config.toml import load_config
 from dcft_dist.errors import ConfigError
 from dcft_dist.models.pretrained import Pretrained
 from dcft_dist.train.adapters import fill_adapters, insert_adapters, merge_adapters
-from dcft_dist.train.methods import choose_trained, depths
-from dcft_dist.train.optimizer import make_optimizer
+from dcft_dist.train.methods import choose_trained
 
 
 def _pretrained() -> Pretrained:
@@ -36,24 +35,6 @@ def test_bitfit_trains_biases_and_the_head() -> None:
     choose_trained(pretrained, load_config("smoke.toml", ["--method", "bitfit"]))
     biases = {"below.bias", "above.bias", *(f"blocks.{i}.{j}.bias" for i in range(3) for j in (0, 1))}
     assert _trained(pretrained) == biases | {"head.weight", "head.bias"}
-
-
-def test_layer_wise_rates_fall_from_the_top_block_by_block() -> None:
-    pretrained = _pretrained()
-    config = load_config("smoke.toml", ["--method", "full", "--optimizer.lr", "1e-3", "--optimizer.layer_decay", "0.5"])
-    weights = [(n, p, p.ndim > 1) for n, p in pretrained.module.named_parameters()]
-    optimizer = make_optimizer(weights, config, depths(pretrained), pretrained.head_names)
-    rates = {id(p): group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
-    found = {name.rpartition(".")[0]: rates[id(p)] for name, p in pretrained.module.named_parameters()}
-    assert len(rates) == len(weights)
-    assert {name: found[name] for name in ("head", "above", "blocks.2.0", "blocks.1.1", "blocks.0.0", "below")} == {
-        "head": 1e-3,
-        "above": 1e-3,
-        "blocks.2.0": 1e-3,
-        "blocks.1.1": 5e-4,
-        "blocks.0.0": 2.5e-4,
-        "below": 1.25e-4,
-    }
 
 
 def test_adapters_start_at_nothing_and_merge_into_the_weights() -> None:

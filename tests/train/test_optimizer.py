@@ -25,7 +25,7 @@ from dcft_dist.files import read_lines
 from dcft_dist.models.pretrained import Pretrained
 from dcft_dist.train.optimizer import lr_scale, make_optimizer, rates_of
 
-from .test_pull_run import same
+from .test_pull_run import same, same_course
 from .test_run import encoder, tiny, train
 
 __all__ = ["encoder", "tiny"]
@@ -314,10 +314,10 @@ def test_an_optimizers_own_counts_survive_a_kill_and_another_number_of_ranks(
     shutil.copytree(run, moved)
     train(tiny, tmp_path, *words, "--engine", "fsdp2")
     assert read_lines(run / "attempts.jsonl")[-1]["at"] == "step 5"
-    same(whole, run, atol=0.0)
+    same_course(whole, run)
     train(tiny, tmp_path, *words, "--engine", "deepspeed", "--name", "moved", ranks=1)
     assert read_lines(moved / "attempts.jsonl")[-1]["at"] == "step 5"
-    same(whole, moved)
+    same_course(whole, moved, rel=1e-4)
 
 
 def test_an_optimizer_of_whole_tensors(tiny: Path, tmp_path: Path, own: list[str]) -> None:

@@ -39,6 +39,15 @@ def same(one: Path, other: Path, atol: float = 2e-4) -> None:
         torch.testing.assert_close(there[name].float(), weight.float(), rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def same_course(one: Path, other: Path, rel: float = 0.0) -> None:
+    """The same losses at every step: the best epoch alone may lie before the point from which a run went on."""
+    here, there = (read_lines(run / "metrics.jsonl") for run in (one, other))
+    assert [row["step"] for row in here] == [row["step"] for row in there]
+    for row, again in zip(here, there, strict=True):
+        losses = {key: value for key, value in row.items() if key.endswith("/loss")}
+        assert losses == pytest.approx({key: again[key] for key in losses}, rel=rel, abs=0.0), row["step"]
+
+
 @pytest.mark.parametrize("method", ["full", "dcft"])
 def test_a_run_with_a_pull(tiny: Path, tmp_path: Path, method: str) -> None:
     """Alone, on two and four ranks, and under DeepSpeed: the same levels, and the same weights to rounding."""
@@ -79,6 +88,7 @@ def test_a_run_goes_on_with_its_levels(tiny: Path, tmp_path: Path, capsys: pytes
     train(tiny, tmp_path, *words, ranks=1)
     assert read_lines(run / "attempts.jsonl")[-1]["at"] == "step 5"
     same(whole, run, atol=0.0)
+    same_course(whole, run)
 
     (run / "summary.json").unlink()
     data = bytearray((run / "levels.safetensors").read_bytes())

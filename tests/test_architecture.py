@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, str] = {
     "reports": "config method objectives",
     "train": "compat config controls data distributed engines method models objectives reports runs weights",
     "inference": "compat config data distributed engines method models objectives runs train",
-    "planning": "compat config engines method models objectives train",
+    "planning": "compat config engines method models objectives train weights",
     "studies": "config data distributed reports runs train",
     "cluster": "config runs train",
 }

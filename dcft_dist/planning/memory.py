@@ -37,6 +37,7 @@ from ..method.levels import Levels
 from ..method.penalty import attach_penalty
 from ..method.pull import PullToStart
 from ..method.scores import Scores, ScoreShard
+from ..weights.averages import AveragedWeights
 from .planned_models import Planned, Request, planned
 
 GIB = 2**30
@@ -70,6 +71,7 @@ class Forecast:
         scores: memory of the scores.
         bits: memory of the penalty's mask.
         pull: memory of the pull to the start: a copy of the weights, and levels.
+        averages: memory of the average of the weights.
         host: host memory of a rank by kind, in a step with the penalty: what is offloaded, activations that wait there, and
             the copy of a checkpoint that is written in the background. Python and the libraries come on top.
         sent_plain, sent_dcft, sent_score: traffic by collective of a step without the penalty, of a step with it, and of
@@ -85,6 +87,7 @@ class Forecast:
     scores: int = 0
     bits: int = 0
     pull: int = 0
+    averages: int = 0
     host: dict[str, int] = field(default_factory=dict)
     sent_plain: dict[str, int] = field(default_factory=dict)
     sent_dcft: dict[str, int] = field(default_factory=dict)
@@ -108,8 +111,9 @@ class Forecast:
 
     @property
     def kept(self) -> dict[str, int]:
-        """What is kept between steps for mask and pull, in bytes."""
-        return {"mask": self.bits} | ({"pull to the start": self.pull} if self.pull else {})
+        """What is kept between steps for mask, pull and averages, in bytes."""
+        more = {"pull to the start": self.pull, "average of the weights": self.averages}
+        return {"mask": self.bits} | {kind: size for kind, size in more.items() if size}
 
     @property
     def peak(self) -> int:
@@ -247,11 +251,13 @@ def measure(request: Request, memory: Callable[[], Any]) -> Forecast:
                 step(dcft.goes_on)
             penalty.remove()
         result.pull = _pull_bytes(prepared, planned_model, request) if request.pull_to_start else 0
+        if request.ema:
+            result.averages = _size(list(AveragedWeights(prepared.model, request.ema).values.values()))
     result.dcft_step, result.sent_dcft, result.host = dcft.peak, dcft.sent, dcft.host
     if request.offload and (request.level == "update" or request.where == "after"):
         result.host["mask"] = result.bits
-    if request.offload and result.pull:
-        result.host["pull to the start"] = result.pull
+    if request.offload:
+        result.host |= {kind: size for kind, size in result.kept.items() if kind != "mask"}
     if request.activations_on_host:
         result.host["activations"] = copies.most
     if request.checkpoint_copies:

@@ -73,6 +73,7 @@ class Request:
         activations_on_host: what a block keeps for the backward waits in host memory.
         offload: weights, reduced gradients and optimizer state are in host memory; see `sharding.offload`.
         pull_to_start, pull_by_importance: see `optimizer.pull_to_start` and `optimizer.pull_by_importance`.
+        ema: decay of an average of the weights; None: there is none. See `train.ema`.
         checkpoint_copies: checkpoints are copied into host memory; see `checkpoint.background`.
         host_memory_gib: host memory of a node in GiB; None: unknown.
         words: overrides of a configuration file, as on the command line.
@@ -98,6 +99,7 @@ class Request:
     offload: bool = False
     pull_to_start: float = 0.0
     pull_by_importance: float = 0.0
+    ema: float | None = None
     checkpoint_copies: bool = False
     host_memory_gib: float | None = None
     words: tuple[str, ...] = ()
@@ -172,6 +174,7 @@ def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
             "offload": config.sharding.offload,
             "pull_to_start": config.optimizer.pull_to_start,
             "pull_by_importance": config.optimizer.pull_by_importance,
+            "ema": config.train.ema,
             "checkpoint_copies": config.checkpoint.background and config.checkpoint.staging is None,
             "words": tuple(words),
         }

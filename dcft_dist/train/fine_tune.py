@@ -15,7 +15,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -27,6 +28,7 @@ from tqdm import tqdm
 from ..config.schema import Config
 from ..distributed import collectives
 from ..engines.checksum import check_replicas
+from ..engines.find import find_engine
 from ..engines.whole_tensors import average_buffers
 from ..errors import CheckpointError, ConfigError, DivergedError, RunError, WorldError, listing
 from ..files import append_line, sha256_of, write_json
@@ -36,9 +38,11 @@ from ..runs.folder import identity
 from ..runs.status import REACHED, estimate_text
 from ..runs.stop import Stopped, stop_requested
 from ..runs.writer import logging_only
-from ..weights.checkpoint import bring_back, damage_in, is_complete, load_checkpoint, model_state, read_state
+from ..weights.checkpoint import bring_back, damage_in, is_complete, read_state
+from ..weights.model_state import load_checkpoint, model_state
 from ..weights.saver import Saver
 from ..weights.shard_files import State
+from .batch_norm import renew_statistics
 from .context import RunContext
 from .custom_optimizer import group_values, set_group_values
 from .find_set import Importance, find_importance
@@ -156,6 +160,8 @@ class Trainer:
             best = self._end_of_epoch(start, start // per_epoch, best, groups, write=epochs > 0)
         total = epochs * per_epoch
         end = min(total, settings.max_steps or total)
+        if validated and self._is_in_vain(start // per_epoch, best):
+            end = start
         for step in run.progress_bar(range(start + 1, end + 1), "train", initial=start, total=end):
             epoch, rest = divmod(step, per_epoch)
             log_now = step % config.log_every == 0 or rest == 0
@@ -177,10 +183,20 @@ class Trainer:
             if rest == 0:
                 best = self._end_of_epoch(step, epoch, best, groups)
                 self._print_epoch(epoch, total - step, best)
+                if self._is_in_vain(epoch, best):
+                    break
             elif config.checkpoint.every and step % config.checkpoint.every == 0:
                 self._save(step, best, validated=False)
         self.saver.close()
         return best
+
+    def _is_in_vain(self, epoch: int, best: Best) -> bool:
+        """Whether the fine-tuning stops after this epoch, by `train.patience`."""
+        patience = self.config.train.patience
+        if patience is None or epoch - best.epoch < patience or epoch == self.config.train.epochs:
+            return False
+        log.info("stopped after epoch %d: none of the last %d was better than epoch %d", epoch, patience, best.epoch)
+        return True
 
     # -- epochs ----------------------------------------------------------------------------------------------------
 
@@ -196,22 +212,45 @@ class Trainer:
         self.writer.phase("validate", step)
         average_buffers(self.run.model)
         check_replicas(self.run.model)
-        metrics = self.run.validate(f"after epoch {epoch}")
+        with self._averaged():
+            best, metrics, may_not_win = self._validate(step, epoch, best)
         values = {f"validation/{key}": value for key, value in metrics.items()}
         values |= {f"movement/{key}": value for key, value in groups.movement().items()}
         self._log(step, values | {"train/epoch": float(epoch)})
-        self._validated = metrics
         self.writer.phase("checkpoint", step)
-        may_not_win = epoch == 0 and self.config.method != "linear_probe" and not self.config.train.fall_back
-        value = self._validation_value(metrics)
-        if not may_not_win and (best.value is None or value > best.value):
-            best = Best(epoch, value, step)
-            state = {"epoch": epoch, "validation": metrics}
-            self._write(self._best_folder(best), step, model_state(self.run.model, frozen=self.run.stores_frozen), state)
         if write:
             self._save(step, best, validated=True, epoch=epoch, validation=None if may_not_win else metrics)
         self.writer.phase("train", step)
         return best
+
+    def _validate(self, step: int, epoch: int, best: Best) -> tuple[Best, Metrics, bool]:
+        """Validates the weights as they are, and saves them if they are the best so far.
+
+        Returns:
+            The best epoch; the metrics; whether this epoch may not be the best one.
+        """
+        metrics = self._validated = self.run.validate(f"after epoch {epoch}")
+        may_not_win = epoch == 0 and self.config.method != "linear_probe" and not self.config.train.fall_back
+        value = self._validation_value(metrics)
+        if not may_not_win and (best.value is None or value > best.value):
+            self.writer.phase("checkpoint", step)
+            best = Best(epoch, value, step)
+            state = {"epoch": epoch, "validation": metrics}
+            self._write(self._best_folder(best), step, model_state(self.run.model, frozen=self.run.stores_frozen), state)
+        return best, metrics, may_not_win
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Inside, the model has the averages of its weights, if `train.ema` is set, with their own statistics."""
+        if (averages := self.training.averages) is None:
+            yield
+            return
+        buffers = [(buffer, buffer.clone()) for buffer in find_engine(self.run.model).module.buffers()]
+        with averages.applied():
+            renew_statistics(self.run)
+            yield
+        for buffer, values in buffers:
+            buffer.copy_(values)
 
     def _validation_value(self, metrics: Metrics) -> float:
         """The metric that chooses the epoch, negated if lower is better."""
@@ -237,7 +276,8 @@ class Trainer:
         average_buffers(self.run.model)  # a resumed run then has the same buffers as this one
         check_replicas(self.run.model)
         self.training.check_penalty()
-        state = model_state(self.run.model, self.run.prepared.optimizer, self.run.stores_frozen)
+        averages = self.training.averages.values if self.training.averages else None
+        state = model_state(self.run.model, self.run.prepared.optimizer, self.run.stores_frozen, averages)
         progress = {"step": step, "best": best.__dict__, "validated": validated}
         progress |= {"fundamental": _checksum(self.writer.fundamental), "levels": _checksum(self.writer.levels)}
         progress["data"] = self.run.task.checksum
@@ -317,7 +357,8 @@ class Trainer:
             raise CheckpointError(
                 f"the data are not those that {latest} was trained with: put them back, or give a new --name"
             )
-        load_checkpoint(latest, self.run.model, self.run.prepared.optimizer, self.run.stores_frozen)
+        averages = self.training.averages.values if self.training.averages else None
+        load_checkpoint(latest, self.run.model, self.run.prepared.optimizer, self.run.stores_frozen, averages)
         if self.training.learned:
             self.training.learned.load_state(state["factor"])
         if groups := state.get("groups"):

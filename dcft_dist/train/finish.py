@@ -14,8 +14,10 @@ from ..method.fundamental_set import FundamentalSet
 from ..method.penalty import Penalty
 from ..runs.facts import changes_since_begin
 from ..runs.provenance import machine, peak_memory_gib, versions
-from ..weights.checkpoint import load_checkpoint, read_state
+from ..weights.checkpoint import read_state
+from ..weights.model_state import load_checkpoint
 from .adapters import merge_adapters
+from .batch_norm import renew_statistics
 from .context import RunContext
 from .testing import run_tests
 
@@ -44,7 +46,9 @@ def finish(
     config, writer = run.config, run.writer
     writer.phase("test")
     state = read_state(best, verified=True)
-    load_checkpoint(best, run.model, frozen=run.stores_frozen)
+    load_checkpoint(best, run.model, frozen=run.stores_frozen, averaged=True)
+    if config.train.ema and not best.name.startswith("best"):  # a checkpoint stands in, with buffers of the weights
+        renew_statistics(run)
     tested = run_tests(run, writer.path)
     if config.checkpoint.keep_last:
         _export(run, fundamental)
@@ -66,6 +70,7 @@ def finish(
         "level": penalty.level if penalty else None,
         "where": penalty.where if penalty and penalty.level == "gradient" else None,
         "optimizer": config.optimizer.kind,
+        "ema": config.train.ema,
         "best_epoch": state["epoch"],
         "jaccard_with_top": extra.get("jaccard_with_top"),
         "loading": run.pretrained.loading.report.to_json() if run.pretrained.loading else None,

@@ -15,19 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from ..config.checks import check_ranks
 from ..config.toml import load_config
 from ..config.trust import require_trust
 from ..controls.control_sets import control_set
 from ..controls.interpolation import Way
-from ..data.batches import order
 from ..distributed import collectives
 from ..distributed.world import World
 from ..engines.find import find_engine
-from ..engines.whole_tensors import average_buffers, weights_checksum
+from ..engines.whole_tensors import weights_checksum
 from ..errors import RunError
 from ..files import append_line, objects_in, read_json, write_json
 from ..method.fundamental_set import FundamentalSet
@@ -35,6 +31,7 @@ from ..objectives.base import Metrics, oriented
 from ..runs.folder import RunFolder
 from ..runs.lock import locked
 from ..runs.writer import RunWriter
+from .batch_norm import renew_statistics
 from .context import RunContext, make_context
 from .find_set import score_or_load, select
 from .handshake import greet
@@ -193,38 +190,10 @@ def _there(run: RunContext, way: Way, chosen: FundamentalSet | None, on_set: flo
     buffers = [(buffer, buffer.clone()) for buffer in find_engine(run.model).module.buffers()]
     way.go(chosen, on_set, on_rest)
     if (on_set, on_rest) != (1.0, 1.0):
-        _renew_statistics(run)
+        renew_statistics(run)
     try:
         yield
     finally:
         way.back()
         for buffer, values in buffers:
             buffer.copy_(values)
-
-
-@torch.no_grad()
-def _renew_statistics(run: RunContext) -> None:
-    """Means and variances of batch normalisation over an epoch of training batches, as `swa_utils.update_bn` takes them."""
-    norms = [
-        m
-        for m in find_engine(run.model).module.modules()
-        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
-    ]
-    norms = [m for m in norms if m.track_running_stats]
-    if not norms:
-        return
-    run.model.eval()
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None  # the mean over all batches
-        m.train()
-    size, indices = run.config.train.global_batch, order(run.config.seed, 0, len(run.train))
-    for step in range(run.steps_per_epoch):
-        for batch in run.micro_batches(indices[step * size : (step + 1) * size], run.train, draw=0):
-            with run.prepared.computing():
-                run.outputs(run.model, batch)
-    for m, momentum in zip(norms, momenta, strict=True):
-        m.momentum = momentum
-    find_engine(run.model).settle()
-    average_buffers(run.model)

@@ -17,6 +17,7 @@ from ..method.learned_factor import LearnedFactor
 from ..method.penalty import Penalty
 from ..runs.stop import Stopped, stop_requested
 from ..seeds import seed_step
+from ..weights.averages import AveragedWeights
 from .context import RunContext
 from .group_norms import GroupNorms
 from .optimizer import factor_at, set_learning_rate
@@ -32,6 +33,7 @@ class Training:
         run: the context of the run.
         stopping: True after a step at which some rank was asked to stop, or after the next one.
         penalty: the attached penalty; None before fine-tuning, and for methods without one.
+        averages: averages the weights if `train.ema` is set, otherwise None.
         learned: learns the penalty's factor if `penalty.schedule = "learned"`, otherwise None.
         feed: reads the micro-batches of each step.
         speed: measures how fast the steps are, if it is set.
@@ -42,6 +44,7 @@ class Training:
         self.run, self.stopping = run, False
         self.penalty: Penalty | None = None
         self.learned: LearnedFactor | None = None
+        self.averages: AveragedWeights | None = None
         self.speed: Speed | None = None
         self.losses: list[float] = []
         self._began = False  # the fine-tuning
@@ -57,6 +60,8 @@ class Training:
             penalty: the attached penalty; None if the method uses none.
         """
         self.penalty, self._began, settings = penalty, True, self.run.config.penalty
+        if decay := self.run.config.train.ema:
+            self.averages = AveragedWeights(self.run.model, decay)
         if penalty and settings.schedule == "learned":
             self.learned = LearnedFactor(self.run.model, penalty, self.run.loss, settings.learn_rate)
 
@@ -118,6 +123,8 @@ class Training:
             loss_sum = loss_sum + loss.detach().double()
         norms = self._clip(groups)
         prepared.step()
+        if self.averages is not None:
+            self.averages.update()
         if (step + 1) % config.penalty.learn_every == 0:
             self._learn_factor(step)
         mark("step")

@@ -24,7 +24,7 @@ from dcft_dist.cluster.submitit_job import submitit_executor
 from dcft_dist.config.toml import load_config
 from dcft_dist.models.build import build_model
 from dcft_dist.studies.study import final_cells, load_study, make_config, make_preparation
-from dcft_dist.weights.checkpoint import load_checkpoint
+from dcft_dist.weights.model_state import load_checkpoint
 
 from ..own import tiny_encoder
 from ..slurm_cluster import Cluster, install, until

@@ -21,7 +21,8 @@ from dcft_dist import (
     score_importance,
 )
 from dcft_dist.errors import PenaltyError
-from dcft_dist.weights.checkpoint import load_checkpoint, model_state, save_checkpoint
+from dcft_dist.weights.checkpoint import save_checkpoint
+from dcft_dist.weights.model_state import load_checkpoint, model_state
 
 from ..nets import HEAD, full, loss_fn, make_batches, make_optimizer
 from ..ranks import run_ranks

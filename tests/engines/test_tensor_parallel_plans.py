@@ -26,7 +26,8 @@ from dcft_dist.engines.find import find_engine
 from dcft_dist.engines.prepared import Prepared, WrapOptions
 from dcft_dist.engines.wrap import prepare
 from dcft_dist.errors import EngineError
-from dcft_dist.weights.checkpoint import load_checkpoint, model_state, save_checkpoint
+from dcft_dist.weights.checkpoint import save_checkpoint
+from dcft_dist.weights.model_state import load_checkpoint, model_state
 
 from ..nets import full, make_optimizer
 from ..ranks import run_ranks

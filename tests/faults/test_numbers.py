@@ -12,7 +12,8 @@ import torch
 
 from dcft_dist.errors import DivergedError
 from dcft_dist.runs.status import run_verdict
-from dcft_dist.weights.checkpoint import damage_in, model_state, save_checkpoint
+from dcft_dist.weights.checkpoint import damage_in, save_checkpoint
+from dcft_dist.weights.model_state import model_state
 from dcft_dist.weights.shard_files import FlatPiece
 
 from ..nets import loss_fn, make_batches, make_net

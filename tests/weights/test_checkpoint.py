@@ -21,7 +21,9 @@ from dcft_dist.engines.find import torch_optimizer
 from dcft_dist.errors import CheckpointError
 from dcft_dist.files import read_json, write_json
 from dcft_dist.weights import checkpoint
-from dcft_dist.weights.checkpoint import load_checkpoint, model_state, read_state, save_checkpoint
+from dcft_dist.weights import model_state as contents
+from dcft_dist.weights.checkpoint import read_state, save_checkpoint
+from dcft_dist.weights.model_state import load_checkpoint, model_state
 
 from ..nets import HEAD, full_state, loss_fn, make_batches, make_net, make_optimizer, my_part
 from ..prepared import ZERO, prepare
@@ -132,7 +134,7 @@ def files_read(engine: str, folder: str, save: bool) -> list[int]:
     optimizer: Any = torch_optimizer(prepared.optimizer)
     if save:
         save_checkpoint(Path(folder) / "it", model_state(prepared.model, optimizer), {})
-    read, found = checkpoint.ShardReader, list[int]()
+    read, found = contents.ShardReader, list[int]()
 
     class Noted(read):  # type: ignore[valid-type, misc]
         def read(self, requested: Any) -> None:
@@ -140,7 +142,7 @@ def files_read(engine: str, folder: str, save: bool) -> list[int]:
             found.extend(sorted(int(name.split("-")[1]) - 1 for name in files))
             super().read(requested)
 
-    checkpoint.ShardReader = Noted  # type: ignore[misc]
+    contents.ShardReader = Noted  # type: ignore[misc]
     for group in optimizer.param_groups:
         for p in group["params"]:
             optimizer.state[p].clear()

@@ -165,6 +165,10 @@ class Config(Section):
             raise ValueError("task.class_weights = 'balanced' is for task.kind = 'single_label'")
         if self.task.loss and self.task.class_weights == "balanced":
             raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
+        if self.train.mixup or self.train.cutmix:
+            images = self.data.modality in ("image", "volume") if self.task.name == "own" else self.task.name in IMAGE_TASKS
+            if not images or self.task.kind not in ("single_label", "multi_label"):
+                raise ValueError("train.mixup and train.cutmix are for images or volumes with classes or findings")
         if self.data.transform and self.data.modality not in ("image", "volume"):
             raise ValueError("data.transform is for images: it needs data.modality = 'image' or 'volume'")
         columns = self.data.input

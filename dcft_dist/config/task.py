@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from ..errors import did_you_mean
 from .section import Count, Fraction, Positive, Section, Seed
+
+# Kind of the task -> losses by name, besides the built-in one.
+LOSSES: dict[str, tuple[str, ...]] = {
+    "single_label": ("focal",),
+    "multi_label": ("focal",),
+    "regression": ("l1", "huber"),
+    "segmentation": ("dice_focal", "generalized_dice_focal", "tversky"),
+}
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # one value a channel, for images in [0, 1]
 
@@ -36,8 +45,16 @@ class Task(Section):
     )
     loss: str | None = Field(
         None,
-        description="Import path of your own training loss: (outputs in float32 [size, ...], labels [size, ...]) -> [size]. "
-        "The metric `loss` remains the built-in loss of `kind`.",
+        description="Training loss. Absent: cross-entropy, squared error (regression), or Dice plus cross-entropy "
+        "(segmentation). `focal` (single_label, multi_label); `l1`, `huber` (regression); `dice_focal`, "
+        "`generalized_dice_focal`, `tversky` (segmentation). Or the import path of your own: (outputs in float32 "
+        "[size, ...], labels [size, ...]) -> [size]. The metric `loss` remains the built-in loss of `kind`.",
+    )
+    loss_args: dict[str, Any] = Field(
+        {}, description="Keyword arguments of a `loss` by name, in MONAI or torch, such as `{gamma = 3.0}`."
+    )
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="`single_label`: share of a label that the loss spreads evenly over all classes."
     )
     metrics: list[str] = Field(
         [],
@@ -61,6 +78,23 @@ class Task(Section):
         "not change. Absent: the choice of `split_seed`.",
     )
     max_tokens: Count = Field(48, description="Longer texts are cut to this many tokens.")
+
+    @property
+    def loss_by_name(self) -> bool:
+        """Whether `loss` is a name, and no import path."""
+        return self.loss is not None and not {".", ":"} & set(self.loss)
+
+    @model_validator(mode="after")
+    def _loss_fits(self) -> Task:
+        known = LOSSES.get(self.kind, ())
+        if self.loss_by_name and self.loss not in known:
+            hint = f"use {', '.join(known)}, or an import path" if known else "give an import path"
+            raise ValueError(f"loss: no {self.loss!r} for kind = '{self.kind}'{did_you_mean(str(self.loss), known)}: {hint}")
+        if self.loss_args and not self.loss_by_name:
+            raise ValueError("loss_args are for a loss by name")
+        if self.label_smoothing and (self.kind != "single_label" or self.loss):
+            raise ValueError("label_smoothing is for kind = 'single_label' with its built-in loss")
+        return self
 
 
 class Data(Section):

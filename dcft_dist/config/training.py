@@ -131,6 +131,15 @@ class Train(Section):
         description="Validation metric that chooses the best epoch; absent: `accuracy` (single_label), `auroc` "
         "(multi_label), `mae` (regression), `perplexity` (causal_lm), `dice` (segmentation).",
     )
+    mixup: NotNegative = Field(
+        0.0,
+        description="Images, volumes: alpha of MixUp, which blends pairs of training examples and their labels; 0: off.",
+    )
+    cutmix: NotNegative = Field(
+        0.0,
+        description="Images, volumes: alpha of CutMix, which puts a box of one training example into another; 0: off. With "
+        "both, each is taken half of the time.",
+    )
     ema: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
         description="Decay of an exponential moving average of the weights, such as 0.999, which is then validated, tested "

@@ -59,7 +59,7 @@ def named_code(config: Config) -> dict[str, str]:
         if not re.fullmatch(_KNOWN.get(key, "(?!)"), path):
             wanted[f"{key} = {path}"] = _source(path, roots)
     tables = {"model.args": config.model.args, "data.transform_args": config.data.transform_args}
-    tables["optimizer.args"] = config.optimizer.args
+    tables |= {"optimizer.args": config.optimizer.args, "task.loss_args": config.task.loss_args}
     for section, arguments in tables.items():
         for name, value in _nested(arguments):
             if _needs_a_word(name, value):
@@ -145,7 +145,7 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
             yield f"data.{key}", path
     if config.optimizer.build:
         yield "optimizer.build", config.optimizer.build
-    if config.task.loss:
+    if config.task.loss and not config.task.loss_by_name:
         yield "task.loss", config.task.loss
     for path in config.task.metrics:
         yield "task.metrics", path

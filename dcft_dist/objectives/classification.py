@@ -17,25 +17,28 @@ Measure = Callable[[Tensor, Tensor], Tensor]  # (probabilities [size], labels 1 
 class SingleLabel(Objective):
     """One of several classes: cross-entropy.
 
-    Outputs are logits [size, classes], labels [size] are class indices, records are the logits.
+    Outputs are logits [size, classes], records are the logits. Labels [size] are class indices; in training they may be
+    shares [size, classes], of mixed examples.
     """
 
     best = "accuracy"
 
-    def __init__(self, num_classes: int, class_weights: Sequence[float] | None = None) -> None:
+    def __init__(self, num_classes: int, class_weights: Sequence[float] | None = None, label_smoothing: float = 0.0) -> None:
         """Prepares the objective.
 
         Args:
             num_classes: number of classes.
             class_weights: weight of each class in the loss. Their average over the training examples is 1, so that the mean
                 over a batch needs no further weights. None: all classes weigh 1.
+            label_smoothing: share of a label that `losses` spreads evenly over all classes; metrics have none.
         """
         self.num_outputs = self.width = num_classes
         self._weights = None if class_weights is None else torch.tensor(class_weights)
+        self._smoothing = label_smoothing
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        unweighted = functional.cross_entropy(outputs, labels, reduction="none")
-        return unweighted if self._weights is None else unweighted * self._weights.to(unweighted.device)[labels]
+        weights = None if self._weights is None else self._weights.to(outputs)
+        return functional.cross_entropy(outputs, labels, weights, reduction="none", label_smoothing=self._smoothing)
 
     def metrics(self, records: Tensor, labels: Tensor) -> Metrics:
         from torchmetrics.functional import classification as tm  # imported here, because it takes a second

@@ -12,6 +12,7 @@ from ..config.schema import Config
 from ..errors import ConfigError, listing
 from ..imports import find_function
 from .base import LOWER_IS_BETTER, Metrics, Objective
+from .losses import Loss, named_loss
 
 Measure = Callable[[Tensor, Tensor], Metrics]  # (records [size, width], labels [size, ...]) -> value by name
 Call = Callable[[dict[str, Tensor]], Tensor]  # runs the model on a batch
@@ -37,7 +38,7 @@ class CustomObjective(Objective):
         self.num_outputs, self.best, self.width = builtin.num_outputs, builtin.best, builtin.width
         roots = config.import_roots
         self._loss_path = config.task.loss
-        self._loss = find_function(config.task.loss, roots, "task.loss") if config.task.loss else None
+        self._loss = _loss(builtin, config) if config.task.loss else None
         self._measures: list[tuple[str, Measure]] = [
             (path, find_function(path, roots, "task.metrics")) for path in config.task.metrics
         ]
@@ -121,3 +122,11 @@ class CustomObjective(Objective):
                 )
             metrics |= {name: value for name, value in custom.items() if not math.isnan(value)}
         return metrics
+
+
+def _loss(builtin: Objective, config: Config) -> Loss:
+    task = config.task
+    if task.loss_by_name:
+        return named_loss(task.kind, str(task.loss), task.loss_args, builtin)
+    function: Loss = find_function(str(task.loss), config.import_roots, "task.loss")
+    return function

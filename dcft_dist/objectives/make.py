@@ -69,4 +69,4 @@ def _builtin(config: Config, facts: Mapping[str, Any]) -> Objective:
         return MultiLabel(len(facts["names"]))
     if task.kind == "regression":
         return Regression(facts["mean"], facts["std"], tuple(facts["grades"]) if facts["grades"] else None)
-    return SingleLabel(len(facts["names"]), facts.get("class_weights"))
+    return SingleLabel(len(facts["names"]), facts.get("class_weights"), task.label_smoothing)

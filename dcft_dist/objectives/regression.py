@@ -30,7 +30,11 @@ class Regression(Objective):
         self._mean, self._std, self._grades = mean, std, grades
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return (outputs.squeeze(-1) - (labels - self._mean) / self._std).square()
+        return (outputs.squeeze(-1) - self.standardised(labels)).square()
+
+    def standardised(self, labels: Tensor) -> Tensor:
+        """The labels in the unit of the outputs."""
+        return (labels - self._mean) / self._std
 
     def records(self, outputs: Tensor, labels: Tensor) -> Tensor:
         return outputs.double() * self._std + self._mean

@@ -7,16 +7,17 @@ import math
 import torch
 
 from ..data.batches import Batch, Feed, order
+from ..data.mixing import mixed
 from ..data.splits import file_of
 from ..distributed import collectives
 from ..distributed.late import LateSum
 from ..distributed.progress import arrive
 from ..engines.find import find_engine
-from ..errors import DivergedError, PenaltyError
+from ..errors import ConfigError, DivergedError, PenaltyError
 from ..method.learned_factor import LearnedFactor
 from ..method.penalty import Penalty
 from ..runs.stop import Stopped, stop_requested
-from ..seeds import seed_step
+from ..seeds import seed_of, seed_step
 from ..weights.averages import AveragedWeights
 from .context import RunContext
 from .group_norms import GroupNorms
@@ -235,7 +236,18 @@ class Training:
             weights = run.train.labels if balanced else None
             self._drawn = epoch, order(run.config.seed, epoch + 1, len(run.train), weights)
         indices = self._drawn[1][position * size : (position + 1) * size]
-        return run.micro_batches(indices, run.train, draw=epoch + 1, device=torch.device("cpu"))
+        batches = run.micro_batches(indices, run.train, draw=epoch + 1, device=torch.device("cpu"))
+        return [self._mixed(batch, step, i, len(batches)) for i, batch in enumerate(batches)]
+
+    def _mixed(self, batch: Batch, step: int, i: int, count: int) -> Batch:
+        """A micro-batch after `train.mixup` and `train.cutmix`. Only the fine-tuning and epochs before it mix examples."""
+        run, settings = self.run, self.run.config.train
+        if not (settings.mixup or settings.cutmix):
+            return batch
+        if len(batch["labels"]) < 2:
+            raise ConfigError("train.mixup and train.cutmix mix the examples of a micro-batch, and here each has only one")
+        seed = seed_of(run.config.seed, "mix", step, run.world.data_rank * count + i)
+        return mixed(batch, settings.mixup, settings.cutmix, run.objective.num_outputs, seed)
 
     def _learn_factor(self, step: int) -> None:
         """If the factor is learned: updates it on a batch of validation examples, drawn anew each time."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.images import UserImageProcessor
+from dcft_dist.data.mixing import mixed
 from dcft_dist.models.build import build_model
 
 timm = pytest.importorskip("timm")
@@ -179,3 +180,25 @@ def test_the_preprocessing_of_their_hubs(make: Any, tmp_path: Path) -> None:
     mine.save(tmp_path / "export")
     (said,) = (tmp_path / "export").iterdir()
     assert said.read_bytes() == (tmp_path / said.name).read_bytes()
+
+
+def test_mixed_images_are_those_of_torchvision() -> None:
+    from torchvision.transforms import v2
+
+    images = torch.randn(4, 3, 20, 30, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 2, 1, 2])
+    batch = {"pixel_values": images, "labels": labels, "index": torch.arange(4), "real": torch.ones(4, dtype=torch.bool)}
+    blended = mixed(batch, mixup=0.4, cutmix=0.0, classes=3, seed=5)
+    lam = float(np.random.default_rng(5).beta(0.4, 0.4))
+    transform: Any = v2.MixUp(num_classes=3)
+    for name, value in (("pixel_values", images), ("labels", labels)):
+        expected = transform.transform(value, {"labels": labels, "batch_size": 4, "lam": lam})
+        torch.testing.assert_close(blended[name], expected)
+    pasted = mixed(batch, mixup=0.0, cutmix=1.0, classes=3, seed=5)
+    foreign = (pasted["pixel_values"] != images)[0, 0]
+    (top, left), (low, right) = foreign.nonzero().amin(0).tolist(), (foreign.nonzero().amax(0) + 1).tolist()
+    share = 1.0 - (low - top) * (right - left) / 600
+    transform = v2.CutMix(num_classes=3)
+    options = {"labels": labels, "batch_size": 4, "box": (left, top, right, low), "lam_adjusted": share}
+    for name, value in (("pixel_values", images), ("labels", labels)):
+        torch.testing.assert_close(pasted[name], transform.transform(value, options))

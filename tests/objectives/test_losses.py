@@ -164,16 +164,8 @@ def test_a_run_with_mixed_images_on_two_ranks(tmp_path: Path) -> None:
     words += ["--task.name", "own", "--importance.num_samples", "32", "--importance.score_batch", "16"]
     words += ["--train.mixup", "0.4", "--train.cutmix", "1.0", "--task.label_smoothing", "0.1", "--train.epochs", "1"]
     words += ["--train.global_batch", "16", "--train.micro_batch", "4", "--train.fall_back", "false"]
-    words += [
-        "--test_resamples",
-        "0",
-        "--removal.fractions",
-        "[]",
-        "--head_warmup.max_epochs",
-        "2",
-        "--optimizer.lr",
-        "2e-3",
-    ]
+    words += ["--test_resamples", "0", "--removal.fractions", "[]", "--head_warmup.max_epochs", "2"]
+    words += ["--optimizer.name", "sgd", "--optimizer.lr", "0.01"]
     output_of("train", "mri.toml", *words, "--engine", "single", "--name", "one", ranks=1)
     output_of("train", "mri.toml", *words, "--engine", "fsdp2", "--name", "two", ranks=2)
     output_of(
@@ -181,5 +173,5 @@ def test_a_run_with_mixed_images_on_two_ranks(tmp_path: Path) -> None:
     )
     one, two, plain = (load_file(next((tmp_path / n / "model").rglob("model.safetensors"))) for n in ("one", "two", "plain"))
     for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-4)
-    assert any((plain[name] - value).abs().max() > 1e-3 for name, value in one.items())
+        torch.testing.assert_close(two[name], value, rtol=0, atol=2e-5)
+    assert any((plain[name] - value).abs().max() > 2e-4 for name, value in one.items())

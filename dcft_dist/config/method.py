@@ -104,7 +104,18 @@ class Penalty(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters, for `method = "lora"`: every linear layer of the body gets one."""
+    """Low-rank adapters, for the methods `lora` and `lora_dcft`."""
+
+    target_modules: list[str] = Field(
+        [],
+        description="Linear layers of the body that get an adapter: ends of their names, such as `q_proj`, as in peft, or "
+        "globs over whole names. []: all.",
+    )
+    beside: list[str] = Field(
+        [],
+        description="Patterns of body weights that are trained beside the adapters, such as the norms or the last block. "
+        "Their layers get no adapter.",
+    )
 
     rank: Count = Field(8, description="Rank of the adapters.")
     alpha: Count = Field(16, description="The adapters' output is multiplied by alpha / rank.")

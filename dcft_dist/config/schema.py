@@ -19,14 +19,14 @@ class Config(Section):
     """Keys of the whole run."""
 
     name: str = Field(description="Name of the run's directory.", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
-    method: Literal["dcft", "equal_displacement", "full", "linear_probe", "bitfit", "lora"] = Field(
+    method: Literal["dcft", "equal_displacement", "full", "linear_probe", "bitfit", "lora", "lora_dcft"] = Field(
         "dcft",
         description="`dcft`: `penalty.factor` multiplies the set of `[selection]`, `penalty.rest_factor` the other eligible "
         "weights. Factor 0 freezes the set; factor 1 with rest_factor 0 is sparse fine-tuning. `equal_displacement`: a "
         "control: the step of all body weights together is shortened to the length that it would have under dcft. `full`: "
         "no penalty. `linear_probe`: trains only the head (the warm-up). `bitfit`: trains the biases of the body, and the "
-        "head. `lora`: trains the adapters of `[lora]` and the head, under `single`, `ddp` or `fsdp2`; the adapters are "
-        "merged at the end.",
+        "head. `lora`: trains the adapters of `[lora]` and the head; the adapters are merged at the end. `lora_dcft`: the "
+        "same, and the weights of `lora.beside`, of which a set is selected and penalised as under `dcft`.",
     )
     engine: Literal["single", "ddp", "fsdp2", "fsdp1", "deepspeed"] | ImportPath = Field(
         "fsdp2",
@@ -98,7 +98,12 @@ class Config(Section):
     @property
     def uses_set(self) -> bool:
         """Whether the method treats a selected set of weights differently from the others."""
-        return self.method in ("dcft", "equal_displacement")
+        return self.method in ("dcft", "equal_displacement", "lora_dcft")
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the method trains adapters, and only part of the body besides."""
+        return self.method in ("lora", "lora_dcft")
 
     @property
     def uses_scores(self) -> bool:
@@ -145,8 +150,10 @@ class Config(Section):
             )
         if sharding.offload and (engine in ("single", "ddp") or (engine == "deepspeed" and sharding.zero_stage == 0)):
             raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
-        if self.method == "lora" and (engine not in ("single", "ddp", "fsdp2") or sharding.tensor_parallel > 1):
-            raise ValueError("method 'lora' is for the engines single, ddp and fsdp2, without sharding.tensor_parallel")
+        if self.has_adapters and (engine == "fsdp1" or sharding.tensor_parallel > 1):
+            raise ValueError(f"method '{self.method}' is not for the engine fsdp1, nor for sharding.tensor_parallel")
+        if self.has_adapters and engine == "deepspeed" and sharding.offload:
+            raise ValueError(f"method '{self.method}' is not for deepspeed with sharding.offload")
         if engine == "deepspeed" and self.method == "equal_displacement":
             raise ValueError("method 'equal_displacement' is not available for deepspeed")
         after = self.penalty.where == "after" and self.level == "gradient"
@@ -217,7 +224,7 @@ class Config(Section):
     def _factor_can_change(self) -> Config:
         if self.penalty.schedule == "learned" and self.level != "update":
             raise ValueError("penalty.schedule = 'learned' is for the update level, which does not change the gradient")
-        if self.penalty.schedule != "constant" and self.method != "dcft":
+        if self.penalty.schedule != "constant" and self.method not in ("dcft", "lora_dcft"):
             raise ValueError(f"penalty.schedule has no meaning for method = '{self.method}'")
         return self
 
@@ -241,6 +248,14 @@ class Config(Section):
                 f"optimizer.pull_to_start: {largest:.3g} of the way to the start at each step ({factors}pull_to_start x "
                 "(1 + pull_by_importance)) throws weights past it: it must be at most 1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_beside_adapters(self) -> Config:
+        if self.method == "lora_dcft" and not self.lora.beside:
+            raise ValueError("method 'lora_dcft' needs lora.beside: adapters themselves are never scored")
+        if self.lora.beside and not self.has_adapters:
+            raise ValueError(f"lora.beside has no meaning for method = '{self.method}'")
         return self
 
     @model_validator(mode="after")

@@ -109,7 +109,8 @@ def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
 
     Linear layers are `nn.Linear`, the input projections of `nn.MultiheadAttention` (its output projection is an
     `nn.Linear`), and the transposed linear layer that transformers calls `Conv1D`. The experts of a mixture, which
-    transformers keeps in tensors [experts, rows, columns] of a module `...Experts`, are linear layers too.
+    transformers keeps in tensors [experts, rows, columns] of a module `...Experts`, are linear layers too. Adapters of peft
+    (`lora_A`, `lora_B`) are left out.
 
     Args:
         module: the unwrapped model.
@@ -123,7 +124,8 @@ def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
         return several if isinstance(sub, nn.MultiheadAttention) else ()
 
     found = {*_in_slots(module, names, slots), *_expert_names(module, names)}
-    return [name for name in names.parameters if name in found]
+    # Adapters are zero as a whole at their start, so no gradient says what they are worth.
+    return [name for name in names.parameters if name in found and ".lora_" not in name]
 
 
 def _expert_names(module: nn.Module, names: ParameterNames) -> list[str]:

@@ -159,7 +159,8 @@ class ZeroEngine(Engine):
         shards: dict[str, Shard] = {}
         for flat in self._partitions:
             for part in flat.parts:
-                name = self._names_by_id[id(part.parameter)]
+                if (name := self._names_by_id.get(id(part.parameter))) is None:
+                    continue  # of an adapter that has been merged, and is no longer in the model
                 span = (part.offset, part.offset + part.numel)
                 values = flat.tensor.detach().view(-1)[slice(*span)]
                 share = rank_and_count if flat.replicated else (0, 1)
@@ -176,7 +177,10 @@ class ZeroEngine(Engine):
 
     def stepped(self) -> dict[int, list[str]]:
         # All names of a group, even if this rank's partition has no element of them: the same names on every rank.
-        return {id(flat.tensor): [self._names_by_id[id(part.parameter)] for part in flat.parts] for flat in self._partitions}
+        names = {
+            id(flat.tensor): [self._names_by_id.get(id(part.parameter)) for part in flat.parts] for flat in self._partitions
+        }
+        return {tensor: [name for name in parts if name is not None] for tensor, parts in names.items()}
 
     def holds(self) -> bool:
         return zero_steps(self.model.optimizer, self._partitions)

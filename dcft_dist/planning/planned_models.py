@@ -202,7 +202,7 @@ def _configured(request: Request) -> Planned:
     config = load_config(request.model, list(request.words))
     if config.model.name != "own":
         raise ConfigError(f"{request.model}: only a model from model.build can be planned, not {config.model.name}")
-    if config.method not in ("dcft", "equal_displacement", "full", "lora"):
+    if config.method not in ("dcft", "equal_displacement", "full", "lora", "lora_dcft"):
         raise ConfigError(f"{request.model}: method {config.method!r} cannot be planned")
     if config.data.modality == "own":
         raise ConfigError(f"{request.model}: batches of data.collate cannot be planned: their sizes are unknown")

@@ -66,7 +66,7 @@ class RunContext(TaskModel):
     @property
     def stores_frozen(self) -> bool:
         """Whether checkpoints have weights that are not trained. With adapters, they would be a hundred times as large."""
-        return self.config.method != "lora"
+        return not self.config.has_adapters
 
     @property
     def steps_per_epoch(self) -> int:
@@ -250,7 +250,7 @@ def _prepare(config: Config, world: World, pretrained: Pretrained) -> Prepared:
     prepared = prepare(module, options, lambda weights: make_optimizer(weights, config, rates))
     if loading and shards_weights(options):
         loading.into(prepared.model, moved_names(module))
-    if config.method == "lora":
+    if config.has_adapters:
         fill_adapters(prepared.model, config.seed)
     _check_numbers(prepared.model, str(loading.place) if loading else "the model")
     return prepared

@@ -102,7 +102,7 @@ def finish(
 def _export(run: RunContext, fundamental: FundamentalSet | None) -> None:
     """Writes the adapted model as a folder that its library reads, with its new head and the fundamental set."""
     folder = run.writer.model
-    if run.config.method == "lora":
+    if run.config.has_adapters:
         merge_adapters(run.model, run.pretrained.module)
     run.pretrained.save(run.model, folder)
     if fundamental is not None:

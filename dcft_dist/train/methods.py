@@ -16,21 +16,22 @@ from .adapters import insert_adapters
 def choose_trained(pretrained: Pretrained, config: Config) -> None:
     """Freezes the weights that the method does not train, or inserts adapters into the body. Call it before wrapping.
 
-    `bitfit` freezes all but biases and head. `lora` inserts adapters and freezes the rest of the body. Other methods train
-    every weight.
+    `bitfit` freezes all but biases and head. `lora` and `lora_dcft` insert adapters and freeze the rest of the body, but for
+    `lora.beside`. Other methods train every weight.
 
     Args:
         pretrained: the model, changed in place.
         config: its `method` and `lora` are used.
 
     Raises:
-        DataError: `lora` without the package peft.
+        DataError: adapters without the package peft.
+        PatternError: a pattern in `lora.beside` matches nothing.
     """
     head = set(pretrained.head_names)
     if config.method == "bitfit":
         for name, parameter in pretrained.module.named_parameters():
             parameter.requires_grad_(name.endswith("bias") or name in head)
-    elif config.method == "lora":
+    elif config.has_adapters:
         insert_adapters(pretrained.module, head, config.lora)
 
 

@@ -9,6 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dcft_dist import FundamentalSet
+from dcft_dist.config.toml import load_config
+from dcft_dist.engines.box import Box
+from dcft_dist.errors import ConfigError
+
 from .test_recipes import SMALL, instructions_7b
 from .test_tensor_parallel_run import losses, trained
 
@@ -59,8 +64,9 @@ def test_the_same_on_sharded_weights(recipe: list[str], tmp_path: Path) -> None:
         "--sharding.reduce",
         "each",
     ]
-    for ranks, engine, more in ((2, "ddp", []), (2, "fsdp2", []), (4, "fsdp2", saving)):
-        folder = tmp_path / f"{engine}{ranks}"
+    stages = [(2, "deepspeed", ["--sharding.zero_stage", str(stage)]) for stage in (2, 3)]
+    for ranks, engine, more in ((2, "ddp", []), (2, "fsdp2", []), (4, "fsdp2", saving), *stages):
+        folder = tmp_path / f"{engine}{ranks}{'-'.join(more)}"
         found = trained(recipe, folder, ranks, "--engine", engine, *more)
         assert losses(folder) == pytest.approx(expected, rel=1e-4), folder
         assert found["test"] == pytest.approx(one["test"], rel=1e-3)
@@ -73,3 +79,53 @@ def test_the_same_on_sharded_weights(recipe: list[str], tmp_path: Path) -> None:
     found = trained(recipe, tmp_path / "fsdp22", 1, "--engine", "single")
     assert found["test"] == pytest.approx(one["test"], rel=1e-3)
     assert losses(tmp_path / "fsdp22") == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_set_of_weights_that_are_trained_beside_adapters(recipe: list[str], tmp_path: Path) -> None:
+    """Selected among them alone, penalised, and the same on two ranks; only the named layers have adapters."""
+    more = [
+        "--method",
+        "lora_dcft",
+        "--lora.beside",
+        '["model.layers.1"]',
+        "--lora.target_modules",
+        '["q_proj", "*.mlp.up_proj"]',
+    ]
+    one = trained(recipe, tmp_path / "one", 1, "--engine", "single", *more)
+    expected, weights = losses(tmp_path / "one"), exported(tmp_path / "one")
+    chosen = FundamentalSet.load(tmp_path / "one/it/fundamental.safetensors")
+    assert all(name.startswith("model.layers.1.") for name in chosen.names) and one["num_selected"] > 0
+    start = load_file(Path(recipe[recipe.index("--model.weights") + 1]) / "model.safetensors")
+    moved = {name for name, weight in weights.items() if not torch.equal(weight, start[name])}
+    adapted = {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"}
+    beside = {name for name in weights if name.startswith("model.layers.1.")}
+    assert moved == adapted | beside
+    for engine, words in {"fsdp2": [], "deepspeed": ["--sharding.zero_stage", "3"]}.items():
+        trained(recipe, tmp_path / engine, 2, "--engine", engine, *more, *words)
+        assert losses(tmp_path / engine) == pytest.approx(expected, rel=1e-4)
+        for name, weight in exported(tmp_path / engine).items():
+            torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-4)
+        assert FundamentalSet.load(tmp_path / engine / "it/fundamental.safetensors").jaccard(chosen) == 1.0
+    free = trained(recipe, tmp_path / "free", 1, "--engine", "single", *more, "--penalty.factor", "0.0")
+    mask = chosen.mask_in(
+        "model.layers.1.mlp.up_proj.weight", Box.whole(tuple(start["model.layers.1.mlp.up_proj.weight"].shape))
+    )
+    frozen = (
+        exported(tmp_path / "free")["model.layers.1.mlp.up_proj.weight"].flatten()
+        == start["model.layers.1.mlp.up_proj.weight"].flatten()
+    )
+    assert free["factor"] == 0.0 and bool(frozen[mask].all()) and not bool(frozen[~mask].all())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "lora_dcft"], "method 'lora_dcft' needs lora.beside"),
+        (["--method", "full", "--lora.beside", '["model.norm"]'], "lora.beside has no meaning for method = 'full'"),
+        (["--engine", "fsdp1"], "method 'lora' is not for the engine fsdp1"),
+        (["--engine", "deepspeed", "--sharding.offload", "true"], "not for deepspeed with sharding.offload"),
+    ],
+)
+def test_what_is_refused(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config("instructions_7b.toml", ["--method", "lora", *words])

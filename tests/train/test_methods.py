@@ -105,5 +105,7 @@ def test_adapters_are_only_where_they_work() -> None:
         assert set(dict(net.named_parameters())) == names
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+    with pytest.raises(ConfigError, match=r"lora.target_modules: 'linear3' names no linear layer .*did you mean 'linear\d'"):
+        insert_adapters(Encoder(), set(), Lora(target_modules=["linear3"]))
     with pytest.raises(ConfigError, match="the body has no linear layer to adapt"):
         insert_adapters(nn.Sequential(nn.Linear(2, 2)), {"0.weight"}, Lora())

@@ -123,6 +123,11 @@ def _add_use(commands: Commands) -> None:
         "--apply", type=Path, metavar="FOLDER", help="apply the file, and write the fine-tuned model to this folder"
     )
 
+    shira = commands.add_parser("shira", help="write the changes of a sparse fine-tuning as a SHiRA adapter, for peft")
+    shira.add_argument("run", type=Path, help="directory of a finished run with penalty.rest_factor = 0")
+    shira.add_argument("folder", type=Path)
+    _add_trust(shira)
+
     interpolate = commands.add_parser(
         "interpolate",
         help="move a finished run's weights back towards their start, the fundamental set and the rest by different shares",
@@ -319,6 +324,22 @@ def _delta(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"{options.file}: {changed:,} of {total:,} weights changed ({changed / total:.1%}); {size:,} bytes")
 
 
+def _shira(options: argparse.Namespace, rest: list[str]) -> None:
+    from .config.trust import require_trust
+    from .inference.shira import write_shira
+    from .runs.folder import RunFolder
+
+    folder = RunFolder(options.run)
+    config, facts = folder.finished()
+    require_trust(config, options.run, options.trust_code)
+    folder.require_unaltered()
+    size = write_shira(config, facts, folder.model, options.folder)
+    print(
+        f"{options.folder}: rank {size.rank}, {size.layers} layers, {size.entries:,} entries, {size.changed:,} of them "
+        f"changed weights, the others 0; {size.num_bytes:,} bytes"
+    )
+
+
 def _interpolate(options: argparse.Namespace, rest: list[str]) -> None:
     from .distributed.world import joined_world
     from .train.interpolate import interpolate
@@ -429,6 +450,7 @@ _COMMANDS = {
     "evaluate": _use,
     "predict": _use,
     "delta": _delta,
+    "shira": _shira,
     "interpolate": _interpolate,
     "status": _status,
     "verify": _verify,

@@ -7,18 +7,22 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..compat.pytorch import clean
 from ..config.method import Lora
+from ..distributed import collectives
 from ..engines.base import Shard
 from ..engines.find import find_engine
 from ..engines.names import ParameterNames
 from ..engines.whole_tensors import fill_shard, whole_weight
 from ..errors import ConfigError, DataError, did_you_mean, listing
+from ..models.pretrained import Pretrained
 from ..seeds import seed_of
+from ..weights.peft_adapter import owners, write_peft_adapter
 
 
 def insert_adapters(module: nn.Module, head: set[str], settings: Lora) -> None:
@@ -110,6 +114,46 @@ def fill_adapters(model: nn.Module, seed: int) -> None:
         elif ".lora_B." in shard.name:
             shard.local.zero_()
     engine.publish()
+
+
+@torch.no_grad()
+def save_adapters(model: nn.Module, pretrained: Pretrained, settings: Lora, folder: Path) -> None:
+    """Writes the adapters, and whatever is trained beside them in the same part of the model, for peft. Collective.
+
+    Call it before they are merged.
+
+    Args:
+        model: the wrapped model.
+        pretrained: the unwrapped one.
+        settings: rank, alpha and dropout.
+        folder: folder of the export; each part that has adapters gets a folder `adapter`.
+    """
+    from peft import LoraConfig
+
+    engine = find_engine(model)
+    shapes, shards = engine.full_shapes(), {shard.name: shard for shard in engine.shards()}
+    for prefix, part in pretrained.parts.items():
+        trained = [n for n, s in shards.items() if s.parameter.requires_grad and n.startswith(prefix)]
+        layers = sorted({n.partition(".lora_")[0] for n in trained if ".lora_" in n})
+        if not layers:
+            continue
+        whole = {n: whole_weight(shards[n], shards[n].local).view(shapes[n]).cpu() for n in trained}
+
+        def name_there(name: str, prefix: str = prefix, stem: str = part.stem) -> str:
+            return stem + name.removeprefix(prefix).replace(".default.weight", ".weight")
+
+        beside = [name_there(n) for n in trained if ".lora_" not in n]
+        with collectives.agreed("write the adapters"):
+            if collectives.rank() == 0:
+                config = LoraConfig(
+                    r=settings.rank,
+                    lora_alpha=settings.alpha,
+                    lora_dropout=settings.dropout,
+                    target_modules="|".join(re.escape(name_there(n)) for n in layers),  # whole names
+                    modules_to_save=owners(beside) or None,
+                )
+                tensors = {name_there(n): value for n, value in whole.items()}
+                write_peft_adapter(folder / part.folder / "adapter", config, tensors)
 
 
 @torch.no_grad()

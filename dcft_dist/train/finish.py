@@ -16,7 +16,7 @@ from ..runs.facts import changes_since_begin
 from ..runs.provenance import machine, peak_memory_gib, versions
 from ..weights.checkpoint import read_state
 from ..weights.model_state import load_checkpoint
-from .adapters import merge_adapters
+from .adapters import merge_adapters, save_adapters
 from .batch_norm import renew_statistics
 from .context import RunContext
 from .testing import run_tests
@@ -103,6 +103,7 @@ def _export(run: RunContext, fundamental: FundamentalSet | None) -> None:
     """Writes the adapted model as a folder that its library reads, with its new head and the fundamental set."""
     folder = run.writer.model
     if run.config.has_adapters:
+        save_adapters(run.model, run.pretrained, run.config.lora, folder)
         merge_adapters(run.model, run.pretrained.module)
     run.pretrained.save(run.model, folder)
     if fundamental is not None:

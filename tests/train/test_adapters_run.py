@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from dcft_dist import FundamentalSet
+from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
 from dcft_dist.engines.box import Box
 from dcft_dist.errors import ConfigError
@@ -115,6 +120,40 @@ def test_a_set_of_weights_that_are_trained_beside_adapters(recipe: list[str], tm
         == start["model.layers.1.mlp.up_proj.weight"].flatten()
     )
     assert free["factor"] == 0.0 and bool(frozen[mask].all()) and not bool(frozen[~mask].all())
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> torch.Tensor:
+    ids = torch.arange(12).view(2, 6) % model.config.vocab_size
+    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+def test_peft_reads_the_adapters(recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LoRA with weights beside it, and a sparse fine-tuning as SHiRA: the outputs of the exported model."""
+    base = recipe[recipe.index("--model.weights") + 1]
+    beside = ["--lora.beside", '["model.layers.1.mlp", "model.norm"]', "--method", "lora_dcft"]
+    trained(recipe, tmp_path / "lora", 2, "--engine", "fsdp2", *beside)
+    sparse = ["--method", "dcft", "--penalty.factor", "1.0", "--penalty.rest_factor", "0", "--penalty.unscored_factor", "0"]
+    fraction = ["--selection.fraction", "0.05", "--selection.cap", "0.2"]
+    trained(recipe, tmp_path / "shira", 1, "--engine", "single", *sparse, *fraction)
+    run = tmp_path / "shira/it"
+    assert main(["shira", str(run), str(tmp_path / "adapter")]) == 0
+    said = capsys.readouterr().out
+    changed = int(re.findall(r"([\d,]+) of them changed", said)[0].replace(",", ""))
+    chosen = FundamentalSet.load(run / "fundamental.safetensors")
+    assert 0.5 * chosen.num_selected < changed <= chosen.num_selected  # some gradients are 0
+
+    plain = logits_of(AutoModelForCausalLM.from_pretrained(base))
+    for merged, adapter in ((tmp_path / "lora/it/model", None), (run / "model", tmp_path / "adapter")):
+        expected = logits_of(AutoModelForCausalLM.from_pretrained(merged))
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter or merged / "adapter")
+        torch.testing.assert_close(logits_of(model), expected, rtol=1e-4, atol=1e-5)
+        assert (expected - plain).abs().max() > 1e-3
+    size = (tmp_path / "adapter/adapter_model.safetensors").stat().st_size
+    assert f"{size:,} bytes" in said and size < (run / "model/model.safetensors").stat().st_size
+
+    assert main(["shira", str(tmp_path / "lora/it"), str(tmp_path / "no")]) == 2
+    assert "too many weights have changed for peft's SHiRA" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,11 @@ class Config(Section):
             images = self.data.modality in ("image", "volume") if self.task.name == "own" else self.task.name in IMAGE_TASKS
             if not images or self.task.kind not in ("single_label", "multi_label"):
                 raise ValueError("train.mixup and train.cutmix are for images or volumes with classes or findings")
+        if self.data.augment != "none" or self.data.flip:
+            if self.data.transform:
+                raise ValueError("data.transform stands in place of data.augment and data.flip: give one or the other")
+            if self.data.modality not in ("image", "volume") or self.task.name != "own":
+                raise ValueError("data.augment and data.flip are for your own images and volumes")
         if self.data.transform and self.data.modality not in ("image", "volume"):
             raise ValueError("data.transform is for images: it needs data.modality = 'image' or 'volume'")
         columns = self.data.input

@@ -186,6 +186,16 @@ class Data(Section):
         "(`preprocessor_config.json`, `config.json` of timm, `open_clip_config.json`). `false`: whole images are scaled to "
         "squares.",
     )
+    augment: Literal["none", "light", "strong"] = Field(
+        "none",
+        description="Random variants of training images and volumes, by MONAI. `light`: small rotations, zooms and changes "
+        "of contrast. `strong`: larger ones, and noise and blur. Nothing is mirrored.",
+    )
+    flip: bool = Field(
+        False,
+        description="Whether training images are mirrored left to right, and volumes along each axis, half of the time. "
+        "Leave it off where the side matters.",
+    )
     transform: str | None = Field(
         None,
         description="Import path of a function, yours or MONAI's, that returns a random variant of a training example. It "

@@ -1,4 +1,4 @@
-"""Random variants of training examples, made by the user's function: each depends on (seed, epoch, example) alone."""
+"""Random variants of training examples, by name or by the user's function: each depends on (seed, epoch, example) alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from ..config.schema import Config
 from ..errors import ConfigError, line_of
 from ..imports import find_object
 from ..seeds import seed_of, seeded
+from .presets import preset
 
 
 class Augmentation:
-    """The user's `data.transform`: a function, or what `data.transform_args` build from it.
+    """The preset of `data.augment` and `data.flip`, or the user's `data.transform`: a function, or what
+    `data.transform_args` build from it.
 
-    It is false where the configuration names no transform.
+    It is false where the configuration names nothing.
     """
 
     def __init__(self, config: Config) -> None:
@@ -27,7 +29,7 @@ class Augmentation:
         Raises:
             ConfigError: the import path leads to no function, or building the transform fails.
         """
-        self._seed, self._path = config.seed, config.data.transform
+        self._seed, self._path = config.seed, config.data.transform or config.data.augment
         self._transform = _transform(config)
 
     def __bool__(self) -> bool:
@@ -78,7 +80,7 @@ def as_tensor(found: Any, before: Tensor) -> Tensor:
 def _transform(config: Config) -> Callable[[Any], Any] | None:
     path, args = config.data.transform, config.data.transform_args
     if path is None:
-        return None
+        return preset(config)
     imported = find_object(path, config.import_roots, "data.transform")
     try:
         built = imported(**args) if args or isinstance(imported, type) else imported

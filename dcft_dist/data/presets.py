@@ -1,0 +1,98 @@
+"""Random variants by name (`data.augment`, `data.flip`), from MONAI's transforms: for images, and volumes with masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import pi
+from typing import Any
+
+from ..config.schema import Config
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class _Strength:
+    """How much a preset changes.
+
+    Attributes:
+        angle: largest rotation in degrees.
+        zoom: largest change of size, as a share.
+        contrast: exponents of brightness (gamma) lie between 1 - contrast and 1 + contrast.
+        noise: standard deviation of noise, as a share of the range or of the standard deviation of intensities.
+        blur: whether some variants are blurred.
+    """
+
+    angle: float
+    zoom: float
+    contrast: float
+    noise: float
+    blur: bool
+
+
+_STRENGTHS = {"light": _Strength(10, 0.1, 0.2, 0.0, False), "strong": _Strength(25, 0.25, 0.4, 0.05, True)}
+
+
+def preset(config: Config) -> Callable[[Any], Any] | None:
+    """The transform of `data.augment` and `data.flip`; None if neither is set.
+
+    Images are [channels, side, side] with values from 0 to 1. Volumes are dictionaries of `image` [channels, *patch] and, in
+    segmentation, `mask`, which is interpolated by nearest neighbour.
+
+    Args:
+        config: its section `data` is used.
+
+    Raises:
+        ConfigError: the package monai is not installed.
+    """
+    data = config.data
+    if data.augment == "none" and not data.flip:
+        return None
+    try:
+        from monai import transforms as mt
+    except ImportError as error:
+        raise ConfigError("data.augment and data.flip need the package monai: pip install monai") from error
+    if data.modality != "volume":
+        steps: list[Any] = [mt.RandFlip(prob=0.5, spatial_axis=1)] if data.flip else []
+        return mt.Compose(steps + (_of_images(mt, _STRENGTHS[data.augment]) if data.augment != "none" else []))
+    keys = ["image", "mask"] if config.task.kind == "segmentation" else ["image"]
+    axes = range(len(data.patch)) if data.flip else ()
+    steps = [mt.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
+    return mt.Compose(steps + (_of_volumes(mt, _STRENGTHS[data.augment], keys, config) if data.augment != "none" else []))
+
+
+def _of_images(mt: Any, how: _Strength) -> list[Any]:
+    steps = [
+        mt.RandRotate(range_x=how.angle * pi / 180, prob=0.5, padding_mode="border"),
+        mt.RandZoom(prob=0.5, min_zoom=1 - how.zoom, max_zoom=1 + how.zoom, padding_mode="edge"),
+        mt.RandAdjustContrast(prob=0.5, gamma=(1 - how.contrast, 1 + how.contrast)),
+    ]
+    if how.noise:
+        steps.append(mt.RandGaussianNoise(prob=0.3, std=how.noise))
+    if how.blur:
+        steps.append(mt.RandGaussianSmooth(prob=0.2, sigma_x=(0.3, 1.0), sigma_y=(0.3, 1.0)))
+    return steps
+
+
+def _of_volumes(mt: Any, how: _Strength, keys: list[str], config: Config) -> list[Any]:
+    """Intensities are normalised, so they are scaled and shifted, as in nnU-Net, and take no exponent."""
+    modes, angle = ["bilinear", "nearest"][: len(keys)], how.angle * pi / 180
+    volume = len(config.data.patch) == 3
+    angles = {"range_x": angle, "range_y": angle, "range_z": angle} if volume else {"range_x": angle}
+    steps = [
+        mt.RandRotated(keys, prob=0.3, mode=modes, padding_mode="border", **angles),
+        mt.RandZoomd(
+            keys, prob=0.3, min_zoom=1 - how.zoom, max_zoom=1 + how.zoom, mode=_zoom_modes(keys, volume), padding_mode="edge"
+        ),
+        mt.RandScaleIntensityd("image", prob=0.5, factors=how.contrast / 2),
+        mt.RandShiftIntensityd("image", prob=0.5, offsets=how.contrast / 4),
+    ]
+    if how.noise:
+        steps.append(mt.RandGaussianNoised("image", prob=0.3, std=how.noise))
+    if how.blur:
+        steps.append(mt.RandGaussianSmoothd("image", prob=0.2, sigma_x=(0.3, 1.0), sigma_y=(0.3, 1.0), sigma_z=(0.3, 1.0)))
+    return steps
+
+
+def _zoom_modes(keys: list[str], volume: bool) -> list[str]:
+    return ["trilinear" if volume else "bilinear", "nearest"][: len(keys)]

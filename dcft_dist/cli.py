@@ -17,7 +17,9 @@ from .config.schema import Config
 from .config.toml import load_config
 from .errors import ConfigError, DcftError, RunError, WorldError
 from .files import expected_form
+from .inference import command as inference
 from .planning import command as planning
+from .runs.folder import keep_private
 from .runs.status import AGAIN, run_verdict, status
 from .studies import command as studies
 
@@ -100,34 +102,7 @@ def _add_trust(command: argparse.ArgumentParser) -> None:
 
 
 def _add_use(commands: Commands) -> None:
-    for name, text in (
-        ("evaluate", "evaluate a finished run's model on other data: metrics with confidence intervals"),
-        ("predict", "predictions of a finished run's model for other data, as CSV"),
-    ):
-        use = commands.add_parser(name, help=text, epilog="the data: --data.path new.csv, and any other key of [data]")
-        use.add_argument("run", type=Path)
-        _add_trust(use)
-        use.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
-        if name == "predict":
-            use.add_argument(
-                "--masks", type=Path, metavar="FOLDER", help="segmentation: write a NIfTI file for each image to this folder"
-            )
-            use.add_argument("--tokens", type=int, help="causal_lm: maximum number of tokens in an answer (default: 128)")
-    delta = commands.add_parser("delta", help="write the changes of fine-tuning to one file, or apply such a file")
-    delta.add_argument(
-        "run", type=Path, help="directory of a finished run (with --apply its config.toml and summary.json are enough)"
-    )
-    delta.add_argument("file", type=Path)
-    _add_trust(delta)
-    delta.add_argument(
-        "--apply", type=Path, metavar="FOLDER", help="apply the file, and write the fine-tuned model to this folder"
-    )
-
-    shira = commands.add_parser("shira", help="write the changes of a sparse fine-tuning as a SHiRA adapter, for peft")
-    shira.add_argument("run", type=Path, help="directory of a finished run with penalty.rest_factor = 0")
-    shira.add_argument("folder", type=Path)
-    _add_trust(shira)
-
+    inference.add_commands(commands)
     interpolate = commands.add_parser(
         "interpolate",
         help="move a finished run's weights back towards their start, the fundamental set and the rest by different shares",
@@ -194,13 +169,7 @@ def _add_generated(commands: Commands) -> None:
 
 def _load(path: str | Path, words: Sequence[str]) -> Config:
     """Reads a configuration. If it is private, so is every file that this process writes from now on."""
-    return _keep_private(load_config(path, words))
-
-
-def _keep_private(config: Config) -> Config:
-    if config.private:
-        os.umask(0o077)
-    return config
+    return keep_private(load_config(path, words))
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
@@ -282,64 +251,6 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     print(inspection(pretrained, config))
 
 
-def _use(options: argparse.Namespace, rest: list[str]) -> None:
-    import json
-
-    from .distributed.world import joined_world
-    from .files import table_of, write_atomic
-    from .inference.load import load_adapted
-    from .inference.predict import evaluate_split, given_split, predictions, report_of
-
-    with joined_world(600.0) as world:
-        adapted = load_adapted(options.run, rest, world, options.trust_code)
-        _keep_private(adapted.config)
-        split = given_split(adapted, labelled=options.command == "evaluate")
-        if options.command == "evaluate":
-            text = json.dumps(report_of(adapted, split, *evaluate_split(adapted, split)), indent=2) + "\n"
-        else:
-            text = table_of(predictions(adapted, split, options.masks, options.tokens))
-        if not world.is_first:
-            return
-        write_atomic(options.out, text) if options.out else sys.stdout.write(text)
-
-
-def _delta(options: argparse.Namespace, rest: list[str]) -> None:
-    from .config.trust import require_trust
-    from .distributed.world import joined_world
-    from .inference.delta import apply_delta, write_delta
-    from .runs.folder import RunFolder
-
-    folder = RunFolder(options.run)
-    config, facts = folder.finished()
-    require_trust(config, options.run, options.trust_code)
-    if not options.apply:
-        folder.require_unaltered()
-    with joined_world(600.0):
-        if options.apply:
-            apply_delta(config, facts, options.file, options.apply)
-            print(options.apply)
-            return
-        changed, total = write_delta(config, facts, folder.model, options.file)
-    size = options.file.stat().st_size
-    print(f"{options.file}: {changed:,} of {total:,} weights changed ({changed / total:.1%}); {size:,} bytes")
-
-
-def _shira(options: argparse.Namespace, rest: list[str]) -> None:
-    from .config.trust import require_trust
-    from .inference.shira import write_shira
-    from .runs.folder import RunFolder
-
-    folder = RunFolder(options.run)
-    config, facts = folder.finished()
-    require_trust(config, options.run, options.trust_code)
-    folder.require_unaltered()
-    size = write_shira(config, facts, folder.model, options.folder)
-    print(
-        f"{options.folder}: rank {size.rank}, {size.layers} layers, {size.entries:,} entries, {size.changed:,} of them "
-        f"changed weights, the others 0; {size.num_bytes:,} bytes"
-    )
-
-
 def _interpolate(options: argparse.Namespace, rest: list[str]) -> None:
     from .distributed.world import joined_world
     from .train.interpolate import interpolate
@@ -417,7 +328,7 @@ def _submit(options: argparse.Namespace, rest: list[str]) -> None:
     site = load_site()
     sizes = {key: getattr(options, key) for key in ("nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time")}
     job, config = make_job(options.config, rest, smoke=options.smoke, site=site, **sizes)
-    _keep_private(config)
+    keep_private(config)
     folder = Path(config.runs_dir) / config.name
     if options.way == "torchrun" or options.dry_run:
         render = render_torchrun if options.way == "torchrun" else render_sbatch
@@ -447,10 +358,7 @@ _COMMANDS = {
     "train": _train,
     "check": _check,
     "inspect": _inspect,
-    "evaluate": _use,
-    "predict": _use,
-    "delta": _delta,
-    "shira": _shira,
+    **inference.COMMANDS,
     "interpolate": _interpolate,
     "status": _status,
     "verify": _verify,

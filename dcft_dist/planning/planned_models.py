@@ -20,6 +20,7 @@ from ..engines.meta import on_meta
 from ..engines.prepared import Weight
 from ..errors import ConfigError, did_you_mean
 from ..models.custom import custom_model
+from ..models.example_inputs import example_inputs
 from ..objectives.make import make_objective
 from ..train.context import micro_batch
 from ..train.methods import choose_trained
@@ -214,7 +215,7 @@ def _configured(request: Request) -> Planned:
         pretrained = custom_model(config, objective.num_outputs, no_processor, read=False)
 
     def batch() -> dict[str, Tensor]:
-        inputs = _inputs(config, request)
+        inputs = example_inputs(config, pretrained.module, request.micro_batch, request.length)
         return {**inputs, "labels": _labels(config, request, objective.num_outputs, inputs)}
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -228,18 +229,6 @@ def _configured(request: Request) -> Planned:
     optimizer = partial(make_optimizer, config=config, rates=rates_of(pretrained, config))
     module, uses_set = pretrained.module, config.method != "lora"
     return Planned(module, pretrained.head, pretrained.blocks, batch, loss, optimizer, eligible, uses_set)
-
-
-def _inputs(config: Config, request: Request) -> dict[str, Tensor]:
-    """Placeholder inputs of a micro-batch, with the shapes that the configuration asks for."""
-    size = request.micro_batch
-    if config.data.modality == "text" or config.task.kind == "causal_lm":
-        ids = torch.zeros(size, request.length, dtype=torch.int64)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if config.data.modality == "volume":
-        channels = 1 if isinstance(config.data.input, str) else len(config.data.input)
-        return {"image": torch.zeros(size, channels, *config.data.patch)}
-    return {"pixel_values": torch.zeros(size, len(config.data.mean), config.model.image_size, config.model.image_size)}
 
 
 def _labels(config: Config, request: Request, outputs: int, batch: dict[str, Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ contents/ (of the data files; see `data.contents`)
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,3 +229,10 @@ def identity(config: Config) -> dict[str, Any]:
 def _is_under(key: str, parents: tuple[str, ...]) -> bool:
     """Whether a dotted key is one of these, or belongs to one of them."""
     return any(key == parent or key.startswith(f"{parent}.") for parent in parents)
+
+
+def keep_private(config: Config) -> Config:
+    """With `private`, only the user can read what this process writes from here on. Returns the configuration."""
+    if config.private:
+        os.umask(0o077)
+    return config

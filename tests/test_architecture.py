@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, str] = {
     "runs": "config distributed",
     "reports": "config method objectives",
     "train": "compat config controls data distributed engines method models objectives reports runs weights",
-    "inference": "compat config data distributed engines method models objectives runs train",
+    "inference": "compat config data distributed engines method models objectives runs train weights",
     "planning": "compat config engines method models objectives train weights",
     "studies": "config data distributed reports runs train",
     "cluster": "config runs train",

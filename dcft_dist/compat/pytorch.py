@@ -197,6 +197,7 @@ add_all: Any = torch._foreach_add_
 multiply_all: Any = torch._foreach_mul_
 divide_all: Any = torch._foreach_div_
 add_products: Any = torch._foreach_addcmul_
+blend_all: Any = torch._foreach_lerp_
 
 
 # -- FSDP2 ----------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ TESTED = {"torch": ("2.11", "2.13", "2.14"), "deepspeed": ("0.19",), "transforme
 
 # Class or module -> attributes used. For a class, the test looks at a live instance.
 USES: dict[str, tuple[str, ...]] = {
-    "torch": ("_chunk_cat", "_foreach_add_", "_foreach_mul_", "_foreach_div_", "_foreach_addcmul_"),
+    "torch": ("_chunk_cat", "_foreach_add_", "_foreach_mul_", "_foreach_div_", "_foreach_addcmul_", "_foreach_lerp_"),
     "torch.cuda.memory": ("_record_memory_history", "_dump_snapshot"),
     "Module": ("_non_persistent_buffers_set", "_apply", "_modules", "_parameters"),
     "DTensor": ("_local_tensor",),

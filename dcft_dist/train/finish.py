@@ -45,10 +45,7 @@ def finish(
     """
     config, writer = run.config, run.writer
     writer.phase("test")
-    state = read_state(best, verified=True)
-    load_checkpoint(best, run.model, frozen=run.stores_frozen, averaged=True)
-    if config.train.ema and not best.name.startswith("best"):  # a checkpoint stands in, with buffers of the weights
-        renew_statistics(run)
+    state = _load(run, best)
     tested = run_tests(run, writer.path)
     if config.checkpoint.keep_last:
         _export(run, fundamental)
@@ -97,6 +94,15 @@ def finish(
         if run.world.is_first:
             write_json(writer.summary, summary | {"files": writer.checksums()})
     return summary
+
+
+def _load(run: RunContext, best: Path) -> dict[str, Any]:
+    """Reads the weights of the best epoch, or their averages; returns the state that was saved with them."""
+    state = read_state(best, verified=True)
+    load_checkpoint(best, run.model, frozen=run.stores_frozen, averaged=True)
+    if run.config.train.ema and not best.name.startswith("best"):  # a checkpoint stands in, with buffers of the weights
+        renew_statistics(run)
+    return state
 
 
 def _export(run: RunContext, fundamental: FundamentalSet | None) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..compat.pytorch import blend_all
 from ..engines.current import Current
 from ..engines.find import find_engine
 from ..errors import EngineError
@@ -44,7 +45,7 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self) -> None:
         """Takes the weights into the averages. No communication."""
-        torch._foreach_lerp_(list(self.values.values()), self._weights(), 1.0 - self.decay)
+        blend_all(list(self.values.values()), self._weights(), 1.0 - self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

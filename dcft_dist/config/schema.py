@@ -172,6 +172,8 @@ class Config(Section):
             raise ValueError("task.class_weights = 'balanced' is for task.kind = 'single_label'")
         if self.task.loss and self.task.class_weights == "balanced":
             raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
+        if self.train.calibrate and self.task.kind not in ("single_label", "multi_label"):
+            raise ValueError("train.calibrate is for task.kind = 'single_label' and 'multi_label'")
         if self.train.mixup or self.train.cutmix:
             images = self.data.modality in ("image", "volume") if self.task.name == "own" else self.task.name in IMAGE_TASKS
             if not images or self.task.kind not in ("single_label", "multi_label"):

@@ -151,6 +151,11 @@ class Train(Section):
         description="Stop the fine-tuning after this many epochs without a better `metric` on the validation data; absent: "
         "all epochs. The schedule of the learning rate does not change.",
     )
+    calibrate: bool = Field(
+        False,
+        description="Whether the head is divided by the temperature that fits the validation data best, before the test "
+        "(single_label, multi_label; a head of one linear layer).",
+    )
     max_steps: Count | None = Field(
         None, description="Stop after this many steps and estimate how long all steps would take; absent: all steps."
     )

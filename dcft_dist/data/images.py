@@ -23,6 +23,7 @@ from ..config.schema import Config
 from ..config.task import IMAGENET_MEAN, IMAGENET_STD
 from ..errors import ConfigError, DataError, listing
 from ..files import write_atomic, write_json
+from ..packages import local_weights
 from .augment import Augmentation, as_tensor
 from .batches import OneByOne, Processor
 from .dicom import is_dicom, picture_in
@@ -167,7 +168,7 @@ class UserImageProcessor(Processor):
                 different numbers of channels, or `data.transform` cannot be imported or built.
         """
         self.side = config.model.image_size
-        preprocessing = preprocessing_of(config.model.weights)
+        preprocessing = preprocessing_of(local_weights(config.model.weights))
         self.mean = (preprocessing.mean if preprocessing else None) or list(config.data.mean)
         self.std = [float(s) for s in (preprocessing.std if preprocessing else None) or config.data.std]
         self._scale, self._preprocessing, self._crop = preprocessing.scale if preprocessing else 1.0, preprocessing, None

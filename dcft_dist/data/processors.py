@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..config.schema import IMAGE_TASKS, Config
 from ..errors import ConfigError
-from ..packages import minilm_folder
+from ..packages import local_weights, minilm_folder
 from .batches import Processor
 from .collate import CollateProcessor
 from .images import ImageProcessor, UserImageProcessor
@@ -35,7 +35,7 @@ def make_processor(config: Config) -> Processor:
         return UserImageProcessor(config)
     from transformers import AutoTokenizer
 
-    folder = minilm_folder() if config.model.name == "minilm" else config.model.weights
+    folder = minilm_folder() if config.model.name == "minilm" else local_weights(config.model.weights)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The commands that use a finished run: `evaluate`, `predict`, `delta`, `shira` and `export`."""
+"""The commands that use a finished run: `evaluate`, `predict`, `delta`, `shira`, `export` and `push`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def add_commands(commands: Any) -> None:
     export.add_argument("place", type=Path, help="a folder (transformers), or a file that ends with .onnx")
     export.add_argument("--to", choices=("transformers", "onnx"), default="transformers")
     _add_trust(export)
+    push = commands.add_parser("push", help="send a finished run's exported model to a hub")
+    push.add_argument("run", type=Path)
+    push.add_argument("name", help="owner/name of the repository")
+    push.add_argument("--public", action="store_true", help="a new repository can be read by everybody")
+    _add_trust(push)
 
 
 def _add_trust(command: argparse.ArgumentParser) -> None:
@@ -130,6 +135,14 @@ def export(options: argparse.Namespace, rest: list[str]) -> None:
     print(f"{options.place}: a {name}. It gives the outputs of the run's model")
 
 
+def push(options: argparse.Namespace, rest: list[str]) -> None:
+    """Carries out `dcft push`."""
+    from .push import push_model
+
+    config, _, model = _finished(options)
+    print(push_model(config, model, options.name, options.public))
+
+
 def _finished(options: argparse.Namespace, unaltered: bool = True) -> tuple[Config, dict[str, Any], Path]:
     """Configuration, facts and exported model of a finished run that the user trusts."""
     from ..config.trust import require_trust
@@ -144,4 +157,4 @@ def _finished(options: argparse.Namespace, unaltered: bool = True) -> tuple[Conf
     return config, facts, folder.model
 
 
-COMMANDS = {"evaluate": use, "predict": use, "delta": delta, "shira": shira, "export": export}
+COMMANDS = {"evaluate": use, "predict": use, "delta": delta, "shira": shira, "export": export, "push": push}

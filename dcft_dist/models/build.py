@@ -10,7 +10,7 @@ from ..config.schema import Config
 from ..data.processors import make_processor
 from ..errors import ConfigError
 from ..imports import find_object
-from ..packages import dinov2_file, minilm_folder
+from ..packages import dinov2_file, local_weights, minilm_folder
 from ..weights.weight_files import missing_weights_advice
 from .custom import custom_model
 from .packaged import dinov2_small, minilm
@@ -63,7 +63,7 @@ def check_model(config: Config) -> None:
     """
     if config.model.name == "own":
         find_object(str(config.model.build), config.import_roots, "model.build")
-        if config.model.weights and not Path(config.model.weights).exists():
-            raise ConfigError(f"model.weights: {missing_weights_advice(config.model.weights)}")
+        if (place := local_weights(config.model.weights)) and not Path(place).exists():
+            raise ConfigError(f"model.weights: {missing_weights_advice(place)}")
     else:
         {"minilm": minilm_folder, "dinov2_small": dinov2_file}[config.model.name]()

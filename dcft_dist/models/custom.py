@@ -21,6 +21,7 @@ from ..data.text import AnswerProcessor, TextProcessor, pad_id
 from ..engines.meta import on_meta
 from ..errors import ConfigError, did_you_mean, listing
 from ..imports import find_object
+from ..packages import local_weights
 from ..weights.loading import Allowed, Loading, Translate
 from ..weights.weight_files import missing_weights_advice
 from .pretrained import HEAD, Classifier, ExportPart, Pretrained, find_blocks
@@ -75,7 +76,7 @@ def custom_model(config: Config, num_outputs: int, processor: Processor, *, read
             unused=settings.unused,
             resize=[prefix + p for p in settings.resize],
         )
-        weights = Path(str(settings.weights))
+        weights = Path(str(local_weights(settings.weights)))
         loading = Loading(
             module,
             weights,
@@ -162,11 +163,12 @@ def _from_config(make: Any, settings: Model, args: dict[str, Any]) -> Any:
     """Builds a model class of transformers from the configuration in the folder of its weights."""
     from transformers import AutoConfig
 
-    if settings.weights and not Path(settings.weights).exists():
-        raise ConfigError(f"model.weights: {missing_weights_advice(settings.weights)}")
-    if not settings.weights or not (Path(settings.weights) / "config.json").is_file():
+    place = local_weights(settings.weights)
+    if place and not Path(place).exists():
+        raise ConfigError(f"model.weights: {missing_weights_advice(place)}")
+    if not place or not (Path(place) / "config.json").is_file():
         raise ConfigError(f"model.weights: {settings.build} needs a folder with a config.json, not {settings.weights}")
-    folder = str(settings.weights)
+    folder = place
     trust = bool(args.pop("trust_remote_code", False))  # without a value, transformers would ask, also where nobody sits
     options = {"local_files_only": True, "return_unused_kwargs": True, "trust_remote_code": trust}
     config, other_args = AutoConfig.from_pretrained(folder, **options, **args)

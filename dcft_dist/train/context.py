@@ -154,9 +154,12 @@ def read_materials(config: Config) -> Materials:
     task = load_task(config)
     facts = label_facts(config, task.class_names, task.train.labels)
     objective, pretrained = build_for_task(config, facts)
-    head_has_several_modules = pretrained.head and pretrained.head_module() is None
+    head = pretrained.head_module()
+    head_has_several_modules = pretrained.head and head is None
     if head_has_several_modules and config.engine == "deepspeed" and config.head_warmup.max_epochs:
         raise ConfigError("a head of several modules cannot be warmed up under deepspeed: set head_warmup.max_epochs = 0")
+    if config.train.calibrate and not (head and isinstance(head[1], nn.Linear)):
+        raise ConfigError("train.calibrate divides the head by a number, so the head must be a single linear layer")
     examples = {name: pretrained.processor(split) for name, split in task.splits.items()}
     check_sizes(config, len(examples["train"]))
     _check_metric(config, objective, examples["validation"])

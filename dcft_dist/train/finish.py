@@ -18,6 +18,7 @@ from ..weights.checkpoint import read_state
 from ..weights.model_state import load_checkpoint
 from .adapters import merge_adapters, save_adapters
 from .batch_norm import renew_statistics
+from .calibrate import calibrate
 from .context import RunContext
 from .testing import run_tests
 
@@ -68,6 +69,7 @@ def finish(
         "where": penalty.where if penalty and penalty.level == "gradient" else None,
         "optimizer": config.optimizer.kind,
         "ema": config.train.ema,
+        "temperature": state.get("temperature"),
         "best_epoch": state["epoch"],
         "jaccard_with_top": extra.get("jaccard_with_top"),
         "loading": run.pretrained.loading.report.to_json() if run.pretrained.loading else None,
@@ -97,11 +99,13 @@ def finish(
 
 
 def _load(run: RunContext, best: Path) -> dict[str, Any]:
-    """Reads the weights of the best epoch, or their averages; returns the state that was saved with them."""
+    """Reads the weights of the best epoch, or their averages, and calibrates them; returns what is known of that epoch."""
     state = read_state(best, verified=True)
     load_checkpoint(best, run.model, frozen=run.stores_frozen, averaged=True)
     if run.config.train.ema and not best.name.startswith("best"):  # a checkpoint stands in, with buffers of the weights
         renew_statistics(run)
+    if run.config.train.calibrate:
+        state["temperature"], state["validation"] = calibrate(run)
     return state
 
 

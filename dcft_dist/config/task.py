@@ -142,6 +142,12 @@ class Data(Section):
     template: str = Field(
         "{input}\n", description="causal_lm: text before the answer; `{input}` is replaced by the instruction."
     )
+    chat: bool = Field(
+        False,
+        description="causal_lm: whether instruction and answer are put into the tokenizer's chat template, as the turns of "
+        "user and assistant, in place of `template`. Only the answer's turn is learned.",
+    )
+    system: str | None = Field(None, description="`chat`: text of a first turn of the system; absent: there is none.")
     group: str | None = Field(
         None,
         description="Column of the group (patient, scanner, site). Examples of a group stay in one split. Absent: "
@@ -223,6 +229,10 @@ class Data(Section):
             raise ValueError(
                 f"group_pattern is for format = 'image_folder', not for '{self.format}': name a column as group"
             )
+        if self.system is not None and not self.chat:
+            raise ValueError("system is for chat = true")
+        if self.chat and self.template != type(self).model_fields["template"].default:
+            raise ValueError("chat = true uses the tokenizer's template: leave out template")
         if (self.collate is None) == (self.modality == "own"):
             raise ValueError("modality = 'own' and collate go together")
         if self.external_tests and self.format == "python":

@@ -41,5 +41,6 @@ def make_processor(config: Config) -> Processor:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.weights: no tokenizer in {folder}: {error}") from error
     if config.task.kind == "causal_lm":
-        return AnswerProcessor(tokenizer, config.task.max_tokens, config.data.template)
+        data = config.data
+        return AnswerProcessor(tokenizer, config.task.max_tokens, data.template, data.chat, data.system)
     return TextProcessor(tokenizer, config.task.max_tokens)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..errors import ConfigError, DataError, line_of
 from .batches import Processor
 from .splits import Split
 
@@ -132,17 +132,27 @@ class TokenizedAnswers:
 
 
 class AnswerProcessor(Processor):
-    """Tokenizes the template with the instruction in it, followed by the answer and the end of the text."""
+    """Tokenizes the template with the instruction in it, followed by the answer and the end of the text; or a chat."""
 
-    def __init__(self, tokenizer: Any, max_tokens: int, template: str) -> None:
+    def __init__(
+        self, tokenizer: Any, max_tokens: int, template: str, chat: bool = False, system: str | None = None
+    ) -> None:
         """Prepares the processor.
 
         Args:
             tokenizer: a tokenizer of transformers.
             max_tokens: longer texts are cut to this many tokens.
             template: text around the instruction, which replaces `{input}`.
+            chat: whether the tokenizer's chat template is used in place of `template`.
+            system: text of the system's turn in a chat; None: there is none.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template.
         """
         self.tokenizer, self._max_tokens, self._template = tokenizer, max_tokens, template
+        self._chat, self._system = chat, system
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise ConfigError("data.chat: the tokenizer has no chat template: use data.template")
 
     def __call__(self, split: Split) -> TokenizedAnswers:
         """Returns the tokenized split, and warns of answers that are cut.
@@ -151,12 +161,10 @@ class AnswerProcessor(Processor):
             DataError: an instruction leaves no room for its answer.
         """
         prompts = self.prompts(split)
-        answers = self.tokenizer([str(text) for text in split.labels], add_special_tokens=False)["input_ids"]
-        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        ids = [[*prompt, *answer, *end][: self._max_tokens] for prompt, answer in zip(prompts, answers, strict=True)]
-        prompt_lengths = [len(prompt) for prompt in prompts]
-        pairs = zip(prompts, answers, strict=True)
-        if cut := sum(len(prompt) + len(answer) + len(end) > self._max_tokens for prompt, answer in pairs):
+        answers = self._answers(split, prompts)
+        whole = [[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)]
+        ids, prompt_lengths = [row[: self._max_tokens] for row in whole], [len(prompt) for prompt in prompts]
+        if cut := sum(len(row) > self._max_tokens for row in whole):
             log.warning("%d of %d answers are cut at task.max_tokens = %d", cut, len(ids), self._max_tokens)
         without_answer = [i for i, length in enumerate(prompt_lengths) if length >= len(ids[i])]
         if without_answer:
@@ -168,13 +176,51 @@ class AnswerProcessor(Processor):
 
     def prompts(self, split: Split) -> list[list[int]]:
         """Returns the token ids of each instruction in the template, up to where its answer begins."""
+        if self._chat:
+            return [self._turns(text) for text in split.inputs]
         texts = [self._template.replace("{input}", str(text)) for text in split.inputs]
         return [list(row) for row in self.tokenizer(texts)["input_ids"]]
 
+    def _answers(self, split: Split, prompts: list[list[int]]) -> list[list[int]]:
+        """Token ids of each answer, with the end of the text or of its turn.
+
+        Raises:
+            DataError: the chat template does not begin a chat with an answer as it begins one without.
+        """
+        if not self._chat:
+            answers = self.tokenizer([str(text) for text in split.labels], add_special_tokens=False)["input_ids"]
+            end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+            return [[*answer, *end] for answer in answers]
+        found = []
+        for text, label, prompt in zip(split.inputs, split.labels, prompts, strict=True):
+            chat = self._turns(text, str(label))
+            if chat[: len(prompt)] != prompt:
+                raise DataError(
+                    "data.chat: the tokenizer's template writes an instruction with its answer in another way than one that "
+                    "waits for it, so it is not known where the answer begins: use data.template"
+                )
+            found.append(chat[len(prompt) :])
+        return found
+
+    def _turns(self, text: Any, answer: str | None = None) -> list[int]:
+        """Token ids of a chat, up to where the answer begins, or with the answer."""
+        turns = [{"role": "system", "content": self._system}] if self._system is not None else []
+        turns.append({"role": "user", "content": str(text)})
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+        try:
+            found = self.tokenizer.apply_chat_template(
+                turns, add_generation_prompt=answer is None, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # raised by the template, which is a program
+            raise DataError(f"data.chat: the tokenizer's template refuses a chat: {line_of(error)}") from error
+        return list(found)
+
     def describe(self, value: Any, label: Any) -> str:
         """Length of instruction and answer, and how the answer begins."""
-        given = len(self.tokenizer(self._template.replace("{input}", str(value)))["input_ids"])
-        answer = len(self.tokenizer(str(label), add_special_tokens=False)["input_ids"])
+        split = Split([value], [str(label)], [""])
+        (prompt,) = self.prompts(split)
+        given, answer = len(prompt), len(self._answers(split, [prompt])[0])
         cut = f", together cut at {self._max_tokens}" if given + answer >= self._max_tokens else ""
         return f"{given} tokens, answer of {answer} tokens{cut}: {str(label)[:40]!r}"
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.splits import Split
 from dcft_dist.data.text import IGNORED, AnswerProcessor
-from dcft_dist.errors import DataError
+from dcft_dist.errors import ConfigError, DataError
 from dcft_dist.objectives.language import CausalLanguage
 
 from ..own import instructions, tiny_decoder
@@ -39,6 +39,52 @@ def test_only_answers_are_learned(decoder: Path) -> None:
     assert [int(n) for n in batch["attention_mask"].sum(-1)] == [4, 11] and int(batch["input_ids"][0, 4]) == 3
     with pytest.raises(DataError, match="1 instructions leave no room for an answer in 5 tokens, such as 'Chronic disease"):
         AnswerProcessor(tokenizer, 5, "{input} :")(split)
+
+
+CHAT = "{% for m in messages %}< {{ m.role }} > {{ m.content }} </s> {% endfor %}"
+CHAT += "{% if add_generation_prompt %}< assistant > {% endif %}"
+
+
+def test_a_chat_is_learned_from_the_answer_on(decoder: Path) -> None:
+    """As transformers writes the chat; the turn of the assistant alone has labels."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(decoder)
+    split = Split(["Acute", "Chronic disease of the bone"], ["Diseases", "Diseases of the eye"], ["a", "b"])
+    with pytest.raises(ConfigError, match=r"data.chat: the tokenizer has no chat template"):
+        AnswerProcessor(tokenizer, 40, "", chat=True)
+    tokenizer.chat_template = CHAT
+    processor = AnswerProcessor(tokenizer, 40, "", chat=True, system="Answer")
+    batch = processor(split).inputs([0, 1])
+    for i, (text, answer) in enumerate(zip(split.inputs, split.labels, strict=True)):
+        turns = [("system", "Answer"), ("user", text), ("assistant", answer)]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert batch["input_ids"][i][batch["attention_mask"][i] > 0].tolist() == whole
+        learned = batch["labels"][i][batch["labels"][i] != IGNORED].tolist()
+        assert whole[-len(learned) :] == learned
+        assert tokenizer.decode(learned) == f"{answer} </s>"
+        (prompt,) = processor.prompts(Split([text], [answer], [""]))
+        assert prompt == whole[: -len(learned)]
+    assert "answer of" in processor.describe("Acute", "Diseases")
+    tokenizer.chat_template = CHAT.replace("{% for", "{{ messages | length }} {% for")
+    with pytest.raises(DataError, match="it is not known where the answer begins"):
+        processor(split)
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(DataError, match="the tokenizer's template refuses a chat: no system here"):
+        processor(split)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--data.system", "x"], "system is for chat = true"),
+        (["--data.chat", "true", "--data.template", "Q {input} A "], "chat = true uses the tokenizer's template"),
+    ],
+)
+def test_keys_of_a_chat(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config("instructions_7b.toml", words)
 
 
 def test_losses_are_means_over_answers_and_metrics_over_tokens() -> None:

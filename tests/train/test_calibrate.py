@@ -63,5 +63,5 @@ def test_a_run_is_calibrated_before_its_test(tiny: Path, tmp_path: Path) -> None
 
 def test_what_cannot_be_calibrated(tiny: Path) -> None:
     words = ["--train.calibrate", "true", "--data.path", "x", "--task.kind", "regression"]
-    with pytest.raises(ConfigError, match="train.calibrate is for task.kind = 'single_label' and 'multi_label'"):
+    with pytest.raises(ConfigError, match=r"train.calibrate is for task.kind = 'single_label' and 'multi_label'"):
         load_config("medmnist.toml", words)

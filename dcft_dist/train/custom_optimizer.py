@@ -124,8 +124,8 @@ def _trial(build: Build, path: str, *parts: Tensor) -> Tensor:
             raise
         except Exception as error:
             raise ConfigError(f"{KEY}: a step of {path} fails: {type(error).__name__}: {line_of(error)}") from error
-    for what, why in _cannot_be_kept(optimizer):
-        raise ConfigError(f"{KEY}: {path} keeps {what}, {why}, which a checkpoint cannot keep: choose another one")
+    if kept := next(_cannot_be_kept(optimizer), None):
+        raise ConfigError(f"{KEY}: {path} keeps {', '.join(kept)}, which a checkpoint cannot keep: choose another one")
     values: list[Any] = [parameter.detach() for parameter in parameters]
     return torch.cat([(v.full_tensor() if isinstance(v, DTensor) else v).flatten().cpu() for v in values])
 

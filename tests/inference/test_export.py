@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ def pooled(folder: Path) -> Path:
 def test_transformers_loads_body_and_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """DINOv2, of which the library's head reads a mean besides; and BERT with its pooler."""
     run = images(tmp_path)
+    (snippet,) = re.findall(r"```python\n(.*?)```", (run / "model/README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet.replace("FOLDER", str(run / "model")), names)
+    assert type(names["model"]).__name__ == "Dinov2Model"
     assert main(["export", str(run), str(tmp_path / "vision")]) == 0
     assert "a Dinov2ForImageClassification" in capsys.readouterr().out
     model, report = AutoModelForImageClassification.from_pretrained(tmp_path / "vision", output_loading_info=True)

@@ -90,14 +90,15 @@ def fake_tensors(numbers: bool = False) -> Any:
     """Context in which new tensors have a shape and a data type but no values. Real tensors may be used too.
 
     Args:
-        numbers: True: code that reads a value gets 1, or False from a boolean tensor. False: reading a value is an error.
+        numbers: True: code that reads a value gets 1, or one half of a floating-point tensor (1 - x may be a divisor), or
+            False of a boolean one. False: reading a value is an error.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     class Numbers(FakeTensorMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func is torch.ops.aten._local_scalar_dense.default:
-                return False if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+                return False if args[0].dtype == torch.bool else 0.5 if args[0].is_floating_point() else 1
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     return (Numbers if numbers else FakeTensorMode)(allow_non_fake_inputs=True)

@@ -152,8 +152,14 @@ class Config(Section):
             raise ValueError("sharding.offload needs an engine that shards: fsdp2, fsdp1, or deepspeed at stage 1 to 3")
         if self.has_adapters and (engine == "fsdp1" or sharding.tensor_parallel > 1):
             raise ValueError(f"method '{self.method}' is not for the engine fsdp1, nor for sharding.tensor_parallel")
+        freezes = self.has_adapters or self.method == "bitfit"
         if self.has_adapters and engine == "deepspeed" and sharding.offload:
             raise ValueError(f"method '{self.method}' is not for deepspeed with sharding.offload")
+        if freezes and engine == "deepspeed" and self.train.precision == "bf16":
+            raise ValueError(
+                f"method '{self.method}' needs train.precision = 'fp32' under deepspeed, which would round the frozen "
+                "weights to bfloat16; or use the engine fsdp2"
+            )
         if engine == "deepspeed" and self.method == "equal_displacement":
             raise ValueError("method 'equal_displacement' is not available for deepspeed")
         after = self.penalty.where == "after" and self.level == "gradient"
@@ -174,6 +180,8 @@ class Config(Section):
             raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
         if self.train.calibrate and self.task.kind not in ("single_label", "multi_label"):
             raise ValueError("train.calibrate is for task.kind = 'single_label' and 'multi_label'")
+        if self.method == "linear_probe" and (self.train.ema or self.train.mixup or self.train.cutmix):
+            raise ValueError("train.ema, mixup and cutmix are for fine-tuning, and method = 'linear_probe' has none")
         if self.train.mixup or self.train.cutmix:
             images = self.data.modality in ("image", "volume") if self.task.name == "own" else self.task.name in IMAGE_TASKS
             if not images or self.task.kind not in ("single_label", "multi_label"):
@@ -261,6 +269,10 @@ class Config(Section):
     def _trains_beside_adapters(self) -> Config:
         if self.method == "lora_dcft" and not self.lora.beside:
             raise ValueError("method 'lora_dcft' needs lora.beside: adapters themselves are never scored")
+        if self.method == "lora_dcft" and self.penalty.unscored_factor != 1.0:
+            raise ValueError(
+                "penalty.unscored_factor would slow down the adapters too: leave it at 1 for method = 'lora_dcft'"
+            )
         if self.lora.beside and not self.has_adapters:
             raise ValueError(f"lora.beside has no meaning for method = '{self.method}'")
         return self

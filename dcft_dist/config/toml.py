@@ -157,19 +157,19 @@ def _explain(detail: Any) -> str:
 def to_toml(config: Config) -> str:
     """The whole configuration as TOML, without keys that are absent (None)."""
     data = config.model_dump(exclude_none=True)
-    lines = [f"{key} = {_as_toml(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    lines = [f"{key} = {as_toml(value)}" for key, value in data.items() if not isinstance(value, dict)]
     for section, values in data.items():
         if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {_as_toml(value)}" for key, value in values.items())]
+            lines += ["", f"[{section}]", *(f"{key} = {as_toml(value)}" for key, value in values.items())]
     return "\n".join(lines) + "\n"
 
 
-def _as_toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
     """A value as TOML: numbers, texts and lists as in JSON, a table inline."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{_as_toml(k)} = {_as_toml(v)}" for k, v in value.items()) + "}"
+        return "{" + ", ".join(f"{as_toml(k)} = {as_toml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_as_toml, value)) + "]"
+        return "[" + ", ".join(map(as_toml, value)) + "]"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # nan, inf, -inf
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

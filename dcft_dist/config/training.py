@@ -15,7 +15,9 @@ class WeightGroup(Section):
     """An entry of `[[optimizer.groups]]`: weights with another learning rate or weight decay."""
 
     pattern: str = Field(description="Name of a module or weight, or a glob over whole names.")
-    lr_scale: NotNegative = Field(1.0, description="Multiplies their learning rate; 0 leaves them as they are.")
+    lr_scale: NotNegative = Field(
+        1.0, description="Multiplies their learning rate in fine-tuning; 0 leaves them as they are."
+    )
     weight_decay: NotNegative | None = Field(None, description="Their weight decay, of vectors too; absent: the usual one.")
 
 
@@ -56,7 +58,7 @@ class Optimizer(Section):
     groups: list[WeightGroup] = Field(
         [],
         description="Weights with another learning rate or weight decay, each entry with `pattern`, `lr_scale` and "
-        "`weight_decay` (docs/models.md). A weight belongs to the first entry that matches it. `lr_scale` multiplies "
+        "`weight_decay` (docs/choices.md). A weight belongs to the first entry that matches it. `lr_scale` multiplies "
         "`layer_decay` and `head_lr` too.",
     )
     pull_to_start: Annotated[float, Field(ge=0.0)] = Field(
@@ -103,6 +105,8 @@ class Optimizer(Section):
             raise ValueError("name = 'own' needs build: the import path of an optimizer")
         if self.args and self.build is None:
             raise ValueError("args are for an optimizer of `build`")
+        if taken := [key for key in ("params", "lr", "weight_decay") if key in self.args]:
+            raise ValueError(f"args: {taken[0]} has a key of its own in [optimizer]")
         others = {"adamw": (), "sgd": ("betas", "eps"), "own": ("betas", "eps", "momentum")}[self.name]
         if unused := [key for key in others if getattr(self, key) != type(self).model_fields[key].default]:
             raise ValueError(f"{unused[0]} does nothing for {self.kind}" + (": put it into args" if self.build else ""))

@@ -39,7 +39,7 @@ _KNOWN = {
     "task.metrics": r"torchmetrics\.functional\.[a-z]\w*",
     "data.transform": r"monai\.transforms\.Rand[A-Za-z]+|torchvision\.transforms\.(Random[A-Za-z]+|ColorJitter)",
     "model.args": r"torch\.nn\.[A-Z]\w*",
-    "optimizer.build": r"(torch\.optim|pytorch_optimizer)\.[A-Z]\w*|transformers\.Adafactor",
+    "optimizer.build": r"(torch\.optim|pytorch_optimizer)\.[A-Z]\w*",
 }
 
 # Words in the names of arguments by which a well-known builder may run code, or read a pickle, a file or an address.

@@ -29,7 +29,7 @@ class Augmentation:
         Raises:
             ConfigError: the import path leads to no function, or building the transform fails.
         """
-        self._seed, self._path = config.seed, config.data.transform or config.data.augment
+        self._seed, self._path = config.seed, config.data.transform or "data.augment or data.flip"
         self._transform = _transform(config)
 
     def __bool__(self) -> bool:

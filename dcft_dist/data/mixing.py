@@ -1,8 +1,9 @@
 """MixUp and CutMix: training images mixed in pairs, and their labels with them.
 
 The images of a micro-batch are mixed with those one place further on, all by the same share, as in torchvision
-(`transforms.v2.MixUp`, `CutMix`). The share is a function of (seed, step, micro-batch). So it does not depend on the number
-of ranks. The transforms of that name in MONAI are for segmentation; they do not mix labels of classes.
+(`transforms.v2.MixUp`, `CutMix`). The share is a function of (seed, step, micro-batch). So with micro-batches of one size
+it does not depend on the number of ranks. The transforms of that name in MONAI are for segmentation; they do not mix labels
+of classes.
 """
 
 from __future__ import annotations

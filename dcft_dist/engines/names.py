@@ -124,8 +124,12 @@ def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
         return several if isinstance(sub, nn.MultiheadAttention) else ()
 
     found = {*_in_slots(module, names, slots), *_expert_names(module, names)}
-    # Adapters are zero as a whole at their start, so no gradient says what they are worth.
-    return [name for name in names.parameters if name in found and ".lora_" not in name]
+    return [name for name in names.parameters if name in found and not is_adapter(name)]
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a weight belongs to an adapter of peft: zero as a whole at first, so no gradient says what it is worth."""
+    return ".lora_" in name
 
 
 def _expert_names(module: nn.Module, names: ParameterNames) -> list[str]:

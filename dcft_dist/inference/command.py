@@ -124,11 +124,13 @@ def export(options: argparse.Namespace, rest: list[str]) -> None:
     if (options.to == "onnx") != (options.place.suffix == ".onnx"):
         wanted = "--to onnx writes a file that ends with .onnx" if options.to == "onnx" else "add --to onnx for a file"
         raise RunError(f"{options.place}: {wanted}")
+    if options.to == "transformers" and options.place.exists() and not options.place.is_dir():
+        raise RunError(f"{options.place} is a file: name a folder")
     config, facts, model = _finished(options)
     with joined_world(600.0):
         pretrained = adapted_model(config, facts, model)
         if options.to == "onnx":
-            inputs = export_to_onnx(pretrained, config, options.place)
+            inputs = export_to_onnx(pretrained, config, facts, options.place)
             print(f"{options.place}: inputs {', '.join(inputs)}; output: outputs. It gives the outputs of the run's model")
             return
         name = export_to_transformers(pretrained, config, facts, options.place)

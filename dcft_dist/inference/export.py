@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,24 +137,26 @@ def _empty(module: Classifier, config: Config, facts: Mapping[str, Any]) -> Any:
 
 
 class _Positional(nn.Module):
-    """The model with inputs by position, as ONNX has them."""
+    """The model with inputs by position, as ONNX has them, and with numbers in the unit of the labels."""
 
-    def __init__(self, pretrained: Pretrained, names: list[str]) -> None:
+    def __init__(self, module: nn.Module, names: list[str], facts: Mapping[str, Any]) -> None:
         super().__init__()
-        self.module, self._pretrained, self._names = pretrained.module, pretrained, names
+        self.module, self._names = module, names
+        self._unit: tuple[float, float] | None = (facts["std"], facts["mean"]) if "std" in facts else None
 
     def forward(self, *values: Tensor) -> Tensor:
-        found = self.module(**dict(zip(self._names, values, strict=True)))
-        return output_of(found, "logits")
+        found = output_of(self.module(**dict(zip(self._names, values, strict=True))), "logits")
+        return found if self._unit is None else found * self._unit[0] + self._unit[1]
 
 
 @torch.no_grad()
-def export_to_onnx(pretrained: Pretrained, config: Config, file: Path) -> list[str]:
+def export_to_onnx(pretrained: Pretrained, config: Config, facts: Mapping[str, Any], file: Path) -> list[str]:
     """Writes the model as an ONNX file for batches of any size, with its weights in it or in a file beside it.
 
     Args:
         pretrained: the run's model; see `adapted_model`.
         config: configuration of the run.
+        facts: of the training labels; a standardised number becomes one in the labels' unit.
         file: file to write, which ends with `.onnx`.
 
     Returns:
@@ -172,12 +175,11 @@ def export_to_onnx(pretrained: Pretrained, config: Config, file: Path) -> list[s
     except ImportError as error:
         raise DataError("--to onnx needs more packages: pip install 'dcft_dist[onnx]'") from error
     inputs = example_inputs(config, pretrained.module, 3, _LENGTH)
-    model, values = _Positional(pretrained, list(inputs)), tuple(inputs.values())
+    model, values = _Positional(pretrained.module, list(inputs), facts).eval(), tuple(inputs.values())
     text = "input_ids" in inputs
     sizes = tuple({0: torch.export.Dim("size"), **({1: torch.export.Dim("tokens")} if text else {})} for _ in values)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent))
     try:
         torch.onnx.export(
             model,

@@ -21,7 +21,7 @@ from ..engines.box import Box
 from ..engines.checksum import checksum
 from ..engines.current import Current
 from ..engines.find import find_engine
-from ..engines.names import Patterns, as_patterns, matrix_names, table_names
+from ..engines.names import Patterns, as_patterns, is_adapter, matrix_names, table_names
 from ..errors import PenaltyError, ScoreError, did_you_mean, listing
 from ..seeds import seed_of
 from .bits import CHUNK
@@ -151,7 +151,7 @@ def _empty_scores(engine: Engine, head: Patterns, eligible: Patterns | None, cri
     head_names = set(names.match(head_patterns, what="head"))
     requested = matrix_names(engine.module, names) if eligible is None else names.match(eligible, what="eligible")
     frozen = tuple(n for n, p in names.parameters.items() if not p.requires_grad)
-    scored = [n for n in requested if n not in head_names and n not in frozen]
+    scored = [n for n in requested if n not in head_names and n not in frozen and not is_adapter(n)]
     if not scored:
         raise ScoreError(
             "no eligible weights: none of the matched weights is trainable and outside the head "

@@ -39,23 +39,39 @@ def named_loss(kind: str, name: str, args: Mapping[str, Any], builtin: Any) -> L
     Raises:
         ConfigError: the library's loss does not take these arguments, or MONAI is not installed.
     """
+    if fixed := [key for key in ("reduction", "to_onehot_y", "softmax", "sigmoid", "use_softmax") if key in args]:
+        raise ConfigError(f"task.loss_args: {fixed[0]} cannot be set: it follows from the task")
     try:
-        if isinstance(builtin, Regression):
-            error, standardised = _ERRORS[name], builtin.standardised
-            error(torch.zeros(1), torch.zeros(1), **args)
-            return lambda outputs, labels: error(outputs.squeeze(-1), standardised(labels), reduction="none", **args)
-        import monai.losses
-
-        make = getattr(monai.losses, _MONAI[kind][name])
-        if kind == "segmentation":
-            return _of_patches(make(to_onehot_y=True, softmax=True, **args))
-        if kind == "multi_label":
-            return _of_findings(make(reduction="none", **args))
-        return _of_classes(make(use_softmax=True, reduction="none", **args))
+        loss = _made(kind, name, args, builtin)
+        loss(*_example(kind, builtin))
     except ImportError as error:
         raise ConfigError(f"task.loss = {name!r} needs the package monai: pip install monai") from error
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"task.loss_args: {name} does not take them: {line_of(error)}") from error
+    except Exception as error:
+        raise ConfigError(f"task.loss_args: {name} does not take them: {type(error).__name__}: {line_of(error)}") from error
+    return loss
+
+
+def _made(kind: str, name: str, args: Mapping[str, Any], builtin: Any) -> Loss:
+    if isinstance(builtin, Regression):
+        error, standardised = _ERRORS[name], builtin.standardised
+        return lambda outputs, labels: error(outputs.squeeze(-1), standardised(labels), reduction="none", **args)
+    import monai.losses
+
+    make = getattr(monai.losses, _MONAI[kind][name])
+    if kind == "segmentation":
+        return _of_patches(make(to_onehot_y=True, softmax=True, **args))
+    if kind == "multi_label":
+        return _of_findings(make(reduction="none", **args))
+    return _of_classes(make(use_softmax=True, reduction="none", **args))
+
+
+def _example(kind: str, builtin: Any) -> tuple[Tensor, Tensor]:
+    """Outputs and labels of two examples, to try a loss on."""
+    number = builtin.num_outputs
+    if kind == "segmentation":
+        return torch.zeros(2, number, 4, 4), torch.zeros(2, 1, 4, 4, dtype=torch.int64)
+    labels = {"multi_label": torch.zeros(2, number), "regression": torch.ones(2)}
+    return torch.zeros(2, number), labels.get(kind, torch.zeros(2, dtype=torch.int64))
 
 
 def _of_classes(loss: Loss) -> Loss:

@@ -153,7 +153,7 @@ def forecast(request: Request) -> Forecast:
     if zero3 and request.offload:
         raise ConfigError("sharding.offload can be planned under FSDP2, not under ZeRO-3")
     with fake_ranks(request.ranks), _as_on_a_gpu(), zero3_alone() if zero3 else nullcontext():
-        return measure(request, partial(fake_tensors, numbers=zero3))
+        return measure(request, partial(fake_tensors, numbers=zero3 or request.custom_optimizer))
 
 
 def table(found: Forecast) -> str:

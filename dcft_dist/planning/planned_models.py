@@ -75,6 +75,7 @@ class Request:
         offload: weights, reduced gradients and optimizer state are in host memory; see `sharding.offload`.
         pull_to_start, pull_by_importance: see `optimizer.pull_to_start` and `optimizer.pull_by_importance`.
         ema: decay of an average of the weights; None: there is none. See `train.ema`.
+        custom_optimizer: the optimizer is that of `optimizer.build`, which may read numbers during a step.
         checkpoint_copies: checkpoints are copied into host memory; see `checkpoint.background`.
         host_memory_gib: host memory of a node in GiB; None: unknown.
         words: overrides of a configuration file, as on the command line.
@@ -101,6 +102,7 @@ class Request:
     pull_to_start: float = 0.0
     pull_by_importance: float = 0.0
     ema: float | None = None
+    custom_optimizer: bool = False
     checkpoint_copies: bool = False
     host_memory_gib: float | None = None
     words: tuple[str, ...] = ()
@@ -176,6 +178,7 @@ def request_of(model: str, words: Sequence[str], **given: Any) -> Request:
             "pull_to_start": config.optimizer.pull_to_start,
             "pull_by_importance": config.optimizer.pull_by_importance,
             "ema": config.train.ema,
+            "custom_optimizer": config.optimizer.build is not None,
             "checkpoint_copies": config.checkpoint.background and config.checkpoint.staging is None,
             "words": tuple(words),
         }
@@ -205,6 +208,8 @@ def _configured(request: Request) -> Planned:
         raise ConfigError(f"{request.model}: only a model from model.build can be planned, not {config.model.name}")
     if config.method not in ("dcft", "equal_displacement", "full", "lora", "lora_dcft"):
         raise ConfigError(f"{request.model}: method {config.method!r} cannot be planned")
+    if config.has_adapters and request.engine == "zero3":
+        raise ConfigError(f"{request.model}: adapters can be planned under FSDP2, not under ZeRO-3")
     if config.data.modality == "own":
         raise ConfigError(f"{request.model}: batches of data.collate cannot be planned: their sizes are unknown")
     labels = config.data.label if isinstance(config.data.label, list) else [config.data.label]

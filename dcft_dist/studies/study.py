@@ -33,7 +33,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..config.schema import Config
 from ..config.section import Section, Seed
-from ..config.toml import flat_keys, load_config
+from ..config.toml import as_toml, flat_keys, load_config
 from ..errors import ConfigError, line_of
 from ..train.places import FAMILIES, can_interpolate
 
@@ -268,7 +268,7 @@ def make_config(study: Study, cell: Cell, folder: Path) -> Config:
 
 def _words(keys: dict[str, Any]) -> list[str]:
     """Keys and values as words of the command line."""
-    return [word for key, value in keys.items() for word in (f"--{key}", json.dumps(value))]
+    return [word for key, value in keys.items() for word in (f"--{key}", as_toml(value))]
 
 
 def make_preparation(config: Config, folder: Path) -> Config:

@@ -276,6 +276,11 @@ def _wrap_options(config: Config, world: World, blocks: Sequence[nn.Module], num
     train, sharding, device = config.train, config.sharding, world.device
     share = train.global_batch // world.data_ranks
     size = micro_batch(train.micro_batch, share)
+    if size < 2 and (train.mixup or train.cutmix):
+        raise ConfigError(
+            "train.mixup and train.cutmix mix the examples of a micro-batch, and here each has only one: raise "
+            "train.micro_batch or train.global_batch"
+        )
     accumulation = share // size
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
     return WrapOptions(

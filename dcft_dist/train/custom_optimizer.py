@@ -43,7 +43,7 @@ def custom_optimizer(param_groups: list[dict[str, Any]], config: Config) -> torc
     settings = config.optimizer
     path = str(settings.build)
     found = find_function(path, config.import_roots, KEY)
-    takes_decay = "weight_decay" in _arguments(found)
+    takes_decay = _takes(found, "weight_decay")
     if not takes_decay and any(group["weight_decay"] for group in param_groups):
         raise ConfigError(f"{KEY}: {path} has no weight decay: set optimizer.weight_decay = 0")
 
@@ -51,18 +51,21 @@ def custom_optimizer(param_groups: list[dict[str, Any]], config: Config) -> torc
         if not takes_decay:
             groups = [{key: value for key, value in group.items() if key != "weight_decay"} for group in groups]
         try:
-            optimizer = found(groups, lr=settings.lr, **settings.args)
+            optimizer = found([dict(group) for group in groups], lr=settings.lr, **settings.args)
         except Exception as error:
             raise ConfigError(f"{KEY}: {path} fails: {type(error).__name__}: {line_of(error)}") from error
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(f"{KEY}: {path} makes a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+        for given, group in zip(groups, optimizer.param_groups, strict=True):
+            if (decay := group.get("weight_decay", 0.0)) != (wanted := given.get("weight_decay", 0.0)):
+                raise ConfigError(f"{KEY}: {path} sets a weight decay of {decay} where {wanted} was asked for")
         return optimizer
 
-    with collectives.agreed(KEY):
-        whole = _trial(build, path, _weight())
     example: Any = next(parameter for group in param_groups for parameter in group["params"])
     if not has_values(local_tensor(example)):  # `dcft plan`
         return build(param_groups)
+    with collectives.agreed(KEY):
+        whole = _trial(build, path, _weight())
     sharded = example if isinstance(example, DTensor) else None
     flat = sharded is None and engine_named(config.engine, config.import_roots).flattens(config.sharding.zero_stage)
     if flat or sharded is not None:
@@ -73,15 +76,22 @@ def custom_optimizer(param_groups: list[dict[str, Any]], config: Config) -> torc
             raise ConfigError(
                 f"{KEY}: {path} looks at whole tensors, and the engine {config.engine} gives it parts of them: {advice}"
             )
-    return build(param_groups)
+    optimizer = build(param_groups)
+    if flat and optimizer.state:
+        raise ConfigError(
+            f"{KEY}: {path} has a state before its first step, which the engine {config.engine} would not flatten: use the "
+            "engine fsdp2, ddp or single"
+        )
+    return optimizer
 
 
-def _arguments(function: Any) -> set[str]:
+def _takes(function: Any, name: str) -> bool:
+    """Whether a function or class may take an argument of this name."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        return set()
-    return {p.name for p in parameters}
+        return False
+    return any(p.name == name or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 def _weight() -> Tensor:
@@ -115,6 +125,7 @@ def _trial(build: Build, path: str, *parts: Tensor) -> Tensor:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(f"{KEY}: {path} needs a closure for its step, which the trainer does not give: choose another one")
+    before = _counts(optimizer)
     for step in range(_STEPS):
         for parameter in parameters:
             parameter.grad = torch.cos(parameter.detach() * (step + 2)) * 0.1
@@ -124,6 +135,8 @@ def _trial(build: Build, path: str, *parts: Tensor) -> Tensor:
             raise
         except Exception as error:
             raise ConfigError(f"{KEY}: a step of {path} fails: {type(error).__name__}: {line_of(error)}") from error
+    if changed := [name for name, value in _counts(optimizer).items() if before.get(name) != value]:
+        raise ConfigError(f"{KEY}: {path} counts in its own attribute {changed[0]!r}, which a checkpoint cannot keep")
     if kept := next(_cannot_be_kept(optimizer), None):
         raise ConfigError(f"{KEY}: {path} keeps {', '.join(kept)}, which a checkpoint cannot keep: choose another one")
     values: list[Any] = [parameter.detach() for parameter in parameters]
@@ -145,6 +158,13 @@ def _cannot_be_kept(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, str
         for key, value in group.items():
             if key != "params" and not _is_plain(value):
                 yield f"{key!r} in its groups", f"a {type(value).__name__}"
+
+
+def _counts(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Numbers among the attributes of an optimizer itself."""
+    plain = {name: value for name, value in vars(optimizer).items() if isinstance(value, int | float)}
+    scalars = {n: v.item() for n, v in vars(optimizer).items() if isinstance(v, Tensor) and v.numel() == 1}
+    return {name: float(value) for name, value in {**plain, **scalars}.items()}
 
 
 def _is_plain(value: Any) -> bool:

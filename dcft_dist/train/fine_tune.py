@@ -160,7 +160,7 @@ class Trainer:
             best = self._end_of_epoch(start, start // per_epoch, best, groups, write=epochs > 0)
         total = epochs * per_epoch
         end = min(total, settings.max_steps or total)
-        if validated and self._is_in_vain(start // per_epoch, best):
+        if start % per_epoch == 0 and self._is_in_vain(start // per_epoch, best):
             end = start
         for step in run.progress_bar(range(start + 1, end + 1), "train", initial=start, total=end):
             epoch, rest = divmod(step, per_epoch)
@@ -431,13 +431,13 @@ class Trainer:
         if not self.run.world.is_first:
             return
         metric, rates = self.run.metric, self._rates
-        group = next(g for g in self.run.prepared.optimizer.param_groups if "lr" in g)
+        rate = max(group["lr"] for group in self.run.prepared.optimizer.param_groups)
         parts = [
             f"epoch {epoch}/{self.config.train.epochs}",
             f"training loss {mean(losses):.4g}" if losses else "",
             f"validation {metric} {self._validated[metric]:.4g}" + (" (best)" if best.epoch == epoch else ""),
             f"validation loss {self._validated['loss']:.4g}" if metric != "loss" else "",
-            f"learning rate {group['lr']:.2g}",
+            f"learning rate {rate:.2g}",
             f"{rates['speed/samples_per_s']:.3g} samples/s" if "speed/samples_per_s" in rates else "",
             f"{rates['speed/tokens_per_s']:.3g} tokens/s" if "speed/tokens_per_s" in rates else "",
             f"{rates['speed/mfu']:.1%} of the peak" if "speed/mfu" in rates else "",

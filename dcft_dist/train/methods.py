@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from ..config.schema import Config
 from ..controls.step_controls import EqualDisplacement
+from ..engines.names import ParameterNames, matrix_names
 from ..engines.prepared import Prepared
+from ..errors import ConfigError
 from ..method.fundamental_set import FundamentalSet
 from ..method.levels import Levels
 from ..method.penalty import Penalty, attach_penalty
@@ -25,6 +27,7 @@ def choose_trained(pretrained: Pretrained, config: Config) -> None:
 
     Raises:
         DataError: adapters without the package peft.
+        ConfigError: `lora_dcft` has nothing to score by default.
         PatternError: a pattern in `lora.beside` matches nothing.
     """
     head = set(pretrained.head_names)
@@ -33,6 +36,23 @@ def choose_trained(pretrained: Pretrained, config: Config) -> None:
             parameter.requires_grad_(name.endswith("bias") or name in head)
     elif config.has_adapters:
         insert_adapters(pretrained.module, head, config.lora)
+        if config.method == "lora_dcft" and not config.importance.eligible:
+            _check_default(pretrained, config)
+
+
+def _check_default(pretrained: Pretrained, config: Config) -> None:
+    """Checks that the weights beside adapters include some that are scored without being named.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    names = ParameterNames.of(pretrained.module)
+    beside = names.match(config.lora.beside, what="lora.beside")
+    if not set(beside) & set(matrix_names(pretrained.module, names)):
+        raise ConfigError(
+            "lora.beside has no weights of linear or convolution layers: name what to score in importance.eligible, such as "
+            f"{beside[0]!r}"
+        )
 
 
 def begin(

@@ -13,7 +13,7 @@ from ..distributed import collectives
 from ..distributed.late import LateSum
 from ..distributed.progress import arrive
 from ..engines.find import find_engine
-from ..errors import ConfigError, DivergedError, PenaltyError
+from ..errors import DivergedError, PenaltyError
 from ..method.learned_factor import LearnedFactor
 from ..method.penalty import Penalty
 from ..runs.stop import Stopped, stop_requested
@@ -61,7 +61,7 @@ class Training:
             penalty: the attached penalty; None if the method uses none.
         """
         self.penalty, self._began, settings = penalty, True, self.run.config.penalty
-        if decay := self.run.config.train.ema:
+        if (decay := self.run.config.train.ema) and self.run.config.train.epochs:
             self.averages = AveragedWeights(self.run.model, decay)
         if penalty and settings.schedule == "learned":
             self.learned = LearnedFactor(self.run.model, penalty, self.run.loss, settings.learn_rate)
@@ -244,8 +244,6 @@ class Training:
         run, settings = self.run, self.run.config.train
         if not (settings.mixup or settings.cutmix):
             return batch
-        if len(batch["labels"]) < 2:
-            raise ConfigError("train.mixup and train.cutmix mix the examples of a micro-batch, and here each has only one")
         seed = seed_of(run.config.seed, "mix", step, run.world.data_rank * count + i)
         return mixed(batch, settings.mixup, settings.cutmix, run.objective.num_outputs, seed)
 

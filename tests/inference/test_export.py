@@ -108,6 +108,10 @@ def test_a_number_is_exported_in_the_unit_of_the_labels(tmp_path: Path) -> None:
     expected = pretrained.module(**inputs) * facts["std"] + facts["mean"]
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-4, atol=1e-3)
     assert model.config.problem_type == "regression" and facts["mean"] > 100
+    assert main(["export", str(run), str(tmp_path / "out.onnx"), "--to", "onnx"]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "out.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-3)
 
 
 def test_other_heads_are_refused_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,5 +154,5 @@ def test_an_onnx_file_with_other_outputs_is_not_kept(tmp_path: Path) -> None:
     nothing: Any = None
     config = load_config("medmnist.toml", ["--data.path", "x"])
     with pytest.raises(ConfigError, match="--to onnx: the "):
-        export_to_onnx(Pretrained(Dice(), (), [], nothing), config, tmp_path / "dice.onnx")
+        export_to_onnx(Pretrained(Dice(), (), [], nothing), config, {}, tmp_path / "dice.onnx")
     assert not list(tmp_path.iterdir())

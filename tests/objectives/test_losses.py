@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional
 
+from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.mixing import mixed
 from dcft_dist.errors import ConfigError
@@ -92,6 +94,9 @@ def test_losses_of_masks_are_those_of_monai(name: str, kind: Any, args: dict[str
         ("single_label", ["--task.loss", "focl"], "no 'focl' for kind = 'single_label' .did you mean 'focal'"),
         ("single_label", ["--task.loss", "huber"], "use focal, or an import path"),
         ("single_label", ["--task.loss", "focal", "--task.loss_args", "{gama = 1}"], "loss_args: focal does not take them"),
+        ("single_label", ["--task.loss", "focal", "--task.loss_args", '{gamma = "x"}'], "focal does not take them: Type"),
+        ("single_label", ["--task.loss", "focal", "--task.loss_args", "{weight = [1.0, 2.0]}"], "focal does not take them"),
+        ("single_label", ["--task.loss", "focal", "--task.loss_args", "{to_onehot_y = true}"], "to_onehot_y cannot be set"),
         ("single_label", ["--task.loss_args", "{gamma = 1}"], "loss_args are for a loss by name"),
         ("single_label", ["--task.loss", "focal", "--task.label_smoothing", "0.1"], "label_smoothing is for"),
         ("regression", ["--task.label_smoothing", "0.1", "--data.format", "table"], "label_smoothing is for"),
@@ -145,6 +150,16 @@ def test_both_share_the_batches_between_them() -> None:
     kinds = [len(mixed(batch, 1.0, 1.0, 4, seed)["pixel_values"][0].unique()) for seed in range(100)]
     blended = [seed for seed, values in enumerate(kinds) if values == 1]
     assert 30 < len(blended) < 70
+
+
+def test_a_single_example_cannot_be_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "alone.py").write_text(ROWS)
+    words = ["--runs_dir", str(tmp_path), "--model.num_layers", "1", "--model.image_size", "28", "--task.name", "own"]
+    words += ["--import_roots", f'["{tmp_path}"]', "--data.format", "python", "--data.build", "alone.rows"]
+    words += ["--train.micro_batch", "1", "--train.mixup", "0.2", "--engine", "single", "--importance.num_samples", "32"]
+    assert main(["train", "mri.toml", *words]) == 2
+    dist.destroy_process_group()
+    assert "each has only one: raise train.micro_batch" in capsys.readouterr().err
 
 
 ROWS = """

@@ -303,6 +303,23 @@ def test_a_plan_follows_its_configuration(tmp_path: Path, capsys: pytest.Capture
     assert staged.offload and not staged.activations_on_host and not staged.checkpoint_copies
 
 
+@pytest.mark.parametrize(("build", "engine"), [("torch.optim.Adagrad", "fsdp2"), ("torch.optim.NAdam", "zero3")])
+def test_a_plan_with_another_optimizer(build: str, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is tried on tensors without values, and a step may read its own count."""
+    words = [*true_width("reports_bert", tmp_path), "--optimizer.build", build, "--ranks", "2", "--engine", engine, "--json"]
+    assert main(["plan", "--model", "configs/reports_bert.toml", *words]) == 0
+    told = capsys.readouterr().out  # DeepSpeed may speak first
+    found = json.loads(told[told.index("{") :])
+    states = 1 if build.endswith("Adagrad") else 2
+    assert found["plain_step"]["optimizer"] == pytest.approx(4 * states * found["weights"] / 2, rel=0.02)
+
+
+def test_adapters_are_planned_under_fsdp2_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*true_width("reports_bert", tmp_path), "--method", "lora", "--engine", "zero3"]
+    assert main(["plan", "--model", "configs/reports_bert.toml", *words]) == 2
+    assert "adapters can be planned under FSDP2, not under ZeRO-3" in capsys.readouterr().err
+
+
 def planned_by_rule(request: Request) -> Forecast:
     """1 GiB, or 0.3 with offloading, and for each sample of a micro-batch 1 GiB, with checkpointing less."""
     share = {"none": 1.0, "selective": 0.5, "blocks": 0.1}[request.activation_checkpointing]

@@ -166,6 +166,13 @@ def test_cells_of_a_study(tmp_path: Path) -> None:
     assert full == dcft != head  # one head and one set of scores a seed, whatever the arm
 
 
+def test_a_study_may_set_tables_in_lists(tmp_path: Path) -> None:
+    groups = '[common]\noptimizer.groups = [{pattern = "head", lr_scale = 0.5}]\n[settings.small]'
+    study = load_study(write(tmp_path / "s.toml", SMALL.replace("[settings.small]", groups)))
+    config = make_config(study, next(iter(tuning_cells(study))), tmp_path)
+    assert [(group.pattern, group.lr_scale) for group in config.optimizer.groups] == [("head", 0.5)]
+
+
 def test_a_study_of_several_sizes_chooses_for_each(tmp_path: Path) -> None:
     large = "[settings.large]\ntask.train_per_class = 12\n[arms.full]"
     folder = StudyFolder(load_study(write(tmp_path / "s.toml", SMALL.replace("[arms.full]", large))), tmp_path)

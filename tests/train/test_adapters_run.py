@@ -111,7 +111,10 @@ def test_a_set_of_weights_that_are_trained_beside_adapters(recipe: list[str], tm
         for name, weight in exported(tmp_path / engine).items():
             torch.testing.assert_close(weight, weights[name], rtol=0, atol=2e-4)
         assert FundamentalSet.load(tmp_path / engine / "it/fundamental.safetensors").jaccard(chosen) == 1.0
-    free = trained(recipe, tmp_path / "free", 1, "--engine", "single", *more, "--penalty.factor", "0.0")
+    every = ["--importance.eligible", '["model.layers"]']  # also those that are not scored: adapters, frozen weights
+    free = trained(recipe, tmp_path / "free", 1, "--engine", "single", *more, "--penalty.factor", "0.0", *every)
+    chosen = FundamentalSet.load(tmp_path / "free/it/fundamental.safetensors")
+    assert all(name.startswith("model.layers.1.") for name in chosen.names)
     mask = chosen.mask_in(
         "model.layers.1.mlp.up_proj.weight", Box.whole(tuple(start["model.layers.1.mlp.up_proj.weight"].shape))
     )
@@ -161,6 +164,9 @@ def test_peft_reads_the_adapters(recipe: list[str], tmp_path: Path, capsys: pyte
     [
         (["--method", "lora_dcft"], "method 'lora_dcft' needs lora.beside"),
         (["--method", "full", "--lora.beside", '["model.norm"]'], "lora.beside has no meaning for method = 'full'"),
+        (["--method", "lora_dcft", "--lora.beside", '["a"]', "--penalty.unscored_factor", "0"], "slow down the adapters"),
+        (["--engine", "deepspeed", "--train.precision", "bf16"], "needs train.precision = 'fp32' under deepspeed"),
+        (["--method", "bitfit", "--engine", "deepspeed", "--train.precision", "bf16"], "round the frozen weights"),
         (["--engine", "fsdp1"], "method 'lora' is not for the engine fsdp1"),
         (["--engine", "deepspeed", "--sharding.offload", "true"], "not for deepspeed with sharding.offload"),
     ],

@@ -6,16 +6,21 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from dcft_dist.cli import main
+from dcft_dist.config.toml import load_config
 from dcft_dist.data.batches import order
+from dcft_dist.errors import ConfigError
 from dcft_dist.files import read_json, read_lines
+from dcft_dist.train.steps import Training
 from dcft_dist.weights.averages import AveragedWeights
 
 from ..ranks import run_ranks
@@ -158,3 +163,29 @@ def test_a_run_stops_when_nothing_gets_better(
     (run / "summary.json").unlink()  # as if it was ended right after its last checkpoint
     assert main(words) == 0
     assert len(worse()) == 5 and read_lines(run / "metrics.jsonl") == rows and (run / "summary.json").exists()
+
+
+def test_a_stop_before_the_validation_changes_nothing(
+    tiny: Path, tmp_path: Path, worse: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint of the last step of an epoch is not validated yet: who goes on from it makes up for that, and stops."""
+    words = ["train", str(tiny), "--runs_dir", str(tmp_path), "--engine", "single", "--method", "full", "--name", "stops"]
+    words += ["--train.epochs", "6", "--train.patience", "2", "--removal.fractions", "[]"]
+    make = Training.step
+
+    def step(training: Training, number: int, total: int, groups: Any) -> Any:
+        values = make(training, number, total, groups)
+        training.stopping = training.stopping or (number + 1 == 20 and len(worse()) == 4)
+        return values
+
+    monkeypatch.setattr(Training, "step", step)
+    assert main(words) == 0 and len(worse()) == 4 and not (tmp_path / "stops/summary.json").exists()
+    dist.destroy_process_group()  # a run that was stopped leaves it to the end of its process
+    assert main(words) == 0
+    assert read_json(tmp_path / "stops/summary.json")["best_epoch"] == 2 and len(worse()) == 5
+    assert read_lines(tmp_path / "stops/metrics.jsonl")[-1]["step"] == 20
+
+
+def test_a_probe_has_nothing_to_average(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train.ema, mixup and cutmix are for fine-tuning"):
+        load_config(tiny, ["--method", "linear_probe", "--train.ema", "0.9"])

@@ -62,6 +62,13 @@ def test_adapters_start_at_nothing_and_merge_into_the_weights() -> None:
     torch.testing.assert_close(module(inputs), changed)
 
 
+def test_a_set_beside_adapters_needs_something_to_score() -> None:
+    words = ["--method", "lora_dcft", "--engine", "single", "--lora.beside", '["above", "blocks.*.1"]']
+    with pytest.raises(ConfigError, match=r"name what to score in importance.eligible, such as 'blocks.0.1.weight'"):
+        choose_trained(_pretrained(), load_config("smoke.toml", words))
+    choose_trained(_pretrained(), load_config("smoke.toml", [*words, "--importance.eligible", '["above"]']))
+
+
 class Encoder(nn.Module):
     """An encoder layer of torch, a tied pair, a head and a convolution with names that end like a linear layer's."""
 

@@ -224,6 +224,24 @@ class Modes(torch.optim.SGD):
         pass
 
 
+class Ticking(torch.optim.SGD):
+    def __init__(self, params, lr):
+        super().__init__(params, lr=lr)
+        self.ticks = 0
+
+    def step(self):
+        self.ticks += 1
+        super().step()
+
+
+def adamw(params, lr, **more):
+    return torch.optim.AdamW(params, lr=lr, **more)
+
+
+def secretly(params, lr):
+    return torch.optim.AdamW(params, lr=lr)
+
+
 def nothing(params, lr):
     return params
 '''
@@ -246,6 +264,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         ("own_steps.Rows", "keeps 'rows', of shape .8. for a weight of shape .8, 6."),
         ("own_steps.Needy", "needs a closure for its step"),
         ("own_steps.Modes", "has a mode for evaluation"),
+        ("own_steps.Ticking", "counts in its own attribute 'ticks'"),
+        ("own_steps.secretly", "sets a weight decay of 0.01 where 0.0 was asked for"),
         ("own_steps.nothing", "makes a list, not a torch.optim.Optimizer"),
     ],
 )
@@ -255,9 +275,24 @@ def test_what_cannot_be_used_is_refused(build: str, said: str, own: list[str]) -
         optimizer_of(pretrained(), *own, "--optimizer.build", build, "--optimizer.weight_decay", decay)
 
 
+def test_a_builder_with_any_arguments_gets_the_weight_decay(own: list[str]) -> None:
+    for decay in ("0", "0.2"):
+        words = [*own, "--optimizer.build", "own_steps.adamw", "--optimizer.weight_decay", decay]
+        groups = optimizer_of(pretrained(), *words).param_groups
+        assert {group["weight_decay"] for group in groups} == {0.0, float(decay)}
+
+
+def test_a_state_before_the_first_step_cannot_be_flattened() -> None:
+    words = ["--optimizer.build", "torch.optim.Adagrad", "--engine", "deepspeed"]
+    with pytest.raises(ConfigError, match="has a state before its first step, which the engine deepspeed would not flatten"):
+        optimizer_of(pretrained(), *words)
+    optimizer_of(pretrained(), *words, "--sharding.zero_stage", "0")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--optimizer.build", "torch.optim.NAdam", "--optimizer.args", "{weight_decay = 1}"], "weight_decay has a key"),
         (["--optimizer.name", "own"], "name = 'own' needs build"),
         (["--optimizer.args", "{a = 1}"], "args are for an optimizer of `build`"),
         (["--optimizer.build", "torch.optim.NAdam", "--optimizer.momentum", "0.9"], "momentum does nothing for torch.optim"),

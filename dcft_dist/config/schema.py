@@ -178,19 +178,6 @@ class Config(Section):
             raise ValueError("task.class_weights = 'balanced' is for task.kind = 'single_label'")
         if self.task.loss and self.task.class_weights == "balanced":
             raise ValueError("task.loss is the whole loss: task.class_weights = 'balanced' would do nothing")
-        if self.train.calibrate and self.task.kind not in ("single_label", "multi_label"):
-            raise ValueError("train.calibrate is for task.kind = 'single_label' and 'multi_label'")
-        if self.method == "linear_probe" and (self.train.ema or self.train.mixup or self.train.cutmix):
-            raise ValueError("train.ema, mixup and cutmix are for fine-tuning, and method = 'linear_probe' has none")
-        if self.train.mixup or self.train.cutmix:
-            images = self.data.modality in ("image", "volume") if self.task.name == "own" else self.task.name in IMAGE_TASKS
-            if not images or self.task.kind not in ("single_label", "multi_label"):
-                raise ValueError("train.mixup and train.cutmix are for images or volumes with classes or findings")
-        if self.data.augment != "none" or self.data.flip:
-            if self.data.transform:
-                raise ValueError("data.transform stands in place of data.augment and data.flip: give one or the other")
-            if self.data.modality not in ("image", "volume") or self.task.name != "own":
-                raise ValueError("data.augment and data.flip are for your own images and volumes")
         if self.data.transform and self.data.modality not in ("image", "volume"):
             raise ValueError("data.transform is for images: it needs data.modality = 'image' or 'volume'")
         columns = self.data.input
@@ -233,6 +220,23 @@ class Config(Section):
             return self
         if (self.model.name == "dinov2_small") != (self.task.name in IMAGE_TASKS):
             raise ValueError(f"model.name = '{self.model.name}' cannot read the inputs of task.name = '{self.task.name}'")
+        return self
+
+    @model_validator(mode="after")
+    def _varies_what_it_can(self) -> Config:
+        if self.train.calibrate and self.task.kind not in ("single_label", "multi_label"):
+            raise ValueError("train.calibrate is for task.kind = 'single_label' and 'multi_label'")
+        if self.method == "linear_probe" and (self.train.ema or self.train.mixup or self.train.cutmix):
+            raise ValueError("train.ema, mixup and cutmix are for fine-tuning, and method = 'linear_probe' has none")
+        if self.train.mixup or self.train.cutmix:
+            images = self.data.modality in ("image", "volume") if self.task.name == "own" else self.task.name in IMAGE_TASKS
+            if not images or self.task.kind not in ("single_label", "multi_label"):
+                raise ValueError("train.mixup and train.cutmix are for images or volumes with classes or findings")
+        if self.data.augment != "none" or self.data.flip:
+            if self.data.transform:
+                raise ValueError("data.transform stands in place of data.augment and data.flip: give one or the other")
+            if self.data.modality not in ("image", "volume") or self.task.name != "own":
+                raise ValueError("data.augment and data.flip are for your own images and volumes")
         return self
 
     @model_validator(mode="after")

@@ -128,7 +128,7 @@ def matrix_names(module: nn.Module, names: ParameterNames) -> list[str]:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a weight belongs to an adapter of peft: zero as a whole at first, so no gradient says what it is worth."""
+    """Whether a weight belongs to an adapter of peft. Its product is zero at first, so no gradient shows its importance."""
     return ".lora_" in name
 
 

@@ -10,20 +10,12 @@ import pytest
 from dcft_dist.cli import main
 from dcft_dist.files import read_json
 
+from .objectives.test_losses import ROWS
 from .own import tiny_encoder
 from .train.test_run import SHORT, SMALL
 
 PAGE = (Path(__file__).parent.parent / "docs/choices.md").read_text()
 BLOCKS = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-
-ROWS = """
-import numpy as np
-
-def rows():
-    draw = np.random.default_rng(0)
-    return [{"input": draw.integers(60 * (i % 4), 60 * (i % 4) + 60, (28, 28, 3), dtype=np.uint8), "label": "abcd"[i % 4]}
-            for i in range(96)]
-"""
 
 IMAGES = """
 extends = "mri.toml"

@@ -156,7 +156,7 @@ class _Reading:
         self.requested, self._stored = buffers, stored
         self._parts: list[tuple[Tensor, Shard, Tensor]] = []  # whole weights, of which a rank takes a part
         self._scalars: dict[int, tuple[Tensor, list[Tensor]]] = {}  # several weights may share one
-        self._numbers: dict[tuple[int, str], tuple[dict[str, Any], list[Tensor]]] = {}  # not tensors, likewise
+        self._numbers: dict[tuple[int, str], tuple[dict[str, Any], list[Tensor]]] = {}  # numbers of Python
 
     def values(self, name: str, shard: Shard, values: Tensor) -> None:
         """Requests `values`, which are laid out like the shard."""

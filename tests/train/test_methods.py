@@ -18,7 +18,8 @@ from dcft_dist.train.adapters import fill_adapters, insert_adapters, merge_adapt
 from dcft_dist.train.methods import choose_trained
 
 
-def _pretrained() -> Pretrained:
+def pretrained() -> Pretrained:
+    """Three blocks between a layer and a norm, and a head."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU()) for _ in range(3)]
     parts = OrderedDict(below=nn.Linear(4, 6), blocks=nn.Sequential(*blocks), above=nn.LayerNorm(6), head=nn.Linear(6, 2))
@@ -26,26 +27,26 @@ def _pretrained() -> Pretrained:
     return Pretrained(nn.Sequential(parts), ("head",), list(blocks), nothing)
 
 
-def _trained(pretrained: Pretrained) -> set[str]:
-    return {name for name, p in pretrained.module.named_parameters() if p.requires_grad}
+def _trained(net: Pretrained) -> set[str]:
+    return {name for name, p in net.module.named_parameters() if p.requires_grad}
 
 
 def test_bitfit_trains_biases_and_the_head() -> None:
-    pretrained = _pretrained()
-    choose_trained(pretrained, load_config("smoke.toml", ["--method", "bitfit"]))
+    net = pretrained()
+    choose_trained(net, load_config("smoke.toml", ["--method", "bitfit"]))
     biases = {"below.bias", "above.bias", *(f"blocks.{i}.{j}.bias" for i in range(3) for j in (0, 1))}
-    assert _trained(pretrained) == biases | {"head.weight", "head.bias"}
+    assert _trained(net) == biases | {"head.weight", "head.bias"}
 
 
 def test_adapters_start_at_nothing_and_merge_into_the_weights() -> None:
     """Hu et al. 2022: W + alpha / rank * B A, with B zero at first."""
-    pretrained = _pretrained()
-    module, before = pretrained.module, copy.deepcopy(pretrained.module)
+    net = pretrained()
+    module, before = net.module, copy.deepcopy(net.module)
     words = ["--method", "lora", "--engine", "single", "--lora.rank", "2", "--lora.alpha", "8"]
-    choose_trained(pretrained, load_config("smoke.toml", words))
+    choose_trained(net, load_config("smoke.toml", words))
     inputs = torch.randn(5, 4)
     assert torch.equal(module(inputs), before(inputs))
-    trained = _trained(pretrained)
+    trained = _trained(net)
     assert {n for n in trained if "lora_" not in n} == {"head.weight", "head.bias"}
     assert len(trained) == 2 + 2 * 4  # two for each linear layer of the body
 
@@ -65,8 +66,8 @@ def test_adapters_start_at_nothing_and_merge_into_the_weights() -> None:
 def test_a_set_beside_adapters_needs_something_to_score() -> None:
     words = ["--method", "lora_dcft", "--engine", "single", "--lora.beside", '["above", "blocks.*.1"]']
     with pytest.raises(ConfigError, match=r"name what to score in importance.eligible, such as 'blocks.0.1.weight'"):
-        choose_trained(_pretrained(), load_config("smoke.toml", words))
-    choose_trained(_pretrained(), load_config("smoke.toml", [*words, "--importance.eligible", '["above"]']))
+        choose_trained(pretrained(), load_config("smoke.toml", words))
+    choose_trained(pretrained(), load_config("smoke.toml", [*words, "--importance.eligible", '["above"]']))
 
 
 class Encoder(nn.Module):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
@@ -25,6 +23,7 @@ from dcft_dist.files import read_lines
 from dcft_dist.models.pretrained import Pretrained
 from dcft_dist.train.optimizer import lr_scale, make_optimizer, rates_of
 
+from .test_methods import pretrained
 from .test_pull_run import same, same_course
 from .test_run import encoder, tiny, train
 
@@ -33,14 +32,6 @@ __all__ = ["encoder", "tiny"]
 
 def config_of(*words: str) -> Config:
     return load_config("smoke.toml", ["--method", "full", "--engine", "single", *words])
-
-
-def pretrained() -> Pretrained:
-    torch.manual_seed(0)
-    blocks = [nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.GELU()) for _ in range(3)]
-    parts = OrderedDict(below=nn.Linear(4, 6), blocks=nn.Sequential(*blocks), above=nn.LayerNorm(6), head=nn.Linear(6, 2))
-    nothing: Any = None  # no inputs are made here
-    return Pretrained(nn.Sequential(parts), ("head",), list(blocks), nothing)
 
 
 def optimizer_of(net: Pretrained, *words: str) -> torch.optim.Optimizer:

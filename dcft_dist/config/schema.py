@@ -205,6 +205,8 @@ class Config(Section):
             if isinstance(self.data.label, list) != (self.task.kind == "multi_label"):
                 raise ValueError("data.label is a list of columns for task.kind = 'multi_label', and one column otherwise")
             return self
+        if self.data.folds:
+            raise ValueError("data.folds are for task.name = 'own'")
         if self.data.sources():
             raise ValueError(
                 f"task.name = '{self.task.name}' has data of its own, and [data] names others: set task.name = 'own', or "

@@ -163,6 +163,12 @@ class Data(Section):
     test_share: Fraction = Field(
         0.2, description="Share of the examples for the test, drawn by group; for data without a test split."
     )
+    folds: Count | None = Field(
+        None,
+        description="Cross-validation: training and validation data are divided into this many folds by group, and one of "
+        "them validates. The test data stay.",
+    )
+    fold: Annotated[int, Field(ge=0)] = Field(0, description="`folds`: the fold that validates, counted from 0.")
     classes: list[str] = Field(
         [], description="Names of the classes, in order; absent: the classes of the training data, sorted."
     )
@@ -229,6 +235,10 @@ class Data(Section):
             raise ValueError(
                 f"group_pattern is for format = 'image_folder', not for '{self.format}': name a column as group"
             )
+        if self.folds is not None and self.folds < 2:
+            raise ValueError("folds must be at least 2")
+        if self.fold >= (self.folds or 1):
+            raise ValueError(f"fold = {self.fold}: the folds are counted from 0, and there are {self.folds or 'none'}")
         if self.system is not None and not self.chat:
             raise ValueError("system is for chat = true")
         if self.chat and self.template != type(self).model_fields["template"].default:

@@ -154,6 +154,8 @@ def _split(rows_by_split: Parts, config: Config) -> Parts:
             number += sizes[group]
         parts[name] = [row for row in parts["train"] if row.group in chosen_groups]
         parts["train"] = [row for row in parts["train"] if row.group not in chosen_groups]
+    if config.data.folds:
+        parts |= _fold(parts["train"] + parts["validation"], config.data.folds, config.data.fold, config.task.split_seed)
     empty = [name for name in SPLITS if not parts.get(name)]
     if empty:
         raise DataError(
@@ -161,6 +163,28 @@ def _split(rows_by_split: Parts, config: Config) -> Parts:
             "data.validation_share and data.test_share, or assign the splits yourself with data.split"
         )
     return {name: parts[name] for name in SPLITS}
+
+
+def _fold(rows: list[Row], folds: int, fold: int, seed: int) -> Parts:
+    """Training and validation rows of one fold. Groups stay whole, and the folds are of about one size.
+
+    Raises:
+        DataError: there are fewer groups than folds.
+    """
+    sizes = Counter(row.group for row in rows)
+    groups = sorted(sizes)
+    random.Random(f"{seed}:folds").shuffle(groups)
+    groups.sort(key=lambda group: -sizes[group])
+    if len(groups) < folds:
+        raise DataError(f"data.folds is {folds}, but training and validation data have only {len(groups)} groups")
+    filled, fold_of = [0] * folds, dict[str, int]()
+    for group in groups:
+        fold_of[group] = filled.index(min(filled))
+        filled[fold_of[group]] += sizes[group]
+    parts: Parts = {"train": [], "validation": []}
+    for row in rows:
+        parts["validation" if fold_of[row.group] == fold else "train"].append(row)
+    return parts
 
 
 def _check_groups(parts: Parts) -> None:

@@ -22,7 +22,7 @@ def add_commands(commands: Any) -> None:
         ("predict", "predictions of a finished run's model for other data, as CSV"),
     ):
         use = commands.add_parser(name, help=text, epilog="the data: --data.path new.csv, and any other key of [data]")
-        use.add_argument("run", type=Path)
+        use.add_argument("run", type=Path, nargs="+", help="directories of finished runs; of several, the mean is taken")
         use.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
         if name == "predict":
             use.add_argument(
@@ -66,15 +66,22 @@ def use(options: argparse.Namespace, rest: list[str]) -> None:
     from ..distributed.world import joined_world
     from ..files import table_of, write_atomic
     from ..runs.folder import keep_private
+    from .ensemble import evaluate_together
     from .load import load_adapted
-    from .predict import evaluate_split, given_split, predictions, report_of
+    from .predict import given_split, predictions, predictions_of, report_of
 
+    labelled = options.command == "evaluate"
     with joined_world(600.0) as world:
-        adapted = load_adapted(options.run, rest, world, options.trust_code)
+        if labelled or len(options.run) > 1:
+            adapted, split, found, examples = evaluate_together(options.run, rest, world, options.trust_code, labelled)
+        else:
+            adapted = load_adapted(options.run[0], rest, world, options.trust_code)
+            split = given_split(adapted, labelled)
         keep_private(adapted.config)
-        split = given_split(adapted, labelled=options.command == "evaluate")
-        if options.command == "evaluate":
-            text = json.dumps(report_of(adapted, split, *evaluate_split(adapted, split)), indent=2) + "\n"
+        if labelled:
+            text = json.dumps(report_of(adapted, split, found, examples), indent=2) + "\n"
+        elif len(options.run) > 1:
+            text = table_of(predictions_of(adapted, split, found))
         else:
             text = table_of(predictions(adapted, split, options.masks, options.tokens))
         if not world.is_first:

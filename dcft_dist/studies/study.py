@@ -32,7 +32,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from ..config.schema import Config
-from ..config.section import Section, Seed
+from ..config.section import Count, Section, Seed
 from ..config.toml import as_toml, flat_keys, load_config
 from ..errors import ConfigError, line_of
 from ..train.places import FAMILIES, can_interpolate
@@ -76,6 +76,10 @@ class Study(Section):
     tune_seeds: list[Seed]
     seeds: list[Seed] = Field([], description="Seeds of the tested cells. Empty: the study only tunes, on validation data.")
     resample: bool = Field(False, description="Each seed also draws its own training texts.")
+    folds: Count | None = Field(
+        None,
+        description="Cross-validation: seed s validates with fold s modulo this number (`data.folds`, for your own data).",
+    )
     common: dict[str, Any] = Field({}, description="Configuration keys that every cell has.")
     overrides: list[str] = Field(
         [], description="The same, as words of the command line: those that `dcft compare` was given beside the study."
@@ -99,6 +103,12 @@ class Study(Section):
         wrong = {arm: family for arm in self.arms if (family := self.family(arm)) not in (None, *FAMILIES)}
         if wrong:
             raise ValueError(f"arms: interpolate is one of {', '.join(FAMILIES)}: {wrong}")
+        if self.folds and sorted(s % self.folds for s in self.seeds) != sorted(
+            [*range(self.folds)] * (len(self.seeds) // self.folds)
+        ):
+            raise ValueError(
+                f"seeds do not have each of the {self.folds} folds equally often: seed s has fold s modulo folds"
+            )
         if not self.tune_seeds and not self.seeds:
             raise ValueError("neither tune_seeds nor seeds are set: a study needs at least one of them")
         if not self.tune_seeds and any(self.grid(arm)[1:] for arm in self.arms):
@@ -198,6 +208,7 @@ def _check_overrides(study: Study) -> None:
     taken = {
         **dict.fromkeys(_OWN, "the study itself"),
         **({"task.sample_seed": "the study itself"} if study.resample else {}),
+        **({"data.folds": "the study itself", "data.fold": "the study itself"} if study.folds else {}),
     }
     for setting, keys in study.settings.items():
         taken |= dict.fromkeys(flat_keys(keys), f"settings.{setting}")
@@ -259,6 +270,8 @@ def make_config(study: Study, cell: Cell, folder: Path) -> Config:
         overrides["train.fall_back"] = False
     if study.resample:
         overrides["task.sample_seed"] = cell.seed
+    if study.folds:
+        overrides |= {"data.folds": study.folds, "data.fold": cell.seed % study.folds}
     if study.interpolates:  # every cell's model moves, so it is exported, and has left epoch 0
         overrides |= {"checkpoint.keep_last": 1, "train.fall_back": False}
     arguments = _words(overrides)

@@ -23,6 +23,9 @@ def add_commands(commands: Any) -> None:
     ):
         use = commands.add_parser(name, help=text, epilog="the data: --data.path new.csv, and any other key of [data]")
         use.add_argument("run", type=Path, nargs="+", help="directories of finished runs; of several, the mean is taken")
+        use.add_argument(
+            "--flips", action="store_true", help="take the mean over mirrored images or volumes too (test-time augmentation)"
+        )
         use.add_argument("--out", type=Path, metavar="FILE", help="default: standard output")
         if name == "predict":
             use.add_argument(
@@ -72,15 +75,18 @@ def use(options: argparse.Namespace, rest: list[str]) -> None:
 
     labelled = options.command == "evaluate"
     with joined_world(600.0) as world:
-        if labelled or len(options.run) > 1:
-            adapted, split, found, examples = evaluate_together(options.run, rest, world, options.trust_code, labelled)
+        together = len(options.run) > 1 or options.flips
+        if labelled or together:
+            adapted, split, found, examples = evaluate_together(
+                options.run, rest, world, options.trust_code, labelled, options.flips
+            )
         else:
             adapted = load_adapted(options.run[0], rest, world, options.trust_code)
             split = given_split(adapted, labelled)
         keep_private(adapted.config)
         if labelled:
             text = json.dumps(report_of(adapted, split, found, examples), indent=2) + "\n"
-        elif len(options.run) > 1:
+        elif together:
             text = table_of(predictions_of(adapted, split, found))
         else:
             text = table_of(predictions(adapted, split, options.masks, options.tokens))

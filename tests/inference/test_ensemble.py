@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dcft_dist.cli import main
 
+from ..objectives.test_losses import ROWS
 from .test_export import images
 
 
@@ -23,7 +24,8 @@ def test_folds_predict_together(tmp_path: Path, capsys: pytest.CaptureFixture[st
     more = ["--data.build", "blobs.rows", "--import_roots", f'["{tmp_path}"]']
 
     def rows_of(*names: str) -> list[dict[str, str]]:
-        assert main(["predict", *names, *more, "--out", str(tmp_path / "out.csv")]) == 0
+        data = [] if "--data.build" in names else more
+        assert main(["predict", *names, *data, "--out", str(tmp_path / "out.csv")]) == 0
         with (tmp_path / "out.csv").open() as file:
             return list(csv.DictReader(file))
 
@@ -40,6 +42,13 @@ def test_folds_predict_together(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(capsys.readouterr().out)
     right = sum(row["predicted"] == "abcd"[i % 4] for i, row in enumerate(both))
     assert found["metrics"]["accuracy"] == pytest.approx(right / 96) and found["examples"] == 96
+
+    mirrored = ROWS.replace("(28, 28, 3), dtype=np.uint8)", "(28, 28, 3), dtype=np.uint8)[:, ::-1].copy()")
+    (tmp_path / "turned.py").write_text(mirrored)
+    turned = rows_of(runs[0], "--data.build", "turned.rows", "--import_roots", f'["{tmp_path}"]')
+    for a, b, mean in zip(one, turned, rows_of(runs[0], "--flips"), strict=True):
+        for name in columns:
+            assert float(mean[name]) == pytest.approx((float(a[name]) + float(b[name])) / 2, abs=2e-6)
 
     (tmp_path / "doses.py").write_text((tmp_path / "blobs.py").read_text().replace('"abcd"[i % 4]', "float(i % 4)"))
     images(tmp_path, "--data.build", "doses.rows", "--task.kind", "regression", "--name", "other")

@@ -100,7 +100,7 @@ config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}
 model, *_ = deepspeed.initialize(model=net, optimizer=torch.optim.SGD(net.parameters(), 0.1), config=config)
 model.backward(model(torch.ones(1, 4)).sum())
 model.step()
-print("stepped", os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]))
+print("stepped", os.listdir(os.environ["TORCH_EXTENSIONS_DIR"]), flush=True)
 os._exit(0)
 """
 

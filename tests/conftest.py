@@ -12,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# Set by pytest, by torch when its optimizers load, by wandb, and when datasets, MONAI and scikit-learn are imported.
+# Set by pytest, by torch when its optimizers load, by wandb, by MLflow, and when datasets, MONAI and scikit-learn are
+# imported.
 OF_OTHERS = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_NVML_BASED_CUDA_CHECK"}
-OF_OTHERS |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "WANDB_SERVICE"}
+OF_OTHERS |= {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "WANDB_SERVICE", "_MLFLOW_TELEMETRY_SESSION_ID"}
 
 
 # Records of trust go here, not into the home of whoever runs the tests.

@@ -96,6 +96,11 @@ class Config(Section):
         return 1 if self.task.kind == "segmentation" else self.train.evaluation_batch
 
     @property
+    def packs_one_row(self) -> bool:
+        """Whether packed texts share one row, however long: flash attention tells texts apart in a single row only."""
+        return "flash" in str(self.model.args.get("attn_implementation"))
+
+    @property
     def uses_set(self) -> bool:
         """Whether the method treats a selected set of weights differently from the others."""
         return self.method in ("dcft", "equal_displacement", "lora_dcft")
@@ -234,6 +239,8 @@ class Config(Section):
             images = self.data.modality in ("image", "volume") if self.task.name == "own" else self.task.name in IMAGE_TASKS
             if not images or self.task.kind not in ("single_label", "multi_label"):
                 raise ValueError("train.mixup and train.cutmix are for images or volumes with classes or findings")
+        if self.data.packing and (self.task.kind != "causal_lm" or self.data.modality != "text" or self.task.loss):
+            raise ValueError("data.packing is for task.kind = 'causal_lm' with texts, and without task.loss")
         if self.data.augment != "none" or self.data.flip:
             if self.data.transform:
                 raise ValueError("data.transform stands in place of data.augment and data.flip: give one or the other")

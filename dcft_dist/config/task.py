@@ -148,6 +148,11 @@ class Data(Section):
         "user and assistant, in place of `template`. Only the answer's turn is learned.",
     )
     system: str | None = Field(None, description="`chat`: text of a first turn of the system; absent: there is none.")
+    packing: bool = Field(
+        False,
+        description="causal_lm: whether training examples of a micro-batch share rows of `task.max_tokens` tokens. That "
+        "saves padding. Each example sees only itself and counts once.",
+    )
     group: str | None = Field(
         None,
         description="Column of the group (patient, scanner, site). Examples of a group stay in one split. Absent: "

@@ -16,8 +16,8 @@ from ..errors import ConfigError, DataError, listing
 from ..imports import find_function
 from ..seeds import seed_of, seeded
 from .batches import Processor
+from .packing import IGNORED
 from .splits import Split, places_of
-from .text import IGNORED
 
 Collate = Callable[[list[Any]], dict[str, Tensor]]
 

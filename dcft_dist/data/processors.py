@@ -41,6 +41,6 @@ def make_processor(config: Config) -> Processor:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.weights: no tokenizer in {folder}: {error}") from error
     if config.task.kind == "causal_lm":
-        data = config.data
-        return AnswerProcessor(tokenizer, config.task.max_tokens, data.template, data.chat, data.system)
+        data, tokens = config.data, config.task.max_tokens
+        return AnswerProcessor(tokenizer, tokens, data.template, data.chat, data.system, data.packing, config.packs_one_row)
     return TextProcessor(tokenizer, config.task.max_tokens)

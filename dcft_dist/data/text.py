@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError, line_of
 from .batches import Processor
+from .packing import IGNORED, packed
 from .splits import Split
 
 log = logging.getLogger(__name__)
@@ -81,9 +82,6 @@ class TextProcessor(Processor):
         self.tokenizer.save_pretrained(folder)
 
 
-IGNORED = -100  # label of a token that is not learned
-
-
 def pad_id(tokenizer: Any) -> int:
     """Returns the id of the padding token, or of the end of the text if the tokenizer has no padding (GPT-2, Llama).
 
@@ -102,12 +100,16 @@ class TokenizedAnswers:
         given: number of tokens of each instruction.
         pad_id: token id that fills shorter texts.
         labels: placeholders; the labels are tokens and part of `inputs`.
+        packs: whether training examples share rows (`data.packing.packed`).
+        width: tokens of such a row; None: one row for all.
     """
 
     ids: list[list[int]]
     given: list[int]
     pad_id: int
     labels: list[int] = field(default_factory=list)
+    packs: bool = False
+    width: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,10 +119,12 @@ class TokenizedAnswers:
         return len(self.ids[index])
 
     def inputs(self, indices: Sequence[int], draw: int | None = None) -> dict[str, Tensor]:
-        """Returns `input_ids`, `attention_mask` and `labels` [size, tokens], padded to the longest text.
+        """Returns `input_ids`, `attention_mask` and `labels` [size, tokens], padded to the longest text; or packed.
 
         `labels` are the ids of the answers, and `IGNORED` elsewhere.
         """
+        if self.packs and draw is not None:
+            return packed([self.ids[i] for i in indices], [self.given[i] for i in indices], self.width, self.pad_id)
         width = max(len(self.ids[i]) for i in indices)
         ids = torch.full((len(indices), width), self.pad_id)
         attention, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
@@ -135,7 +139,14 @@ class AnswerProcessor(Processor):
     """Tokenizes the template with the instruction in it, followed by the answer and the end of the text; or a chat."""
 
     def __init__(
-        self, tokenizer: Any, max_tokens: int, template: str, chat: bool = False, system: str | None = None
+        self,
+        tokenizer: Any,
+        max_tokens: int,
+        template: str,
+        chat: bool = False,
+        system: str | None = None,
+        packing: bool = False,
+        one_row: bool = False,
     ) -> None:
         """Prepares the processor.
 
@@ -145,12 +156,15 @@ class AnswerProcessor(Processor):
             template: text around the instruction, which replaces `{input}`.
             chat: whether the tokenizer's chat template is used in place of `template`.
             system: text of the system's turn in a chat; None: there is none.
+            packing: whether training examples share rows.
+            one_row: `packing`: in one row, however long, as attention kernels for texts of different lengths take them.
 
         Raises:
             ConfigError: the tokenizer has no chat template.
         """
         self.tokenizer, self._max_tokens, self._template = tokenizer, max_tokens, template
         self._chat, self._system = chat, system
+        self._packing, self._width = packing, None if one_row else max_tokens
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ConfigError("data.chat: the tokenizer has no chat template: use data.template")
 
@@ -172,7 +186,8 @@ class AnswerProcessor(Processor):
                 f"{len(without_answer)} instructions leave no room for an answer in {self._max_tokens} tokens, such as "
                 f"{str(split.inputs[without_answer[0]])[:60]!r}: raise task.max_tokens"
             )
-        return TokenizedAnswers(ids, prompt_lengths, pad_id(self.tokenizer), [0] * len(ids))
+        labels, padding = [0] * len(ids), pad_id(self.tokenizer)
+        return TokenizedAnswers(ids, prompt_lengths, padding, labels, self._packing, self._width)
 
     def prompts(self, split: Split) -> list[list[int]]:
         """Returns the token ids of each instruction in the template, up to where its answer begins."""

@@ -100,11 +100,13 @@ class Pretrained:
         Raises:
             ConfigError: the model returns neither a tensor nor an object with `logits`.
         """
-        inputs = {key: value for key, value in batch.items() if key not in _NO_INPUTS}
+        inputs: dict[str, Any] = {key: value for key, value in batch.items() if key not in _NO_INPUTS}
+        if "position_ids" in inputs and takes_names(self.module, {"use_cache": None}):
+            inputs["use_cache"] = False  # with a cache, transformers would not look where packed texts begin
         outputs = model(**inputs) if self._takes_names(inputs) else model(*inputs.values())
         return output_of(outputs, "logits")
 
-    def _takes_names(self, inputs: Mapping[str, Tensor]) -> bool:
+    def _takes_names(self, inputs: Mapping[str, Any]) -> bool:
         return isinstance(self.module, Classifier) or takes_names(self.module, inputs)
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..data.text import IGNORED
+from ..data.packing import IGNORED
 from ..errors import ConfigError
 from .base import Metrics, Objective
 
@@ -31,6 +31,20 @@ class CausalLanguage(Objective):
         """
         if outputs.ndim != 3:
             raise ConfigError(f"the model returns outputs of shape {list(outputs.shape)}, not [size, tokens, vocabulary]")
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean loss of a batch; an example counts once, however many tokens it has.
+
+        Args:
+            outputs: logits [size, tokens, vocabulary], or [rows, tokens, vocabulary] of packed examples.
+            labels: [size, tokens], or those of packed examples [rows, tokens, 2]; see `data.packing.packed`.
+        """
+        if labels.ndim == 2:
+            return super().loss(outputs, labels)
+        labels, learned = labels.unbind(-1)
+        token_losses, targets = _token_losses(outputs.float(), labels)
+        shares = (targets != IGNORED) / learned[:, 1:]  # of a token in the mean of its example
+        return (token_losses * shares).sum() / shares.sum().round()
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
         token_losses, targets = _token_losses(outputs, labels)

@@ -37,4 +37,4 @@ def flops_per_sample(run: RunContext) -> float:
         flops = flops_of(lambda: run.loss(model, first))
     model.train(training)
     find_engine(model).settle()
-    return flops / len(first["labels"])
+    return flops / len(first["index"])

@@ -27,6 +27,7 @@ from ..runs.writer import RunWriter, logging_only
 from .context import make_context
 from .fine_tune import Trainer
 from .handshake import greet
+from .packed_trial import try_packing
 from .trackers import require_trackers
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,10 @@ def run(config: Config, world: World) -> dict[str, Any]:
         commit = git_commit()  # now, since the working tree may change during the run
         writer.phase("setup")
         world = replace(world, together=config.sharding.tensor_parallel)
-        return Trainer(make_context(config, world, writer)).carry_out(commit)
+        context = make_context(config, world, writer)
+        if config.data.packing:
+            try_packing(context)
+        return Trainer(context).carry_out(commit)
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 
 from dcft_dist.config.toml import load_config
+from dcft_dist.data.packing import IGNORED
 from dcft_dist.data.splits import Split
-from dcft_dist.data.text import IGNORED, AnswerProcessor
+from dcft_dist.data.text import AnswerProcessor
 from dcft_dist.errors import ConfigError, DataError
 from dcft_dist.objectives.language import CausalLanguage
 

@@ -68,25 +68,32 @@ def use(options: argparse.Namespace, rest: list[str]) -> None:
 
     from ..distributed.world import joined_world
     from ..files import table_of, write_atomic
-    from ..runs.folder import keep_private
-    from .ensemble import evaluate_together
+    from ..runs.folder import RunFolder, keep_private
+    from .ensemble import evaluate_together, segment_together
     from .load import load_adapted
-    from .predict import given_split, predictions, predictions_of, report_of
+    from .predict import evaluate_split, given_split, predictions, predictions_of, report_of
 
     labelled = options.command == "evaluate"
     with joined_world(600.0) as world:
         together = len(options.run) > 1 or options.flips
-        if labelled or together:
+        masks = together and RunFolder(options.run[0]).finished()[0].task.kind == "segmentation"
+        if together and not masks:
             adapted, split, found, examples = evaluate_together(
                 options.run, rest, world, options.trust_code, labelled, options.flips
             )
         else:
-            adapted = load_adapted(options.run[0], rest, world, options.trust_code)
+            adapted = (
+                segment_together(options.run, rest, world, options.trust_code, options.flips)
+                if masks
+                else load_adapted(options.run[0], rest, world, options.trust_code)
+            )
             split = given_split(adapted, labelled)
+            if labelled:
+                found, examples = evaluate_split(adapted, split)
         keep_private(adapted.config)
         if labelled:
             text = json.dumps(report_of(adapted, split, found, examples), indent=2) + "\n"
-        elif together:
+        elif together and not masks:
             text = table_of(predictions_of(adapted, split, found))
         else:
             text = table_of(predictions(adapted, split, options.masks, options.tokens))

@@ -1,4 +1,8 @@
-"""Several finished runs as one model: the mean of their probabilities, such as those of the folds of a cross-validation."""
+"""Several finished runs as one model: the mean of their probabilities, such as those of the folds of a cross-validation.
+
+Models of classes and numbers are loaded one after the other. Those of masks are all loaded, because the probabilities of all
+voxels of all volumes would not fit into memory.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Examples
+from ..data.batches import Batch, Examples
 from ..data.splits import Split
 from ..distributed.world import World
-from ..errors import ConfigError
+from ..errors import ConfigError, listing
 from ..train.task_model import Evaluation, TaskModel
 from .load import load_adapted
 from .predict import evaluate_split, given_split
@@ -28,12 +32,12 @@ _MEANS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]
 
 
 def evaluate_together(
-    runs: Sequence[Path], overrides: Sequence[str], world: World, trust: bool, labelled: bool, mirrored: bool = False
+    runs: Sequence[Path], overrides: Sequence[str], world: World, trust: bool, labelled: bool, mirrored: bool
 ) -> tuple[TaskModel, Split, Evaluation, Examples]:
     """Evaluates the mean of several runs on a split, or of mirrored inputs, one model after the other. Collective.
 
     Args:
-        runs: folders of finished runs with the same task; one is enough.
+        runs: folders of finished runs with the same task.
         overrides, trust: see `load_adapted`.
         world: the joined ranks.
         labelled: whether the examples have labels.
@@ -47,26 +51,83 @@ def evaluate_together(
             cannot be mirrored.
         DcftError: see `load_adapted` and `evaluate_split`.
     """
-    together, members = len(runs) > 1 or mirrored, list[Tensor]()
-    first: tuple[str, list[str]] | None = None  # kind and names of the first run
+    members, first = list[Tensor](), dict[str, Any]()
     for run in runs:
         adapted = load_adapted(run, overrides, world, trust)
-        kind, names = adapted.config.task.kind, adapted.facts["names"]
-        if together and kind not in _MEANS:
+        kind = adapted.config.task.kind
+        if kind not in _MEANS:
             raise ConfigError(f"{run}: no mean of several predictions for task.kind = '{kind}'")
-        first = first or (kind, names)
-        if (kind, names) != first:
-            raise ConfigError(f"{run} has another kind of task, or other classes, than {runs[0]}")
+        first = first or _meaning(adapted)
+        _require_same(first, adapted, run, runs[0])
         split = given_split(adapted, labelled)
         found, examples = evaluate_split(adapted, split)
-        if together:
-            seen = [found, *(adapted.evaluate(other) for other in _mirrored(examples))] if mirrored else [found]
-            members += [_MEANS[kind][0](one.records) for one in seen]
-    if together:
-        records = _MEANS[kind][1](torch.stack(members).mean(0))
-        labels = torch.tensor([examples.labels[i] for i in found.indices.tolist()])
-        found = replace(found, records=records, metrics=adapted.objective.metrics(records, labels))
+        seen = [found, *(adapted.evaluate(other) for other in _mirrored(examples))] if mirrored else [found]
+        members += [_MEANS[kind][0](one.records) for one in seen]
+    records = _MEANS[kind][1](torch.stack(members).mean(0))
+    labels = torch.tensor([examples.labels[i] for i in found.indices.tolist()])
+    found = replace(found, records=records, metrics=adapted.objective.metrics(records, labels))
     return adapted, split, found, examples
+
+
+def _meaning(adapted: TaskModel) -> dict[str, Any]:
+    """What several runs must have in common: their outputs, and for masks how volumes are read."""
+    task, data = adapted.config.task, adapted.config.data
+    found = {"task.kind": task.kind, "the classes": adapted.facts["names"]}
+    if task.kind == "segmentation":
+        found |= {f"data.{name}": getattr(data, name) for name in ("input", "spacing", "window")}
+    return found
+
+
+def _require_same(first: dict[str, Any], adapted: TaskModel, run: Path, first_run: Path) -> None:
+    other = _meaning(adapted)
+    if differ := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
+        raise ConfigError(f"{run} differs from {first_run} in {listing(differ)}")
+
+
+@dataclass(frozen=True)
+class MeanOfMasks(TaskModel):
+    """Models of segmentation as one: the logarithm of the mean of their probabilities.
+
+    Attributes:
+        members: the models.
+        ways: each model also sees images mirrored along these axes, counted from the last one; () is the image itself.
+    """
+
+    members: tuple[TaskModel, ...]
+    ways: tuple[tuple[int, ...], ...]
+
+    def whole(self, batch: Batch) -> Tensor:
+        """Logarithms of probabilities [size, classes, *space] of whole volumes. Collective.
+
+        Args:
+            batch: contains `image` [size, channels, *space].
+        """
+        image, sums, smallest = batch["image"], torch.zeros(()), torch.finfo(torch.float32).tiny
+        for member in self.members:
+            member.model.eval()
+            for way in self.ways:
+                outputs = member.whole({**batch, "image": image.flip(way)}).float()
+                sums = sums.to(outputs.device) + outputs.softmax(1).flip(way)
+        return (sums / (len(self.members) * len(self.ways))).clamp(min=smallest).log()
+
+
+def segment_together(
+    runs: Sequence[Path], overrides: Sequence[str], world: World, trust: bool, mirrored: bool
+) -> MeanOfMasks:
+    """Loads several runs, or one whose volumes are mirrored, as one model of segmentation. Collective.
+
+    Args:
+        runs, overrides, world, trust, mirrored: see `evaluate_together`.
+
+    Raises:
+        ConfigError: the runs have other classes, or read volumes in another way.
+        DcftError: see `load_adapted`.
+    """
+    members = [load_adapted(run, overrides, world, trust) for run in runs]
+    for run, member in zip(runs, members, strict=True):
+        _require_same(_meaning(members[0]), member, run, runs[0])
+    ways = ((), *_ways(len(members[0].config.data.patch))) if mirrored else ((),)
+    return MeanOfMasks(**vars(members[0]), members=tuple(members), ways=ways)
 
 
 @dataclass(frozen=True)
@@ -97,8 +158,12 @@ def _mirrored(examples: Examples) -> list[Examples]:
         ConfigError: the inputs are neither images nor volumes.
     """
     dimensions = {value.ndim - 2 for value in examples.inputs([0]).values()}
-    if not dimensions <= {2, 3}:
+    if dimensions not in ({2}, {3}):
         raise ConfigError("--flips is for images and volumes")
-    axes = [-1] if dimensions == {2} else [-3, -2, -1]
-    ways = [way for number in range(1, len(axes) + 1) for way in combinations(axes, number)]
-    return [_Mirrored(examples, way) for way in ways]
+    return [_Mirrored(examples, way) for way in _ways(*dimensions)]
+
+
+def _ways(dimensions: int) -> list[tuple[int, ...]]:
+    """The sets of axes to mirror: left to right for images; every set for volumes."""
+    axes = [-1] if dimensions == 2 else [-3, -2, -1]
+    return [way for number in range(1, len(axes) + 1) for way in combinations(axes, number)]

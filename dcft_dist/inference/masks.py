@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,9 @@ def write_masks(adapted: TaskModel, split: Split, folder: Path | None) -> dict[s
     with collectives.agreed("write the masks"):
         if existing := [str(file) for file in files if file.exists()]:
             raise DataError(f"{listing(existing, 3)} would be overwritten: give another folder with --masks")
-    model = adapted.prepared.model.eval()
+    adapted.model.eval()
     for batch in evaluation_batches(examples, world.rank, world.world_size, 1, world.device):
-        with adapted.prepared.computing():
-            scores = adapted.objective.whole(partial(adapted.pretrained.outputs, model), batch)
+        scores = adapted.whole(batch)
         with collectives.agreed("write the masks"):
             for i in batch["index"][batch["real"]].tolist():
                 mask, affine = processor.reader.as_in_file(split.inputs[i], scores[0].argmax(0))

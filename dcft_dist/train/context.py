@@ -43,7 +43,7 @@ class RunContext(TaskModel):
     Attributes:
         writer: writes the run's folder.
         task: the labelled examples of the three splits, as the task gives them.
-        head: a plain copy of the head if the head is one module, otherwise None.
+        head: a plain copy of the head if it is one module and not of a segmentation, otherwise None.
         num_weights: number of weights of the whole model.
         train, validation, test: the splits as inputs of the model.
         external: further test data as inputs of the model, by name.
@@ -154,11 +154,13 @@ def read_materials(config: Config) -> Materials:
     task = load_task(config)
     facts = label_facts(config, task.class_names, task.train.labels)
     objective, pretrained = build_for_task(config, facts)
-    head = pretrained.head_module()
-    head_has_several_modules = pretrained.head and head is None
-    if head_has_several_modules and config.engine == "deepspeed" and config.head_warmup.max_epochs:
-        raise ConfigError("a head of several modules cannot be warmed up under deepspeed: set head_warmup.max_epochs = 0")
-    if config.train.calibrate and not (head and isinstance(head[1], nn.Linear)):
+    head = _head_of_features(config, pretrained)
+    if pretrained.head and head is None and config.engine == "deepspeed" and config.head_warmup.max_epochs:
+        raise ConfigError(
+            "a head of several modules, or of a segmentation, cannot be warmed up under deepspeed: set "
+            "head_warmup.max_epochs = 0"
+        )
+    if config.train.calibrate and not isinstance(head, nn.Linear):
         raise ConfigError("train.calibrate divides the head by a number, so the head must be a single linear layer")
     examples = {name: pretrained.processor(split) for name, split in task.splits.items()}
     check_sizes(config, len(examples["train"]))
@@ -207,8 +209,7 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
         read_contents(contents)
     pretrained = materials.pretrained
     num_weights = sum(p.numel() for p in pretrained.module.parameters())
-    head = pretrained.head_module()
-    head_copy = copy.deepcopy(head[1]) if head else None
+    head_copy = copy.deepcopy(_head_of_features(config, pretrained))
     prepared = _prepare(config, world, pretrained)
     compare_starts(writer, prepared.model, config, facts)
     watched = {name: contents.watch(examples, name) for name, examples in materials.examples.items()}
@@ -226,6 +227,15 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
         **{name: watched[name] for name in SPLITS},
         external={name.removeprefix(EXTERNAL): found for name, found in watched.items() if name.startswith(EXTERNAL)},
     )
+
+
+def _head_of_features(config: Config, pretrained: Pretrained) -> nn.Module | None:
+    """The head, if it is one module that can be trained on stored features.
+
+    Those of a segmentation cannot be stored: they are as large as the volumes, each of which has its own size.
+    """
+    head = pretrained.head_module()
+    return head[1] if head and config.task.kind != "segmentation" else None
 
 
 def _check_metric(config: Config, objective: Objective, validation: Examples) -> None:

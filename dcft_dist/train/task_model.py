@@ -114,6 +114,15 @@ class TaskModel:
             outputs = self.outputs(model, batch)
         return self.objective.loss(outputs, batch["labels"])
 
+    def whole(self, batch: Batch) -> Tensor:
+        """The model's outputs for whole examples, as an evaluation takes them. Collective.
+
+        Args:
+            batch: inputs by name, with `labels`, `index` and `real`.
+        """
+        with self.prepared.computing():
+            return self.objective.whole(partial(self.outputs, self.model), batch)
+
     @torch.no_grad()
     def evaluate(self, examples: Examples, limit: int | None = None) -> Evaluation:
         """Evaluates a split in eval mode, then restores the model's mode. Collective.
@@ -128,8 +137,7 @@ class TaskModel:
         model.eval()
         try:
             for batch in evaluation_batches(examples, world.data_rank, world.data_ranks, size, world.device, limit):
-                with self.prepared.computing():
-                    outputs = self.objective.whole(partial(self.outputs, model), batch)
+                outputs = self.whole(batch)
                 real = batch["real"]
                 records = self.objective.records(outputs[real].float(), batch["labels"][real])
                 broken = outputs[real].isnan().reshape(int(real.sum()), outputs[0].numel()).any(1)

@@ -1,4 +1,4 @@
-"""Every block of docs/choices.md is a configuration that trains."""
+"""Every block of docs/choices.md is a configuration that trains; all choices together are the same under every engine."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dcft_dist.cli import main
 from dcft_dist.files import read_json
 
 from .objectives.test_losses import ROWS
 from .own import tiny_encoder
+from .processes import output_of
 from .train.test_run import SHORT, SMALL
 
 PAGE = (Path(__file__).parent.parent / "docs/choices.md").read_text()
@@ -46,3 +49,58 @@ def test_a_block_of_the_page_trains(number: int, bases: dict[bool, Path], tmp_pa
     words = ["--runs_dir", str(tmp_path), "--engine", "single", "--train.max_steps", "2", "--head_warmup.max_epochs", "1"]
     assert main(["train", str(tmp_path / "mine.toml"), *words, "--removal.fractions", "[]"]) == 0
     assert read_json(tmp_path / "mine/estimate.json")["steps"] > 2
+
+
+TOGETHER = """
+method = "dcft"
+penalty.factor = 0.1
+test_resamples = 0
+data.augment = "light"
+data.flip = true
+task.label_smoothing = 0.1
+head_warmup.max_epochs = 2
+removal.fractions = []
+[train]
+epochs = 2
+mixup = 0.4
+cutmix = 1.0
+ema = 0.8
+schedule = "wsd"
+calibrate = true
+fall_back = false
+global_batch = 16
+micro_batch = 4
+[optimizer]
+name = "sgd"
+lr = 0.02
+layer_decay = 0.7
+[[optimizer.groups]]
+pattern = "*.bias"
+lr_scale = 0.5
+"""
+
+ENGINES = {
+    "ddp": ["--engine", "ddp"],
+    "fsdp1": ["--engine", "fsdp1"],
+    "fsdp2": ["--engine", "fsdp2"],
+    "zero2": ["--engine", "deepspeed", "--sharding.zero_stage", "2"],
+    "zero3": ["--engine", "deepspeed", "--sharding.zero_stage", "3"],
+}
+
+
+def test_all_choices_together_equal_one_process(bases: dict[bool, Path], tmp_path: Path) -> None:
+    """Variants, mixing, smoothing, averages, schedule, groups and calibration at once, on two ranks of every engine."""
+    base = bases[True].read_text().replace("train = {global_batch = 16, micro_batch = 4}", "")
+    (tmp_path / "mine.toml").write_text(base + TOGETHER)
+
+    def weights(name: str, *words: str, ranks: int = 2) -> dict[str, torch.Tensor]:
+        output_of("train", tmp_path / "mine.toml", "--runs_dir", tmp_path, "--name", name, *words, ranks=ranks)
+        files = (tmp_path / name / "model").rglob("model.safetensors")
+        return {key: value for file in files for key, value in load_file(file).items()}
+
+    one = weights("one", "--engine", "single", ranks=1)
+    for name, words in ENGINES.items():
+        for key, value in weights(name, *words).items():
+            torch.testing.assert_close(value, one[key], rtol=0, atol=3e-5, msg=f"{name}: {key}")
+    plain = weights("plain", "--engine", "single", "--train.mixup", "0", "--train.cutmix", "0", ranks=1)
+    assert any((plain[n] - w).abs().max() > 3e-4 for n, w in one.items())

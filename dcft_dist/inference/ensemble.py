@@ -114,7 +114,7 @@ class MeanOfMasks(TaskModel):
 def segment_together(
     runs: Sequence[Path], overrides: Sequence[str], world: World, trust: bool, mirrored: bool
 ) -> MeanOfMasks:
-    """Loads several runs, or one whose volumes are mirrored, as one model of segmentation. Collective.
+    """Loads several runs, or one that also sees mirrored volumes, as one model of segmentation. Collective.
 
     Args:
         runs, overrides, world, trust, mirrored: see `evaluate_together`.

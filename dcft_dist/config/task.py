@@ -203,10 +203,11 @@ class Data(Section):
         "(`preprocessor_config.json`, `config.json` of timm, `open_clip_config.json`). `false`: whole images are scaled to "
         "squares.",
     )
-    augment: Literal["none", "light", "strong"] = Field(
+    augment: str = Field(
         "none",
-        description="Random variants of training images and volumes, by MONAI. `light`: small rotations, zooms and changes "
-        "of contrast. `strong`: larger ones, and noise and blur. Nothing is mirrored.",
+        description="Random variants of training images and volumes. `none`. By MONAI: `light`, small rotations, zooms and "
+        "changes of contrast; `strong`, larger ones, and noise and blur; neither mirrors. For images also a policy of timm: "
+        "`rand-m9-mstd0.5-inc1`, `augmix-m3-w3`, `original`, ...",
     )
     flip: bool = Field(
         False,
@@ -244,6 +245,12 @@ class Data(Section):
             raise ValueError("folds must be at least 2")
         if self.fold >= (self.folds or 1):
             raise ValueError(f"fold = {self.fold}: the folds are counted from 0, and there are {self.folds or 'none'}")
+        if not re.fullmatch(r"none|light|strong|(rand|augmix|originalr?|v0r?|3a)(-[a-z0-9.]+)*", self.augment):
+            raise ValueError(
+                f"augment = '{self.augment}': there are none, light, strong, and timm's policies, such as rand-m9-mstd0.5"
+            )
+        if self.augment not in ("none", "light", "strong") and self.modality != "image":
+            raise ValueError(f"augment = '{self.augment}' is for images")
         if self.system is not None and not self.chat:
             raise ValueError("system is for chat = true")
         if self.chat and self.template != type(self).model_fields["template"].default:

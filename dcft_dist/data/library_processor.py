@@ -204,8 +204,8 @@ def as_picture(pixels: Tensor) -> Any:
 
     low, high = float(pixels.min()), float(pixels.max())
     if low < -1e-4 or high > 1 + 1e-4:
-        raise ValueError(f"values from {low:g} to {high:g}: data.processor takes values from 0 to 1, or whole numbers")
+        raise ValueError(f"values from {low:g} to {high:g}: a picture has values from 0 to 1, or whole numbers")
     if len(pixels) not in (1, 3):
-        raise ValueError(f"{len(pixels)} channels: data.processor takes 1 or 3")
+        raise ValueError(f"{len(pixels)} channels: a picture has 1 or 3")
     values = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
     return Image.fromarray(values[:, :, 0] if len(pixels) == 1 else values)

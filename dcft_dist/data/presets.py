@@ -1,14 +1,20 @@
-"""Random variants by name (`data.augment`, `data.flip`), from MONAI's transforms: for images, and volumes with masks."""
+"""Random variants by name (`data.augment`, `data.flip`): of images by MONAI or timm, of volumes with masks by MONAI."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import pi
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from ..config.schema import Config
 from ..errors import ConfigError
+from .library_processor import as_picture
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,13 @@ def preset(config: Config) -> Callable[[Any], Any] | None:
         config: its section `data` is used.
 
     Raises:
-        ConfigError: the package monai is not installed.
+        ConfigError: the package monai or timm is not installed, or timm does not know the policy.
     """
     data = config.data
     if data.augment == "none" and not data.flip:
         return None
+    if data.augment not in ("none", *_STRENGTHS):
+        return _of_timm(config)
     try:
         from monai import transforms as mt
     except ImportError as error:
@@ -59,6 +67,32 @@ def preset(config: Config) -> Callable[[Any], Any] | None:
     axes = range(len(data.patch)) if data.flip else ()
     steps = [mt.RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes]
     return mt.Compose(steps + (_of_volumes(mt, _STRENGTHS[data.augment], keys, config) if data.augment != "none" else []))
+
+
+def _of_timm(config: Config) -> Callable[[Tensor], NDArray[np.float32]]:
+    """A policy of timm with its usual settings (`timm.data.create_transform`), for images with 8 bits."""
+    try:
+        from timm.data import auto_augment as timm_policies
+    except ImportError as error:
+        raise ConfigError(f"data.augment = '{config.data.augment}' needs the package timm: pip install timm") from error
+    name, side, flip = config.data.augment, config.model.image_size, config.data.flip
+    kinds = {"rand": timm_policies.rand_augment_transform, "augmix": timm_policies.augment_and_mix_transform}
+    make = kinds.get(name.partition("-")[0], timm_policies.auto_augment_transform)
+    grey = tuple(min(255, round(255 * mean)) for mean in config.data.mean)  # of what moves into the image
+    settings: dict[str, Any] = {"translate_const": int(0.45 * side), "img_mean": grey if len(grey) == 3 else grey[0]}
+    if name.startswith("augmix"):
+        settings["translate_pct"] = 0.3
+    try:
+        policy = make(name, settings)
+    except Exception as error:
+        raise ConfigError(f"data.augment: timm does not know '{name}': {type(error).__name__}: {error}") from error
+
+    def vary(image: Tensor) -> NDArray[np.float32]:
+        turned = image.flip(-1) if flip and random.random() < 0.5 else image
+        values = np.asarray(policy(as_picture(turned)), np.float32) / np.float32(255)
+        return values.reshape(*values.shape[:2], -1).transpose(2, 0, 1)
+
+    return vary
 
 
 def _of_images(mt: Any, how: _Strength) -> list[Any]:

@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.images import UserImageProcessor
+from dcft_dist.data.library_processor import as_picture
 from dcft_dist.data.mixing import mixed
+from dcft_dist.data.user_task import user_task
+from dcft_dist.errors import ConfigError
 from dcft_dist.models.build import build_model
+from dcft_dist.seeds import seed_of, seeded
 
 timm = pytest.importorskip("timm")
 open_clip = pytest.importorskip("open_clip")
@@ -202,3 +206,31 @@ def test_mixed_images_are_those_of_torchvision() -> None:
     options = {"labels": labels, "batch_size": 4, "box": (left, top, right, low), "lam_adjusted": share}
     for name, value in (("pixel_values", images), ("labels", labels)):
         torch.testing.assert_close(pasted[name], transform.transform(value, options))
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original-mstd0.5"])
+def test_variants_are_those_of_timm(policy: str, tmp_path: Path) -> None:
+    """The policy that timm's own `create_transform` takes, from the seed of (seed, epoch, example)."""
+    photographs(tmp_path, "label")
+    words = ["--task.name", "own", "--data.path", str(tmp_path / "images.csv"), "--model.image_size", str(SIDE)]
+    words += ["--data.input", "path", "--data.augment", policy]
+    config = load_config("mri.toml", words)
+    examples = UserImageProcessor(config)(user_task(config).train)
+    plain, first, again, later = (examples.inputs(range(6), draw)["pixel_values"] for draw in (None, 1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, later) and not torch.equal(first, plain)
+    given = {"auto_augment": policy, "interpolation": "random", "mean": tuple(config.data.mean)}  # as its training script
+    theirs = timm.data.create_transform(SIDE, is_training=True, **given).transforms
+    (wanted,) = (t for t in theirs if type(t).__module__ == "timm.data.auto_augment")
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.data.mean, config.data.std))
+    for i, image in enumerate(plain * std + mean):
+        with seeded(seed_of(config.seed, f"1:{i}")):
+            varied = torch.from_numpy(np.array(wanted(as_picture(image)))).permute(2, 0, 1) / 255
+        torch.testing.assert_close((varied - mean) / std, first[i], atol=1e-5, rtol=0)
+
+
+def test_a_policy_that_timm_does_not_know() -> None:
+    words = ["--task.name", "own", "--data.path", "x", "--data.augment"]
+    with pytest.raises(ConfigError, match="timm does not know 'rand-m9-q5'"):
+        UserImageProcessor(load_config("mri.toml", [*words, "rand-m9-q5"]))
+    with pytest.raises(ConfigError, match="augment = 'Light': there are none, light, strong, and timm's policies"):
+        load_config("mri.toml", [*words, "Light"])

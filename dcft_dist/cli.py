@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .config.checks import check_ranks, check_sizes
+from .config.checks import check_ranks, fitted
+from .config.needs import require_packages
 from .config.schema import Config
 from .config.toml import load_config
 from .errors import ConfigError, DcftError, RunError, WorldError
@@ -167,15 +168,21 @@ def _add_generated(commands: Commands) -> None:
     files.add_argument("folder", type=Path)
 
 
-def _load(path: str | Path, words: Sequence[str]) -> Config:
-    """Reads a configuration. If it is private, so is every file that this process writes from now on."""
-    return keep_private(load_config(path, words))
+def _load(path: str | Path, words: Sequence[str], runs: bool = False) -> Config:
+    """Reads a configuration. If it is private, so is every file that this process writes from now on.
+
+    `runs`: its model or its data are used, so the packages that it needs must be there.
+    """
+    config = load_config(path, words)
+    if runs:
+        require_packages(config, path)
+    return keep_private(config)
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from .train.run import train
 
-    train(_load(options.config, rest))
+    train(_load(options.config, rest, runs=True))
 
 
 def _status(options: argparse.Namespace, rest: list[str]) -> int:
@@ -201,7 +208,7 @@ def _status(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _check(options: argparse.Namespace, rest: list[str]) -> None:
-    config = _load(options.config, rest)
+    config = _load(options.config, rest, runs=True)
     if (options.sheet or options.hash) and not options.data:
         raise ConfigError("--sheet and --hash need --data, which reads the inputs")
     from .data.tasks import load_task
@@ -217,6 +224,7 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
         from .train.context import check_inputs, read_materials
 
         materials = read_materials(config)
+        _print_lowered(config, len(materials.task.train), options.ranks)
         check_inputs(materials)
         print(description(materials.task, materials.pretrained.processor))
         if options.sheet:
@@ -229,14 +237,18 @@ def _check(options: argparse.Namespace, rest: list[str]) -> None:
             print(f"{contents.read_all(again=True)} files contain what the run has read first, or were not read yet")
         print(f"{config.name}: the configuration is valid, its weights fit the model, and its data can be read")
         return
-    check_sizes(config, len(load_task(config).train))
+    _print_lowered(config, len(load_task(config).train), options.ranks)
     print(f"{config.name}: the configuration is valid, and its data and weights are installed")
+
+
+def _print_lowered(config: Config, num_train: int, ranks: int) -> None:
+    print("".join(f"{config.name}: {line}\n" for line in fitted(config, num_train, ranks)[1]), end="")
 
 
 def _inspect(options: argparse.Namespace, rest: list[str]) -> None:
     from .config.trust import require_trust
 
-    config = _load(options.config, rest)
+    config = _load(options.config, rest, runs=True)
     require_trust(config, options.config, options.trust_code, rest)
     from .data.tasks import load_task
     from .models.build import build_model

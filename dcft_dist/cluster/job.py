@@ -159,6 +159,26 @@ def _check_sizes(sizes: Mapping[str, Any]) -> None:
         raise ConfigError(f"--time: {error}") from error
 
 
+_VARIABLES = {"account", "constraint", "exclusive", "gres", "partition", "qos", "reservation"}  # sbatch reads SBATCH_...
+_OF_SBATCH = _VARIABLES | {"dependency", "exclude", "licenses", "mail-type", "mail-user", "mem", "mem-per-cpu", "nodelist"}
+
+
+def _refuse_sbatch_options(words: Sequence[str]) -> None:
+    """Says where options of sbatch belong.
+
+    Raises:
+        ConfigError: there is one among the words.
+    """
+    for name in (word[2:].partition("=")[0] for word in words if word.startswith("--")):
+        if name in _OF_SBATCH:
+            key = name if name in Site.model_fields else f"sbatch = ['--{name}=...']"
+            variable = f", or set SBATCH_{name.upper()}" if name in _VARIABLES else ""
+            raise ConfigError(
+                f"--{name} is an option of sbatch: put {key} into the TOML file that DCFT_SITE names "
+                f"(docs/clusters.md){variable}"
+            )
+
+
 def make_job(config_path: str, overrides: Sequence[str], *, smoke: bool, site: Site, **sizes: Any) -> tuple[Job, Config]:
     """Makes the job of a configuration, and checks everything that can be checked before it is submitted.
 
@@ -176,6 +196,7 @@ def make_job(config_path: str, overrides: Sequence[str], *, smoke: bool, site: S
         ConfigError: the configuration is wrong, the ranks cannot share its batches equally, or runs_dir cannot be written.
     """
     words = list(overrides)
+    _refuse_sbatch_options(words)
     _check_sizes(sizes)
     if site.runs_dir and not any(word.split("=")[0] == "--runs_dir" for word in words):
         words = ["--runs_dir", site.runs_dir, *words]

@@ -1,4 +1,4 @@
-"""Checks that need more than the configuration: the number of ranks, the size of the training data."""
+"""What needs more than the configuration: checks of the number of ranks, batches that fit the size of the training data."""
 
 from __future__ import annotations
 
@@ -29,18 +29,37 @@ def check_ranks(config: Config, ranks: int) -> None:
             raise ConfigError(f"{key} {size} is not a multiple of {ranks} ranks: use {ranks * max(round(size / ranks), 1)}")
 
 
-def check_sizes(config: Config, num_train: int) -> None:
-    """Checks that the training data are large enough for a batch and for scoring.
+def fitted(config: Config, num_train: int, ranks: int) -> tuple[Config, list[str]]:
+    """Lowers batches that have their default size to the size of the training data.
 
     Args:
+        config: configuration of the run.
         num_train: number of training examples.
+        ranks: number of ranks that share a batch; `check_ranks` has accepted it.
+
+    Returns:
+        The configuration, and a line for each size that is lower now.
 
     Raises:
-        ConfigError: `train.global_batch` or `importance.num_samples` is larger than `num_train`.
+        ConfigError: a size that is not the default is larger than `num_train`, or there are fewer examples than ranks.
     """
-    for key, size in (
-        ("train.global_batch", config.train.global_batch),
-        ("importance.num_samples", config.importance.num_samples),
-    ):
-        if size > num_train:
-            raise ConfigError(f"{key} is {size}, but there are only {num_train} training examples")
+    if num_train < ranks:
+        raise ConfigError(f"there are only {num_train} training examples for {ranks} ranks: use fewer ranks")
+    parts = {"train": config.train, "importance": config.importance}
+    smaller = 1 << (num_train.bit_length() - 1)  # a power of two, so that it does not depend on the number of ranks
+    batch = min(config.importance.score_batch, smaller)
+    lower = {"train.global_batch": smaller, "importance.score_batch": smaller}
+    lower["importance.num_samples"] = num_train // batch * batch
+    lines = []
+    for key, size in lower.items():
+        section, _, name = key.partition(".")
+        given = getattr(parts[section], name)
+        if given <= num_train:
+            continue
+        used = section == "train" or config.uses_set
+        if used and given != type(parts[section]).model_fields[name].default:
+            raise ConfigError(f"{key} is {given}, but there are only {num_train} training examples")
+        parts[section] = parts[section].model_copy(update={name: size})
+        if used:
+            lines.append(f"{key} {size}, since there are only {num_train} training examples")
+    return config.model_copy(update=parts), lines

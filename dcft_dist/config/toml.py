@@ -33,6 +33,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequen
         ConfigError: the file does not exist or is not TOML, or keys or values are wrong. The message lists all of them.
     """
     raw = _read(find_config(path))
+    if "arms" in raw:
+        raise ConfigError(f"{path} is a study: use dcft compare {path}")
     if any(len(key.split(".")) > DEPTH for key, _ in _pairs(overrides)):
         raise ConfigError(f"{path}: a key has more than {DEPTH} parts")
     for section, _, last in (key.rpartition(".") for key in without):

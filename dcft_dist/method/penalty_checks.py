@@ -187,7 +187,8 @@ def _auto_level(optimizer: Optimizer | None) -> tuple[str, str]:
     if optimizer is None:
         return "gradient", "no optimizer was passed, so only the gradient can be multiplied"
     if not isinstance(optimizer, torch.optim.SGD):
-        return "update", f"{type(optimizer).__name__} is not SGD, and its own scaling may cancel a gradient penalty"
+        name = type(optimizer).__name__
+        return "update", f"{name} makes steps of the same size for small gradients too, so steps are multiplied instead"
     if any(group["weight_decay"] for group in optimizer.param_groups):
         return "update", "SGD with weight decay, and a gradient penalty would leave the decay at full strength"
     return "gradient", "steps of SGD without weight decay are proportional to the gradient"

@@ -200,9 +200,16 @@ def _head(settings: Model, module: nn.Module) -> tuple[str, ...]:
     for name in _HEADS:
         if name in children:
             return (name,)
+    deeper = [
+        f"{name}.{inner}"
+        for name in children
+        for inner, part in module.get_submodule(name).named_children()
+        if next(part.parameters(), None) is not None
+    ]
+    last = (deeper or children or ["name"])[-1]
     raise ConfigError(
-        f"model.head: no head found among {listing(children)}: name the weights that are new for the task ([] for none), or "
-        "set model.features to put a new head on"
+        f"model.head: no head found among {listing(children)}; inside them are {listing(deeper, 12)}. Name the weights that "
+        f'are new for the task, as in [model] head = ["{last}"] ([] for none), or set model.features to put a new head on'
     )
 
 

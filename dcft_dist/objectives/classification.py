@@ -129,7 +129,8 @@ def _ranking(probabilities: Tensor, targets: Tensor, each: Mapping[str, Measure]
         labels = targets[known, column]
         if 0 < int(labels.sum()) < len(labels):
             for name, measure in measures.items():
-                values_of.setdefault(name, []).append(float(measure(probabilities[known, column], labels)))
+                value = float(measure(probabilities[known, column], labels))
+                values_of.setdefault(name, []).append(min(max(value, 0.0), 1.0))  # torchmetrics rounds areas to 1.0000001
     return {name: sum(values) / len(values) for name, values in values_of.items()}
 
 

@@ -52,6 +52,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     Raises:
         DcftError: see `request_of` and `forecast`; or the configuration names code that may not run.
     """
+    from ..config.needs import require_packages
     from ..config.toml import load_config
     from ..config.trust import require_trust
     from .fit import fitting, fitting_table
@@ -62,7 +63,9 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     fields: dict[str, Any] = {key: value for key, value in vars(options).items() if key not in ours}
     request = request_of(fields.pop("model"), rest, **fields)
     if is_configuration(request.model):
-        require_trust(load_config(request.model, list(request.words)), request.model, options.trust_code, rest)
+        config = load_config(request.model, list(request.words))
+        require_packages(config, request.model)
+        require_trust(config, request.model, options.trust_code, rest)
     if options.fit:
         found = fitting(request)
         print(json.dumps([f.to_json() for f in found]) if options.json else fitting_table(found))

@@ -121,7 +121,8 @@ def inspection(pretrained: Pretrained, config: Config) -> str:
     total = sum(line.num_weights for line in lines)
     sums = {group: sum(line.num_weights for line in lines if line.group == group) for group in GROUPS}
     parts = [f"{group} {number:,} ({number / total:.1%})" for group, number in sums.items() if number]
-    wrapped = [f"{len(pretrained.blocks)} blocks of {kinds} are sharded one by one" for kinds in [_kinds(pretrained.blocks)]]
+    blocks = f"{len(pretrained.blocks)} blocks of {_kinds(pretrained.blocks)} are sharded one by one"
+    wrapped = [blocks if pretrained.blocks else "no repeated layers: a sharding engine shards the model as one block"]
     loaded = [f"{config.model.weights}: {pretrained.loading.report}"] if pretrained.loading else []
     return "\n".join([*rows, "", f"{total:,} weights: {'; '.join(parts)}", *wrapped, *loaded])
 
@@ -139,4 +140,4 @@ def _rates_text(line: WeightRow) -> str:
 
 def _kinds(blocks: Iterable[object]) -> str:
     """Names of the blocks' classes."""
-    return ", ".join(dict.fromkeys(type(block).__name__ for block in blocks)) or "no kind"
+    return ", ".join(dict.fromkeys(type(block).__name__ for block in blocks))

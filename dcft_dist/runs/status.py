@@ -132,7 +132,10 @@ def status(folder: Path) -> str:
         job = f", Slurm job {last['job']}, restart {last['restart']}" if last["job"] else ""
         lines.append(f"start {len(starts)}: {last['time']} UTC at {last['at']}, {last['ranks']} ranks{nodes}{job}")
     steps = run.steps()
-    lines.append(f"last checkpoint: step {steps[-1]}" if steps else "no checkpoint yet")
+    if run.result() is not None:
+        lines.append(f"finished: {run.model}" if run.model.is_dir() else "finished, without an exported model")
+    else:
+        lines.append(f"last checkpoint: step {steps[-1]}" if steps else "no checkpoint yet")
     if (estimate := read_json_or(run.estimate, None, *ESTIMATE_KEYS)) is not None:
         lines.append(estimate_text(estimate))
     failure = first_failure(folder)

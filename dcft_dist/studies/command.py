@@ -53,11 +53,15 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
         command = [sys.executable, "-m", "dcft_dist.cli", *words]
         from .runner import in_parallel
 
-        return in_parallel(lambda share: subprocess.Popen([*command, share]), options.workers)
+        code = in_parallel(lambda share: subprocess.Popen([*command, share]), options.workers)
+        if not code:
+            _print_next(folder)
+        return code
     import torch
 
     from ..distributed.world import joined_world
-    from .runner import CellShare, again, compare, quiet
+    from .again import again
+    from .runner import CellShare, compare, quiet
 
     share = CellShare.parse(options.share or "1/1")
     quiet()
@@ -67,11 +71,18 @@ def run(options: argparse.Namespace, rest: list[str]) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with joined_world(3600.0) as world:
         if options.again is not None:
-            different = again(options.study, folder, world, options.again, rest)
-            print("\n".join(different) or "every cell has the same results, to the last digit")
-            return int(bool(different))
+            found = again(options.study, folder, world, options.again, rest)
+            print(found.text)
+            return int(not found.same)
         compare(options.study, folder, world, share, options.wait, rest)
+        if world.is_first and not options.share:
+            _print_next(folder)
     return 0
+
+
+def _print_next(folder: Path) -> None:
+    """What to do with a finished study."""
+    print(f"{folder} is complete. Its table: dcft table {folder}. Its report: dcft report {folder}")
 
 
 def _known(folder: Path) -> list[str]:

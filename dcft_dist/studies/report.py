@@ -57,6 +57,7 @@ def write_study_report(folder: Path, pictures: Path | None = None) -> Path:
                 "answers": answers(result),
                 "images": {name: base64.b64encode(data).decode() for name, data in images.items()},
                 "arms": arm_rows(result, len(study.seeds)),
+                "settings": [{"arm": arm, "settings": arm_settings(study, arm)} for arm in study.arms],
                 "contrasts": contrast_rows(result),
                 "examples": f"{result.num_examples} test examples in {result.num_groups} groups",
             }
@@ -64,6 +65,15 @@ def write_study_report(folder: Path, pictures: Path | None = None) -> Path:
     path = folder / "report.html"
     write_atomic(path, template("study.html").render(study=study, parts=parts, facts=_facts(setting_results)))
     return path
+
+
+def arm_settings(study: Study, arm: str) -> str:
+    """The keys of an arm in one line; with all values to choose from, where it tunes one."""
+    texts = []
+    for key, value in {**study.arms[arm], **study.keys(arm)}.items():
+        if not isinstance(value, dict):
+            texts.append(f"{key} = {' or '.join(map(shown, value)) if isinstance(value, list) else shown(value)}")
+    return ", ".join(texts) or f"as in {study.base}"
 
 
 def answers(result: SettingResult) -> list[str]:

@@ -16,12 +16,11 @@ import json
 import logging
 import math
 import os
-import random
 import shutil
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,9 @@ from ..distributed.world import World
 from ..errors import ConfigError, DivergedError, RunError, UnfinishedError, listing
 from ..files import json_line, objects_in, read_json, read_json_or, read_lines, write_atomic
 from ..runs.folder import RunFolder
-from ..runs.provenance import machine
 from ..train.interpolate import interpolate
 from ..train.run import run
-from .results import StudyFolder, completed
+from .results import StudyFolder
 from .study import Cell, Study, final_cells, load_study, make_config, make_preparation, settings_of, tuning_cells
 
 log = logging.getLogger(__name__)
@@ -42,9 +40,6 @@ POLL_S = 5.0
 
 
 # Keys of a summary that may differ when the same cell runs again. All other keys must be equal.
-_MAY_DIFFER = ("seconds", "prepared_seconds", "peak_memory_gib", "date", "machine", "git_commit")
-
-
 @dataclass(frozen=True)
 class CellShare:
     """Which of a study's cells this process runs: those at positions `index`, `index + number`, and so on.
@@ -260,62 +255,6 @@ def written(study: Study, file: Path) -> str:
     if not own and tomllib.loads(text).get("overrides"):
         raise ConfigError(f"{file}: overrides is what `dcft compare` writes, into the first line: put keys into [common]")
     return f"overrides = {json.dumps(study.overrides, ensure_ascii=False)}\n{rest if own else text}"
-
-
-def again(file: Path, folder: Path, world: World, part: float, overrides: Sequence[str] = ()) -> list[str]:
-    """Runs a random part of the finished cells again and compares their results with the stored ones.
-
-    The new runs go into a folder beside the study's, named `<folder>_again`. The cells are drawn with a fixed seed.
-
-    Args:
-        file: the study's TOML file.
-        folder: the study's folder.
-        world: the process group of this run.
-        part: fraction of the finished cells to run again; at least one cell runs.
-        overrides: see `load_study`.
-
-    Returns:
-        One line for each value that is different, with the cell, the value before and the value now.
-    """
-    study = load_study(file, overrides)
-    stored = StudyFolder(study, folder)
-    final = final_cells(study, stored.choose_all()) if study.seeds else ()
-    done = [cell for cell in (*tuning_cells(study), *final) if stored.has(cell)]
-    drawn = random.Random(0).sample(done, max(1, round(part * len(done))))
-    new_folder = folder.with_name(f"{folder.name}_again")
-    shutil.rmtree(new_folder, ignore_errors=True)  # no file of an earlier check may pass for one of this check
-    runner = Runner(study, new_folder, world, CellShare(), 0.0)
-    runner.prepare(drawn)
-    differences = []
-    this_machine = machine()
-    for cell in drawn:
-        machine_before = stored.get(cell).get("summary", {}).get("machine", this_machine)
-        if machine_before != this_machine:
-            log.warning("%s was run on %s, this is %s: last digits may differ", cell.name, machine_before, this_machine)
-        changes = list(_changes(_reproducible(completed(stored.get(cell))), _reproducible(runner.run_cell(cell))))
-        log.info("%s: %s", cell.name, "DIFFERENT" if changes else "the same")
-        differences += [f"{cell.name}: {change}" for change in changes]
-    return differences
-
-
-def _changes(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    """One line for each value that differs. Keys that only `after` has do not count: a later version may add some."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key, value in before.items():
-            yield from _changes(value, after.get(key), f"{path}, {key}" if path else key)
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after) and path == "epochs":
-        for epoch, (row_before, row_after) in enumerate(zip(before, after, strict=True)):
-            yield from _changes(row_before, row_after, f"epoch {epoch}")
-    elif before != after and not (before != before and after != after):  # two NaNs are equal here
-        yield f"{path}: {before} before, {after} now" if not isinstance(before, list) else path
-
-
-def _reproducible(result: dict[str, Any]) -> dict[str, Any]:
-    """The part of a result that must be the same when the cell runs again."""
-    reproducible = {key: value for key, value in result.items() if key not in _MAY_DIFFER}
-    if "summary" in reproducible:
-        reproducible["summary"] = {key: value for key, value in reproducible["summary"].items() if key not in _MAY_DIFFER}
-    return reproducible
 
 
 def _of_family(summary: dict[str, Any], run_folder: Path, family: str) -> tuple[dict[str, Any], list[list[Any]]]:

@@ -183,7 +183,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
             no effect.
     """
     try:
-        study = Study.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        if "arms" not in raw:
+            raise ConfigError(f"{path} is a run, not a study: use dcft train {path}")
+        study = Study.model_validate(raw)
         if overrides:
             study = study.model_copy(update={"overrides": list(overrides)})
     except OSError as error:

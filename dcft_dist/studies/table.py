@@ -207,7 +207,7 @@ def arm_rows(result: SettingResult, num_seeds: int) -> list[dict[str, str]]:
         rows.append(
             {
                 "arm": arm.arm,
-                "chosen": chosen if arm.chosen is not None else "tuning is not finished",
+                "chosen": (chosen or "nothing to choose") if arm.chosen is not None else "tuning is not finished",
                 "seeds": f"{len(arm.correct)} of {num_seeds}" + (f", {len(arm.diverged)} diverged" if arm.diverged else ""),
                 "test accuracy": _percent(arm.accuracy),
                 "test loss": f"{np.mean([run['test']['loss'] for run in runs]):.3f}" if runs else "",

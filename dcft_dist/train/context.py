@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..config.checks import check_sizes
+from ..config.checks import fitted
 from ..config.schema import Config
 from ..data.batches import Batch, Examples, micro_batches
 from ..data.contents import Contents
@@ -47,6 +47,7 @@ class RunContext(TaskModel):
         num_weights: number of weights of the whole model.
         train, validation, test: the splits as inputs of the model.
         external: further test data as inputs of the model, by name.
+        lowered: a line for each size that was lowered to that of the training data.
     """
 
     writer: RunWriter
@@ -57,6 +58,7 @@ class RunContext(TaskModel):
     validation: Examples
     test: Examples
     external: Mapping[str, Examples]
+    lowered: Sequence[str]
 
     @property
     def metric(self) -> str:
@@ -163,7 +165,6 @@ def read_materials(config: Config) -> Materials:
     if config.train.calibrate and not isinstance(head, nn.Linear):
         raise ConfigError("train.calibrate divides the head by a number, so the head must be a single linear layer")
     examples = {name: pretrained.processor(split) for name, split in task.splits.items()}
-    check_sizes(config, len(examples["train"]))
     _check_metric(config, objective, examples["validation"])
     return Materials(task, facts, objective, pretrained, examples)
 
@@ -202,6 +203,7 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
     """
     with collectives.agreed("set-up"):
         materials = read_materials(config)
+        config, lowered = fitted(config, len(materials.task.train), world.data_ranks)
         contents = Contents(materials.task.splits, writer.contents)
     facts = code_facts() | compare_data(config, materials.task, contents, writer)
     if config.data.check:
@@ -226,6 +228,7 @@ def make_context(config: Config, world: World, writer: RunWriter) -> RunContext:
         num_weights=num_weights,
         **{name: watched[name] for name in SPLITS},
         external={name.removeprefix(EXTERNAL): found for name, found in watched.items() if name.startswith(EXTERNAL)},
+        lowered=lowered,
     )
 
 

@@ -462,7 +462,7 @@ class Trainer:
                 f"{fundamental.num_selected / fundamental.num_eligible:.1%} of the eligible)",
                 f"factor {penalty.factor:g} on the {penalty.level}",
             ]
-        print(" | ".join([*parts, f"{self.config.optimizer.kind}, {steps} steps"]), flush=True)
+        print(" | ".join([*parts, f"{self.config.optimizer.kind}, {steps} steps", *run.lowered]), flush=True)
 
 
 def _checksum(file: Path) -> str | None:

@@ -7,6 +7,7 @@ silently stays random.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -231,6 +232,7 @@ def _compare(
         CheckpointError: see `Loading`.
     """
     report, wrong = LoadReport(), []
+    absent, surplus = list[str](), list[str]()
     known = {aliases.get(name, name) for name in source if name in shapes and not _fits(name, allowed.head)}
     for name, shape in shapes.items():
         if _fits(name, allowed.head):
@@ -241,7 +243,8 @@ def _compare(
             if _fits(name, allowed.new) or name.endswith(_COUNTERS):
                 report.fresh.append(name)
             else:
-                wrong.append(f"no {name.removeprefix(prefix)}")
+                absent.append(name.removeprefix(prefix))
+                wrong.append(f"no {absent[-1]}")
         elif (stored_shape := stored.shape(source[name])) == shape:
             report.matched.append(name)
         elif _fits(name, allowed.resize):
@@ -249,15 +252,17 @@ def _compare(
             report.resized[name] = [list(stored_shape), list(shape)]
         else:
             resize_key = f": model.resize = ['{name.removeprefix(prefix)}'] interpolates it"
-            advice = resize_key if can_resize(name, stored_shape, shape) else ""
-            wrong.append(f"{source[name]} is {list(stored_shape)} in the file and {list(shape)} in the model{advice}")
+            hint = resize_key if can_resize(name, stored_shape, shape) else ""
+            wrong.append(f"{source[name]} is {list(stored_shape)} in the file and {list(shape)} in the model{hint}")
     for name, old in source.items():
         if name not in shapes or _fits(name, allowed.head):
             report.unused.append(str(old))
             if name not in shapes and not _fits(_tensor(old), allowed.unused):
+                surplus.append(_tensor(old))
                 wrong.append(f"{old} has no place in the model")
     if wrong:
-        raise CheckpointError(f"{stored.place} does not fit the model: {listing(wrong)}{_advice(source, shapes, prefix)}")
+        advice = _renaming(source, shapes, prefix) or _keys(absent, surplus)
+        raise CheckpointError(f"{stored.place} does not fit the model: {listing(wrong)}{advice}")
     return report
 
 
@@ -265,8 +270,8 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*") for p in patterns)
 
 
-def _advice(source: Iterable[str], shapes: Mapping[str, Shape], prefix: str) -> str:
-    """Advice for an error message: a prefix that would make most names fit, or the keys that allow differences."""
+def _renaming(source: Iterable[str], shapes: Mapping[str, Shape], prefix: str) -> str:
+    """Advice for an error message: a prefix that would make most names fit; empty if there is none."""
     in_model, in_file = ({name.removeprefix(prefix) for name in names} for names in (shapes, source))
     unknown, missing = sorted(in_file - in_model), sorted(in_model - in_file)
     for old in dict.fromkeys(f"{name.split('.')[0]}." for name in unknown):
@@ -276,7 +281,17 @@ def _advice(source: Iterable[str], shapes: Mapping[str, Shape], prefix: str) -> 
     for new in dict.fromkeys(f"{name.split('.')[0]}." for name in missing):
         if sum(new + name in in_model for name in unknown) > len(unknown) / 2:
             return f'; model.rename = {{"" = "{new}"}} would make most names fit'
-    return "; model.new, model.unused and model.rename say what may differ"
+    return ""
+
+
+def _keys(absent: Sequence[str], surplus: Sequence[str]) -> str:
+    """Advice for an error message: the lines that allow these differences; without them if they were long."""
+    lines = []
+    for key, names, effect in (("new", absent, "draws it from the seed"), ("unused", surplus, "leaves it out")):
+        modules = dict.fromkeys(f"{path}.*" if path else name for name in names for path in [name.rpartition(".")[0]])
+        if 0 < len(modules) <= 4:
+            lines.append(f"{key} = [{', '.join(map(json.dumps, modules))}] {effect}")
+    return f"; in [model], {'; '.join(lines)}" if lines else "; model.new, model.unused and model.rename say what may differ"
 
 
 # -- new weights ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dcft_dist.config.checks import check_ranks, check_sizes
+from dcft_dist.config.checks import check_ranks, fitted
 from dcft_dist.config.toml import differences, find_config, load_config, to_toml
 from dcft_dist.config.trust import named_code
 from dcft_dist.errors import ConfigError
@@ -141,8 +141,25 @@ def test_shipped_configurations_run_on_many_ranks(path: Path) -> None:
         check_ranks(load_config(path), ranks)
     with pytest.raises(ConfigError, match=r"train.global_batch \d+ is not a multiple of 3 ranks: use \d+"):
         check_ranks(load_config(path), 3)
-    with pytest.raises(ConfigError, match=r"(num_samples|global_batch) is \d+, but there are only 50 training examples"):
-        check_sizes(load_config(path), 50)
+
+
+def test_default_sizes_fit_the_data() -> None:
+    """Those that somebody has chosen do not change."""
+    config, lines = fitted(load_config("icd.toml"), 20, 2)
+    assert (config.train.global_batch, config.importance.score_batch, config.importance.num_samples) == (16, 16, 16)
+    assert lines[0] == "train.global_batch 16, since there are only 20 training examples" and len(lines) == 3
+    config, lines = fitted(load_config("icd.toml"), 128, 2)
+    assert (config.train.global_batch, config.importance.num_samples) == (32, 128)
+    assert lines == ["importance.num_samples 128, since there are only 128 training examples"]
+    same, lines = fitted(load_config("icd.toml"), 2000, 2)
+    assert same == load_config("icd.toml") and not lines
+    chosen = load_config("icd.toml", ["--importance.num_samples", "64"])
+    with pytest.raises(ConfigError, match=r"importance.num_samples is 64, but there are only 50 training examples"):
+        fitted(chosen, 50, 1)
+    full, lines = fitted(load_config("icd.toml", ["--importance.num_samples", "64", "--method", "full"]), 50, 1)
+    assert full.importance.num_samples == 32 and not lines  # for an interpolation afterwards
+    with pytest.raises(ConfigError, match="only 3 training examples for 4 ranks"):
+        fitted(load_config("icd.toml"), 3, 4)
 
 
 def test_resolved_level() -> None:

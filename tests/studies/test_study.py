@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +16,13 @@ from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.tasks import load_task
 from dcft_dist.errors import ConfigError, DataError, RunError
-from dcft_dist.files import write_json
 from dcft_dist.studies.bootstrap import Estimate, contrast_verdict, estimate
 from dcft_dist.studies.results import StudyFolder
 from dcft_dist.studies.runner import _train_loss
 from dcft_dist.studies.study import Cell, final_cells, load_study, make_config, make_preparation, settings_of, tuning_cells
 from dcft_dist.studies.table import results, table
 
-from ..own import tiny_encoder
-from ..processes import COMMAND, dcft
+from ..processes import dcft
 
 ROOT = Path(__file__).parents[2]
 SMALL = """
@@ -51,18 +47,6 @@ minus = "full"
 def write(path: Path, text: str = SMALL) -> Path:
     path.write_text(text)
     return path
-
-
-@pytest.fixture(scope="module")
-def small_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`smoke.toml` with a small encoder in the place of MiniLM: a cell takes about a second."""
-    folder = tmp_path_factory.mktemp("base")
-    model = (
-        f'build = "transformers.AutoModel"\nargs = {{add_pooling_layer = false}}\nfeatures = "mean"\nweights = "{folder}"'
-    )
-    text = (ROOT / "configs/smoke.toml").read_text().replace("num_layers = 2", model)
-    tiny_encoder(folder)
-    return write(folder / "base.toml", text)
 
 
 @pytest.fixture
@@ -301,6 +285,7 @@ def test_a_study_from_start_to_table(small_base: Path, tmp_path: Path, capsys: p
     study = write(tmp_path / "smoke.toml", shipped.replace('"smoke.toml"', f'"{small_base}"'))
     done = dcft("compare", study, "--folder", folder, "--workers", "2")
     assert done.returncode == 0, done.stderr
+    assert f"{folder} is complete. Its table: dcft table {folder}. Its report: dcft report {folder}" in done.stdout
     results = {f.stem: json.loads(f.read_text()) for f in (folder / "cells").glob("*.json")}
     loaded = load_study(study)
     assert len(results) == 4 + 2 * len(loaded.arms)
@@ -329,12 +314,18 @@ def test_a_study_from_start_to_table(small_base: Path, tmp_path: Path, capsys: p
     assert main(["report", str(folder), "--pictures", str(tmp_path / "pictures")]) == 0
     assert capsys.readouterr().out == f"{folder / 'report.html'}\n"
     report = (folder / "report.html").read_text()
+    for words in (
+        "<td>random_matched</td><td>selection.kind = random_magnitude</td>",
+        "penalty.factor = 0 or 0.1",
+        "<td>nothing to choose</td>",
+    ):
+        assert words in report
     assert "dcft minus random_matched is " in report and report.count("data:image/png;base64,") == 2 and "http" not in report
     assert {f.name for f in (tmp_path / "pictures").iterdir()} == {"tiny_contrasts.png", "tiny_tuning.png"}
     check_tables(folder, tmp_path / "kept", capsys)
     lost.unlink()
     assert main(["table", str(folder)]) == 0
-    assert "| inverse |  | 1 of 2 |" in capsys.readouterr().out
+    assert "| inverse | nothing to choose | 1 of 2 |" in capsys.readouterr().out
     changed = write(tmp_path / "changed.toml", study.read_text().replace("train.epochs = 1", "train.epochs = 2"))
     done = dcft("compare", changed, "--folder", folder)
     assert done.returncode == 2 and "was run with another train.epochs" in done.stderr
@@ -357,34 +348,6 @@ def test_the_training_loss_of_an_epoch_is_the_mean_over_its_logged_steps() -> No
     rows = [{"validation/loss": 9.0, "train/epoch": 0.0}]
     rows += [{"train/loss": loss, "train/epoch": epoch} for loss, epoch in ((4.0, 0.5), (2.0, 1.0), (1.0, 1.5))]
     assert _train_loss(rows) == [3.0, 1.0]
-
-
-def test_running_cells_again(small_base: Path, tmp_path: Path) -> None:
-    """Of a study of development seeds that is not finished, too; a cell that comes out otherwise is named."""
-    text = SMALL.replace("[10, 11]", "[10]").replace("seeds = [0, 1]\n", "").partition("[arms.dcft]")[0]
-    study = write(tmp_path / "s.toml", text.replace('"smoke.toml"', f'"{small_base}"'))
-    folder = tmp_path / "small"
-    plain = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    subprocess.run([*COMMAND, "compare", study, "--folder", folder], env=plain, check=True, timeout=200)
-    kept, lost = sorted((folder / "cells").iterdir())
-    lost.unlink()
-    result = json.loads(kept.read_text())
-    assert result["summary"]["machine"]["threads"] == 1  # unless the environment says another number
-    result["summary"]["machine"]["threads"] = 3
-    del result["train_loss"]  # as in a result of a version that did not keep it
-    write_json(kept, result)
-    again = dcft("compare", study, "--folder", folder, "--again", "1")
-    assert again.returncode == 0 and "every cell has the same results, to the last digit" in again.stdout
-    assert "DIFFERENT" not in again.stdout + again.stderr
-    assert f"{kept.stem} was run on" in again.stderr and "'threads': 3}, this is" in again.stderr
-    assert sum(result["prepared_seconds"].values()) > 0
-    last, was = len(result["epochs"]) - 1, result["epochs"][-1]["validation/loss"]
-    result["epochs"][-1]["validation/loss"] += 1e-7
-    write_json(kept, result)
-    again = dcft("compare", study, "--folder", folder, "--again", "1")
-    assert again.returncode == 1 and again.stdout.endswith(
-        f"\n{kept.stem}: epoch {last}, validation/loss: {was + 1e-7} before, {was} now\n"
-    )
 
 
 def test_shares(tmp_path: Path) -> None:

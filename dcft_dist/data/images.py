@@ -181,7 +181,7 @@ class UserImageProcessor(Processor):
             raise ConfigError(f"data.mean has {len(self.mean)} channels and data.std {len(self.std)}")
         if preprocessing:
             log.info("pixels: mean %s and standard deviation %s, from %s", self.mean, self.std, preprocessing.file)
-        self._augment = Augmentation(config)
+        self._augment = Augmentation(config, self.mean)
 
     def _library(self, config: Config) -> Library:
         if self._preprocessing is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import pi
 from typing import Any
@@ -39,23 +39,22 @@ class _Strength:
 _STRENGTHS = {"light": _Strength(10, 0.1, 0.2, 0.0, False), "strong": _Strength(25, 0.25, 0.4, 0.05, True)}
 
 
-def preset(config: Config) -> Callable[[Any], Any] | None:
-    """The transform of `data.augment` and `data.flip`; None if neither is set.
+def preset(config: Config, mean: Sequence[float]) -> Callable[[Any], Any]:
+    """The transform of `data.augment` and `data.flip`.
 
     Images are [channels, side, side] with values from 0 to 1. Volumes are dictionaries of `image` [channels, *patch] and, in
     segmentation, `mask`, which is interpolated by nearest neighbour.
 
     Args:
         config: its section `data` is used.
+        mean: mean of each channel of images.
 
     Raises:
         ConfigError: the package monai or timm is not installed, or timm does not know the policy.
     """
     data = config.data
-    if data.augment == "none" and not data.flip:
-        return None
     if data.augment not in ("none", *_STRENGTHS):
-        return _of_timm(config)
+        return _of_timm(config, mean)
     try:
         from monai import transforms as mt
     except ImportError as error:
@@ -69,7 +68,7 @@ def preset(config: Config) -> Callable[[Any], Any] | None:
     return mt.Compose(steps + (_of_volumes(mt, _STRENGTHS[data.augment], keys, config) if data.augment != "none" else []))
 
 
-def _of_timm(config: Config) -> Callable[[Tensor], NDArray[np.float32]]:
+def _of_timm(config: Config, mean: Sequence[float]) -> Callable[[Tensor], NDArray[np.float32]]:
     """A policy of timm with its usual settings (`timm.data.create_transform`), for images with 8 bits."""
     try:
         from timm.data import auto_augment as timm_policies
@@ -78,7 +77,7 @@ def _of_timm(config: Config) -> Callable[[Tensor], NDArray[np.float32]]:
     name, side, flip = config.data.augment, config.model.image_size, config.data.flip
     kinds = {"rand": timm_policies.rand_augment_transform, "augmix": timm_policies.augment_and_mix_transform}
     make = kinds.get(name.partition("-")[0], timm_policies.auto_augment_transform)
-    grey = tuple(min(255, round(255 * mean)) for mean in config.data.mean)  # of what moves into the image
+    grey = tuple(min(255, round(255 * value)) for value in mean)  # of what moves into the image
     settings: dict[str, Any] = {"translate_const": int(0.45 * side), "img_mean": grey if len(grey) == 3 else grey[0]}
     if name.startswith("augmix"):
         settings["translate_pct"] = 0.3

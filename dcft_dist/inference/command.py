@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
-from ..errors import RunError
+from ..errors import ConfigError, RunError
 
 
 def add_commands(commands: Any) -> None:
@@ -77,6 +77,8 @@ def use(options: argparse.Namespace, rest: list[str]) -> None:
     with joined_world(600.0) as world:
         together = len(options.run) > 1 or options.flips
         masks = together and RunFolder(options.run[0]).finished()[0].task.kind == "segmentation"
+        if together and not masks and (getattr(options, "masks", None) or getattr(options, "tokens", None) is not None):
+            raise ConfigError("--masks is for a segmentation, and --tokens for the answers of a single run")
         if together and not masks:
             adapted, split, found, examples = evaluate_together(
                 options.run, rest, world, options.trust_code, labelled, options.flips

@@ -14,20 +14,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..data.batches import Batch, Examples
-from ..data.splits import Split
+from ..data.splits import Split, name_of
 from ..distributed.world import World
 from ..errors import ConfigError, listing
 from ..train.task_model import Evaluation, TaskModel
 from .load import load_adapted
 from .predict import evaluate_split, given_split
 
-# Kind of the task -> (record to what is averaged, and back).
-_MEANS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "single_label": (lambda logits: logits.softmax(-1), torch.log),
-    "multi_label": (torch.sigmoid, torch.logit),
-    "regression": (lambda numbers: numbers, lambda numbers: numbers),
+
+def _of_classes(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1).logsumexp(0)
+
+
+def _of_findings(logits: Tensor) -> Tensor:
+    return functional.logsigmoid(logits).logsumexp(0) - functional.logsigmoid(-logits).logsumexp(0)
+
+
+# Kind of the task -> mean of records [models, size, width]. Of logits, those of the mean probability (up to a number for all
+# classes): by logarithms, since a probability may round to 1.
+_MEANS: dict[str, Callable[[Tensor], Tensor]] = {
+    "single_label": _of_classes,
+    "multi_label": _of_findings,
+    "regression": lambda numbers: numbers.mean(0),
 }
 
 
@@ -44,26 +55,27 @@ def evaluate_together(
         mirrored: whether each model also sees images left to right, and volumes along each axis (test-time augmentation).
 
     Returns:
-        The last run's model; the split; the evaluation of the mean; the split as inputs of that model.
+        The first run's model; the split; the evaluation of the mean; the split as inputs of that model.
 
     Raises:
-        ConfigError: the runs have different kinds of tasks or classes, or a kind of which no mean is taken; or inputs that
-            cannot be mirrored.
+        ConfigError: the runs have different kinds of tasks, classes or examples, or a kind of which no mean is taken; or
+            inputs that cannot be mirrored.
         DcftError: see `load_adapted` and `evaluate_split`.
     """
-    members, first = list[Tensor](), dict[str, Any]()
-    for run in runs:
+    members, first, tested = list[Tensor](), dict[str, Any](), list[Split]()
+    for run in reversed(runs):  # the first one is left: losses and grades are in its unit
         adapted = load_adapted(run, overrides, world, trust)
         kind = adapted.config.task.kind
         if kind not in _MEANS:
             raise ConfigError(f"{run}: no mean of several predictions for task.kind = '{kind}'")
         first = first or _meaning(adapted)
-        _require_same(first, adapted, run, runs[0])
+        _require_same(first, adapted, run, runs[-1])
         split = given_split(adapted, labelled)
+        _require_same_examples(tested, split, run, runs[-1])
         found, examples = evaluate_split(adapted, split)
         seen = [found, *(adapted.evaluate(other) for other in _mirrored(examples))] if mirrored else [found]
-        members += [_MEANS[kind][0](one.records) for one in seen]
-    records = _MEANS[kind][1](torch.stack(members).mean(0))
+        members += [one.records for one in seen]
+    records = _MEANS[kind](torch.stack(members))
     labels = torch.tensor([examples.labels[i] for i in found.indices.tolist()])
     found = replace(found, records=records, metrics=adapted.objective.metrics(records, labels))
     return adapted, split, found, examples
@@ -82,6 +94,20 @@ def _require_same(first: dict[str, Any], adapted: TaskModel, run: Path, first_ru
     other = _meaning(adapted)
     if differ := [name for name in {**first, **other} if first.get(name) != other.get(name)]:
         raise ConfigError(f"{run} differs from {first_run} in {listing(differ)}")
+
+
+def _require_same_examples(tested: list[Split], split: Split, run: Path, first_run: Path) -> None:
+    """Notes the split of the first run; checks that those of other runs have the same examples."""
+    if not tested:
+        tested.append(split)
+    first, number = tested[0], len(split)
+    names = [[name_of(source, str(i)) for i, source in enumerate(found.inputs)] for found in (first, split)]
+    same = first.groups == split.groups and names[0] == names[1] and str(first.labels) == str(split.labels)
+    if len(first) != number or not same:
+        raise ConfigError(
+            f"{run} and {first_run} have other examples or labels, of which no mean can be taken: their settings in [task] "
+            "and [data] differ"
+        )
 
 
 @dataclass(frozen=True)

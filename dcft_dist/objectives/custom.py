@@ -61,6 +61,9 @@ class CustomObjective(Objective):
     def chance(self) -> Metrics:
         return self._builtin.chance()
 
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        return super().loss(outputs, labels) if self._loss else self._builtin.loss(outputs, labels)
+
     # -- from the user -----------------------------------------------------------------------------------------------
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -27,12 +27,12 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
 from ..config.schema import Config
-from ..config.section import Count, Section, Seed
+from ..config.section import Section, Seed
 from ..config.toml import as_toml, flat_keys, load_config
 from ..errors import ConfigError, line_of
 from ..train.places import FAMILIES, can_interpolate
@@ -76,7 +76,7 @@ class Study(Section):
     tune_seeds: list[Seed]
     seeds: list[Seed] = Field([], description="Seeds of the tested cells. Empty: the study only tunes, on validation data.")
     resample: bool = Field(False, description="Each seed also draws its own training texts.")
-    folds: Count | None = Field(
+    folds: Annotated[int, Field(ge=2)] | None = Field(
         None,
         description="Cross-validation: seed s validates with fold s modulo this number (`data.folds`, for your own data).",
     )
@@ -109,6 +109,10 @@ class Study(Section):
             raise ValueError(
                 f"seeds do not have each of the {self.folds} folds equally often: seed s has fold s modulo folds"
             )
+        of_cells = {**flat_keys(self.common), **{k: 0 for keys in self.settings.values() for k in flat_keys(keys)}}
+        of_cells |= {key: 0 for arm in self.arms for key in self.keys(arm)}
+        if self.folds and (found := sorted({"data.fold", "data.folds"} & of_cells.keys())):
+            raise ValueError(f"{', '.join(found)} would have no effect: folds of the study sets them")
         if not self.tune_seeds and not self.seeds:
             raise ValueError("neither tune_seeds nor seeds are set: a study needs at least one of them")
         if not self.tune_seeds and any(self.grid(arm)[1:] for arm in self.arms):

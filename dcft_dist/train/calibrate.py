@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..engines.find import find_engine
+from ..errors import ConfigError
 from ..objectives.base import Metrics
 from .context import RunContext
 
@@ -28,6 +29,9 @@ def calibrate(run: RunContext) -> tuple[float, Metrics]:
 
     Returns:
         The temperature, and the metrics on the validation data with it.
+
+    Raises:
+        ConfigError: the outputs are not those of the head, so that they were not divided with it.
     """
     found = run.evaluate(run.validation)
     labels = torch.tensor([run.validation.labels[i] for i in found.indices])
@@ -39,7 +43,11 @@ def calibrate(run: RunContext) -> tuple[float, Metrics]:
                 shard.local.detach().div_(number)
     engine.publish()
     log.info("temperature %.4g", number)
-    return number, run.validate("after calibration")
+    after = run.evaluate(run.validation)
+    apart = float((after.records * number - found.records).abs().max())
+    if apart > 0.02 * float(found.records.abs().max()):  # more than bfloat16 rounds
+        raise ConfigError("train.calibrate: the model changes what its head returns, so a divided head calibrates nothing")
+    return number, after.metrics
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:

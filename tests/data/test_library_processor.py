@@ -81,7 +81,7 @@ def test_a_processor_of_transformers_resizes_and_crops(kind: str, tmp_path: Path
     assert kind[:3] == "ViT" or (whole - mine.image(colours)).abs().mean() > 0.05  # it makes a difference
     mine.save(tmp_path)
     assert (tmp_path / "preprocessor_config.json").read_text() == (tmp_path / "model/preprocessor_config.json").read_text()
-    with pytest.raises(DataError, match=r"array: values from -3 to 1: data.processor takes values from 0 to 1"):
+    with pytest.raises(DataError, match=r"array: values from -3 to 1: a picture has values from 0 to 1"):
         mine.image(np.where(colours > 9, 1, -3).astype(np.float32))
 
 

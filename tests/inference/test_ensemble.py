@@ -16,12 +16,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dcft_dist.cli import main
+from dcft_dist.inference.ensemble import _MEANS
 
 from ..data.volume_words import KEYS
 from ..objectives.test_losses import ROWS
 from ..processes import output_of
+from ..train.test_run import encoder, tiny, train
 from ..train.test_segmentation_run import flat_images
 from .test_export import images
+
+__all__ = ["encoder", "tiny"]
 
 
 def test_folds_predict_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +68,30 @@ def test_folds_predict_together(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["predict", runs[0], str(tmp_path / "other"), *more]) == 2
     dist.destroy_process_group()
     assert "differs from" in capsys.readouterr().err
+
+
+def test_the_mean_of_confident_models_is_a_number() -> None:
+    logits = torch.tensor([[[900.0, 0.0, -3.0]], [[0.0, 1.0, 0.5]]], dtype=torch.float64)
+    found = _MEANS["single_label"](logits)
+    torch.testing.assert_close(found.softmax(-1), logits.softmax(-1).mean(0))
+    assert found.isfinite().all() and _MEANS["single_label"](logits[:1]).isfinite().all()
+    findings = torch.tensor([[[40.0, -40.0]], [[40.0, 0.3]]], dtype=torch.float64)
+    found = _MEANS["multi_label"](findings)
+    torch.testing.assert_close(found.sigmoid(), findings.sigmoid().mean(0))
+    torch.testing.assert_close(_MEANS["multi_label"](findings[:1]), findings[0])
+
+
+def test_runs_with_other_test_texts_have_no_mean(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--engine", "single", "--train.epochs", "1", "--removal.fractions", "[]", "--method", "linear_probe"]
+    for seed in ("1", "2"):
+        train(tiny, tmp_path, *words, "--task.split_seed", seed, "--name", f"split{seed}", ranks=1)
+    runs = [str(tmp_path / "split1"), str(tmp_path / "split2")]
+    assert main(["predict", *runs]) == 2
+    dist.destroy_process_group()
+    assert "have other examples or labels, of which no mean can be taken" in capsys.readouterr().err
+    assert main(["predict", runs[0], runs[0], "--masks", "somewhere"]) == 2
+    dist.destroy_process_group()
+    assert "--masks is for a segmentation" in capsys.readouterr().err
 
 
 def test_masks_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
+from dcft_dist.data.augment import Augmentation
 from dcft_dist.data.images import UserImageProcessor
 from dcft_dist.data.library_processor import as_picture
 from dcft_dist.data.mixing import mixed
+from dcft_dist.data.presets import preset
 from dcft_dist.data.user_task import user_task
 from dcft_dist.errors import ConfigError
 from dcft_dist.models.build import build_model
@@ -230,7 +232,19 @@ def test_variants_are_those_of_timm(policy: str, tmp_path: Path) -> None:
 
 def test_a_policy_that_timm_does_not_know() -> None:
     words = ["--task.name", "own", "--data.path", "x", "--data.augment"]
-    with pytest.raises(ConfigError, match="timm does not know 'rand-m9-q5'"):
-        UserImageProcessor(load_config("mri.toml", [*words, "rand-m9-q5"]))
-    with pytest.raises(ConfigError, match="augment = 'Light': there are none, light, strong, and timm's policies"):
-        load_config("mri.toml", [*words, "Light"])
+    for name in ("Light", "rand-m9-foo", "v0"):  # the last one asks Pillow for 0 bits, now and then
+        with pytest.raises(ConfigError, match=f"augment = '{name}': there are none, light, strong, and timm's policies"):
+            load_config("mri.toml", [*words, name])
+    with pytest.raises(ConfigError, match="timm does not know 'augmix-n3'"):
+        preset(load_config("mri.toml", [*words, "augmix-n3"]), [0.5])
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5", "augmix-m3", "original", "originalr", "v0r", "3a"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_policy_takes_grey_and_coloured_images(policy: str, channels: int) -> None:
+    config = load_config("mri.toml", ["--task.name", "own", "--data.path", "x", "--data.augment", policy])
+    vary = Augmentation(config, [0.5] * channels)
+    image = torch.rand(channels, 24, 24, generator=torch.Generator().manual_seed(0))
+    for draw in range(60):
+        found = vary(image, str(draw))
+        assert found.shape == image.shape and found.min() >= 0 and found.max() <= 1

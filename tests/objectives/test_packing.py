@@ -20,10 +20,12 @@ from dcft_dist.data.packing import IGNORED, packed, rows_of
 from dcft_dist.data.splits import Split
 from dcft_dist.data.text import AnswerProcessor
 from dcft_dist.errors import ConfigError
+from dcft_dist.method.fundamental_set import FundamentalSet
 from dcft_dist.objectives.language import CausalLanguage
 
 from ..own import instructions, tiny_decoder
 from ..processes import output_of
+from .test_language import CHAT
 
 TEXTS = ["Acute", "Chronic disease of the bone", "Injury", "Disorder of the eye"]
 ANSWERS = ["Diseases", "Diseases of the eye and of the ear", "Injury of bone", "Eye"]
@@ -33,15 +35,20 @@ import torch
 from torch import nn
 
 class Leaking(nn.Module):
-    \"\"\"A recurrent model: it reads a row from left to right, whatever the positions say.\"\"\"
+    \"\"\"Reads a row from left to right, whatever the positions say (by a share), or counts on where a text begins.\"\"\"
 
     def __init__(self):
         super().__init__()
         self.embedding, self.layer = nn.Embedding(700, 16), nn.GRU(16, 16, batch_first=True)
-        self.out = nn.Linear(16, 700)
+        self.place, self.out = nn.Embedding(64, 16), nn.Linear(16, 700)
 
     def forward(self, input_ids, attention_mask=None, NAME=None):
-        return self.out(self.layer(self.embedding(input_ids))[0])
+        states = self.embedding(input_ids)
+        if SHARE:
+            states = states + SHARE * self.layer(states)[0]
+        else:
+            states = states + self.place(torch.arange(input_ids.shape[1]))
+        return self.out(states)
 """
 
 
@@ -113,15 +120,33 @@ def test_a_packed_run_is_the_padded_one(decoder: Path, tmp_path: Path) -> None:
         tokens[name] = rows[-1]["speed/tokens_per_s"] / rows[-1]["speed/samples_per_s"]
     for name in ("packed", "fsdp2", "zero"):
         assert found[name]["test"]["loss"] == pytest.approx(found["padded"]["test"]["loss"], rel=2e-5)
-        assert found[name]["num_selected"] == found["padded"]["num_selected"]
+        one, other = (FundamentalSet.load(tmp_path / n / "fundamental.safetensors") for n in ("padded", name))
+        assert one.jaccard(other) > 0.999
     assert tokens["packed"] < tokens["padded"]
+
+
+def test_packing_goes_with_metrics_and_adapters(decoder: Path, tmp_path: Path) -> None:
+    """Metrics of one's own, LoRA, checkpointed blocks, a chat, texts that are cut: as padded."""
+    (tmp_path / "own_metrics.py").write_text("def extra(records, labels):\n    return {'texts': len(records)}\n")
+    weights = shutil.copytree(decoder, tmp_path / "chatty")
+    (weights / "chat_template.jinja").write_text(CHAT)
+    words = [*words_of(tmp_path, weights), "--task.metrics", '["own_metrics.extra"]', "--import_roots", f'["{tmp_path}"]']
+    words += ["--method", "lora", "--train.activation_checkpointing", "blocks", "--data.chat", "true"]
+    words += ["--task.max_tokens", "34", "--engine", "single"]
+    found = []
+    for name, packing in (("padded", "false"), ("packed", "true")):
+        output_of("train", "icd.toml", "--name", name, *words, "--data.packing", packing)
+        found.append(json.loads((tmp_path / name / "summary.json").read_text())["test"])
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=2e-5) and found[1]["texts"] == found[0]["texts"] > 0
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("position_ids", "data.packing: in Leaking a text changes the outputs of the next text in its row"),
+        ("position_ids", "data.packing: Leaking gives a text other outputs behind another one in its row than alone"),
         ("positions", "data.packing: Leaking has no argument position_ids"),
+        ("nearly", "data.packing: in Leaking a text changes the outputs of the next text in its row"),
+        ("counting", "data.packing: Leaking gives a text other outputs behind another one in its row than alone"),
     ],
 )
 def test_a_model_that_mixes_texts_is_refused(
@@ -132,7 +157,9 @@ def test_a_model_that_mixes_texts_is_refused(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "leaking_model.py").write_text(LEAKING.replace("NAME", name))
+    argument = "positions" if name == "positions" else "position_ids"
+    share = {"nearly": "1e-3", "counting": "0"}.get(name, "1")
+    (tmp_path / "leaking_model.py").write_text(LEAKING.replace("NAME", argument).replace("SHARE", share))
     monkeypatch.syspath_prepend(str(tmp_path))
     from leaking_model import Leaking
 

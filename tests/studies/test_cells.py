@@ -36,6 +36,10 @@ def test_each_seed_of_a_study_has_a_fold(tmp_path: Path) -> None:
     assert {seed: (data.folds, data.fold) for seed, data in found.items()} == {0: (2, 0), 1: (2, 1)}
     with pytest.raises(ConfigError, match="seeds do not have each of the 3 folds equally often"):
         load_study(write(tmp_path / "t.toml", text.replace("folds = 2", "folds = 3")), ["--data.path", "x"])
+    with pytest.raises(ConfigError, match=r"data.fold would have no effect: folds of the study sets them"):
+        load_study(write(tmp_path / "t.toml", text.replace('method = "full"', 'method = "full"\ndata.fold = 1')))
+    with pytest.raises(ConfigError, match="folds: Input should be greater than or equal to 2"):
+        load_study(write(tmp_path / "t.toml", text.replace("folds = 2", "folds = 1")))
 
 
 def test_running_cells_again(small_base: Path, tmp_path: Path) -> None:

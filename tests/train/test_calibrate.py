@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import distributed as dist
 from torch.nn import functional
 
+from dcft_dist.cli import main
 from dcft_dist.config.toml import load_config
 from dcft_dist.errors import ConfigError
 from dcft_dist.train.calibrate import temperature
@@ -59,6 +62,43 @@ def test_a_run_is_calibrated_before_its_test(tiny: Path, tmp_path: Path) -> None
         two = train(tiny, tmp_path, *words, *engine, "--name", engine[1])
         assert two["temperature"] == pytest.approx(one["temperature"], rel=1e-3)
         assert two["test"]["loss"] == pytest.approx(one["test"]["loss"], rel=1e-3)
+
+
+BENT = """
+import torch
+
+
+class Bent(torch.nn.Module):
+    \"\"\"Its outputs are those of its head, bent.\"\"\"
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.body, self.head = torch.nn.EmbeddingBag(700, 16), torch.nn.Linear(16, outputs)
+
+    def forward(self, input_ids, attention_mask=None):
+        return 30 * torch.tanh(self.head(self.body(input_ids)))
+"""
+
+
+def test_a_head_behind_which_something_follows(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bent_model.py").write_text(BENT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from bent_model import Bent
+
+    weights = shutil.copytree(Path(load_config(str(tiny)).model.weights), tmp_path / "weights")
+    save_file(Bent(3).state_dict(), weights / "model.safetensors")
+    text = tiny.read_text()
+    start = text.index("[model]")
+    end = text.find("\n[", start + 1)
+    own = f'[model]\nname = "own"\nbuild = "bent_model.Bent"\nargs = {{outputs = "num_outputs"}}\nweights = "{weights}"\n'
+    (tmp_path / "bent.toml").write_text(text[:start] + own + (text[end:] if end > 0 else ""))
+    words = ["--train.calibrate", "true", "--head_warmup.max_epochs", "0", "--engine", "single", "--method", "full"]
+    words += ["--runs_dir", str(tmp_path), "--name", "bent", "--import_roots", f'["{tmp_path}"]', "--optimizer.lr", "1e-2"]
+    assert main(["train", str(tmp_path / "bent.toml"), *words]) == 2
+    dist.destroy_process_group()
+    assert "the model changes what its head returns" in capsys.readouterr().err
 
 
 def test_what_cannot_be_calibrated(tiny: Path) -> None:

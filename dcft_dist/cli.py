@@ -22,6 +22,9 @@ from .inference import command as inference
 from .planning import command as planning
 from .runs.folder import keep_private
 from .runs.status import AGAIN, run_verdict, status
+from .screen import marked
+from .start import command as start
+from .start.examples import EXAMPLES
 from .studies import command as studies
 
 Commands = Any  # the return type of argparse's `add_subparsers`; its class is private
@@ -38,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         130 after Ctrl-C.
         An error prints one line to standard error.
     """
-    parser = _parser()
+    parser, _ = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in _TAKES_KEYS:
         parser.error(f"unrecognised arguments: {' '.join(rest)}")
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or isinstance(error, WorldError) or error.alone:
             where = f"rank {rank}: " if error.alone and not str(error).startswith("rank ") else ""
-            print(f"dcft: error: {where}{error}", file=sys.stderr, flush=True)
+            print(f"{marked('dcft: error:', 'bold red', sys.stderr)} {where}{error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
@@ -66,13 +69,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if error.errno == errno.ENAMETOOLONG else 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of the command line, and that of each command."""
     parser = argparse.ArgumentParser(prog="dcft", description="Divide-and-conquer fine-tuning of pre-trained models.")
-    parser.add_argument("--version", action="version", version=f"dcft_dist {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"dcft_dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_run, _add_use, _add_compare, _add_cluster, _add_plan, _add_generated):
+    for add in (start.add_commands, _add_run, _add_use, _add_compare, _add_cluster, _add_plan, _add_generated):
         add(commands)
-    return parser
+    for name, command in commands.choices.items():
+        note = f"{command.epilog}\n\n" if command.epilog else ""
+        command.epilog = "\n  ".join([f"{note}examples:", *EXAMPLES[name]])
+        command.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser, commands.choices
 
 
 def _add_run(commands: Commands) -> None:
@@ -183,6 +191,23 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
     from .train.run import train
 
     train(_load(options.config, rest, runs=True))
+
+
+def _init(options: argparse.Namespace, rest: list[str]) -> None:
+    following = start.init(options)
+    _check(_parser()[0].parse_args(["check", str(options.file), "--data"]), [])
+    print(f"next: {following}")
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    return start.doctor(options)
+
+
+def _completion(options: argparse.Namespace, rest: list[str]) -> None:
+    from .start.completion import completion
+
+    parser, commands = _parser()
+    sys.stdout.write(completion(parser, [commands[name] for name in _TAKES_KEYS], options.shell))
 
 
 def _status(options: argparse.Namespace, rest: list[str]) -> int:
@@ -367,6 +392,9 @@ def _config_reference(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 _COMMANDS = {
+    "init": _init,
+    "doctor": _doctor,
+    "completion": _completion,
     "train": _train,
     "check": _check,
     "inspect": _inspect,

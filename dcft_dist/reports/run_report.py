@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from ..files import objects_in, write_atomic
 from ..method.fundamental_set import FundamentalSet
 from .interpolation import plane_picture
-from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture
+from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture, shown_metrics
 from .render import png, results_of, summary_of, template, what_it_is
+from .words import reached
 
 
 def write_report(run: Path, pictures: Path | None = None) -> Path:
@@ -39,10 +40,21 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
     write_atomic(
         path,
         template("report.html").render(
-            summary=summary, what=what_it_is(summary), results=results_of(summary), facts=_facts(summary), pictures=images
+            summary=summary,
+            what=what_it_is(summary),
+            reached=_reached(run, summary),
+            results=results_of(summary),
+            facts=_facts(summary),
+            pictures=images,
         ),
     )
     return path
+
+
+def _reached(run: Path, summary: dict[str, Any]) -> list[str]:
+    if "interpolation" in summary:
+        return []
+    return reached(summary, objects_in(run / "metrics.jsonl", "step"), shown_metrics(summary["validation"])[0])
 
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:

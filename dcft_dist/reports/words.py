@@ -1,0 +1,79 @@
+"""What reports call a metric, and sentences that say what a run has reached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..objectives.base import LOWER_IS_BETTER, oriented
+
+_NAMES = {
+    "accuracy": "accuracy",
+    "label_accuracy": "accuracy of single findings",
+    "balanced_accuracy": "balanced accuracy",
+    "token_accuracy": "accuracy of tokens",
+    "macro_f1": "macro-averaged F1",
+    "auroc": "area under the ROC curve",
+    "auprc": "area under the precision-recall curve",
+    "sensitivity_at_95_specificity": "sensitivity at 95 % specificity",
+    "ece": "calibration error",
+    "mae": "mean absolute error",
+    "rmse": "root mean squared error",
+    "quadratic_kappa": "quadratic kappa",
+    "hd95": "Hausdorff distance, 95th percentile",
+    "dice": "Dice",
+    "exact": "answers that are right in every token",
+}
+
+
+def name_of(metric: str) -> str:
+    """A metric in words; its key if there are none for it.
+
+    Args:
+        metric: key of a metric, also of one class (`dice_tumour`).
+    """
+    for stem in ("dice", "hd95"):
+        if metric.startswith(f"{stem}_"):
+            return f"{_NAMES[stem]}, {metric.removeprefix(f'{stem}_')}"
+    return _NAMES.get(metric, metric)
+
+
+def unit_of(metric: str) -> str:
+    """What the values of a metric are measured in: `share` (0 to 1), or the metric itself.
+
+    Args:
+        metric: key of a metric.
+    """
+    known = metric in _NAMES or metric.startswith("dice_")
+    return "share" if known and metric not in {*LOWER_IS_BETTER, "quadratic_kappa"} - {"ece"} else metric
+
+
+def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str) -> list[str]:
+    """Sentences for the top of a run's report: what fine-tuning has changed, how sure that is, and what to do next.
+
+    Args:
+        summary: of the run, the content of its `summary.json`.
+        rows: of `metrics.jsonl`.
+        metric: key of the metric that is shown first.
+    """
+    key, sentences = f"validation/{metric}", []
+    start = next((row[key] for row in rows if key in row and row.get("train/epoch") == 0), None)
+    end = summary["validation"].get(metric)
+    if start is not None and end is not None and summary["method"] != "linear_probe":
+        verb = "improved" if oriented(metric, end) > oriented(metric, start) else "did not improve"
+        sentences.append(
+            f"Fine-tuning {verb} the {name_of(metric)} on the validation data: {start:.3f} with the head alone, "
+            f"{end:.3f} at epoch {summary['best_epoch']}."
+        )
+    tested = (summary.get("test") or {}).get(metric)
+    if tested is None:
+        sentences.append("It was not tested.")
+    elif interval := (summary.get("test_intervals") or {}).get(metric):
+        low, high = interval
+        sentences.append(f"On the test data it is {tested:.3f}; its 95 % interval is {low:.3f} to {high:.3f}.")
+    else:
+        sentences.append(f"On the test data it is {tested:.3f}, without an interval.")
+    if summary["method"] == "dcft":
+        sentences.append(
+            "Whether the selected weights helped, one run cannot say: compare methods over seeds with dcft compare."
+        )
+    return sentences

@@ -1,0 +1,67 @@
+"""What a run's report says first, in words, and axes without impossible ticks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dcft_dist.reports.pictures import loss_curves, metric_curves
+from dcft_dist.reports.words import name_of, reached, unit_of
+
+
+def rows(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
+    return [{"step": 10 * i, "train/epoch": float(i), f"validation/{metric}": v} for i, v in enumerate(values)]
+
+
+def summary(end: float, metric: str = "accuracy", **more: Any) -> dict[str, Any]:
+    found = {"method": "dcft", "best_epoch": 2, "validation": {metric: end, "macro_f1": 0.5}, "test": {metric: 0.71}}
+    return found | {"test_intervals": {metric: [0.68, 0.74]}} | more
+
+
+def test_the_first_sentences_of_a_report() -> None:
+    assert reached(summary(0.72), rows(0.61, 0.68, 0.72), "accuracy") == [
+        "Fine-tuning improved the accuracy on the validation data: 0.610 with the head alone, 0.720 at epoch 2.",
+        "On the test data it is 0.710; its 95 % interval is 0.680 to 0.740.",
+        "Whether the selected weights helped, one run cannot say: compare methods over seeds with dcft compare.",
+    ]
+    first, *_ = reached(summary(8.2, "mae"), rows(7.9, 8.4, 8.2, metric="mae"), "mae")
+    assert first.startswith("Fine-tuning did not improve the mean absolute error on the validation data: 7.900")
+    probe = summary(0.61, method="linear_probe", test=None)
+    assert reached(probe, rows(0.61), "accuracy") == ["It was not tested."]
+    full = summary(0.72, method="full", test_intervals=None)
+    assert reached(full, [], "accuracy") == ["On the test data it is 0.710, without an interval."]
+
+
+@pytest.mark.parametrize(
+    ("metric", "words", "unit"),
+    [
+        ("ece", "calibration error", "share"),
+        ("hd95_tumour", "Hausdorff distance, 95th percentile, tumour", "hd95_tumour"),
+        ("dice_tumour", "Dice, tumour", "share"),
+        ("quadratic_kappa", "quadratic kappa", "quadratic_kappa"),
+        ("loss", "loss", "loss"),
+        ("my_own", "my_own", "my_own"),
+    ],
+)
+def test_metrics_in_words(metric: str, words: str, unit: str) -> None:
+    assert (name_of(metric), unit_of(metric)) == (words, unit)
+
+
+def test_axes_have_whole_epochs_and_no_accuracy_above_one() -> None:
+    found = [row | {"validation/macro_f1": 0.97, "validation/loss": 0.1} for row in rows(0.90, 1.0, 1.0)]
+    figure = metric_curves(found, summary(1.0))
+    (axes,) = figure.axes
+    assert axes.get_ylim()[1] <= 1.0 and axes.get_xlabel() == "epoch"
+    figure.canvas.draw()
+    low, high = axes.get_xlim()
+    assert all(tick == round(tick) for tick in axes.get_xticks() if low <= tick <= high)
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {"accuracy", "macro-averaged F1", "tested epoch"}
+    (axes,) = loss_curves(found).axes
+    assert axes.get_ylabel() == "loss"
+
+
+def test_metrics_of_two_units_have_axes_of_their_own() -> None:
+    found = [row | {"validation/loss": 0.4} for row in rows(0.5, 0.6, metric="dice")]
+    figure = metric_curves(found, {"best_epoch": 1, "validation": {"dice": 0.6, "loss": 0.4}})
+    assert [axes.get_legend().get_texts()[0].get_text() for axes in figure.axes] == ["Dice", "loss"]

@@ -17,6 +17,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted(f for f in ROOT.glob("docs/*.md") if f.name not in GENERATED_OR_LOGS),
     *sorted(ROOT.glob("docs/api/*.md")),
+    *sorted(ROOT.glob("docs/tutorials/*.md")),
 ]
 README_WORDS, README_LINE = 900, 160
 PAGE_SENTENCE, DOCSTRING_SENTENCE = 30, 40

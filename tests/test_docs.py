@@ -84,10 +84,13 @@ def run_integrations(folder: str) -> list[str]:
 
     os.chdir(folder)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/integrations.md").read_text(), re.DOTALL)
+    network = Reader()
     data = torch.utils.data.TensorDataset(torch.randn(32, 6), torch.randint(0, 3, (32,)))
     names: dict[str, Any] = {
         "model": make_bert(), "other": make_bert(), "dataset": samples(), "module": Module(),
-        "loader": torch.utils.data.DataLoader(data, batch_size=8),
+        "loader": torch.utils.data.DataLoader(data, batch_size=8), "network": network,
+        "volumes": [{"image": torch.randn(4, 6), "label": torch.randint(0, 3, (4,))} for _ in range(3)],
+        "optimizer": torch.optim.AdamW(network.parameters()), "loss_function": nn.CrossEntropyLoss(),
     }  # fmt: skip
     for block in blocks:
         exec(block, names)

@@ -1,4 +1,4 @@
-"""The tutorials run, from their own text: files are written, commands carried out, and what they are said to print appears."""
+"""The tutorials run, from their own text: files are written, commands are carried out, and print what they should."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def test_a_tutorial_runs(page: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"^```(\w+)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     for kind, text in blocks:
         if kind == "bash":
-            done = subprocess.run(["bash", "-e", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
+            done = subprocess.run(
+                ["bash", "-e", "-c", text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400
+            )
             assert done.returncode == 0, f"{text}{done.stdout}{done.stderr}"
             said += done.stdout + done.stderr
         elif kind == "text":

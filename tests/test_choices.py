@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from dcft_dist.cli import main
 from dcft_dist.files import read_json
 
+from .objectives.test_language import CHAT
 from .objectives.test_losses import ROWS
-from .own import tiny_encoder
+from .own import instructions, tiny_decoder, tiny_encoder
 from .processes import output_of
 from .train.test_run import SHORT, SMALL
 
@@ -32,20 +33,38 @@ train = {{global_batch = 16, micro_batch = 4}}
 """
 
 
+ANSWERS = """
+task = {{name = "own", kind = "causal_lm", max_tokens = 64}}
+data = {{path = "{folder}/codes.jsonl", modality = "text", input = "prompt", label = "answer", group = "code"}}
+model = {{name = "own", build = "transformers.AutoModelForCausalLM", weights = "{folder}/decoder", head = []}}
+importance = {{num_samples = 32, score_batch = 16}}
+train = {{global_batch = 16}}
+"""
+
+
 @pytest.fixture(scope="session")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """Whether the block is about images -> the file that it extends."""
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Kind of data that a block is about -> the file that it extends."""
     folder = tmp_path_factory.mktemp("bases")
     (folder / "texts.toml").write_text(SHORT + SMALL.replace("WEIGHTS", str(tiny_encoder(folder / "encoder"))))
     (folder / "choices_rows.py").write_text(ROWS)
     (folder / "images.toml").write_text(IMAGES.format(folder=folder))
-    return {False: folder / "texts.toml", True: folder / "images.toml"}
+    instructions(folder / "codes.jsonl", 80)
+    (tiny_decoder(folder / "decoder") / "chat_template.jinja").write_text(CHAT)
+    (folder / "answers.toml").write_text(ANSWERS.format(folder=folder))
+    return {kind: folder / f"{kind}.toml" for kind in ("texts", "images", "answers")}
+
+
+def kind_of(block: str) -> str:
+    return (
+        "images" if "mixup" in block or "folds" in block else "answers" if "chat" in block or "packing" in block else "texts"
+    )
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_a_block_of_the_page_trains(number: int, bases: dict[bool, Path], tmp_path: Path) -> None:
+def test_a_block_of_the_page_trains(number: int, bases: dict[str, Path], tmp_path: Path) -> None:
     block = BLOCKS[number]
-    (tmp_path / "mine.toml").write_text(f'extends = "{bases["mixup" in block]}"\nname = "mine"\n{block}')
+    (tmp_path / "mine.toml").write_text(f'extends = "{bases[kind_of(block)]}"\nname = "mine"\n{block}')
     words = ["--runs_dir", str(tmp_path), "--engine", "single", "--train.max_steps", "2", "--head_warmup.max_epochs", "1"]
     assert main(["train", str(tmp_path / "mine.toml"), *words, "--removal.fractions", "[]"]) == 0
     assert read_json(tmp_path / "mine/estimate.json")["steps"] > 2
@@ -88,9 +107,9 @@ ENGINES = {
 }
 
 
-def test_all_choices_together_equal_one_process(bases: dict[bool, Path], tmp_path: Path) -> None:
+def test_all_choices_together_equal_one_process(bases: dict[str, Path], tmp_path: Path) -> None:
     """Variants, mixing, smoothing, averages, schedule, groups and calibration at once, on two ranks of every engine."""
-    base = bases[True].read_text().replace("train = {global_batch = 16, micro_batch = 4}", "")
+    base = bases["images"].read_text().replace("train = {global_batch = 16, micro_batch = 4}", "")
     (tmp_path / "mine.toml").write_text(base + TOGETHER)
 
     def weights(name: str, *words: str, ranks: int = 2) -> dict[str, torch.Tensor]:

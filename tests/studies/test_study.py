@@ -228,7 +228,8 @@ def test_runs_that_diverged_are_shown_and_decide_nothing(tmp_path: Path) -> None
     assert found.differences[0].value and found.differences[0].value.mean == pytest.approx(2 / 3)
     assert found.differences[0].value.num_seeds == 2 and found.differences[0].verdict == "undecided"
     shown = table(tmp_path, "md")
-    assert "| full |  | 2 of 3, 1 diverged |" in shown and "| 0.1 |  | 1.5 + 0.5 |" in shown and "| 0.1 | 0.25 |" in shown
+    assert "| full | nothing to choose | 2 of 3, 1 diverged |" in shown
+    assert "| 0.1 |  | 1.5 + 0.5 |" in shown and "| 0.1 | 0.25 |" in shown
     assert "| dcft minus full | +66.67 [+0.00, +100.00] | 2 | undecided | -0.125 [0.125] |" in shown
 
 

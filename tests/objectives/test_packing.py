@@ -126,7 +126,7 @@ def test_a_packed_run_is_the_padded_one(decoder: Path, tmp_path: Path) -> None:
 
 
 def test_packing_goes_with_metrics_and_adapters(decoder: Path, tmp_path: Path) -> None:
-    """Metrics of one's own, LoRA, checkpointed blocks, a chat, texts that are cut: as padded."""
+    """Own metrics, LoRA, checkpointed blocks, a chat, texts that are cut: as padded."""
     (tmp_path / "own_metrics.py").write_text("def extra(records, labels):\n    return {'texts': len(records)}\n")
     weights = shutil.copytree(decoder, tmp_path / "chatty")
     (weights / "chat_template.jinja").write_text(CHAT)

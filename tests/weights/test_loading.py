@@ -248,7 +248,7 @@ def part_here(file: str) -> float:
 def test_what_differs_is_named(tmp_path: Path) -> None:
     net = make_net()
     file = saved(tmp_path, net, extra=torch.zeros(2))
-    assert "extra has no place in the model" in refused(file)
+    assert 'extra has no place in the model; in [model], unused = ["extra"] leaves it out' in refused(file)
     _, report = loaded(file, allowed=Allowed(head=("head",), unused=["ext*"]))
     assert set(report.unused) == {"extra", "head.weight", "head.bias"} and report.fresh == ["head.weight", "head.bias"]
     net.mix = nn.Linear(13, 6)
@@ -256,7 +256,7 @@ def test_what_differs_is_named(tmp_path: Path) -> None:
     assert "mix.weight is [6, 13] in the file and [7, 13] in the model" in refused(file)
     state = {n: v for n, v in load_file(saved(tmp_path / "less", make_net())).items() if not n.startswith("mix")}
     save_file(state, tmp_path / "less/model.safetensors")
-    assert "no mix.weight, no mix.bias" in refused(tmp_path / "less")
+    assert 'no mix.weight, no mix.bias; in [model], new = ["mix.*"] draws it from the seed' in refused(tmp_path / "less")
     _, report = loaded(tmp_path / "less", allowed=Allowed(head=("head",), new=["mix"]))
     assert report.fresh == ["mix.weight", "mix.bias", "head.weight", "head.bias"]
 

@@ -86,12 +86,11 @@ def daemons() -> Iterator[Cluster]:
 def beside(daemons: Cluster, config: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Beside]:
     """What takes long on nodes 0 and 1 goes on beside the tests on nodes 2 and 3: most of the time it waits for Slurm."""
     with ThreadPoolExecutor(1) as pool:
-        jobs = []
-        for job in (calm_job, disturbed_job):
-            folder = tmp_path_factory.mktemp("beside")
+        folders = [tmp_path_factory.mktemp("beside") for _ in range(2)]
+        for folder in folders:
             (folder / "tiny.toml").write_text(config)
-            jobs.append(pool.submit(job, daemons, folder))
-        yield Beside(*jobs)
+        calm = pool.submit(calm_job, daemons, folders[0])
+        yield Beside(calm, pool.submit(disturbed_job, daemons, folders[1]))
         pool.shutdown(wait=False, cancel_futures=True)
         daemons.run("scancel", "--user=root")
 
@@ -121,10 +120,18 @@ def site(tmp_path: Path, config: str) -> Path:
 
 @dataclass
 class Beside:
-    """`calm`: the folder of its runs; `disturbed`: the folder it was submitted from."""
+    """`calm`: the folder of its runs."""
 
     calm: Future[Path]
-    disturbed: Future[Path]
+    disturbed: Future[Disturbed]
+
+
+@dataclass
+class Disturbed:
+    """`folder`: it was submitted from; `asked`: the number of each start that a disturbance caused, and a step before it."""
+
+    folder: Path
+    asked: dict[int, int]
 
 
 def output(folder: Path) -> str:
@@ -309,24 +316,30 @@ def test_dcft_submit(cluster: Cluster, site: Path) -> None:
 # -- what clusters do to jobs ------------------------------------------------------------------------------------------
 
 
-def disturbed_job(cluster: Cluster, folder: Path) -> Path:
-    """A warning of its end, a requeue, a preemption, the failure of a node and one cut off, one after the other."""
+def disturbed_job(cluster: Cluster, folder: Path) -> Disturbed:
+    """A warning of its end, a requeue, a preemption, the failure of a node and one cut off, one after the other.
+
+    A slow machine may see more starts than disturbances: Slurm may give a node up that has just come back, and ranks that
+    have ten seconds may miss each other. Then the job starts once more, as it should."""
     file, options = str(SLURM / "multi_node_fsdp2.sbatch"), ("--name", "disturbed", *STEPS, "--timeout_s", "10")
     job = cluster.sbatch("--nodelist=node[0-1]", file, "tiny.toml", *options, cwd=folder, **ONE)
 
+    asked: dict[int, int] = {}
+
+    def restarts() -> int:
+        return int(cluster.job(job)["Restarts"])
+
     def reached(step: int) -> None:
         """In the start that is at work now: a former one may have been further than its last checkpoint."""
-        until(f"step {step}", lambda: step_of(folder, "disturbed", restarts + 1) >= step, 300, output_now, 0.05)
+        until(f"step {step}", lambda: step_of(folder, "disturbed", restarts() + 1) >= step, 300, output_now, 0.05)
+        asked[restarts() + 1] = step
 
     def output_now() -> str:
         return f"{cluster.job(job)}\n{output(folder)}"
 
     def restarted() -> None:
-        nonlocal restarts
-        restarts += 1
-        until(f"restart {restarts}", lambda: cluster.job(job)["Restarts"] == str(restarts), 240, output_now)
+        until(f"restart {max(asked)}", lambda: restarts() >= max(asked), 240, output_now)
 
-    restarts = 0
     reached(1)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     restarted()
@@ -348,7 +361,7 @@ def disturbed_job(cluster: Cluster, folder: Path) -> Path:
     finally:
         cluster.cut(1, "up")  # Slurm has missed it long enough, and takes it back when it hears of it
     assert cluster.end(job) == "COMPLETED", output(folder)
-    return folder
+    return Disturbed(folder, asked)
 
 
 @pytest.mark.timeout(600)
@@ -385,7 +398,8 @@ def test_bad_input_is_not_tried_again(cluster: Cluster, site: Path) -> None:
 
 @pytest.mark.timeout(900)
 def test_a_disturbed_job_ends_with_the_same_bits(beside: Beside) -> None:
-    site, calm = beside.disturbed.result(), beside.calm.result()
+    disturbed, calm = beside.disturbed.result(), beside.calm.result()
+    site = disturbed.folder
     (log,) = (file.read_text() for file in site.glob("dcft-*.out"))
 
     assert differing(bits(site / "runs", "disturbed"), bits(calm, "calm")) == []
@@ -393,12 +407,14 @@ def test_a_disturbed_job_ends_with_the_same_bits(beside: Beside) -> None:
     for key in ("weights_checksum", "test", "validation", "ranks"):
         assert found[key] == expected[key], key
     begun = [json.loads(line) for line in (site / "runs/disturbed/attempts.jsonl").read_text().splitlines()]
-    assert [s["restart"] for s in begun] == [0, 1, 2, 3, 4, 5]
+    assert [s["restart"] for s in begun] == list(range(len(begun)))
     steps = [int(s["at"].removeprefix("step ")) for s in begun[1:]]
+    assert len(disturbed.asked) == 5 and len(steps) in (5, 6), (steps, log)
+    assert steps == sorted(steps), steps
     # Asked to stop: no step is done twice. Ended without warning: at most the one that had no checkpoint yet.
-    assert all(at >= step - 1 for at, step in zip(steps, (1, 3, 5, 7, 9), strict=True)), steps
+    assert all(steps[start - 1] >= step - 1 for start, step in disturbed.asked.items()), (steps, disturbed.asked)
     assert "stopped at step" in log and "disturbed: again: it was asked to stop" in log
-    cut_off = log.split("going on from step")[-2]
+    cut_off = log.split("going on from step")[max(disturbed.asked) - 1]
     assert "on node1 does not answer" in cut_off or "on node1 has not arrived" in cut_off, cut_off
 
 

@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,13 @@ def _add_compare(commands: Commands) -> None:
     report = commands.add_parser("report", help="write report.html of a run or of a study again")
     report.add_argument("run", type=Path)
     report.add_argument("--pictures", type=Path, metavar="DIR", help="also write each picture as a PNG to this folder")
+    report.add_argument(
+        "--examples",
+        type=int,
+        metavar="N",
+        help="of a run: also show the N validation examples that are most wrong; the file then contains them",
+    )
+    _add_trust(report)
     table = commands.add_parser("table", help="compare finished runs, or the arms of a study")
     table.add_argument("runs", type=Path, nargs="+", help="directories of runs, or the folder of one study")
     table.add_argument("--format", choices=("md", "csv", "tex"), default="md", help="format of a study's table")
@@ -314,8 +322,25 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
     with expected_form(options.run):
         if (options.run / "config.toml").is_file():
             _load(options.run / "config.toml", ())  # private?
-        write: Any = write_study_report if (options.run / "study.toml").exists() else write_report
-        print(write(options.run, options.pictures))
+        if not (options.run / "study.toml").exists():
+            print(write_report(options.run, options.pictures, _wrong(options)))
+        elif options.examples is not None:
+            raise RunError(f"{options.run} is a study: --examples needs the folder of a run")
+        else:
+            print(write_study_report(options.run, options.pictures))
+
+
+def _wrong(options: argparse.Namespace) -> list[Any]:
+    """The examples that a report shows: none, unless they are asked for."""
+    if options.examples is None:
+        return []
+    if options.examples < 1:
+        raise ConfigError(f"--examples {options.examples}: must be at least 1")
+    from .distributed.world import joined_world
+    from .inference.mistakes import mistakes
+
+    with joined_world(600.0) as world:
+        return [astuple(found) for found in mistakes(options.run, options.examples, world, options.trust_code)]
 
 
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:

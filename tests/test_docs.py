@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import dcft_dist
 from dcft_dist import DcftError, FundamentalSet, errors
 
+from .browser import problems
 from .ranks import run_ranks
 from .test_architecture import MAY_IMPORT
 
@@ -157,6 +158,10 @@ def test_the_site_needs_no_network(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(r"<(?:script|img|link)[^>]*?(?:src|href)=\"?(https?://[^\" >]+)", page.read_text())
         assert loaded == [], page.relative_to(site)
+
+
+def test_pages_can_be_read_on_a_phone_and_in_dark_mode(site: Path) -> None:
+    assert problems([site / "index.html", site / "which_method.html", site / "cli.html"], "article") == []
 
 
 def test_the_site_has_what_lies_outside_its_folder(site: Path) -> None:

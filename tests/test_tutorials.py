@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .browser import problems
+
 PAGES = sorted((Path(__file__).parent.parent / "docs/tutorials").glob("*.md"))
 
 
@@ -33,3 +35,4 @@ def test_a_tutorial_runs(page: Path, tmp_path: Path) -> None:
             assert name is not None, f"{page}: a block of {kind} begins with the name of its file"
             (tmp_path / name.group(1)).write_text(text)
     assert {"bash", "text"} <= {kind for kind, _ in blocks}
+    assert problems(tmp_path.rglob("report.html")) == []

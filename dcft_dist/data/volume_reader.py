@@ -147,17 +147,22 @@ class VolumeReader:
             text += "; mask " + ", ".join(f"{c:g}: {n}" for c, n in zip(classes.tolist(), counts.tolist(), strict=True))
         return text
 
-    def drawn(self, pair: Pair) -> NDArray[np.uint8]:
-        """The middle slices along the three axes, the class of the mask in colour: [height, width, 3]."""
+    def drawn(self, pair: Pair, predicted: NDArray[Any] | None = None) -> NDArray[np.uint8]:
+        """The middle slices along the three axes, the class of the mask in colour: [height, width, 3].
+
+        Args:
+            pair: paths of image and mask.
+            predicted: another mask [*space], to compare: those slices are drawn in which most voxels differ, once with the
+                first mask, and below with this one.
+        """
         image, mask = self.whole(pair)
         values, classes = stretched(image[0].numpy()), None if mask is None else mask[0].numpy()
-        planes = [values] if values.ndim == 2 else [values.take(n // 2, axis) for axis, n in enumerate(values.shape)]
-        masks = [classes] if classes is None or classes.ndim == 2 else [
-            classes.take(n // 2, axis) for axis, n in enumerate(classes.shape)]  # fmt: skip
-        drawn = [_drawn(plane, part) for plane, part in zip(planes, masks * (len(planes) // len(masks)), strict=True)]
-        height = max(plane.shape[0] for plane in drawn)
-        padded = [np.pad(plane, ((0, height - plane.shape[0]), (0, 2), (0, 0))) for plane in drawn]
-        return np.concatenate(padded, axis=1)
+        at = [n // 2 for n in values.shape]
+        if predicted is None or classes is None:
+            return _row_of(values, classes, at)
+        differ, axes = predicted != classes, range(values.ndim)
+        at = [int(differ.sum(tuple(other for other in axes if other != axis)).argmax()) for axis in axes]
+        return np.concatenate([_row_of(values, classes, at), _row_of(values, predicted, at)], axis=0)
 
     def _read_files(self, pair: Pair) -> dict[str, Any]:
         channels, mask = files_of(pair)
@@ -205,6 +210,14 @@ class VolumeReader:
             last = self._num_classes - 1
             raise DataError(f"{pair[1]}: labels {listing(strays)}, but there are {self._num_classes} classes, 0 to {last}")
         self._classes_in[pair] = {int(v) for v in torch.unique(mask)}
+
+
+def _row_of(values: NDArray[Any], classes: NDArray[Any] | None, at: Sequence[int]) -> NDArray[np.uint8]:
+    """The slices number `at` of a volume along its axes, side by side; or the one image."""
+    slices = [slice(None)] if values.ndim == 2 else [(slice(None),) * axis + (i,) for axis, i in enumerate(at)]
+    drawn = [_drawn(values[part], None if classes is None else classes[part]) for part in slices]
+    height = max(plane.shape[0] for plane in drawn)
+    return np.concatenate([np.pad(plane, ((0, height - plane.shape[0]), (0, 2), (0, 0))) for plane in drawn], axis=1)
 
 
 def _times(numbers: Any) -> str:

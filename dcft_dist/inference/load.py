@@ -29,7 +29,9 @@ _SOURCES = ("data.path", "data.train", "data.validation", "data.test", "data.bui
 _FREE = ("--data.", "--engine", "--sharding.", "--import_roots", "--test_resamples", "--train.evaluation_batch")
 
 
-def load_adapted(run: Path, overrides: Sequence[str], world: World, trust: bool = False) -> TaskModel:
+def load_adapted(
+    run: Path, overrides: Sequence[str], world: World, trust: bool = False, own_data: bool = False
+) -> TaskModel:
     """Reads the exported model of a finished run. Collective.
 
     Args:
@@ -38,6 +40,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World, trust: bool 
             data, the engine and a few settings of the evaluation may change.
         world: the joined ranks; with one rank the engine is `single`.
         trust: whether the code that the run names may be imported (see `config.trust`).
+        own_data: whether the data of the run itself are meant, so that `overrides` need not name any.
 
     Returns:
         The model under its engine, with an optimizer that changes nothing.
@@ -58,7 +61,7 @@ def load_adapted(run: Path, overrides: Sequence[str], world: World, trust: bool 
         raise ConfigError(f"--data.*: {run} has the task {config.task.name}, which brings its own data: leave --data out")
     if new_sources:  # drop the run's own sources, or both would be mixed
         config, facts = folder.finished(overrides, (*_SOURCES, "data.external_tests"))
-    elif config.task.name == "own":
+    elif config.task.name == "own" and not own_data:
         raise ConfigError(f"which data? Give one of {', '.join(f'--{key}' for key in _SOURCES)}, as in the configuration")
     else:
         config, facts = folder.finished(overrides)

@@ -59,7 +59,8 @@ def share_picture(chosen: FundamentalSet) -> Figure:
     kinds = list(dict.fromkeys(kind for kind, _ in shares))
     layers = sorted({layer for _, layer in shares}, key=lambda text: (text == "-", int(text) if text != "-" else 0))
     grid = [[100 * shares[k, n][0] / shares[k, n][1] if (k, n) in shares else float("nan") for n in layers] for k in kinds]
-    figure = Figure(figsize=(2.4 + 0.75 * len(layers), 1.2 + 0.42 * len(kinds)), layout="constrained")
+    names = 0.08 * max(map(len, kinds))  # inches that the longest name takes
+    figure = Figure(figsize=(2.4 + names + 0.6 * len(layers), 1.2 + 0.42 * len(kinds)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(grid, cmap="YlOrRd", vmin=0, aspect="auto")
     top = max(max(v for v in row if v == v) for row in grid)
@@ -75,9 +76,9 @@ def share_picture(chosen: FundamentalSet) -> Figure:
                     fontsize=8,
                     color="white" if value > 0.7 * top else "black",
                 )
-    axes.set_xticks(range(len(layers)), layers)
+    axes.set_xticks(range(len(layers)), ["other" if layer == "-" else layer for layer in layers])
     axes.set_yticks(range(len(kinds)), kinds, fontsize=8)
-    axes.set_xlabel("layer")
+    axes.set(xlabel="layer", ylabel="kind of weight")
     figure.colorbar(image, label="fundamental, %")
     return figure
 
@@ -120,6 +121,7 @@ def movement_curves(rows: Rows) -> Figure:
         _line(axes, rows, "movement/fundamental", "fundamental", _FUNDAMENTAL)
         _line(axes, rows, "movement/rest", "rest", _REST)
         axes.set_ylabel("change of a weight\n(root mean square)")
+        axes.ticklabel_format(axis="y", scilimits=(-3, 4))
 
     return _curves(draw)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from PIL import Image
 
 from ..files import objects_in, write_atomic
 from ..method.fundamental_set import FundamentalSet
@@ -17,12 +19,13 @@ from .render import png, results_of, summary_of, template, what_it_is
 from .words import reached
 
 
-def write_report(run: Path, pictures: Path | None = None) -> Path:
+def write_report(run: Path, pictures: Path | None = None, wrong: Sequence[tuple[str, str, Any]] = ()) -> Path:
     """Writes `report.html` into the directory of a finished run.
 
     Args:
         run: the run directory.
         pictures: a folder for the pictures as PNG files; None: the pictures are in the report only.
+        wrong: examples that went wrong: (verdict, text or path, picture [height, width, 3] in uint8 or None) of each.
 
     Returns:
         The path of `report.html`.
@@ -46,9 +49,17 @@ def write_report(run: Path, pictures: Path | None = None) -> Path:
             results=results_of(summary),
             facts=_facts(summary),
             pictures=images,
+            wrong=[(verdict, source, "" if drawn is None else _encoded(drawn)) for verdict, source, drawn in wrong],
         ),
     )
     return path
+
+
+def _encoded(pixels: Any) -> str:
+    """A picture as the text of a PNG file, in base64."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _reached(run: Path, summary: dict[str, Any]) -> list[str]:

@@ -60,10 +60,13 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str) ->
     end = summary["validation"].get(metric)
     if start is not None and end is not None and summary["method"] != "linear_probe":
         verb = "improved" if oriented(metric, end) > oriented(metric, start) else "did not improve"
-        sentences.append(
-            f"Fine-tuning {verb} the {name_of(metric)} on the validation data: {start:.3f} with the head alone, "
-            f"{end:.3f} at epoch {summary['best_epoch']}."
-        )
+        reach = f"{start:.3f} with the head alone, {end:.3f} at epoch {summary['best_epoch']}."
+        if summary["best_epoch"] == 0:
+            reach = (
+                f"no epoch was better than the head alone, {start:.3f}. So this model is the linear probe: the pre-trained "
+                "weights with the warmed-up head."
+            )
+        sentences.append(f"Fine-tuning {verb} the {name_of(metric)} on the validation data: {reach}")
     tested = (summary.get("test") or {}).get(metric)
     if tested is None:
         sentences.append("It was not tested.")
@@ -72,8 +75,14 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str) ->
         sentences.append(f"On the test data it is {tested:.3f}; its 95 % interval is {low:.3f} to {high:.3f}.")
     else:
         sentences.append(f"On the test data it is {tested:.3f}, without an interval.")
+    return [*sentences, f"Next: {_next_step(summary)}"]
+
+
+def _next_step(summary: dict[str, Any]) -> str:
+    if summary["method"] == "linear_probe":
+        return 'fine-tune the whole model (method = "full" or "dcft"), and see whether that is better.'
+    if summary["best_epoch"] == 0:
+        return "other learning rates (optimizer.lr), smaller and larger ones; choose on the validation data."
     if summary["method"] == "dcft":
-        sentences.append(
-            "Whether the selected weights helped, one run cannot say: compare methods over seeds with dcft compare."
-        )
-    return sentences
+        return "whether the selected weights helped, one run cannot say. Compare methods over seeds with dcft compare."
+    return "compare it with other methods over several seeds, with dcft compare."

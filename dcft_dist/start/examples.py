@@ -24,7 +24,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "interpolate": ("dcft interpolate runs/mine",),
     "status": ("dcft status runs/mine", "dcft status mine.toml --verdict"),
     "verify": ("dcft verify runs/mine",),
-    "report": ("dcft report runs/mine", "dcft report runs/study --pictures pictures/"),
+    "report": ("dcft report runs/mine --examples 12", "dcft report runs/study --pictures pictures/"),
     "table": ("dcft table runs/mine runs/other", "dcft table runs/study --format tex"),
     "compare": ("dcft compare studies/smoke.toml --workers 2", "dcft compare study.toml --data.path pathmnist.npz"),
     "submit": (

@@ -13,16 +13,10 @@ from matplotlib.figure import Figure
 from ..errors import DataError
 from ..files import write_atomic
 from ..reports.render import png, template
-from .bootstrap import Estimate, estimate
+from .answers import answers
 from .results import StudyFolder
 from .study import Study, load_study
-from .table import ArmResult, SettingResult, arm_rows, contrast_rows, results, shown
-
-_MEANING = {
-    "supported": "Supported here",
-    "not supported": "Not supported here",
-    "undecided": "Undecided here",
-}
+from .table import SettingResult, arm_rows, contrast_rows, results, shown
 
 
 def write_study_report(folder: Path, pictures: Path | None = None) -> Path:
@@ -74,41 +68,6 @@ def arm_settings(study: Study, arm: str) -> str:
         if not isinstance(value, dict):
             texts.append(f"{key} = {' or '.join(map(shown, value)) if isinstance(value, list) else shown(value)}")
     return ", ".join(texts) or f"as in {study.base}"
-
-
-def answers(result: SettingResult) -> list[str]:
-    """Sentences for the top of the report: what the deciding contrast says, and which arms have the highest accuracy."""
-    texts = []
-    for difference in result.differences:
-        contrast, value = difference.contrast, difference.value
-        if contrast.deciding and value:
-            texts.append(
-                f"{_MEANING[difference.verdict]}: {contrast.arm} minus {contrast.minus} is {_points(value)} points of "
-                f"test accuracy (95 % interval, {value.num_seeds} seeds)."
-            )
-        elif contrast.deciding:
-            texts.append(f"Undecided: {contrast.arm} and {contrast.minus} have fewer than two seeds in common.")
-    tested = [arm for arm in result.arms if arm.accuracy]
-    if tested:
-        best = max(tested, key=lambda arm: arm.accuracy.mean if arm.accuracy else 0.0)
-        close = [arm.arm for arm in tested if arm is not best and _reaches_zero(best, arm, result)]
-        texts.append(
-            f"{best.arm} has the highest mean, {100 * best.accuracy.mean:.1f} %"  # type: ignore[union-attr]
-            + (f"; the study does not separate it from: {', '.join(close)}." if close else "; every other arm is lower.")
-        )
-    return texts
-
-
-def _reaches_zero(best: ArmResult, other: ArmResult, result: SettingResult) -> bool:
-    """Whether the interval of the difference between the two arms reaches 0, or cannot be computed."""
-    seeds = sorted(best.correct.keys() & other.correct.keys())
-    if len(seeds) < 2:
-        return True
-    return estimate(np.stack([best.correct[s] - other.correct[s] for s in seeds]), result.groups).low <= 0
-
-
-def _points(value: Estimate) -> str:
-    return f"{100 * value.mean:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------------

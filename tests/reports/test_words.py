@@ -23,14 +23,20 @@ def test_the_first_sentences_of_a_report() -> None:
     assert reached(summary(0.72), rows(0.61, 0.68, 0.72), "accuracy") == [
         "Fine-tuning improved the accuracy on the validation data: 0.610 with the head alone, 0.720 at epoch 2.",
         "On the test data it is 0.710; its 95 % interval is 0.680 to 0.740.",
-        "Whether the selected weights helped, one run cannot say: compare methods over seeds with dcft compare.",
+        "Next: whether the selected weights helped, one run cannot say. Compare methods over seeds with dcft compare.",
     ]
     first, *_ = reached(summary(8.2, "mae"), rows(7.9, 8.4, 8.2, metric="mae"), "mae")
     assert first.startswith("Fine-tuning did not improve the mean absolute error on the validation data: 7.900")
     probe = summary(0.61, method="linear_probe", test=None)
-    assert reached(probe, rows(0.61), "accuracy") == ["It was not tested."]
+    first, following = reached(probe, rows(0.61), "accuracy")
+    assert first == "It was not tested." and following.startswith("Next: fine-tune the whole model")
     full = summary(0.72, method="full", test_intervals=None)
-    assert reached(full, [], "accuracy") == ["On the test data it is 0.710, without an interval."]
+    first, following = reached(full, [], "accuracy")
+    assert first == "On the test data it is 0.710, without an interval."
+    assert following == "Next: compare it with other methods over several seeds, with dcft compare."
+    first, _, following = reached(summary(0.61, best_epoch=0), rows(0.61, 0.6, 0.59), "accuracy")
+    assert first.startswith("Fine-tuning did not improve the accuracy on the validation data: no epoch was better than")
+    assert "0.610. So this model is the linear probe" in first and following.startswith("Next: other learning rates")
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -147,6 +150,17 @@ def test_flat_images_are_segmented(tmp_path: Path) -> None:
     assert summary["test"]["dice"] == pytest.approx(np.mean(dice), abs=1e-6)
     rows = list(csv.DictReader((tmp_path / "said.csv").open()))
     assert float(rows[0]["pixels(grey)"]) == np.sum(found == 1)
+    output_of("report", tmp_path / "run", "--examples", "2")
+    report = (tmp_path / "run/report.html").read_text()
+    (dice,) = re.findall(r"<b>Dice grey ([\d.]+), Dice white ([\d.]+)</b><br>(\S+image4.png)", report)
+    validation = summary["validation"]
+    assert [float(value) for value in dice[:2]] == pytest.approx(
+        [validation["dice_grey"], validation["dice_white"]], abs=5e-3
+    )
+    (drawn,) = re.findall(r'<figure><img alt="" src="[^,]+,([^"]+)', report)
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(drawn)))).astype(int)
+    coloured = (pixels.max(2) != pixels.min(2)).reshape(2, -1).sum(1)  # above the given mask, below the predicted one
+    assert coloured[0] == np.sum(np.asarray(Image.open(tmp_path / "mask4.png")) > 0) and 0 < coloured[1] != coloured[0]
     # MONAI and plain torch alone: the exported network by a sliding window gives that mask, and the loss of the run.
     net = UNet(2, 2, 3, [8, 16], [2], norm="batch").eval()
     net.load_state_dict(load_file(tmp_path / "run/model/model.safetensors"))

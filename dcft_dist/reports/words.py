@@ -67,14 +67,14 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str) ->
                 "weights with the warmed-up head."
             )
         sentences.append(f"Fine-tuning {verb} the {name_of(metric)} on the validation data: {reach}")
-    tested = (summary.get("test") or {}).get(metric)
+    tested, where = (summary.get("test") or {}).get(metric), f"On the {summary['splits']['test'][0]:,} test examples it is"
     if tested is None:
         sentences.append("It was not tested.")
     elif interval := (summary.get("test_intervals") or {}).get(metric):
         low, high = interval
-        sentences.append(f"On the test data it is {tested:.3f}; its 95 % interval is {low:.3f} to {high:.3f}.")
+        sentences.append(f"{where} {tested:.3f}; its 95 % interval is {low:.3f} to {high:.3f}.")
     else:
-        sentences.append(f"On the test data it is {tested:.3f}, without an interval.")
+        sentences.append(f"{where} {tested:.3f}, without an interval.")
     return [*sentences, f"Next: {_next_step(summary)}"]
 
 

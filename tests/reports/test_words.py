@@ -16,13 +16,14 @@ def rows(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
 
 def summary(end: float, metric: str = "accuracy", **more: Any) -> dict[str, Any]:
     found = {"method": "dcft", "best_epoch": 2, "validation": {metric: end, "macro_f1": 0.5}, "test": {metric: 0.71}}
+    found["splits"] = {"test": [2040, 289]}
     return found | {"test_intervals": {metric: [0.68, 0.74]}} | more
 
 
 def test_the_first_sentences_of_a_report() -> None:
     assert reached(summary(0.72), rows(0.61, 0.68, 0.72), "accuracy") == [
         "Fine-tuning improved the accuracy on the validation data: 0.610 with the head alone, 0.720 at epoch 2.",
-        "On the test data it is 0.710; its 95 % interval is 0.680 to 0.740.",
+        "On the 2,040 test examples it is 0.710; its 95 % interval is 0.680 to 0.740.",
         "Next: whether the selected weights helped, one run cannot say. Compare methods over seeds with dcft compare.",
     ]
     first, *_ = reached(summary(8.2, "mae"), rows(7.9, 8.4, 8.2, metric="mae"), "mae")
@@ -32,7 +33,7 @@ def test_the_first_sentences_of_a_report() -> None:
     assert first == "It was not tested." and following.startswith("Next: fine-tune the whole model")
     full = summary(0.72, method="full", test_intervals=None)
     first, following = reached(full, [], "accuracy")
-    assert first == "On the test data it is 0.710, without an interval."
+    assert first == "On the 2,040 test examples it is 0.710, without an interval."
     assert following == "Next: compare it with other methods over several seeds, with dcft compare."
     first, _, following = reached(summary(0.61, best_epoch=0), rows(0.61, 0.6, 0.59), "accuracy")
     assert first.startswith("Fine-tuning did not improve the accuracy on the validation data: no epoch was better than")

@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
@@ -447,11 +448,19 @@ def entry() -> None:
     still have tensors to free while the interpreter shuts down (pytorch issue 190489).
     """
     sys.unraisablehook = lambda _: None  # destructors of half-made objects, after an error that was told already
+    _quiet()
     code = main()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _quiet() -> None:
+    """Leaves out what MONAI says about itself at each start, and about which a user can do nothing."""
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)  # an optional decoder is missing
+    warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="monai")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from .tables import is_blank, is_empty, records
 
 _SYNONYMS = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 
-_IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm"}
+_IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm")
+VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def read_rows(data: Data, roots: Sequence[str], labelled: bool = True) -> dict[s
 
 
 def _tables(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
+    if data.path and Path(data.path).is_dir() and not data.label and data.modality != "text" and isinstance(data.input, str):
+        return {"": [Row(file, "", str(file), str(file)) for file in _images_in(Path(data.path), VOLUMES)]}
     files = {"": data.path} if data.path else {split: getattr(data, split) for split in SPLITS}
     rows_by_split: dict[str, list[Row]] = {}
     for split, name in files.items():
@@ -181,14 +184,14 @@ def _folders_in(root: Path) -> list[Path]:
     return sorted(child for child in root.iterdir() if child.is_dir() and not is_hidden(child.name))
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path, more: tuple[str, ...] = ()) -> list[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.suffix.lower() in _IMAGES and not any(map(is_hidden, file.relative_to(folder).parts))
+        if file.name.lower().endswith((*_IMAGES, *more)) and not any(map(is_hidden, file.relative_to(folder).parts))
     )
     if not files:
-        raise DataError(f"{folder} contains no images ({', '.join(sorted(_IMAGES))})")
+        raise DataError(f"{folder} contains no images ({', '.join(sorted((*_IMAGES, *more)))})")
     return files
 
 

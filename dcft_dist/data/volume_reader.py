@@ -162,7 +162,8 @@ class VolumeReader:
             return _row_of(values, classes, at)
         differ, axes = predicted != classes, range(values.ndim)
         at = [int(differ.sum(tuple(other for other in axes if other != axis)).argmax()) for axis in axes]
-        return np.concatenate([_row_of(values, classes, at), _row_of(values, predicted, at)], axis=0)
+        given = np.pad(_row_of(values, classes, at), ((0, 2), (0, 0), (0, 0)))
+        return np.concatenate([given, _row_of(values, predicted, at)], axis=0)
 
     def _read_files(self, pair: Pair) -> dict[str, Any]:
         channels, mask = files_of(pair)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.readers import VOLUMES
 from ..data.tables import records
 from ..errors import ConfigError, DataError, did_you_mean, listing
 
 _IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm"}
-_VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")
 _TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
 _INPUTS = ("path", "image", "file", "filename", "text", "report", "note", "prompt", "input", "scan", "volume")
 _LABELS = ("label", "class", "diagnosis", "target", "finding", "grade", "code", "answer", "mask")
@@ -168,7 +168,7 @@ def _column(role: str, given: str | None, columns: Sequence[str], usual: Sequenc
 
 def _modality(values: Sequence[str]) -> str:
     endings = {Path(value).suffix.lower() for value in values}
-    if all(value.lower().endswith(_VOLUMES) for value in values):
+    if all(value.lower().endswith(VOLUMES) for value in values):
         return "volume"
     return "image" if endings <= _IMAGES else "text"
 
@@ -176,7 +176,7 @@ def _modality(values: Sequence[str]) -> str:
 def _kind(labels: Sequence[Any], modality: str) -> str:
     """Kind of the task: by whether labels are files of masks, many different numbers, long texts, or a few words."""
     texts = [str(label) for label in labels]
-    if modality == "volume" and all(text.lower().endswith(_VOLUMES) for text in texts):
+    if modality == "volume" and all(text.lower().endswith(VOLUMES) for text in texts):
         raise ConfigError(
             "masks: start from swin_unetr.toml, since a segmentation needs the names of its classes (docs/models.md)"
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from dcft_dist.cluster.job import Job, Site
 from dcft_dist.cluster.submitit_job import submitit_executor
@@ -148,6 +149,18 @@ def calm_job(cluster: Cluster, folder: Path) -> Path:
     return folder / "runs"
 
 
+def in_a_cloud(file: str) -> tuple[str, dict[str, str]]:
+    """What a node runs, and its environment, as SkyPilot or Kubernetes have them: node 2 is the head, with one rank each."""
+    parts = list(yaml.safe_load_all((ROOT / f"launch/{file}.yaml").read_text()))
+    if file == "skypilot":
+        given = {"NODE_IPS": "10.77.0.12\n10.77.0.13", "NUM_NODES": "2", "NUM_GPUS_PER_NODE": "1"}
+        return parts[0]["run"], {f"SKYPILOT_{key}": value for key, value in given.items()}
+    (container,) = parts[1]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["bash", "-c"]
+    named = {entry["name"]: entry["value"] for entry in container["env"]} | {"HEAD": "10.77.0.12", "RANKS": "1"}
+    return container["args"][0], {key: named[key] for key in ("HEAD", "NODES", "RANKS", "DCFT_STOP_FILE")}
+
+
 @pytest.mark.timeout(900)
 def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: Cluster, site: Path, beside: Beside) -> None:
     """2 nodes x 2 ranks by torchrun under ZeRO-3, and by submitit, with a requeue in the middle, under FSDP2; 2 nodes with
@@ -163,10 +176,15 @@ def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: C
         ]
         until("step 2", lambda: step_of(site, "by_submitit") >= 2, 300, lambda: output(site), 0.05)
         cluster.run("scancel", "--signal=USR2", "--name=by_submitit")  # as Slurm does ahead of the time limit
-        environment = {**ONE, "DCFT_PYTHON": sys.executable, "HEAD": "10.77.0.12", "NODES": "2", "RANKS": "1"}
-        script = [str(ROOT / "launch/torchrun_multi_node.sh"), str(site / "tiny.toml"), "--runs_dir", str(site / "runs")]
-        command = [*script, "--name", "no_slurm", *STEPS]
-        nodes = [subprocess.Popen(cluster.in_node(i, *command), env=os.environ | environment) for i in (2, 3)]
+        (site / "no_slurm.toml").write_text(
+            'extends = "tiny.toml"\nname = "no_slurm"\n[train]\nepochs = 3\n[checkpoint]\nevery = 1\n'
+        )
+        programs, files = f"{Path(sys.executable).parent}:{os.environ['PATH']}", ("skypilot", "kubernetes")
+        shared = {"CONFIG": str(site / "no_slurm.toml"), "RUNS_DIR": str(site / "runs"), "PATH": programs}
+        nodes = [
+            subprocess.Popen(cluster.in_node(i, "bash", "-ec", script), env=os.environ | shared | variables, cwd=ROOT)
+            for i, (script, variables) in zip((2, 3), map(in_a_cloud, files), strict=True)
+        ]
         cli = [sys.executable, "-m", "dcft_dist.cli", "train", "tiny.toml"]
         cluster.run(*cli, "--name", "one", "--engine", "single", *STEPS, cwd=site)
         assert [process.wait(300) for process in nodes] == [0, 0]

@@ -57,7 +57,7 @@ __all__ = [
 
 def __dir__() -> list[str]:
     """The public names, also those that were not used yet: notebooks complete them."""
-    return sorted({*globals(), *__all__})
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
 
 
 def __getattr__(name: str) -> Any:

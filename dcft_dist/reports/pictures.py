@@ -106,7 +106,7 @@ def metric_curves(rows: Rows, summary: dict[str, Any]) -> Figure:
         for name in panel:
             _line(axes, rows, f"validation/{name}", name_of(name), colors[name])
         axes.axvline(summary["best_epoch"], color=_CHANCE, linestyle=":", label="tested epoch")
-        axes.set_ylabel("validation data")
+        axes.set_ylabel(f"{', '.join(map(name_of, panel))}\n(validation data)")
         if unit_of(panel[0]) == "share":
             low, high = axes.get_ylim()
             axes.set_ylim(max(low, 0.0), min(high, 1.0))

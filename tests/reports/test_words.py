@@ -60,6 +60,7 @@ def test_axes_have_whole_epochs_and_no_accuracy_above_one() -> None:
     figure = metric_curves(found, summary(1.0))
     (axes,) = figure.axes
     assert axes.get_ylim()[1] <= 1.0 and axes.get_xlabel() == "epoch"
+    assert axes.get_ylabel() == "accuracy, macro-averaged F1\n(validation data)"
     figure.canvas.draw()
     low, high = axes.get_xlim()
     assert all(tick == round(tick) for tick in axes.get_xticks() if low <= tick <= high)

@@ -21,6 +21,7 @@ from .splits import Split, TaskData, name_of
 
 SHOWN = 3  # examples of each split that are described
 _ON_SHEET = 8  # examples of each split on a contact sheet
+_FEW = 5  # examples of a class
 _SIDE, _MARGIN, _LINE = 192, 8, 14  # pixels of a picture, around it, and of a line of text
 
 
@@ -35,8 +36,9 @@ def description(task: TaskData, processor: Processor) -> str:
 
 
 def _lines(name: str, split: Split, task: TaskData, processor: Processor) -> Iterator[str]:
-    groups = counted(len(set(split.groups)), "group")
-    yield f"{name}: {counted(len(split), 'example')} in {groups}{_counts(split, task)}"
+    has_groups = any(group not in (name_of(value, ""), "") for value, group in zip(split.inputs, split.groups, strict=True))
+    groups = f" in {counted(len(set(split.groups)), 'group')}" if has_groups else ", no groups"
+    yield f"{name}: {counted(len(split), 'example')}{groups}{_counts(split, task)}{_rare(name, split, task)}"
     for i in _first(split, SHOWN):
         value, label = split.inputs[i], split.labels[i]
         grouped = f"; group {split.groups[i]}" if split.groups[i] not in (name_of(value, ""), "") else ""
@@ -75,6 +77,13 @@ def _counts(split: Split, task: TaskData) -> str:
         return f"; {task.class_names[0]} from {min(labels):g} to {max(labels):g}, mean {np.mean(labels):g}"
     counts = Counter(labels)
     return f"; {', '.join(f'{name} {counts[i]}' for i, name in enumerate(task.class_names))}"
+
+
+def _rare(name: str, split: Split, task: TaskData) -> str:
+    """A warning if a class has so few examples that its numbers say little."""
+    counts = Counter(label for label in split.labels if isinstance(label, int))
+    few = [text for i, text in enumerate(task.class_names) if counts and name != "train" and counts[i] < _FEW]
+    return f" (careful: fewer than {_FEW} of {', '.join(few)})" if few else ""
 
 
 def _named(label: Any, task: TaskData) -> str:

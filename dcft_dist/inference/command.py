@@ -73,6 +73,9 @@ def use(options: argparse.Namespace, rest: list[str]) -> None:
     from .load import load_adapted
     from .predict import evaluate_split, given_split, predictions, predictions_of, report_of
 
+    for place in options.run[1:]:
+        if place.exists() and not (place / "config.toml").is_file():
+            raise ConfigError(f"{place} is not the folder of a run. If these are the data: --data.path {place}")
     labelled = options.command == "evaluate"
     with joined_world(600.0) as world:
         together = len(options.run) > 1 or options.flips

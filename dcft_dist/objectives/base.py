@@ -132,7 +132,8 @@ def intervals(
         seed: seed of the resamples.
 
     Returns:
-        [low, high] of each metric; None if `resamples` is 0.
+        [low, high] of each metric but `ece`; None if `resamples` is 0. Examples that are drawn twice make the calibration
+        error of a resample larger, so its quantiles would lie above the error itself.
     """
     if not resamples:
         return None
@@ -140,7 +141,7 @@ def intervals(
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
     indices_of_groups = [torch.tensor(indices) for indices in members.values()]
-    names = list(objective.metrics(records, labels))
+    names = [name for name in objective.metrics(records, labels) if name != "ece"]
     values = torch.zeros(resamples, len(names), dtype=torch.float64)
     with collectives.agreed("confidence intervals"):
         for number in range(collectives.rank(), resamples, collectives.world_size()):

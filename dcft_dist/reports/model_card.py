@@ -7,16 +7,9 @@ from typing import Any
 
 from ..config.schema import Config
 from ..files import write_atomic
+from .about import KINDS, base_of
 from .interpolation import interpolation_table
 from .render import results_of, template, what_it_is
-
-_KINDS = {
-    "single_label": "One of {n} classes",
-    "multi_label": "{n} findings, each present or absent",
-    "regression": "A number",
-    "causal_lm": "Answers to instructions",
-    "segmentation": "One of {n} classes for each voxel",
-}
 
 
 def _snippet(config: Config, base: str, num_outputs: int) -> str:
@@ -48,14 +41,14 @@ def write_card(folder: Path, config: Config, summary: dict[str, Any]) -> None:
         summary: of the run, the content of its `summary.json`.
     """
     names = summary["labels"]["names"]
-    base = config.model.weights or config.model.build or config.model.name
+    base = base_of(config)
     found = summary.get("interpolation")
     facts = {
         "interpolation": interpolation_table(found) if found else "",
         "base": base,
         "snippet": _snippet(config, str(base), 1 if config.task.kind == "regression" else len(names)),
         "what": what_it_is(summary),
-        "task": _KINDS[config.task.kind].format(n=len(names)),
+        "task": KINDS[config.task.kind].format(n=len(names)),
         "names": ", ".join(names) if config.task.kind != "causal_lm" else "",
         "splits": {name: f"{n:,} examples in {groups:,} groups" for name, (n, groups) in summary["splits"].items()},
     }

@@ -11,8 +11,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..config.schema import Config
 from ..files import objects_in, write_atomic
 from ..method.fundamental_set import FundamentalSet
+from .about import FEW, classes_of, config_of, settings_of, task_of
 from .interpolation import plane_picture
 from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture, shown_metrics
 from .render import png, results_of, summary_of, template, what_it_is
@@ -39,15 +41,18 @@ def write_report(run: Path, pictures: Path | None = None, wrong: Sequence[tuple[
         images.append((title, caption, base64.b64encode(data).decode()))
         if pictures:
             write_atomic(pictures / f"{slug}.png", data)
-    path = run / "report.html"
+    path, config = run / "report.html", config_of(run)
     write_atomic(
         path,
         template("report.html").render(
             summary=summary,
             what=what_it_is(summary),
-            reached=_reached(run, summary),
+            reached=_reached(run, summary, config),
+            about=task_of(summary, config),
+            classes=classes_of(run, summary, config),
+            few=FEW,
             results=results_of(summary),
-            facts=_facts(summary),
+            facts=[*settings_of(config), *_facts(summary)],
             pictures=images,
             wrong=[(verdict, source, "" if drawn is None else _encoded(drawn)) for verdict, source, drawn in wrong],
         ),
@@ -62,10 +67,11 @@ def _encoded(pixels: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _reached(run: Path, summary: dict[str, Any]) -> list[str]:
+def _reached(run: Path, summary: dict[str, Any], config: Config | None) -> list[str]:
     if "interpolation" in summary:
         return []
-    return reached(summary, objects_in(run / "metrics.jsonl", "step"), shown_metrics(summary["validation"])[0])
+    rows, metric = objects_in(run / "metrics.jsonl", "step"), shown_metrics(summary["validation"])[0]
+    return reached(summary, rows, metric, config.optimizer.lr if config else None)
 
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:

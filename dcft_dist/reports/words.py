@@ -47,24 +47,25 @@ def unit_of(metric: str) -> str:
     return "share" if known and metric not in {*LOWER_IS_BETTER, "quadratic_kappa"} - {"ece"} else metric
 
 
-def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str) -> list[str]:
+def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str, rate: float | None = None) -> list[str]:
     """Sentences for the top of a run's report: what fine-tuning has changed, how sure that is, and what to do next.
 
     Args:
         summary: of the run, the content of its `summary.json`.
         rows: of `metrics.jsonl`.
         metric: key of the metric that is shown first.
+        rate: the learning rate; None: not known.
     """
     key, sentences = f"validation/{metric}", []
     start = next((row[key] for row in rows if key in row and row.get("train/epoch") == 0), None)
     end = summary["validation"].get(metric)
     if start is not None and end is not None and summary["method"] != "linear_probe":
         verb = "improved" if oriented(metric, end) > oriented(metric, start) else "did not improve"
-        reach = f"{start:.3f} with the head alone, {end:.3f} at epoch {summary['best_epoch']}."
+        reach = f"{start:.3f} with the new head alone, {end:.3f} at epoch {summary['best_epoch']}."
         if summary["best_epoch"] == 0:
             reach = (
-                f"no epoch was better than the head alone, {start:.3f}. So this model is the linear probe: the pre-trained "
-                "weights with the warmed-up head."
+                f"no epoch was better than the new head alone, {start:.3f}. So this model is the linear probe: the "
+                "pre-trained weights with the warmed-up head."
             )
         sentences.append(f"Fine-tuning {verb} the {name_of(metric)} on the validation data: {reach}")
     tested, where = (summary.get("test") or {}).get(metric), f"On the {summary['splits']['test'][0]:,} test examples it is"
@@ -75,14 +76,22 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str) ->
         sentences.append(f"{where} {tested:.3f}; its 95 % interval is {low:.3f} to {high:.3f}.")
     else:
         sentences.append(f"{where} {tested:.3f}, without an interval.")
-    return [*sentences, f"Next: {_next_step(summary)}"]
+    return [*sentences, f"Next: {_next_step(summary, rows, rate)}"]
 
 
-def _next_step(summary: dict[str, Any]) -> str:
+def _next_step(summary: dict[str, Any], rows: list[dict[str, Any]], rate: float | None) -> str:
     if summary["method"] == "linear_probe":
         return 'fine-tune the whole model (method = "full" or "dcft"), and see whether that is better.'
     if summary["best_epoch"] == 0:
-        return "other learning rates (optimizer.lr), smaller and larger ones; choose on the validation data."
+        if rate is None:
+            return "other learning rates (optimizer.lr), smaller and larger ones; choose on the validation data."
+        losses = [row["validation/loss"] for row in rows if "validation/loss" in row]
+        smaller = len(losses) > 1 and losses[1] > losses[0]
+        other = rate / 4 if smaller else 2 * rate
+        return (
+            f"a {'smaller' if smaller else 'larger'} learning rate than {rate:g}, with the same configuration: "
+            f"--optimizer.lr {other:g} --name {summary['name']}_lr{other:g}. Choose on the validation data."
+        )
     if summary["method"] == "dcft":
-        return "whether the selected weights helped, one run cannot say. Compare methods over seeds with dcft compare."
-    return "compare it with other methods over several seeds, with dcft compare."
+        return "whether the selected weights helped, one run cannot say. Compare methods over seeds: dcft compare."
+    return "compare it with other methods over several seeds: dcft compare."

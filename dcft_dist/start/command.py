@@ -11,6 +11,8 @@ from ..errors import ConfigError
 from ..files import write_atomic
 from ..screen import marked
 
+_INIT_FLAGS = ("data", "input", "label", "group", "group_pattern", "model", "gpus")
+
 
 def add_commands(commands: Any) -> None:
     """Adds the commands and their arguments.
@@ -25,6 +27,9 @@ def add_commands(commands: Any) -> None:
     )
     for role in ("input", "label", "group"):
         init.add_argument(f"--{role}", metavar="COLUMN", help=f"column of a table with the {role}; default: its usual name")
+    init.add_argument(
+        "--group-pattern", metavar="REGEX", help="for folders: what its brackets find in a file's name is the patient"
+    )
     init.add_argument("--model", help="dinov2_small, minilm, a folder of transformers, or hub:owner/name")
     init.add_argument("--gpus", help="GPUs of this machine for a training; 0: the processor")
     doctor = commands.add_parser(
@@ -45,16 +50,23 @@ def init(options: argparse.Namespace) -> str:
         ConfigError: the file exists, or see `ask` and `configuration`.
         DataError: see `configuration`.
     """
-    from .init import ask, configuration, next_command
+    from .init import ask, beginnings, configuration, next_command
 
     file: Path = options.file
     if file.suffix != ".toml":
         raise ConfigError(f"{file}: the name of a configuration ends with .toml")
     if file.exists():
         raise ConfigError(f"{file} exists: delete it first, or name another file")
-    answers = ask({key: getattr(options, key) for key in ("data", "input", "label", "group", "model", "gpus")})
+    answers = ask({key: getattr(options, key) for key in _INIT_FLAGS})
     write_atomic(file, configuration(answers, file.stem))
     print(f"{file} is written. Its keys: docs/configuration.md")
+    if answers.data.is_dir() and not answers.group_pattern and (found := beginnings(answers.data)):
+        pattern, different, number = found
+        print(
+            f"{marked('careful:', 'yellow')} each picture counts as a patient of its own, but {number} file names have only "
+            f"{different} beginnings. If these are the patients, write group_pattern = {pattern!r} into [data], or pictures "
+            "of one patient may be in two splits"
+        )
     return next_command(file, answers.gpus, answers.gpus > 0 and shutil.which("sbatch") is not None)
 
 

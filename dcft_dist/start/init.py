@@ -29,6 +29,7 @@ class Answers:
     Attributes:
         data: a folder with a folder of images for each class, a table, or an .npz file of MedMNIST's form.
         input, label, group: columns of a table; None: the usual names are looked for.
+        group_pattern: regular expression; what its brackets find in a file's name is the patient. For folders of images.
         model: `dinov2_small`, `minilm`, or a folder or `hub:owner/name` of transformers; None: the one for these data.
         gpus: GPUs of this machine to train on; 0: the processor.
     """
@@ -37,6 +38,7 @@ class Answers:
     input: str | None = None
     label: str | None = None
     group: str | None = None
+    group_pattern: str | None = None
     model: str | None = None
     gpus: int = 0
 
@@ -51,15 +53,18 @@ def ask(given: dict[str, Any]) -> Answers:
         ConfigError: something is missing, and nobody sits at a terminal.
     """
     questions = {
-        "data": "Where are your data (a folder of images by class, a table of texts or files)? ",
-        "gpus": "How many GPUs has this machine for it (0: none)? ",
+        "data": ("Where are your data (a folder of images by class, a table of texts or files)? ", ""),
+        "gpus": ("How many GPUs has this machine for it (Enter: 0)? ", "0"),
     }
     answers = dict(given)
-    for key, question in questions.items():
-        if answers[key] is None:
-            if not sys.stdin.isatty():
-                raise ConfigError(f"--{key} is missing: {question.strip()}")
-            answers[key] = input(question).strip()
+    for key, (question, otherwise) in questions.items():
+        if answers[key] is None and not sys.stdin.isatty():
+            raise ConfigError(f"--{key} is missing: {question.strip()}")
+        while answers[key] is None:
+            try:
+                answers[key] = input(question).strip() or otherwise or None
+            except EOFError as error:
+                raise ConfigError(f"--{key} is missing, and the input has ended") from error
     try:
         return Answers(**{**answers, "data": Path(answers["data"]).expanduser(), "gpus": int(answers["gpus"])})
     except ValueError as error:
@@ -78,13 +83,13 @@ def configuration(answers: Answers, name: str) -> str:
         DataError: there are no data of a known form.
     """
     data, modality, kind = _data_of(answers)
-    parallel = answers.gpus > 1
+    parallel, model = answers.gpus > 1, _model_of(answers.model, modality, kind)
     lines = [
         f"name = {json.dumps(name)}",
         f'engine = "{"fsdp2" if parallel else "single"}"',
         "",
         "[model]",
-        *_model_of(answers.model, modality, kind),
+        *model,
         "",
         "[task]",
         'name = "own"',
@@ -98,12 +103,48 @@ def configuration(answers: Answers, name: str) -> str:
             if modality == "image" and _has_monai()
             else []
         ),
+        *_group_line(answers, data),
+        "",
+        "[removal]",
+        "fractions = []              # [0.01, 0.05]: also evaluate the model without the selected weights; takes a while",
+        "",
+        "[optimizer]",
+        f"lr = {_rate(model)}                   # choose it on the validation data: also try a fourth and the double of it",
         "",
         "[train]",
         "epochs = 5",
         *(['precision = "bf16"'] if answers.gpus else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def beginnings(place: Path) -> tuple[str, int, int] | None:
+    """What may be patients in the names of a folder's images: beginnings that repeat.
+
+    Returns:
+        A pattern for `data.group_pattern`, the number of different beginnings, and that of names; None if none repeat.
+    """
+    names = [file.name for file in place.rglob("*") if file.suffix.lower() in _IMAGES and not file.name.startswith(".")]
+    for mark in ("_", "-"):
+        found = {name.partition(mark)[0] for name in names}
+        if all(mark in name for name in names) and 1 < len(found) < 0.9 * len(names):
+            return f"^([^{mark}]+){mark}", len(found), len(names)
+    return None
+
+
+def _group_line(answers: Answers, data: dict[str, str]) -> list[str]:
+    if data.get("format") != "image_folder":
+        return []
+    if answers.group_pattern is not None:
+        return [f"group_pattern = {json.dumps(answers.group_pattern)}"]
+    found = beginnings(answers.data)
+    pattern = json.dumps(found[0] if found else "^([^_]+)_")
+    return [f"# group_pattern = {pattern}   # the part of a file's name that is the patient: not to be in two splits"]
+
+
+def _rate(model: Sequence[str]) -> str:
+    """MiniLM was tuned to 2e-4 on texts, DINOv2 to 2e-5 on images (docs/results/studies); the lower one for all others."""
+    return "2e-4" if 'name = "minilm"' in model else "2e-5"
 
 
 def next_command(file: Path, gpus: int, slurm: bool) -> str:

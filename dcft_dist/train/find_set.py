@@ -105,6 +105,7 @@ def find_fundamental(run: RunContext, scores_of: Callable[[], Scores]) -> Fundam
     fundamental = select(run, scores)
     if wants_check:
         writer.phase("removal_check")
+        log.info("removal check: the model is evaluated without sets of weights (removal.fractions; [] leaves it out)")
         check = check_removal(run.model, scores, run.config.removal.fractions, lambda: _validate(run), run.config.seed)
         if run.world.is_first:
             write_json(writer.removal, {"chance": chance, **check})

@@ -158,6 +158,8 @@ class Trainer:
         self.trackers.begin(first_new)
         if not validated and start % per_epoch == 0:
             best = self._end_of_epoch(start, start // per_epoch, best, groups, write=epochs > 0)
+            if start == 0:
+                self._print_epoch(0, 0, best)
         total = epochs * per_epoch
         end = min(total, settings.max_steps or total)
         if start % per_epoch == 0 and self._is_in_vain(start // per_epoch, best):
@@ -437,7 +439,7 @@ class Trainer:
             f"training loss {mean(losses):.4g}" if losses else "",
             f"validation {metric} {self._validated[metric]:.4g}" + (" (best)" if best.epoch == epoch else ""),
             f"validation loss {self._validated['loss']:.4g}" if metric != "loss" else "",
-            f"learning rate {rate:.2g}",
+            f"learning rate {rate:.2g}" if epoch else "the new head on the model as it was",
             f"{rates['speed/samples_per_s']:.3g} samples/s" if "speed/samples_per_s" in rates else "",
             f"{rates['speed/tokens_per_s']:.3g} tokens/s" if "speed/tokens_per_s" in rates else "",
             f"{rates['speed/mfu']:.1%} of the peak" if "speed/mfu" in rates else "",

@@ -61,6 +61,7 @@ def train(config: Config) -> bool:
             except WorldError as error:
                 note_failed_meeting(folder, error)
                 raise
+            reported = (folder / "summary.json").exists() and (folder / "report.html").exists()
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
                 from ..reports.model_card import write_card  # late import: only rank 0 draws pictures, once
@@ -74,7 +75,8 @@ def train(config: Config) -> bool:
                 with logging_only(folder / "report.html"):
                     if (folder / "model").is_dir() and not (folder / "model/README.md").exists():
                         write_card(folder / "model", config, summary)
-                    print(f"report: {write_report(folder)}", flush=True)
+                    # One of a finished run may show examples, and is left alone.
+                    print(f"report: {folder / 'report.html' if reported else write_report(folder)}", flush=True)
     except Stopped as stopped:
         if first:
             print(f"stopped {stopped}, as asked; start it again to go on", flush=True)

@@ -50,6 +50,8 @@ def _test(run: RunContext, examples: Examples, split: Split, table: Path) -> tup
     groups = [split.groups[i] for i in evaluation.indices]
     test_intervals = intervals(run.objective, evaluation.records, torch.tensor(labels), groups, run.config.test_resamples)
     columns = {"group": groups, "label": labels, **run.objective.predictions(evaluation.records, run.task.class_names)}
+    if run.config.task.kind == "single_label":
+        columns |= {key: [run.task.class_names[int(i)] for i in columns[key]] for key in ("label", "predicted")}
     with collectives.agreed("write the predictions"):
         if run.world.is_first:
             write_atomic(table, table_of(columns))

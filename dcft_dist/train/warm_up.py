@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -131,7 +130,7 @@ def _warm_up(run: RunContext) -> dict[str, Tensor]:
     )
     if result.best_epoch == settings.max_epochs:
         log.warning("the head was still improving after %d epochs of warm-up", settings.max_epochs)
-    log.info("head: %s", json.dumps({"epochs": result.best_epoch, "validation_loss": min(result.validation_losses)}))
+    log.info("head: trained for %d epochs, validation loss %.6g", result.best_epoch, min(result.validation_losses))
     return {f"{name}.{inner}": value.detach() for inner, value in head.state_dict().items()}
 
 
@@ -156,7 +155,7 @@ def _warm_up_in_place(run: RunContext, names: list[str]) -> None:
     _load_state(run, best)
     optimizer.state.clear()
     set_group_values(optimizer, before)
-    log.info("head: %s", json.dumps({"epochs": best_epoch, "validation_loss": lowest}))
+    log.info("head: trained for %d epochs, validation loss %.6g", best_epoch, lowest)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     configs: dict[str, Any] = {
         "vit": ViTConfig(**SIZES, image_size=64, patch_size=16),
         "decoder": LlamaConfig(**SIZES, vocab_size=1000, tie_word_embeddings=True),
+        "short": LlamaConfig(**SIZES | {"num_hidden_layers": 2}, vocab_size=1000, tie_word_embeddings=True),
         "t5": T5Config(),
         "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1]),
     }
@@ -161,7 +162,7 @@ def test_what_the_host_keeps(folders: dict[str, str], capsys: pytest.CaptureFixt
 
 def test_where_gradients_wait(folders: dict[str, str]) -> None:
     """Unreduced gradients of the whole model, or one more reduction for each micro-batch; `auto` looks at the GPU."""
-    three = Request(folders["vit"], 4, length=32, bf16=False, accumulation=3)
+    three = Request(folders["short"], 4, length=32, bf16=False, accumulation=3)
     last, each = (forecast(replace(three, reduce=how)) for how in ("last", "each"))
     whole, share = 4 * last.weights, last.weights
     assert last.plain_peak - each.plain_peak == pytest.approx(whole - share, rel=0.2)
@@ -369,7 +370,7 @@ def test_what_fits_a_configuration(tmp_path: Path) -> None:
 
 def test_what_fits_by_the_command(folders: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--ranks", "2", "--length", "256", "--memory-gib", "0.05", "--fit"]
-    assert main(["plan", "--model", folders["decoder"], *words, "--json"]) == 0
+    assert main(["plan", "--model", folders["short"], *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert all(f["fits"] and f["peak"] <= 0.05 * 2**30 for f in found) and found[0]["request"]["micro_batch"] >= 1
     larger = {**found[-1]["request"], "micro_batch": 2 * found[-1]["request"]["micro_batch"]}

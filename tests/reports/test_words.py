@@ -22,9 +22,9 @@ def summary(end: float, metric: str = "accuracy", **more: Any) -> dict[str, Any]
 
 def test_the_first_sentences_of_a_report() -> None:
     assert reached(summary(0.72), rows(0.61, 0.68, 0.72), "accuracy") == [
-        "Fine-tuning improved the accuracy on the validation data: 0.610 with the head alone, 0.720 at epoch 2.",
+        "Fine-tuning improved the accuracy on the validation data: 0.610 with the new head alone, 0.720 at epoch 2.",
         "On the 2,040 test examples it is 0.710; its 95 % interval is 0.680 to 0.740.",
-        "Next: whether the selected weights helped, one run cannot say. Compare methods over seeds with dcft compare.",
+        "Next: whether the selected weights helped, one run cannot say. Compare methods over seeds: dcft compare.",
     ]
     first, *_ = reached(summary(8.2, "mae"), rows(7.9, 8.4, 8.2, metric="mae"), "mae")
     assert first.startswith("Fine-tuning did not improve the mean absolute error on the validation data: 7.900")
@@ -34,10 +34,15 @@ def test_the_first_sentences_of_a_report() -> None:
     full = summary(0.72, method="full", test_intervals=None)
     first, following = reached(full, [], "accuracy")
     assert first == "On the 2,040 test examples it is 0.710, without an interval."
-    assert following == "Next: compare it with other methods over several seeds, with dcft compare."
+    assert following == "Next: compare it with other methods over several seeds: dcft compare."
     first, _, following = reached(summary(0.61, best_epoch=0), rows(0.61, 0.6, 0.59), "accuracy")
     assert first.startswith("Fine-tuning did not improve the accuracy on the validation data: no epoch was better than")
     assert "0.610. So this model is the linear probe" in first and following.startswith("Next: other learning rates")
+    jumped = [{**row, "validation/loss": loss} for row, loss in zip(rows(0.61, 0.6), (0.5, 1.6), strict=True)]
+    *_, following = reached(summary(0.61, best_epoch=0, name="mine"), jumped, "accuracy", 2e-4)
+    assert "a smaller learning rate than 0.0002" in following and "--optimizer.lr 5e-05 --name mine_lr5e-05" in following
+    *_, following = reached(summary(0.61, best_epoch=0, name="mine"), rows(0.61, 0.6), "accuracy", 2e-5)
+    assert "a larger learning rate than 2e-05" in following and "--optimizer.lr 4e-05" in following
 
 
 @pytest.mark.parametrize(

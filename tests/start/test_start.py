@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -103,9 +104,32 @@ def test_it_asks_at_a_terminal_only(
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr(sys, "stdin", Terminal(f"{folder}\n0\n"))
+    monkeypatch.setattr(sys, "stdin", Terminal(f"\n{folder}\n\n"))  # Enter: asked again, and no GPU
     assert main(["init", str(tmp_path / "x.toml")]) == 0
-    assert "How many GPUs" in capsys.readouterr().out
+    assert "How many GPUs" in capsys.readouterr().out and load_config(tmp_path / "x.toml").engine == "single"
+    monkeypatch.setattr(sys, "stdin", Terminal(f"{folder}\n"))
+    assert main(["init", str(tmp_path / "y.toml")]) == 2
+    assert "--gpus is missing, and the input has ended" in capsys.readouterr().err
+
+
+def test_names_that_may_be_patients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pictures(tmp_path / "images")
+    assert main(["init", str(tmp_path / "x.toml"), "--data", str(folder), "--gpus", "0"]) == 0
+    said = capsys.readouterr().out
+    assert "each picture" not in said and "examples, no groups; " in said
+    for file in sorted(folder.rglob("*.png")):
+        file.rename(file.with_name(f"{file.parent.name[0]}{int(file.stem) // 3}_{file.name}"))
+    assert main(["init", str(tmp_path / "y.toml"), "--data", str(folder), "--gpus", "0"]) == 0
+    assert "48 file names have only 16 beginnings. If these are the patients, write group_pattern = '^([^_]+)_'" in (
+        capsys.readouterr().out
+    )
+    words = ["--data", str(folder), "--gpus", "0", "--group-pattern", "^([^_]+)_"]
+    assert main(["init", str(tmp_path / "z.toml"), *words]) == 0
+    said = capsys.readouterr().out
+    assert "each picture" not in said and load_config(tmp_path / "z.toml").data.group_pattern == "^([^_]+)_"
+    assert re.search(r"train: \d+ examples in \d+ groups;", said)
+    text = (tmp_path / "y.toml").read_text()
+    assert '# group_pattern = "^([^_]+)_"' in text and load_config(tmp_path / "y.toml").optimizer.lr == 2e-5
 
 
 def test_the_next_command() -> None:

@@ -1,0 +1,92 @@
+"""What a run was about, for a colleague who reads its report: task, model, data, settings, and each class by itself."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import Config
+from ..config.toml import load_config
+from ..errors import DcftError
+
+KINDS = {
+    "single_label": "one of {n} classes",
+    "multi_label": "{n} findings, each present or absent",
+    "regression": "a number",
+    "causal_lm": "answers to instructions",
+    "segmentation": "one of {n} classes for each voxel",
+}
+
+FEW = 5  # test examples of a class, below which its numbers say little
+
+
+def config_of(run: Path) -> Config | None:
+    """The configuration of a run; None if it cannot be read, since a report can do without."""
+    try:
+        return load_config(run / "config.toml")
+    except (DcftError, OSError):
+        return None
+
+
+def task_of(summary: dict[str, Any], config: Config | None) -> str:
+    """Task, classes, model and sizes of the splits in one paragraph.
+
+    Args:
+        summary: of the run, the content of its `summary.json`.
+        config: of the run.
+    """
+    texts = []
+    if config is not None:
+        names = summary["labels"]["names"]
+        texts.append(f"Task: {KINDS[config.task.kind].format(n=len(names))}")
+        if config.task.kind != "causal_lm":
+            texts[-1] += f" ({', '.join(names)})"
+        texts.append(f"Model: {base_of(config)}")
+    sizes = [f"{number:,} to {verb}" for verb, number in _sizes(summary)]
+    return ". ".join([*texts, f"Examples: {', '.join(sizes)}."])
+
+
+def base_of(config: Config) -> str:
+    """Name of the pre-trained model: its weights, its class, or its short name."""
+    return str(config.model.weights or config.model.build or config.model.name)
+
+
+def _sizes(summary: dict[str, Any]) -> list[tuple[str, int]]:
+    verbs = {"train": "train", "validation": "validate", "test": "test"}
+    return [(verb, summary["splits"][name][0]) for name, verb in verbs.items() if name in summary["splits"]]
+
+
+def settings_of(config: Config | None) -> list[tuple[str, str]]:
+    """The settings that one asks for first, as rows of a table."""
+    if config is None:
+        return []
+    train = config.train
+    return [
+        ("model", base_of(config)),
+        ("learning rate", f"{config.optimizer.lr:g}"),
+        ("training", f"{train.epochs} epochs, {train.global_batch} examples a step, data.augment = {config.data.augment}"),
+    ]
+
+
+def classes_of(run: Path, summary: dict[str, Any], config: Config | None) -> list[tuple[str, int, str, str]]:
+    """Each class by itself: (name, test examples, share that is right, most frequent mistake). Empty without a test.
+
+    Args:
+        run: the run directory.
+        summary: of the run.
+        config: of the run.
+    """
+    file, names = run / "predictions.csv", summary["labels"]["names"]
+    if config is None or config.task.kind != "single_label" or not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        pairs = [(row["label"], row["predicted"]) for row in csv.DictReader(lines)]
+    found = []
+    for name in names:
+        said = Counter(predicted for label, predicted in pairs if label == name)
+        number, wrong = sum(said.values()), [text for text, _ in said.most_common() if text != name]
+        right = f"{said[name] / number:.3f}" if number else "-"
+        found.append((name, number, right, f"{wrong[0]}, {said[wrong[0]]}" if wrong else ""))
+    return found if any(number for _, number, *_ in found) else []

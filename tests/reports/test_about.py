@@ -1,0 +1,37 @@
+"""What a report says of the task, for a colleague who has not made the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dcft_dist.config.toml import load_config
+from dcft_dist.reports.about import classes_of, config_of, settings_of, task_of
+
+SUMMARY: dict[str, Any] = {
+    "labels": {"names": ["benign", "malignant", "normal"]},
+    "splits": {"train": [1300, 62], "validation": [30, 15], "test": [6, 3]},
+}
+
+
+def test_task_model_and_sizes_in_words(tmp_path: Path) -> None:
+    config = load_config("mri.toml", ["--optimizer.lr", "2e-5"])
+    assert task_of(SUMMARY, config) == (
+        "Task: one of 3 classes (benign, malignant, normal). Model: dinov2_small. Examples: 1,300 to train, 30 to "
+        "validate, 6 to test."
+    )
+    assert dict(settings_of(config))["learning rate"] == "2e-05"
+    assert config_of(tmp_path) is None  # a report can do without
+    assert task_of(SUMMARY, None).startswith("Examples: 1,300 to train") and settings_of(None) == []
+
+
+def test_each_class_by_itself(tmp_path: Path) -> None:
+    rows = ["group,label,predicted", "a,benign,benign", "a,benign,normal", "b,benign,normal", "b,benign,malignant"]
+    (tmp_path / "predictions.csv").write_text("\n".join([*rows, "c,normal,normal", "c,normal,normal"]) + "\n")
+    config = load_config("mri.toml")
+    assert classes_of(tmp_path, SUMMARY, config) == [
+        ("benign", 4, "0.250", "normal, 2"),
+        ("malignant", 0, "-", ""),
+        ("normal", 2, "1.000", ""),
+    ]
+    assert classes_of(tmp_path / "elsewhere", SUMMARY, config) == []

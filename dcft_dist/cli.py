@@ -74,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser of the command line, and that of each command."""
     parser = argparse.ArgumentParser(prog="dcft", description="Divide-and-conquer fine-tuning of pre-trained models.")
+    parser.epilog = (
+        "first steps: init, train, report, predict; on a cluster: plan, submit, status; for a comparison: compare, table"
+    )
     parser.add_argument("-V", "--version", action="version", version=f"dcft_dist {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (start.add_commands, _add_run, _add_use, _add_compare, _add_cluster, _add_plan, _add_generated):
@@ -87,7 +90,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def _add_run(commands: Commands) -> None:
     train = commands.add_parser(
-        "train", help="run a configuration, or continue its run", epilog="any key: --optimizer.lr 1e-4 --name my_run"
+        "train",
+        help="run a configuration, or continue its run",
+        epilog="any key of docs/configuration.md: --name, --seed, --optimizer.lr, --train.epochs, --train.global_batch, ...",
     )
     train.add_argument("config", help="a TOML file, or the name of a shipped one (icd.toml)")
     check = commands.add_parser("check", help="check a configuration, and whether its data and weights are installed")
@@ -324,7 +329,10 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
         if (options.run / "config.toml").is_file():
             _load(options.run / "config.toml", ())  # private?
         if not (options.run / "study.toml").exists():
-            print(write_report(options.run, options.pictures, _wrong(options)))
+            wrong = _wrong(options)
+            print(write_report(options.run, options.pictures, wrong))
+            if wrong:
+                print(f"careful: it contains {len(wrong)} validation examples, which whoever gets the file sees")
         elif options.examples is not None:
             raise RunError(f"{options.run} is a study: --examples needs the folder of a run")
         else:

@@ -132,6 +132,8 @@ def mistakes(run: Path, number: int, world: World, trust: bool = False) -> list[
 def _source(split: Split, index: int) -> str:
     value, label = split.inputs[index], split.labels[index]
     text = name_of(value, f"example {index}")
+    if not isinstance(value, str):  # the name of a file with that of its folder: the whole path may say more than one wants
+        text = "/".join(Path(text).parts[-2:])
     if isinstance(label, str) and isinstance(value, str):  # an instruction
         text = f"{text}\n{label}"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -91,12 +91,12 @@ def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, st
     yield "metrics", "Validation metrics", caption, metric_curves(rows, summary)
     if (run / "fundamental.safetensors").exists():
         chosen = FundamentalSet.load(run / "fundamental.safetensors")
-        caption = "Share of each weight matrix that is fundamental, by layer and kind."
+        caption = "Share of each weight matrix that is fundamental: its weights to which the task is most sensitive."
         yield "share", "Where the fundamental weights are", caption, share_picture(chosen)
         caption = "Root mean square change of an eligible weight."
         yield "movement", "Movement from the pre-trained weights", caption, movement_curves(rows)
     if summary["removal"]:
-        caption = "Validation with sets of weights set to zero. Dashed line: chance. Solid grey line: nothing removed."
+        caption = "Validation with sets of weights set to zero. Dashed: chance. Solid grey: nothing removed."
         yield "removal", "Removal check", caption, removal_bars(summary["removal"])
 
 

@@ -61,13 +61,7 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str, ra
     end = summary["validation"].get(metric)
     if start is not None and end is not None and summary["method"] != "linear_probe":
         verb = "improved" if oriented(metric, end) > oriented(metric, start) else "did not improve"
-        reach = f"{start:.3f} with the new head alone, {end:.3f} at epoch {summary['best_epoch']}."
-        if summary["best_epoch"] == 0:
-            reach = (
-                f"no epoch was better than the new head alone, {start:.3f}. So this model is the linear probe: the "
-                "pre-trained weights with the warmed-up head."
-            )
-        sentences.append(f"Fine-tuning {verb} the {name_of(metric)} on the validation data: {reach}")
+        sentences.append(f"Fine-tuning {verb} the {name_of(metric)} on the validation data: {_from_to(summary, start, end)}")
     tested, where = (summary.get("test") or {}).get(metric), f"On the {summary['splits']['test'][0]:,} test examples it is"
     if tested is None:
         sentences.append("It was not tested.")
@@ -77,6 +71,18 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str, ra
     else:
         sentences.append(f"{where} {tested:.3f}, without an interval.")
     return [*sentences, f"Next: {_next_step(summary, rows, rate)}"]
+
+
+def _from_to(summary: dict[str, Any], start: float, end: float) -> str:
+    answers = "perplexity" in summary["validation"]  # a model of answers has no new head
+    if summary["best_epoch"] > 0:
+        return f"{start:.3f} {'before it' if answers else 'with the new head alone'}, {end:.3f} at epoch {summary['best_epoch']}."
+    if answers:
+        return f"no epoch was better than the model before it, {start:.3f}. So this is that model."
+    return (
+        f"no epoch was better than the new head alone, {start:.3f}. So this model is the linear probe: the pre-trained "
+        "weights with the warmed-up head."
+    )
 
 
 def _next_step(summary: dict[str, Any], rows: list[dict[str, Any]], rate: float | None) -> str:

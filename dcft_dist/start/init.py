@@ -119,15 +119,16 @@ def configuration(answers: Answers, name: str) -> str:
 
 
 def beginnings(place: Path) -> tuple[str, int, int] | None:
-    """What may be patients in the names of a folder's images: beginnings that repeat.
+    """What may be patients in the names of a folder's images: beginnings that repeat, if they are not those of the classes.
 
     Returns:
         A pattern for `data.group_pattern`, the number of different beginnings, and that of names; None if none repeat.
     """
-    names = [file.name for file in place.rglob("*") if file.suffix.lower() in _IMAGES and not file.name.startswith(".")]
+    files = [file for file in place.rglob("*") if file.suffix.lower() in _IMAGES and not file.name.startswith(".")]
+    names, classes = [file.name for file in files], len({file.parent for file in files})
     for mark in ("_", "-"):
         found = {name.partition(mark)[0] for name in names}
-        if all(mark in name for name in names) and 1 < len(found) < 0.9 * len(names):
+        if all(mark in name for name in names) and 2 * classes < len(found) < 0.9 * len(names):
             return f"^([^{mark}]+){mark}", len(found), len(names)
     return None
 

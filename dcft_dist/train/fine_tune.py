@@ -439,7 +439,7 @@ class Trainer:
             f"training loss {mean(losses):.4g}" if losses else "",
             f"validation {metric} {self._validated[metric]:.4g}" + (" (best)" if best.epoch == epoch else ""),
             f"validation loss {self._validated['loss']:.4g}" if metric != "loss" else "",
-            f"learning rate {rate:.2g}" if epoch else "the new head on the model as it was",
+            f"learning rate {rate:.2g}" if epoch else "before fine-tuning",
             f"{rates['speed/samples_per_s']:.3g} samples/s" if "speed/samples_per_s" in rates else "",
             f"{rates['speed/tokens_per_s']:.3g} tokens/s" if "speed/tokens_per_s" in rates else "",
             f"{rates['speed/mfu']:.1%} of the peak" if "speed/mfu" in rates else "",

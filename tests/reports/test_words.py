@@ -38,6 +38,9 @@ def test_the_first_sentences_of_a_report() -> None:
     first, _, following = reached(summary(0.61, best_epoch=0), rows(0.61, 0.6, 0.59), "accuracy")
     assert first.startswith("Fine-tuning did not improve the accuracy on the validation data: no epoch was better than")
     assert "0.610. So this model is the linear probe" in first and following.startswith("Next: other learning rates")
+    language = {"perplexity": 9.1}
+    first, *_ = reached(summary(9.1, "perplexity", validation=language), rows(9.9, 9.1, metric="perplexity"), "perplexity")
+    assert first == "Fine-tuning improved the perplexity on the validation data: 9.900 before it, 9.100 at epoch 2."
     jumped = [{**row, "validation/loss": loss} for row, loss in zip(rows(0.61, 0.6), (0.5, 1.6), strict=True)]
     *_, following = reached(summary(0.61, best_epoch=0, name="mine"), jumped, "accuracy", 2e-4)
     assert "a smaller learning rate than 0.0002" in following and "--optimizer.lr 5e-05 --name mine_lr5e-05" in following

@@ -19,7 +19,7 @@ from dcft_dist.config.toml import load_config
 from dcft_dist.screen import marked
 from dcft_dist.start.doctor import Finding, examine
 from dcft_dist.start.examples import EXAMPLES
-from dcft_dist.start.init import Answers, configuration, next_command
+from dcft_dist.start.init import Answers, beginnings, configuration, next_command
 
 
 def pictures(folder: Path, number: int = 24) -> Path:
@@ -123,6 +123,10 @@ def test_names_that_may_be_patients(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "48 file names have only 16 beginnings. If these are the patients, write group_pattern = '^([^_]+)_'" in (
         capsys.readouterr().out
     )
+    classes = pictures(tmp_path / "classes")
+    for file in sorted(classes.rglob("*.png")):
+        file.rename(file.with_name(f"{file.parent.name}_{file.name}"))
+    assert beginnings(folder) == ("^([^_]+)_", 16, 48) and beginnings(classes) is None  # a class is no patient
     words = ["--data", str(folder), "--gpus", "0", "--group-pattern", "^([^_]+)_"]
     assert main(["init", str(tmp_path / "z.toml"), *words]) == 0
     said = capsys.readouterr().out

@@ -69,7 +69,7 @@ def problems(pages: Iterable[Path], within: str = "body", contrast: bool = True)
     if shutil.which("chromium") is None:
         if shutil.which("apt-get") is None:
             pytest.skip("needs chromium")
-        assert (problem := apt_install("chromium")) == "", problem
+        assert (problem := apt_install("chromium", "fonts-dejavu-core")) == "", problem
     found = []
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])

@@ -76,7 +76,8 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str, ra
 def _from_to(summary: dict[str, Any], start: float, end: float) -> str:
     answers = "perplexity" in summary["validation"]  # a model of answers has no new head
     if summary["best_epoch"] > 0:
-        return f"{start:.3f} {'before it' if answers else 'with the new head alone'}, {end:.3f} at epoch {summary['best_epoch']}."
+        before = "before it" if answers else "with the new head alone"
+        return f"{start:.3f} {before}, {end:.3f} at epoch {summary['best_epoch']}."
     if answers:
         return f"no epoch was better than the model before it, {start:.3f}. So this is that model."
     return (

@@ -20,7 +20,7 @@ import shutil
 import time
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,27 +201,28 @@ class Runner:
             "in_force": _mean(
                 [row["penalty/applied_over_proposed"] for row in rows if "penalty/applied_over_proposed" in row]
             ),
-            "predicted": None if cell.tuning else self._predicted(cell, place / f"predictions{after}.csv"),
+            "predicted": None if cell.tuning else self._predicted(cell, summary, place / f"predictions{after}.csv"),
             "external": {
-                name: self._predicted(cell, place / f"predictions{after}_{name}.csv", name)
+                name: self._predicted(cell, summary, place / f"predictions{after}_{name}.csv", name)
                 for name in summary.get("external", {})
             },
         }
 
-    def _predicted(self, cell: Cell, file: Path, test: str = "") -> list[int]:
-        """The predicted class of each test example, of the test data or of further test data.
+    def _predicted(self, cell: Cell, summary: Mapping[str, Any], file: Path, test: str = "") -> list[int]:
+        """The number of the predicted class of each test example, of the test data or of further test data.
 
         Groups and labels are the same for all cells of a setting, so they go into one file of `examples/`.
         """
         with file.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
-        examples = {"group": [row["group"] for row in rows], "label": [int(row["label"]) for row in rows]}
+        numbers = {name: number for number, name in enumerate(summary["labels"]["names"])}
+        examples = {"group": [row["group"] for row in rows], "label": [numbers[row["label"]] for row in rows]}
         shared = self.results.examples_file(cell.setting, test)
         if not shared.exists():
             write_atomic(shared, json_line(examples))
         elif read_json(shared, "group", "label") != examples:
             raise RunError(f"{cell.name} has other test data than {shared}: move it to a separate setting")
-        return [int(row["predicted"]) for row in rows]
+        return [numbers[row["predicted"]] for row in rows]
 
     def _my_share(self, items: Iterable[Any]) -> list[Any]:
         return list(items)[self.share.index :: self.share.number]

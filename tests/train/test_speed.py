@@ -79,7 +79,8 @@ def test_what_a_run_says(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     assert main([*words, "--runs_dir", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out.splitlines()
-    first, second = (line for line in out if line.startswith("epoch "))
+    before, first, second = (line for line in out if line.startswith("epoch "))
+    assert before.startswith("epoch 0/2 | validation accuracy ") and before.endswith(" | before fine-tuning")
     assert first.startswith("epoch 1/2 | training loss ") and " | validation accuracy " in first and first.endswith(" left")
     assert " samples/s | " in first and " tokens/s | " in first and "left" not in second
     assert [line for line in out if line.startswith("test, epoch ") and "loss" in line and "[" in line]

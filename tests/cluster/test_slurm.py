@@ -182,7 +182,7 @@ def test_sbatch_files_and_submitit_give_the_parameters_of_one_process(cluster: C
         programs, files = f"{Path(sys.executable).parent}:{os.environ['PATH']}", ("skypilot", "kubernetes")
         shared = {"CONFIG": str(site / "no_slurm.toml"), "RUNS_DIR": str(site / "runs"), "PATH": programs}
         nodes = [
-            subprocess.Popen(cluster.in_node(i, "bash", "-ec", script), env=os.environ | shared | variables, cwd=ROOT)
+            subprocess.Popen(cluster.in_node(i, "bash", "-ec", f"cd {ROOT}\n{script}"), env=os.environ | shared | variables)
             for i, (script, variables) in zip((2, 3), map(in_a_cloud, files), strict=True)
         ]
         cli = [sys.executable, "-m", "dcft_dist.cli", "train", "tiny.toml"]

@@ -99,7 +99,9 @@ def read_rows(data: Data, roots: Sequence[str], labelled: bool = True) -> dict[s
 
 def _tables(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     if data.path and Path(data.path).is_dir() and not data.label and data.modality != "text" and isinstance(data.input, str):
-        return {"": [Row(file, "", str(file), str(file)) for file in _images_in(Path(data.path), VOLUMES)]}
+        # Not .dcm for volumes: a file of a series is a slice.
+        endings = VOLUMES if data.modality == "volume" and len(data.patch) == 3 else _IMAGES
+        return {"": [Row(file, "", str(file), str(file)) for file in _images_in(Path(data.path), endings)]}
     files = {"": data.path} if data.path else {split: getattr(data, split) for split in SPLITS}
     rows_by_split: dict[str, list[Row]] = {}
     for split, name in files.items():
@@ -184,14 +186,14 @@ def _folders_in(root: Path) -> list[Path]:
     return sorted(child for child in root.iterdir() if child.is_dir() and not is_hidden(child.name))
 
 
-def _images_in(folder: Path, more: tuple[str, ...] = ()) -> list[Path]:
+def _images_in(folder: Path, endings: tuple[str, ...] = _IMAGES) -> list[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")
-        if file.name.lower().endswith((*_IMAGES, *more)) and not any(map(is_hidden, file.relative_to(folder).parts))
+        if file.name.lower().endswith(endings) and not any(map(is_hidden, file.relative_to(folder).parts))
     )
     if not files:
-        raise DataError(f"{folder} contains no images ({', '.join(sorted((*_IMAGES, *more)))})")
+        raise DataError(f"{folder} contains no images ({', '.join(sorted(endings))})")
     return files
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.images import read_image
+from dcft_dist.data.readers import read_rows
 from dcft_dist.errors import ConfigError, DataError
 
 from .tables import TEXT, picture, table, task_of, texts
@@ -282,6 +283,34 @@ def test_a_volume_is_a_path(tmp_path: Path) -> None:
 
 def arrays() -> list[dict[str, Any]]:
     return [{"input": np.zeros((4, 4, 4)), "label": i % 2} for i in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("modality", "patch", "found"),
+    [
+        ("volume", [8, 8, 8], ["a.nii.gz", "b.mha"]),
+        ("volume", [8, 8], ["c.png", "d.dcm"]),
+        ("image", [8, 8], ["c.png", "d.dcm"]),
+    ],
+)
+def test_a_folder_without_labels(modality: str, patch: list[int], found: list[str], tmp_path: Path) -> None:
+    """A file of a DICOM series is a slice, and no volume; with labels a folder is no table."""
+    for name in ("a.nii.gz", "b.mha", "c.png", "d.dcm", ".hidden.nii.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    data = load_config("mri.toml").data.model_copy(
+        update={
+            "path": str(tmp_path),
+            "modality": modality,
+            "patch": patch,
+            "format": "table",
+            "input": "image",
+            "label": "x",
+        }
+    )
+    (rows,) = read_rows(data, (), labelled=False).values()
+    assert [row.input.name for row in rows] == found and all(row.group == str(row.input) for row in rows)
+    with pytest.raises(DataError, match="is not a table"):
+        read_rows(data, ())
 
 
 def test_one_missing_file_among_ten_thousand(tmp_path: Path) -> None:

@@ -163,10 +163,10 @@ class Data(Section):
     )
     split: str | None = Field(None, description="Column with the split: `train`, `validation` or `test`.")
     validation_share: Fraction = Field(
-        0.15, description="Share of the examples for validation, drawn by group; for data without a validation split."
+        0.15, description="Share of each class for validation, drawn by group; for data without a validation split."
     )
     test_share: Fraction = Field(
-        0.2, description="Share of the examples for the test, drawn by group; for data without a test split."
+        0.2, description="Share of each class for the test, drawn by group; for data without a test split."
     )
     folds: Count | None = Field(
         None,

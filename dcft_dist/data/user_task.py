@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,12 +10,14 @@ from typing import Any
 
 from ..config.schema import Config
 from ..errors import DataError, did_you_mean, listing
+from .draw import Classes, draw_fold, draw_splits
 from .identity import check_groups_are_spelled_alike, check_no_file_is_in_two_splits, spelled_twice
 from .readers import Row, read_rows
 from .splits import EXTERNAL, SPLITS, Split, TaskData
 from .tables import is_empty
 
 Parts = dict[str, list[Row]]  # rows by split
+_NEGATIVE, _POSITIVE = ("0", "0.0", "False"), ("1", "1.0", "True")
 
 
 def user_task(config: Config) -> TaskData:
@@ -134,7 +135,7 @@ def _decoded(rows: Sequence[Row], decode: Callable[[Row], Any]) -> Split:
 
 
 def _split(rows_by_split: Parts, config: Config) -> Parts:
-    """Returns the three splits; draws missing ones by group, from the training data or from all rows without a split."""
+    """Returns the three splits; draws missing ones, from the training data or from all rows without a split."""
     rows = rows_by_split.pop("", [])
     if rows and rows_by_split:
         raise DataError(f"{rows[0].where}: has no split, but other examples do: give every example a split, or none")
@@ -143,19 +144,13 @@ def _split(rows_by_split: Parts, config: Config) -> Parts:
         raise DataError(f"the training split is empty (splits: {', '.join(parts)}): add training examples")
     shares = {"validation": config.data.validation_share, "test": config.data.test_share}
     missing = {name: share for name, share in shares.items() if name not in parts}
-    groups = sorted({row.group for row in parts["train"]})
-    random.Random(f"{config.task.split_seed}:groups").shuffle(groups)
-    sizes, total = Counter(row.group for row in parts["train"]), len(parts["train"])
-    for name, share in missing.items():
-        chosen_groups, number = set[str](), 0
-        while groups and number < share * total:
-            group = groups.pop()
-            chosen_groups.add(group)
-            number += sizes[group]
-        parts[name] = [row for row in parts["train"] if row.group in chosen_groups]
-        parts["train"] = [row for row in parts["train"] if row.group not in chosen_groups]
+    if (drawn := sum(missing.values())) >= 1:
+        raise DataError(f"nothing is left for training: {' and '.join(f'data.{n}_share' for n in missing)} are {drawn:g}")
+    classes = _CLASSES.get(config.task.kind, lambda row: ())
+    parts |= draw_splits(parts["train"], missing, classes, config.task.split_seed)
     if config.data.folds:
-        parts |= _fold(parts["train"] + parts["validation"], config.data.folds, config.data.fold, config.task.split_seed)
+        fitted = parts["train"] + parts["validation"]
+        parts |= draw_fold(fitted, config.data.folds, config.data.fold, classes, config.task.split_seed)
     empty = [name for name in SPLITS if not parts.get(name)]
     if empty:
         raise DataError(
@@ -165,26 +160,11 @@ def _split(rows_by_split: Parts, config: Config) -> Parts:
     return {name: parts[name] for name in SPLITS}
 
 
-def _fold(rows: list[Row], folds: int, fold: int, seed: int) -> Parts:
-    """Training and validation rows of one fold. Groups stay whole, and the folds are of about one size.
-
-    Raises:
-        DataError: there are fewer groups than folds.
-    """
-    sizes = Counter(row.group for row in rows)
-    groups = sorted(sizes)
-    random.Random(f"{seed}:folds").shuffle(groups)
-    groups.sort(key=lambda group: -sizes[group])
-    if len(groups) < folds:
-        raise DataError(f"data.folds is {folds}, but training and validation data have only {len(groups)} groups")
-    filled, fold_of = [0] * folds, dict[str, int]()
-    for group in groups:
-        fold_of[group] = filled.index(min(filled))
-        filled[fold_of[group]] += sizes[group]
-    parts: Parts = {"train": [], "validation": []}
-    for row in rows:
-        parts["validation" if fold_of[row.group] == fold else "train"].append(row)
-    return parts
+# What makes examples alike for a split; without an entry only groups count.
+_CLASSES: dict[str, Classes] = {
+    "single_label": lambda row: (_text(row.label),),
+    "multi_label": lambda row: [str(i) for i, value in enumerate(row.label) if _text(value) in _POSITIVE],
+}
 
 
 def _check_groups(parts: Parts) -> None:
@@ -236,8 +216,8 @@ def _finding(row: Row) -> list[float]:
         text = _text(value)
         if is_empty(value) or text in ("-1", "-1.0"):  # CheXpert's "uncertain" is -1
             values.append(float("nan"))
-        elif text in ("0", "1", "0.0", "1.0", "True", "False"):
-            values.append(float(text in ("1", "1.0", "True")))
+        elif text in (*_NEGATIVE, *_POSITIVE):
+            values.append(float(text in _POSITIVE))
         else:
             raise DataError(f"{row.where}: {value!r} is not a finding: use 1, 0, or an empty cell for unknown")
     return values

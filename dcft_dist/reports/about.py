@@ -63,10 +63,12 @@ def settings_of(config: Config | None) -> list[tuple[str, str]]:
     if config is None:
         return []
     train = config.train
+    unit = "millimetres" if config.data.spacing else "voxels: data.spacing is not given"
     return [
         ("model", base_of(config)),
         ("learning rate", f"{config.optimizer.lr:g}"),
         ("training", f"{train.epochs} epochs, {train.global_batch} examples a step, data.augment = {config.data.augment}"),
+        *([("unit of distances", unit)] if config.task.kind == "segmentation" else []),
     ]
 
 

@@ -109,7 +109,7 @@ def space_problem(folder: Path) -> str:
 
 
 def status(folder: Path) -> str:
-    """Status of a run in a few lines: phase, step, time left, last start, last checkpoint, last failure.
+    """Status of a run in a few lines: phase, step, time left, last start, last checkpoint or results, last failure.
 
     Args:
         folder: the run's directory.
@@ -132,8 +132,9 @@ def status(folder: Path) -> str:
         job = f", Slurm job {last['job']}, restart {last['restart']}" if last["job"] else ""
         lines.append(f"start {len(starts)}: {last['time']} UTC at {last['at']}, {last['ranks']} ranks{nodes}{job}")
     steps = run.steps()
-    if run.result() is not None:
+    if (result := run.result()) is not None:
         lines.append(f"finished: {run.model}" if run.model.is_dir() else "finished, without an exported model")
+        lines += [f"{split}: {text}" for split in ("validation", "test") if (text := _metrics(result.get(split)))]
     else:
         lines.append(f"last checkpoint: step {steps[-1]}" if steps else "no checkpoint yet")
     if (estimate := read_json_or(run.estimate, None, *ESTIMATE_KEYS)) is not None:
@@ -157,6 +158,12 @@ def _point(progress: dict[str, Any], folder: Path) -> str:
     if steps and seconds and text.startswith("train"):
         text += f", {seconds:.2f} s a step, {_span((steps - progress['step']) * seconds)} left"
     return f"{text} ({progress.get('updated', 'unknown time')} UTC)"
+
+
+def _metrics(metrics: Any) -> str:
+    """The first metrics of a split; the others are in the report. Nothing if these are none: the file may be damaged."""
+    found = metrics.items() if isinstance(metrics, dict) else ()
+    return ", ".join([f"{name} {value:.4g}" for name, value in found if isinstance(value, int | float)][:3])
 
 
 def estimate_text(e: dict[str, Any]) -> str:

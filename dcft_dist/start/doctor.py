@@ -85,7 +85,7 @@ def _nccl() -> Finding:
 
 def _slurm() -> Finding:
     if shutil.which("sbatch") is None:
-        return Finding("Slurm", "note", "no sbatch here: use torchrun, or log in to the cluster's login node")
+        return Finding("Slurm", "note", "not on this machine; only a cluster needs it, on its login node")
     done = subprocess.run(["sinfo", "--noheader", "--format", "%P"], capture_output=True, text=True, timeout=20)
     if done.returncode:
         text = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -186,9 +186,9 @@ def group_with_spaces(folder: Path) -> list[str]:
     return ["--data.path", str(table(folder, rows)), *TEXT, "--data.group", "patient", "--data.split", "split"]
 
 
-@bad("line 2: '2' is not a finding: use 1, 0, or an empty cell for unknown")
+@bad("line 6: '2' is not a finding: use 1, 0, or an empty cell for unknown")
 def no_finding(folder: Path) -> list[str]:
-    rows = [{"input": "x", "a": 2} for _ in range(10)]
+    rows = [{"input": "x", "a": 2 if i == 4 else i % 2} for i in range(10)]
     return ["--data.path", str(table(folder, rows)), *TEXT, "--task.kind", "multi_label", "--data.label", '["a"]']
 
 

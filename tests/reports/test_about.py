@@ -21,6 +21,10 @@ def test_task_model_and_sizes_in_words(tmp_path: Path) -> None:
         "validate, 6 to test."
     )
     assert dict(settings_of(config))["learning rate"] == "2e-05"
+    masks = config.model_copy(update={"task": config.task.model_copy(update={"kind": "segmentation"})})
+    assert dict(settings_of(masks))["unit of distances"].startswith("voxels")
+    spaced = masks.model_copy(update={"data": masks.data.model_copy(update={"spacing": [1.0, 1.0, 3.0]})})
+    assert dict(settings_of(spaced))["unit of distances"] == "millimetres"
     assert config_of(tmp_path) is None  # a report can do without
     assert task_of(SUMMARY, None).startswith("Examples: 1,300 to train") and settings_of(None) == []
 

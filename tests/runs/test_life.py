@@ -258,6 +258,20 @@ def test_another_set_than_the_checkpoint_was_trained_with(tiny: Path, tmp_path: 
     assert code == 2 and "fundamental.safetensors is not the set that" in printed
 
 
+def test_status_of_a_finished_run(tmp_path: Path) -> None:
+    """The first results are in it. A damaged summary leaves them out."""
+    (tmp_path / "config.toml").touch()
+    results = {"validation": {"dice": 0.8125, "loss": 0.25, "ece": 0.125, "hd95": 3.0}, "test": {"dice": 0.7, "loss": 0.3}}
+    write_json(tmp_path / "summary.json", dict.fromkeys(SUMMARY_KEYS) | results)
+    assert status(tmp_path).splitlines()[:3] == [
+        "finished, without an exported model",
+        "validation: dice 0.8125, loss 0.25, ece 0.125",
+        "test: dice 0.7, loss 0.3",
+    ]
+    write_json(tmp_path / "summary.json", dict.fromkeys(SUMMARY_KEYS) | {"validation": 3, "test": {"dice": "x"}})
+    assert status(tmp_path) == "finished, without an exported model"
+
+
 def test_start_from_another_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, source = (*QUICK, "--engine", "single"), ("--start_from", str(tmp_path / "tiny"))
     train(tiny, tmp_path, *one, "--until", "score", ranks=1)

@@ -46,6 +46,7 @@ def write_card(folder: Path, config: Config, summary: dict[str, Any]) -> None:
     facts = {
         "interpolation": interpolation_table(found) if found else "",
         "base": base,
+        "rest": config.penalty.rest_factor if summary.get("num_selected") else 1,
         "snippet": _snippet(config, str(base), 1 if config.task.kind == "regression" else len(names)),
         "what": what_it_is(summary),
         "task": KINDS[config.task.kind].format(n=len(names)),

@@ -141,6 +141,7 @@ def test_peft_reads_the_adapters(recipe: list[str], tmp_path: Path, capsys: pyte
     fraction = ["--selection.fraction", "0.05", "--selection.cap", "0.2"]
     trained(recipe, tmp_path / "shira", 1, "--engine", "single", *sparse, *fraction)
     run = tmp_path / "shira/it"
+    assert "were selected (factor 1.0, all others 0, update level), by fisher" in (run / "model/README.md").read_text()
     assert main(["shira", str(run), str(tmp_path / "adapter")]) == 0
     said = capsys.readouterr().out
     changed = int(re.findall(r"([\d,]+) of them changed", said)[0].replace(",", ""))

@@ -209,7 +209,8 @@ def _train(options: argparse.Namespace, rest: list[str]) -> None:
 
 def _init(options: argparse.Namespace, rest: list[str]) -> None:
     following = start.init(options)
-    _check(_parser()[0].parse_args(["check", str(options.file), "--data"]), [])
+    if options.study is None:
+        _check(_parser()[0].parse_args(["check", str(options.file), "--data"]), [])
     print(f"next: {following}")
 
 
@@ -333,6 +334,8 @@ def _report(options: argparse.Namespace, rest: list[str]) -> None:
             print(write_report(options.run, options.pictures, wrong))
             if wrong:
                 print(f"careful: it contains {len(wrong)} validation examples, which whoever gets the file sees")
+            if len(wrong) < (options.examples or 0):
+                print(f"of the validation examples only {len(wrong)} went wrong")
         elif options.examples is not None:
             raise RunError(f"{options.run} is a study: --examples needs the folder of a run")
         else:

@@ -241,6 +241,24 @@ def test_links_and_commands_exist() -> None:
             assert (ROOT / path).exists(), (page.name, path)
 
 
+def test_the_constraints_fit_the_torch_for_gpus(tmp_path: Path) -> None:
+    """Its requirements are stricter than those of the build for processors, which the tests use: pip resolves both.
+
+    The user's settings of pip are left aside, since they may name that build.
+    """
+    resolve = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--use-feature=fast-deps"]
+    done = subprocess.run(
+        [*resolve, "-q", "-c", str(ROOT / "constraints.txt"), "torch"],
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "ResolutionImpossible" not in done.stderr, done.stdout + done.stderr
+    if done.returncode:
+        pytest.skip(f"no index of packages: {done.stderr.strip().splitlines()[-1]}")
+
+
 def test_the_wheel_has_everything(tmp_path: Path) -> None:
     """Built from the project, unpacked elsewhere, imported from there: all configurations, the report's template."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import AdamW
 from torchmetrics.functional.classification import binary_auroc
@@ -15,12 +16,14 @@ from torchmetrics.functional.classification import binary_auroc
 import dcft_dist
 from dcft_dist.cli import main
 from dcft_dist.config import needs
-from dcft_dist.config.toml import load_config
+from dcft_dist.config.toml import load_config, to_toml
+from dcft_dist.files import write_json
 from dcft_dist.method.penalty_checks import choose_level
 from dcft_dist.models.custom import _head
 from dcft_dist.models.pretrained import Pretrained
 from dcft_dist.objectives.classification import MultiLabel
 from dcft_dist.planning.inspection import inspection
+from dcft_dist.runs.folder import SUMMARY_KEYS
 
 from .own import instructions, tiny_decoder
 
@@ -68,7 +71,8 @@ def test_few_data_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_study_is_no_run_and_a_run_no_study(capsys: pytest.CaptureFixture[str]) -> None:
-    assert said(capsys, "compare", "icd.toml").endswith("icd.toml is a run, not a study: use dcft train " + str(icd()))
+    following = f"use dcft train {icd()}. To compare methods on it: dcft init icd_study.toml --study {icd()}"
+    assert said(capsys, "compare", "icd.toml").endswith(f"icd.toml is a run, not a study: {following}")
     assert (
         said(capsys, "train", "studies/smoke.toml") == "studies/smoke.toml is a study: use dcft compare studies/smoke.toml"
     )
@@ -78,6 +82,43 @@ def icd() -> Path:
     from dcft_dist.config.toml import find_config
 
     return find_config("icd.toml")
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "delta", "export", "report", "interpolate"])
+def test_a_finished_run_names_missing_packages(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In every command that loads its model: those of the model and its inputs, not those of the training."""
+    run, words = tmp_path / "run", {"delta": ["x"], "export": ["x"], "report": ["--examples", "1"]}.get(command, [])
+    run.mkdir()
+    (run / "config.toml").write_text(to_toml(load_config("icd.toml", ["--trackers", '["wandb"]'])))
+    write_json(run / "summary.json", dict.fromkeys(SUMMARY_KEYS) | {"labels": {"names": ["a", "b"]}})
+    monkeypatch.setattr(needs, "find_spec", lambda name: None if name in ("transformers", "wandb") else object())
+    assert said(capsys, command, run, *words) == f'{run} needs transformers: pip install "dcft_dist[hf]"'
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def test_what_does_not_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").touch()
+    assert said(capsys, "train", "mien.toml") == "no configuration file mien.toml (did you mean 'mine.toml'?)"
+    assert said(capsys, "delta", "runs/mine", "x") == "runs/mine does not exist"
+    assert said(capsys, "init", "a.toml", "--data", "scanz", "--gpus", "0") == "scanz does not exist"
+
+
+def test_keys_of_packaged_tasks_on_own_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would have no effect, so they are refused; those of the configuration that was the base are not the user's."""
+    (tmp_path / "mine.toml").write_text('name = "mine"\n[data]\npath = "x"\nformat = "image_folder"\n')
+    found = said(capsys, "check", tmp_path / "mine.toml", "--task.train_per_class", "5")
+    assert "--task.train_per_class has no effect on your own data: it limits packaged tasks. Make the table" in found
+    (tmp_path / "study.toml").write_text(
+        f"name = 's'\nbase = '{tmp_path / 'mine.toml'}'\ntune_seeds = [7]\nseeds = [0, 1]\nresample = true\n"
+        "[settings.a]\n[arms.full]\nmethod = 'full'\n"
+    )
+    found = said(capsys, "compare", tmp_path / "study.toml", "--count")
+    assert "--task.sample_seed has no effect on your own data (`resample` of a study sets it): use data.folds" in found
+    assert load_config("mri.toml", ["--task.name", "own", "--data.path", "x"]).task.train_per_class == 100
 
 
 def test_options_of_sbatch_belong_to_the_site(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 
 from ..errors import ConfigError
@@ -67,20 +67,26 @@ def needed(config: Config) -> Iterator[str]:
     yield from config.trackers
 
 
-def require_packages(config: Config, source: object, model_only: bool = False) -> None:
+def needed_to_use(config: Config) -> Iterator[str]:
+    """Import names of the packages that a finished run needs for other data, beside those that are always installed."""
+    own, data = config.task.name == "own", config.data
+    yield from needed_by_model(config)
+    yield from ("transformers",) if own and data.modality == "text" else ()
+    yield from ("monai",) if own and (data.modality == "volume" or config.task.kind == "segmentation") else ()
+
+
+def require_packages(config: Config, source: object, which: Callable[[Config], Iterable[str]] = needed) -> None:
     """Checks that all packages that a configuration needs are installed.
 
     Args:
         config: the configuration.
         source: its file, for the message.
-        model_only: only those of its model.
+        which: gives the import names: all, or those of a part of the work.
 
     Raises:
         ConfigError: some are not. The message has the command that installs all of them.
     """
-    missing = [
-        name for name in dict.fromkeys((needed_by_model if model_only else needed)(config)) if find_spec(name) is None
-    ]
+    missing = [name for name in dict.fromkeys(which(config)) if find_spec(name) is None]
     if not missing:
         return
     extras = {_EXTRAS[name] for name in missing if name in _EXTRAS}

@@ -317,7 +317,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _batches_divide(self) -> Config:
         if self.importance.num_samples % self.importance.score_batch:
-            raise ValueError("importance.num_samples must be a multiple of importance.score_batch")
+            raise ValueError(
+                f"importance.num_samples = {self.importance.num_samples} is no multiple of importance.score_batch = "
+                f"{self.importance.score_batch}"
+            )
         return self
 
 

@@ -19,6 +19,11 @@ from ..errors import ConfigError, did_you_mean, line_of
 from .schema import LOCAL_PATHS, Config, sections
 from .section import DEPTH
 
+# Keys of packaged tasks that mean nothing for the user's own data, and what to use there.
+_SMALLER = ": it limits packaged tasks. Make the table or folder smaller"
+_INSTEAD = {f"task.{split}_per_class": _SMALLER for split in ("train", "validation", "test")}
+_INSTEAD["task.sample_seed"] = " (`resample` of a study sets it): use data.folds, or `folds` in a study"
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequence[str] = ()) -> Config:
     """Reads a TOML file, applies overrides and checks the result.
@@ -56,6 +61,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), without: Sequen
         details = error.errors()
         choices = {_key(detail) for detail in details if detail["type"] == "literal_error"}
         problems += [_explain(d) for d in details if d["type"] != "string_pattern_mismatch" or _key(d) not in choices]
+    if not problems and config.task.name == "own":
+        problems = [
+            f"--{key} has no effect on your own data{_INSTEAD[key]}" for key, _ in _pairs(overrides) if key in _INSTEAD
+        ]
     if problems:
         raise ConfigError(f"{path}: " + "; ".join(problems))
     return config
@@ -75,6 +84,9 @@ def find_config(path: str | Path) -> Path:
         if _is_file(candidate):
             return candidate
     shipped = sorted(f.name for d in (package / "configs", package.parent / "configs") for f in d.glob("*.toml"))
+    here = sorted(f.name for f in Path().glob("*.toml") if f.name != "pyproject.toml")
+    if hint := did_you_mean(str(path), here):
+        raise ConfigError(f"no configuration file {path}{hint}")
     raise ConfigError(
         f"no configuration file {path}{did_you_mean(str(path), shipped)}; the package ships {', '.join(shipped)}"
     )

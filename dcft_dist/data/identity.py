@@ -29,6 +29,23 @@ def spelled_twice(names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
+def beginnings(names: Sequence[str], num_classes: int) -> tuple[str, int] | None:
+    """What may be patients in names of files: beginnings that repeat, if they are not those of the classes.
+
+    Args:
+        names: of the files, without their folders.
+        num_classes: number of classes; a file may be named after its class.
+
+    Returns:
+        A pattern for `data.group_pattern`, and the number of different beginnings; None if none repeat.
+    """
+    for mark in ("_", "-"):
+        found = {name.partition(mark)[0] for name in names}
+        if all(mark in name for name in names) and 2 * num_classes < len(found) < 0.9 * len(names):
+            return f"^([^{mark}]+){mark}", len(found)
+    return None
+
+
 def check_groups_are_spelled_alike(rows: Iterable[Row]) -> None:
     """Refuses groups that are one number in several spellings: patients 7, 7.0 and 007.
 

@@ -22,12 +22,14 @@ def open_picture(file: Path | io.BytesIO, convert: Callable[[Any], Any]) -> Any:
         convert: `plain_picture` or `plain_mask`.
 
     Raises:
-        OSError: Pillow cannot read the file.
+        OSError: the file is empty, or Pillow cannot read it.
         ValueError: see `convert`.
     """
     from PIL import Image
 
     # Not by its name: then Pillow maps TIFF files into memory, and garbles those that lie on their side (13.0.0).
+    if isinstance(file, Path) and not file.stat().st_size:
+        raise OSError("the file is empty")
     with file if isinstance(file, io.BytesIO) else file.open("rb") as stream, Image.open(stream) as image:
         picture = convert(image)
         picture.load()

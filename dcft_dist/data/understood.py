@@ -38,7 +38,7 @@ def description(task: TaskData, processor: Processor) -> str:
 def _lines(name: str, split: Split, task: TaskData, processor: Processor) -> Iterator[str]:
     has_groups = any(group not in (name_of(value, ""), "") for value, group in zip(split.inputs, split.groups, strict=True))
     groups = f" in {counted(len(set(split.groups)), 'group')}" if has_groups else ", no groups"
-    yield f"{name}: {counted(len(split), 'example')}{groups}{_counts(split, task)}{_rare(name, split, task)}"
+    yield f"{name}: {counted(len(split), 'example')}{groups}{_counts(split, task)}{_rare(split, task)}"
     for i in _first(split, SHOWN):
         value, label = split.inputs[i], split.labels[i]
         grouped = f"; group {split.groups[i]}" if split.groups[i] not in (name_of(value, ""), "") else ""
@@ -79,10 +79,10 @@ def _counts(split: Split, task: TaskData) -> str:
     return f"; {', '.join(f'{name} {counts[i]}' for i, name in enumerate(task.class_names))}"
 
 
-def _rare(name: str, split: Split, task: TaskData) -> str:
+def _rare(split: Split, task: TaskData) -> str:
     """A warning if a class has so few examples that its numbers say little."""
     counts = Counter(label for label in split.labels if isinstance(label, int))
-    few = [text for i, text in enumerate(task.class_names) if counts and name != "train" and counts[i] < _FEW]
+    few = [text for i, text in enumerate(task.class_names) if counts and counts[i] < _FEW]
     return f" (careful: fewer than {_FEW} of {', '.join(few)})" if few else ""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..config.schema import Config
 from ..errors import DataError, did_you_mean, listing
 from .draw import Classes, draw_fold, draw_splits
-from .identity import check_groups_are_spelled_alike, check_no_file_is_in_two_splits, spelled_twice
+from .identity import beginnings, check_groups_are_spelled_alike, check_no_file_is_in_two_splits, spelled_twice
 from .readers import Row, read_rows
 from .splits import EXTERNAL, SPLITS, Split, TaskData
 from .tables import is_empty
@@ -43,8 +43,21 @@ def user_task(config: Config) -> TaskData:
     if config.task.kind == "multi_label":
         _check_findings(names, splits["train"])
     grouped = data.group is not None or data.group_pattern is not None
-    caveat = "" if grouped else "No groups were given: examples of one patient may be in two splits."
+    caveat = "" if grouped else f"No groups were given: examples of one patient may be in two splits.{_suspicion(parts)}"
     return TaskData.of(names, splits, caveat, {n: _decoded(rows, _decoder(config, names)) for n, rows in external.items()})
+
+
+def _suspicion(parts: Parts) -> str:
+    """Names of files that look as if they began with the patient, where no groups are given."""
+    rows = [row for part in parts.values() for row in part]
+    names = [row.input.name for row in rows if isinstance(row.input, Path)]
+    found = beginnings(names, len({str(row.label) for row in rows})) if len(names) == len(rows) else None
+    if found is None:
+        return ""
+    return (
+        f" {len(names)} names of files have only {found[1]} beginnings: if these are the patients, the results look better "
+        f"than they are. Then train again with groups, for a folder of images by data.group_pattern = {found[0]!r}."
+    )
 
 
 def _external(config: Config, name: str, parts: Parts) -> list[Row]:

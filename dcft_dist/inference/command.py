@@ -66,6 +66,7 @@ def use(options: argparse.Namespace, rest: list[str]) -> None:
     """Carries out `dcft evaluate` and `dcft predict`."""
     import json
 
+    from ..data.understood import counted
     from ..distributed.world import joined_world
     from ..files import table_of, write_atomic
     from ..runs.folder import RunFolder, keep_private
@@ -104,7 +105,11 @@ def use(options: argparse.Namespace, rest: list[str]) -> None:
             text = table_of(predictions(adapted, split, options.masks, options.tokens))
         if not world.is_first:
             return
-        write_atomic(options.out, text) if options.out else sys.stdout.write(text)
+        if not options.out:
+            sys.stdout.write(text)
+            return
+        write_atomic(options.out, text)
+        print(f"{options.out}: {'metrics of' if labelled else 'predictions for'} {counted(len(split), 'example')}")
 
 
 def delta(options: argparse.Namespace, rest: list[str]) -> None:

@@ -224,7 +224,7 @@ def _scores(addresses, sizes, block_entry, block_first, block, BLOCK: tl.constex
     inside = cells < tl.load(sizes + entry)
     scores = tl.load(tl.load(addresses + entry).to(tl.pointer_type(tl.float32)) + cells, mask=inside, other=0)
     bits = tl.where(scores == 0, 0.0, scores).to(tl.uint32, bitcast=True)  # -0 is 0
-    key = tl.where(bits >> 31 == 0, bits | 0x80000000, ~bits).to(tl.int64)
+    key = tl.where(bits >> 31 == 0, bits | 0x80000000, bits ^ 0xFFFFFFFF).to(tl.int64)
     return key, inside, entry
 
 

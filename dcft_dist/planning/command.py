@@ -52,7 +52,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     Raises:
         DcftError: see `request_of` and `forecast`; or the configuration names code that may not run.
     """
-    from ..config.needs import require_packages
+    from ..config.needs import needed_by_model, require_packages
     from ..config.toml import load_config
     from ..config.trust import require_trust
     from .fit import fitting, fitting_table
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, rest: list[str]) -> None:
     request = request_of(fields.pop("model"), rest, **fields)
     if is_configuration(request.model):
         config = load_config(request.model, list(request.words))
-        require_packages(config, request.model, model_only=True)
+        require_packages(config, request.model, needed_by_model)
         require_trust(config, request.model, options.trust_code, rest)
     if options.fit:
         found = fitting(request)

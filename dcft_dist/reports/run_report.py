@@ -71,7 +71,7 @@ def _reached(run: Path, summary: dict[str, Any], config: Config | None) -> list[
     if "interpolation" in summary:
         return []
     rows, metric = objects_in(run / "metrics.jsonl", "step"), shown_metrics(summary["validation"])[0]
-    return reached(summary, rows, metric, config.optimizer.lr if config else None)
+    return reached(summary, rows, metric, config.optimizer.lr if config else None, run)
 
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..objectives.base import LOWER_IS_BETTER, oriented
@@ -47,7 +48,13 @@ def unit_of(metric: str) -> str:
     return "share" if known and metric not in {*LOWER_IS_BETTER, "quadratic_kappa"} - {"ece"} else metric
 
 
-def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str, rate: float | None = None) -> list[str]:
+def reached(
+    summary: dict[str, Any],
+    rows: list[dict[str, Any]],
+    metric: str,
+    rate: float | None = None,
+    place: Path | None = None,
+) -> list[str]:
     """Sentences for the top of a run's report: what fine-tuning has changed, how sure that is, and what to do next.
 
     Args:
@@ -55,6 +62,7 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str, ra
         rows: of `metrics.jsonl`.
         metric: key of the metric that is shown first.
         rate: the learning rate; None: not known.
+        place: the run's folder, for the commands that come next.
     """
     key, sentences = f"validation/{metric}", []
     start = next((row[key] for row in rows if key in row and row.get("train/epoch") == 0), None)
@@ -70,7 +78,7 @@ def reached(summary: dict[str, Any], rows: list[dict[str, Any]], metric: str, ra
         sentences.append(f"{where} {tested:.3f}; its 95 % interval is {low:.3f} to {high:.3f}.")
     else:
         sentences.append(f"{where} {tested:.3f}, without an interval.")
-    return [*sentences, f"Next: {_next_step(summary, rows, rate)}"]
+    return [*sentences, f"Next: {_next_step(summary, rows, rate, place)}"]
 
 
 def _from_to(summary: dict[str, Any], start: float, end: float) -> str:
@@ -86,7 +94,7 @@ def _from_to(summary: dict[str, Any], start: float, end: float) -> str:
     )
 
 
-def _next_step(summary: dict[str, Any], rows: list[dict[str, Any]], rate: float | None) -> str:
+def _next_step(summary: dict[str, Any], rows: list[dict[str, Any]], rate: float | None, place: Path | None) -> str:
     if summary["method"] == "linear_probe":
         return 'fine-tune the whole model (method = "full" or "dcft"), and see whether that is better.'
     if summary["best_epoch"] == 0:
@@ -99,6 +107,9 @@ def _next_step(summary: dict[str, Any], rows: list[dict[str, Any]], rate: float 
             f"a {'smaller' if smaller else 'larger'} learning rate than {rate:g}, with the same configuration: "
             f"--optimizer.lr {other:g} --name {summary['name']}_lr{other:g}. Choose on the validation data."
         )
-    if summary["method"] == "dcft":
-        return "whether the selected weights helped, one run cannot say. Compare methods over seeds: dcft compare."
-    return "compare it with other methods over several seeds: dcft compare."
+    why = "whether the selected weights helped, one run cannot say. " if summary["method"] == "dcft" else ""
+    how = "with other methods, over several seeds (--method full --seed 1)"
+    if place and "accuracy" in summary["validation"]:  # studies compare accuracies
+        file = f"{summary['name']}_study.toml"
+        how = f"methods over seeds: dcft init {file} --study {place}, then dcft compare {file}"
+    return f"{why}{'Compare' if why else 'compare'} {how}."

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from ..config.needs import needed_to_use, require_packages
 from ..config.schema import LOCAL_PATHS, Config
 from ..config.toml import differences, load_config, resolved_keys, to_toml
 from ..errors import ConfigError, DamagedError, RunError, line_of, listing
@@ -184,14 +185,16 @@ class RunFolder:
         Raises:
             RunError: the directory contains no finished run.
             DamagedError: its summary is damaged.
-            ConfigError: an override is wrong.
+            ConfigError: an override is wrong, or a package is missing.
         """
         if not self.summary.is_file():
-            raise RunError(f"{self.path} contains no finished run")
+            raise RunError(f"{self.path} {'contains no finished run' if self.path.exists() else 'does not exist'}")
         facts = read_json(self.summary, *SUMMARY_KEYS)["labels"]
         if not isinstance(facts, dict) or not isinstance(facts.get("names"), list):
             raise DamagedError(f"{self.summary} is damaged (labels has no names)")
-        return load_config(self.path / "config.toml", overrides, without), facts
+        config = load_config(self.path / "config.toml", overrides, without)
+        require_packages(config, self.path, needed_to_use)
+        return config, facts
 
     def reached(self) -> str:
         """The point that the next start continues from, in words.

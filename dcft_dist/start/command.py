@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, listing
 from ..files import write_atomic
 from ..screen import marked
 
@@ -31,6 +32,9 @@ def add_commands(commands: Any) -> None:
         "--group-pattern", metavar="REGEX", help="for folders: what its brackets find in a file's name is the patient"
     )
     init.add_argument("--model", help="dinov2_small, minilm, a folder of transformers, or hub:owner/name")
+    init.add_argument(
+        "--study", type=Path, metavar="RUN", help="write a study of this run or configuration instead: methods over seeds"
+    )
     init.add_argument("--gpus", help="GPUs of this machine for a training; 0: the processor")
     doctor = commands.add_parser(
         "doctor", help="look at this machine: torch, GPUs, Slurm, file system, shared memory, network"
@@ -41,31 +45,38 @@ def add_commands(commands: Any) -> None:
 
 
 def init(options: argparse.Namespace) -> str:
-    """Writes the configuration of `dcft init`.
+    """Writes the configuration or the study of `dcft init`.
 
     Returns:
-        The command that trains it.
+        The command that trains or runs it.
 
     Raises:
         ConfigError: the file exists, or see `ask` and `configuration`.
         DataError: see `configuration`.
     """
-    from .init import ask, beginnings, configuration, next_command
+    from .init import ask, configuration, next_command, patients
+    from .study_file import study_of
 
     file: Path = options.file
     if file.suffix != ".toml":
         raise ConfigError(f"{file}: the name of a configuration ends with .toml")
     if file.exists():
-        raise ConfigError(f"{file} exists: delete it first, or name another file")
+        raise ConfigError(f"{file} exists: dcft check {file} --data looks at it again; to write it anew, delete it first")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", file.stem).lstrip("._-") or "mine"
+    if options.study is not None:
+        if given := [f"--{key}" for key in _INIT_FLAGS if getattr(options, key) is not None]:
+            raise ConfigError(f"{listing(given)}: a study has the data and the model of {options.study}")
+        write_atomic(file, study_of(options.study, name.replace(".", "_")))
+        print(f"{file} is written. Its keys: docs/studies.md")
+        return f"dcft compare {file} --count, which counts; then dcft compare {file}"
     answers = ask({key: getattr(options, key) for key in _INIT_FLAGS})
-    write_atomic(file, configuration(answers, file.stem))
+    write_atomic(file, configuration(answers, name))
     print(f"{file} is written. Its keys: docs/configuration.md")
-    if answers.data.is_dir() and not answers.group_pattern and (found := beginnings(answers.data)):
-        pattern, different, number = found
+    if answers.data.is_dir() and not answers.group_pattern and (found := patients(answers.data)):
+        _, different, number = found
         print(
-            f"{marked('careful:', 'yellow')} each picture counts as a patient of its own, but {number} file names have only "
-            f"{different} beginnings. If these are the patients, write group_pattern = {pattern!r} into [data], or pictures "
-            "of one patient may be in two splits"
+            f"{marked('careful:', 'yellow')} {number} file names have only {different} beginnings. They are taken for "
+            f"patients: pictures of one stay in one split. If they are none, take the line group_pattern out of {file}"
         )
     return next_command(file, answers.gpus, answers.gpus > 0 and shutil.which("sbatch") is not None)
 

@@ -89,7 +89,7 @@ def _slurm() -> Finding:
     done = subprocess.run(["sinfo", "--noheader", "--format", "%P"], capture_output=True, text=True, timeout=20)
     if done.returncode:
         text = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Finding("Slurm", "note", f"no cluster answers ({text}): is this a login node?")
+        return Finding("Slurm", "note", f"no cluster answers ({text}). Only a cluster needs it: is this a login node?")
     return Finding("Slurm", "good", f"partitions {', '.join(done.stdout.split()) or 'none'}; DCFT_SITE {_site()}")
 
 

@@ -6,6 +6,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "init": (
         "dcft init mine.toml --data images/ --gpus 4",
         "dcft init mine.toml --data notes.csv --input text --label code",
+        "dcft init question.toml --study runs/mine",
     ),
     "doctor": ("dcft doctor", "dcft doctor --folder /scratch/me/runs"),
     "completion": ("dcft completion bash > ~/.local/share/bash-completion/completions/dcft",),

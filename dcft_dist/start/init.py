@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.identity import beginnings
 from ..data.readers import VOLUMES
 from ..data.tables import records
 from ..errors import ConfigError, DataError, did_you_mean, listing
@@ -99,8 +100,8 @@ def configuration(answers: Answers, name: str) -> str:
         "[data]",
         *(f"{key} = {json.dumps(value)}" for key, value in data.items()),
         *(
-            ['augment = "light"           # random variants, by the package monai']
-            if modality == "image" and _has_monai()
+            [f'{"" if _has_monai() else "# "}augment = "light"           # random variants, by the package monai']
+            if modality == "image"
             else []
         ),
         *_group_line(answers, data),
@@ -118,19 +119,15 @@ def configuration(answers: Answers, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def beginnings(place: Path) -> tuple[str, int, int] | None:
-    """What may be patients in the names of a folder's images: beginnings that repeat, if they are not those of the classes.
+def patients(place: Path) -> tuple[str, int, int] | None:
+    """What may be patients in a folder's images by class.
 
     Returns:
-        A pattern for `data.group_pattern`, the number of different beginnings, and that of names; None if none repeat.
+        Pattern and number of beginnings (`data.identity.beginnings`), and the number of images; None if none repeat.
     """
     files = [file for file in place.rglob("*") if file.suffix.lower() in _IMAGES and not file.name.startswith(".")]
-    names, classes = [file.name for file in files], len({file.parent for file in files})
-    for mark in ("_", "-"):
-        found = {name.partition(mark)[0] for name in names}
-        if all(mark in name for name in names) and 2 * classes < len(found) < 0.9 * len(names):
-            return f"^([^{mark}]+){mark}", len(found), len(names)
-    return None
+    found = beginnings([file.name for file in files], len({file.parent for file in files}))
+    return (*found, len(files)) if found else None
 
 
 def _group_line(answers: Answers, data: dict[str, str]) -> list[str]:
@@ -138,9 +135,9 @@ def _group_line(answers: Answers, data: dict[str, str]) -> list[str]:
         return []
     if answers.group_pattern is not None:
         return [f"group_pattern = {json.dumps(answers.group_pattern)}"]
-    found = beginnings(answers.data)
-    pattern = json.dumps(found[0] if found else "^([^_]+)_")
-    return [f"# group_pattern = {pattern}   # the part of a file's name that is the patient: not to be in two splits"]
+    found = patients(answers.data)
+    line = f"group_pattern = {json.dumps(found[0] if found else '^([^_]+)_')}"
+    return [f"{'' if found else '# '}{line}   # the part of a file's name that is the patient: not to be in two splits"]
 
 
 def _rate(model: Sequence[str]) -> str:
@@ -170,6 +167,8 @@ def _data_of(answers: Answers) -> tuple[dict[str, str], str, str]:
     """
     place = answers.data
     path = str(place.absolute())
+    if not place.exists():
+        raise DataError(f"{place} does not exist")
     if place.is_dir():
         folders = [child for child in place.iterdir() if child.is_dir() and not child.name.startswith(".")]
         images = itertools.islice((f for folder in folders for f in folder.rglob("*") if f.suffix.lower() in _IMAGES), 1)

@@ -15,7 +15,7 @@ from ..config.toml import find_config
 
 def add_arguments(compare: argparse.ArgumentParser) -> None:
     """Adds the arguments of `dcft compare`."""
-    compare.add_argument("study", type=Path)
+    compare.add_argument("study", type=Path, help="the study's TOML file; dcft init FILE --study RUN writes one")
     compare.add_argument("--folder", type=Path, help="folder for the results (default: runs/<name of the file>)")
     compare.add_argument("--workers", type=int, default=1, help="number of processes on this machine")
     compare.add_argument("--share", metavar="I/N", help="run only the I-th of N shares (for array jobs)")

@@ -35,14 +35,14 @@ def size_of(file: Path, folder: Path, overrides: Sequence[str] = ()) -> str:
         row = [len(cells), *_counts(study, cells, folder)]
         total = [a + b for a, b in zip(total, row, strict=True)]
         lines.append(f"| {phase} | {' | '.join(f'{n:,}' for n in row)} |")
-    hours = total[-1] / 1000 / 3600
+    hours = total[-1] / 3600
     return "\n".join(
         [
             *lines,
             f"| all | {' | '.join(f'{n:,}' for n in total)} |",
             "",
-            f"At 1,000 forwards a second, {hours:.1f} hours of one GPU, besides heads and scores. Your own rate: "
-            "`dcft train` with `--train.max_steps 50`.",
+            f"At 1,000 forwards a second (a GPU) {hours / 1000:.3g} hours, at 10 (a processor) {hours / 10:.3g}, besides "
+            "heads and scores. Your own rate: `dcft train` with `--train.max_steps 50`.",
         ]
     )
 

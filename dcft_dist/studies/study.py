@@ -189,7 +189,10 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
         if "arms" not in raw:
-            raise ConfigError(f"{path} is a run, not a study: use dcft train {path}")
+            raise ConfigError(
+                f"{path} is a run, not a study: use dcft train {path}. To compare methods on it: dcft init "
+                f"{path.stem}_study.toml --study {path}"
+            )
         study = Study.model_validate(raw)
         if overrides:
             study = study.model_copy(update={"overrides": list(overrides)})

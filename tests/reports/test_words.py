@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +25,13 @@ def test_the_first_sentences_of_a_report() -> None:
     assert reached(summary(0.72), rows(0.61, 0.68, 0.72), "accuracy") == [
         "Fine-tuning improved the accuracy on the validation data: 0.610 with the new head alone, 0.720 at epoch 2.",
         "On the 2,040 test examples it is 0.710; its 95 % interval is 0.680 to 0.740.",
-        "Next: whether the selected weights helped, one run cannot say. Compare methods over seeds: dcft compare.",
+        "Next: whether the selected weights helped, one run cannot say. Compare with other methods, over several seeds "
+        "(--method full --seed 1).",
     ]
+    *_, following = reached(summary(0.72, name="mine"), rows(0.61, 0.72), "accuracy", 2e-5, Path("runs/mine"))
+    assert following.endswith(
+        "Compare methods over seeds: dcft init mine_study.toml --study runs/mine, then dcft compare mine_study.toml."
+    )
     first, *_ = reached(summary(8.2, "mae"), rows(7.9, 8.4, 8.2, metric="mae"), "mae")
     assert first.startswith("Fine-tuning did not improve the mean absolute error on the validation data: 7.900")
     probe = summary(0.61, method="linear_probe", test=None)
@@ -34,7 +40,7 @@ def test_the_first_sentences_of_a_report() -> None:
     full = summary(0.72, method="full", test_intervals=None)
     first, following = reached(full, [], "accuracy")
     assert first == "On the 2,040 test examples it is 0.710, without an interval."
-    assert following == "Next: compare it with other methods over several seeds: dcft compare."
+    assert following == "Next: compare with other methods, over several seeds (--method full --seed 1)."
     first, _, following = reached(summary(0.61, best_epoch=0), rows(0.61, 0.6, 0.59), "accuracy")
     assert first.startswith("Fine-tuning did not improve the accuracy on the validation data: no epoch was better than")
     assert "0.610. So this model is the linear probe" in first and following.startswith("Next: other learning rates")

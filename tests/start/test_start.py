@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 
 from dcft_dist.cli import _parser, main
-from dcft_dist.config.toml import load_config
+from dcft_dist.config.toml import find_config, load_config, to_toml
+from dcft_dist.data.user_task import user_task
 from dcft_dist.screen import marked
 from dcft_dist.start.doctor import Finding, examine
 from dcft_dist.start.examples import EXAMPLES
-from dcft_dist.start.init import Answers, beginnings, configuration, next_command
+from dcft_dist.start.init import Answers, configuration, next_command, patients
+from dcft_dist.studies.study import load_study
 
 
 def pictures(folder: Path, number: int = 24) -> Path:
@@ -41,7 +43,7 @@ def test_a_folder_of_pictures_becomes_a_configuration(tmp_path: Path, capsys: py
     assert (config.name, config.engine, config.model.name) == ("mine", "single", "dinov2_small")
     assert config.data.path == str(tmp_path / "images") and config.task.kind == "single_label"
     assert main(["init", str(file), "--data", str(tmp_path / "images"), "--gpus", "0"]) == 2
-    assert f"{file} exists: delete it first" in capsys.readouterr().err
+    assert f"{file} exists: dcft check {file} --data looks at it again" in capsys.readouterr().err
 
 
 def table(file: Path, text: str) -> Path:
@@ -120,20 +122,61 @@ def test_names_that_may_be_patients(tmp_path: Path, capsys: pytest.CaptureFixtur
     for file in sorted(folder.rglob("*.png")):
         file.rename(file.with_name(f"{file.parent.name[0]}{int(file.stem) // 3}_{file.name}"))
     assert main(["init", str(tmp_path / "y.toml"), "--data", str(folder), "--gpus", "0"]) == 0
-    assert "48 file names have only 16 beginnings. If these are the patients, write group_pattern = '^([^_]+)_'" in (
-        capsys.readouterr().out
-    )
+    said = capsys.readouterr().out
+    assert "48 file names have only 16 beginnings. They are taken for patients: pictures of one stay in one split." in said
+    assert re.search(r"train: \d+ examples in \d+ groups;", said), "the safe choice is the one that is made"
+    assert load_config(tmp_path / "y.toml").data.group_pattern == "^([^_]+)_"
     classes = pictures(tmp_path / "classes")
     for file in sorted(classes.rglob("*.png")):
         file.rename(file.with_name(f"{file.parent.name}_{file.name}"))
-    assert beginnings(folder) == ("^([^_]+)_", 16, 48) and beginnings(classes) is None  # a class is no patient
+    assert patients(folder) == ("^([^_]+)_", 16, 48) and patients(classes) is None  # a class is no patient
     words = ["--data", str(folder), "--gpus", "0", "--group-pattern", "^([^_]+)_"]
     assert main(["init", str(tmp_path / "z.toml"), *words]) == 0
     said = capsys.readouterr().out
     assert "each picture" not in said and load_config(tmp_path / "z.toml").data.group_pattern == "^([^_]+)_"
     assert re.search(r"train: \d+ examples in \d+ groups;", said)
-    text = (tmp_path / "y.toml").read_text()
-    assert '# group_pattern = "^([^_]+)_"' in text and load_config(tmp_path / "y.toml").optimizer.lr == 2e-5
+    assert '# group_pattern = "^([^_]+)_"' in (tmp_path / "x.toml").read_text()
+    assert load_config(tmp_path / "y.toml").optimizer.lr == 2e-5
+    plain = user_task(load_config(tmp_path / "z.toml", ["--data.group_pattern", "^(.+)$"]))
+    assert plain.caveat == "" and "48 names of files have only 16" in user_task(load_config(tmp_path / "x.toml")).caveat
+
+
+def test_a_study_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The study that a report names next: its arms have equal budgets, and it can be counted."""
+    mine = tmp_path / "mine.toml"
+    mine.write_text(configuration(Answers(pictures(tmp_path / "images"), gpus=0), "mine"))
+    run = tmp_path / "runs/mine"
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text(to_toml(load_config(mine)))
+    for source, name in ((mine, "a.toml"), (run, "b.toml")):
+        file = tmp_path / name
+        assert main(["init", str(file), "--study", str(source)]) == 0
+        assert capsys.readouterr().out.endswith(
+            f"next: dcft compare {file} --count, which counts; then dcft compare {file}\n"
+        )
+        study = load_study(file)
+        assert study.folds == 5 and len(study.seeds) == 5 and not study.resample
+        assert {arm: len(study.grid(arm)) for arm in study.arms} == {
+            "probe": 1,
+            "full": 3,
+            "l2_sp": 3,
+            "dcft": 3,
+            "random_matched": 3,
+        }
+    assert main(["compare", str(file), "--count"]) == 0
+    assert re.search(r"\| all \| 61 \|.*\(a processor\) [\d.]+, besides", capsys.readouterr().out, re.DOTALL)
+    packaged = tmp_path / "icd_study.toml"
+    assert main(["init", str(packaged), "--study", str(find_config("icd.toml"))]) == 0 and load_study(packaged).resample
+    capsys.readouterr()
+    for words, said in {
+        ("--data", "x"): "--data: a study has the data and the model of",
+        (): "task.kind is 'single_label', not 'regression'",
+    }.items():
+        mine.write_text('name = "m"\n[task]\nkind = "regression"\n[data]\npath = "x.csv"\nmodality = "text"\n')
+        assert main(["init", str(tmp_path / "c.toml"), "--study", str(mine), *words]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "c.toml").exists()
+    assert main(["compare", str(mine)]) == 2
+    assert f"To compare methods on it: dcft init mine_study.toml --study {mine}" in capsys.readouterr().err
 
 
 def test_the_next_command() -> None:
@@ -158,7 +201,9 @@ def test_the_doctor_survives_a_broken_machine(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     slurm = next(f for f in examine(tmp_path) if f.part == "Slurm")
     assert slurm == Finding(
-        "Slurm", "note", "no cluster answers (slurm_load_partitions: Unable to contact): is this a login node?"
+        "Slurm",
+        "note",
+        "no cluster answers (slurm_load_partitions: Unable to contact). Only a cluster needs it: is this a login node?",
     )
     runs = next(f for f in examine(Path("/proc/self/runs")) if f.part == "runs")
     assert runs.verdict == "bad"

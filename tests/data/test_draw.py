@@ -71,6 +71,17 @@ def test_any_groups(seed: int) -> None:
         assert set(counts(parts["train"])) == set(counts(rows)), "each class is in the training data"
 
 
+def test_few_groups_of_different_sizes() -> None:
+    """A rare class in five groups, which have other classes too, is in every split: the most even of several orders."""
+    groups = [[*["rare"] * n, *["common"] * (10 - n)] for n in (7, 6, 4, 2, 1)] + [["common"] * 5 for _ in range(40)]
+    rows = [Row(f"{g}-{i}", name, f"g{g}", "here") for g, names in enumerate(groups) for i, name in enumerate(names)]
+    for seed in range(20):
+        parts = draw_splits(rows, SHARES, label, seed)
+        found = {name: counts(part) for name, part in parts.items()}
+        assert all(abs(found[name]["rare"] - share * 20) <= 2.01 for name, share in SHARES.items()), found
+        assert all(abs(found[name]["common"] - share * 230) <= 15 for name, share in SHARES.items()), found
+
+
 def test_a_group_counts_for_its_rarest_class() -> None:
     """Each patient has normal pictures, and some have one of a tumour: these patients are divided by their share."""
     rows = [

@@ -108,7 +108,7 @@ def test_what_cannot_be_interpolated(tiny: Path, tmp_path: Path, capsys: pytest.
         assert main(["interpolate", str(tmp_path / name)]) == 2
         dist.destroy_process_group()
         said[name] = capsys.readouterr().err
-    assert "contains no finished run" in said["none"]
+    assert "does not exist" in said["none"]
     assert "a run with method = 'linear_probe' cannot be interpolated" in said["probe"]
     assert "its best epoch is 0" in said["still"]
     assert "or the run had checkpoint.keep_last = 0" in said["kept"]

@@ -201,6 +201,8 @@ def _image_row(file: Path, label: str, data: Data) -> Row:
     group = str(file)
     if data.group_pattern:
         match = re.search(data.group_pattern, file.name)
+        if not data.label and (match is None or not match.groups()):
+            return Row(file, label, group, str(file))  # a prediction needs no patient
         if match is None or not match.groups():
             raise DataError(f"{file}: data.group_pattern {data.group_pattern!r} finds no group in the file name")
         group = match.group(1)

@@ -51,7 +51,7 @@ class SingleLabel(Objective):
         return {
             "loss": float(functional.cross_entropy(records, labels)),
             "accuracy": float(tm.multiclass_accuracy(predicted, labels, average="micro", **classes)),
-            "macro_f1": float(tm.multiclass_f1_score(predicted, labels, average="macro", **classes)),
+            "macro_f1": float(tm.multiclass_f1_score(predicted, labels, average="none", **classes)[present].mean()),
             "balanced_accuracy": float(recall[present].mean()),
             **_ranking(
                 probabilities[:, first:], functional.one_hot(labels, self.num_outputs)[:, first:], _SINGLE if first else {}

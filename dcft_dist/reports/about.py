@@ -88,7 +88,8 @@ def classes_of(run: Path, summary: dict[str, Any], config: Config | None) -> lis
     found = []
     for name in names:
         said = Counter(predicted for label, predicted in pairs if label == name)
-        number, wrong = sum(said.values()), [text for text, _ in said.most_common() if text != name]
-        right = f"{said[name] / number:.3f}" if number else "-"
-        found.append((name, number, right, f"{wrong[0]}, {said[wrong[0]]}" if wrong else ""))
+        number, right = said.total(), said.pop(name, 0)
+        most = max(said.values(), default=0)
+        taken_for = f"{' or '.join(other for other in names if said[other] == most)}, {most}" if most else ""
+        found.append((name, number, f"{right / number:.3f}" if number else "-", taken_for))
     return found if any(number for _, number, *_ in found) else []

@@ -71,8 +71,8 @@ def what_it_is(summary: dict[str, Any]) -> str:
     if summary["best_epoch"] > 0 or summary["method"] == "linear_probe":
         return ""
     return (
-        "On the validation data no epoch of fine-tuning was better than epoch 0. So this model is the linear probe: the "
-        "pre-trained weights with the warmed-up head."
+        "On the validation data no epoch of fine-tuning was better than epoch 0 by the metric that chooses. So this model "
+        "is the linear probe: the pre-trained weights with the warmed-up head."
     )
 
 

@@ -104,7 +104,7 @@ def _next_step(summary: dict[str, Any], rows: list[dict[str, Any]], rate: float 
         smaller = len(losses) > 1 and losses[1] > losses[0]
         other = rate / 4 if smaller else 2 * rate
         return (
-            f"a {'smaller' if smaller else 'larger'} learning rate than {rate:g}, with the same configuration: "
+            f"a {'smaller' if smaller else 'larger'} learning rate than {rate:g}: dcft train, the same configuration, and "
             f"--optimizer.lr {other:g} --name {summary['name']}_lr{other:g}. Choose on the validation data."
         )
     why = "whether the selected weights helped, one run cannot say. " if summary["method"] == "dcft" else ""

@@ -16,6 +16,7 @@ from PIL import Image
 from dcft_dist.config.toml import load_config
 from dcft_dist.data.images import read_image
 from dcft_dist.data.readers import read_rows
+from dcft_dist.data.user_task import other_split
 from dcft_dist.errors import ConfigError, DataError
 
 from .tables import TEXT, picture, table, task_of, texts
@@ -72,6 +73,8 @@ def test_image_folders(tmp_path: Path) -> None:
     data = task_of("--data.format", "image_folder", "--data.path", str(tmp_path / "split"))
     assert data.class_names == ["ill", "well"] and [len(data.train), len(data.validation), len(data.test)] == [8, 4, 4]
     how = ["--data.format", "image_folder", "--data.path", str(tmp_path / "plain"), "--data.group_pattern", "^(p.*)_"]
+    odd = load_config("mri.toml", ["--task.name", "own", *how, "--data.group_pattern", "^(never)"])
+    assert other_split(odd, ["a"], labelled=False).groups[0].endswith(".png"), "new pictures need no patient"
     data = task_of(*how)
     assert {len(split) % 2 for split in (data.train, data.validation, data.test)} == {0}  # a patient has two images
     with pytest.raises(DataError, match="finds no group in the file name"):

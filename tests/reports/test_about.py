@@ -38,4 +38,6 @@ def test_each_class_by_itself(tmp_path: Path) -> None:
         ("malignant", 0, "-", ""),
         ("normal", 2, "1.000", ""),
     ]
+    (tmp_path / "predictions.csv").write_text("\n".join([*rows[:3], "c,benign,malignant"]) + "\n")
+    assert classes_of(tmp_path, SUMMARY, config)[0] == ("benign", 3, "0.333", "malignant or normal, 1")
     assert classes_of(tmp_path / "elsewhere", SUMMARY, config) == []

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dcft_dist.data.splits import Split, TaskData
+from dcft_dist.data.understood import description
+
 from ..own import slabs
 from ..processes import dcft, output_of
 
@@ -104,3 +107,18 @@ def test_texts(tmp_path: Path, kind: str, labels: list[object], said: str) -> No
     assert out.startswith(f"train: 14 examples in 7 groups; {said}\n  text number 0: 13 characters, 5 tokens; ")
     done = dcft("check", "smoke.toml", "--data", *SMALL, *words, "--sheet", str(tmp_path / "s.png"))
     assert done.returncode == 2 and "these inputs cannot be drawn" in done.stderr
+
+
+class Plain:
+    """A processor, as far as a description needs one."""
+
+    def describe(self, value: str, label: int) -> str:
+        return value
+
+
+def test_rare_classes_are_named_in_every_split() -> None:
+    few, many = Split(["x"] * 9, [0] * 8 + [1], ["g"] * 9), Split(["x"] * 16, [0, 1] * 8, ["g"] * 16)
+    task = TaskData(["common", "rare"], few, few, many, "", "")
+    said = description(task, Plain())  # type: ignore[arg-type]
+    found = [line for line in said.splitlines() if not line.startswith(" ")]
+    assert ["fewer than 5 of rare" in line for line in found] == [True, True, False]

@@ -7,6 +7,7 @@ from typing import Any
 
 from dcft_dist.config.toml import load_config
 from dcft_dist.reports.about import classes_of, config_of, settings_of, task_of
+from dcft_dist.reports.render import template
 
 SUMMARY: dict[str, Any] = {
     "labels": {"names": ["benign", "malignant", "normal"]},
@@ -41,3 +42,16 @@ def test_each_class_by_itself(tmp_path: Path) -> None:
     (tmp_path / "predictions.csv").write_text("\n".join([*rows[:3], "c,benign,malignant"]) + "\n")
     assert classes_of(tmp_path, SUMMARY, config)[0] == ("benign", 3, "0.333", "malignant or normal, 1")
     assert classes_of(tmp_path / "elsewhere", SUMMARY, config) == []
+
+
+def test_what_limits_the_numbers_stands_beside_them() -> None:
+    """The caveat is above the table of results, and a class without test examples is mentioned below its own."""
+    summary = {"name": "mine", "caveat": "No groups were given.", "best_epoch": 1, "method": "dcft"}
+    results = [("macro-averaged F1", "0.5", "0.5", "")]
+    for number, mentioned in ((0, True), (4, False)):
+        rows = [("rare", number, "-", ""), ("common", 9, "1.000", "")]
+        page = template("report.html").render(
+            summary=summary, results=results, classes=rows, few=5, reached=["It improved."]
+        )
+        assert page.index("It improved.") < page.index("No groups were given.") < page.index("macro-averaged F1")
+        assert ("Classes without test examples are not in the macro-averaged numbers" in page) == mentioned

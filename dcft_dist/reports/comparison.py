@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..objectives.base import oriented
-from .pictures import SETS, shown_metrics
+from .pictures import SETS
 from .render import shown_value, summary_of, what_it_is
+from .words import shown_metrics
 
 
 def removal_table(run: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..method.fundamental_set import FundamentalSet
-from .words import name_of, unit_of
+from .words import name_of, shown_metrics, unit_of
 
 matplotlib.use("Agg")
 
@@ -33,17 +33,6 @@ SETS = {
     "random": ("random", _REST),
     "lowest": ("lowest scores", "#3a9d5d"),
 }
-
-
-def shown_metrics(metrics: Mapping[str, float]) -> tuple[str, str]:
-    """The names of the two metrics that reports show where there is room for two only.
-
-    The first is the metric that chooses the epoch unless the configuration names another.
-    """
-    preferred = [name for name in ("accuracy", "macro_f1", "dice", "auroc", "mae", "token_accuracy") if name in metrics]
-    rest = [name for name in metrics if name not in preferred]
-    first, second, *_ = [*preferred, *rest, "loss"]
-    return first, second
 
 
 def share_picture(chosen: FundamentalSet) -> Figure:

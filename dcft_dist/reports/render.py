@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 
 from ..errors import DamagedError, DataError
 from ..files import read_json
-from .pictures import shown_metrics
-from .words import name_of
+from .words import chosen_by, name_of, shown_metrics
 
 # Keys of a summary that a report shows.
 _KEYS = ("name", "method", "engine", "ranks", "validation", "test", "seconds", "removal", "caveat", "splits", "optimizer")
@@ -70,9 +69,10 @@ def what_it_is(summary: dict[str, Any]) -> str:
     """
     if summary["best_epoch"] > 0 or summary["method"] == "linear_probe":
         return ""
+    chooses = name_of(chosen_by(summary))
     return (
-        "On the validation data no epoch of fine-tuning was better than epoch 0 by the metric that chooses. So this model "
-        "is the linear probe: the pre-trained weights with the warmed-up head."
+        f"By the {chooses} on the validation data no epoch of fine-tuning was better than epoch 0. So this model is the "
+        "linear probe: the pre-trained weights with the warmed-up head."
     )
 
 

@@ -16,7 +16,7 @@ from ..files import objects_in, write_atomic
 from ..method.fundamental_set import FundamentalSet
 from .about import FEW, classes_of, config_of, settings_of, task_of
 from .interpolation import plane_picture
-from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture, shown_metrics
+from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture
 from .render import png, results_of, summary_of, template, what_it_is
 from .words import reached
 
@@ -70,8 +70,7 @@ def _encoded(pixels: Any) -> str:
 def _reached(run: Path, summary: dict[str, Any], config: Config | None) -> list[str]:
     if "interpolation" in summary:
         return []
-    rows, metric = objects_in(run / "metrics.jsonl", "step"), shown_metrics(summary["validation"])[0]
-    return reached(summary, rows, metric, config.optimizer.lr if config else None, run)
+    return reached(summary, objects_in(run / "metrics.jsonl", "step"), config.optimizer.lr if config else None, run)
 
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:

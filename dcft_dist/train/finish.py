@@ -71,6 +71,7 @@ def finish(
         "ema": config.train.ema,
         "temperature": state.get("temperature"),
         "best_epoch": state["epoch"],
+        "metric": run.metric,  # it has chosen that epoch
         "jaccard_with_top": extra.get("jaccard_with_top"),
         "loading": run.pretrained.loading.report.to_json() if run.pretrained.loading else None,
         "validation": state["validation"],

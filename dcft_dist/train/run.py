@@ -17,7 +17,7 @@ from ..data.batches import is_of_worker, worker_error
 from ..distributed import collectives
 from ..distributed.world import World, joined_world
 from ..errors import WorldError
-from ..files import read_json
+from ..files import objects_in, read_json
 from ..runs.attempts import begin_attempt, note_failed_meeting, refuse_repetition
 from ..runs.folder import RunFolder
 from ..runs.lock import locked
@@ -65,14 +65,16 @@ def train(config: Config) -> bool:
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
                 from ..reports.model_card import write_card  # late import: only rank 0 draws pictures, once
-                from ..reports.render import test_line, what_it_is
+                from ..reports.render import test_line
                 from ..reports.run_report import write_report
+                from ..reports.words import answer
 
                 summary = read_json(folder / "summary.json")
-                for text in (test_line(summary), what_it_is(summary)):
-                    if text:
-                        print(text, flush=True)
+                if tested := test_line(summary):
+                    print(tested, flush=True)
                 with logging_only(folder / "report.html"):
+                    rows = objects_in(folder / "metrics.jsonl", "step")
+                    print(answer(summary, rows, config.optimizer.lr, folder), flush=True)
                     if (folder / "model").is_dir() and not (folder / "model/README.md").exists():
                         write_card(folder / "model", config, summary)
                     # One of a finished run may show examples, and is left alone.

@@ -182,6 +182,11 @@ def test_a_run_that_improves_nothing_says_so(tiny: Path, tmp_path: Path, capsys:
     assert "epoch 0 was best, this is the linear probe |" in capsys.readouterr().out
     for text in (said, (run / "report.html").read_text(), (run / "model/README.md").read_text()):
         assert text.count(sentence) == 1
+    equal, following = (
+        "equalled it; of equal ones the first is kept.",
+        f"Next: a larger learning rate than 1e-30. dcft train {run}",
+    )
+    assert equal in said and following in said
 
 
 def test_an_engine_of_ones_own(tiny: Path, tmp_path: Path) -> None:

@@ -134,3 +134,8 @@ def listing(names: Iterable[str], limit: int = 8) -> str:
     items = list(names)
     shown = ", ".join(items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def counted(number: int, what: str) -> str:
+    """A number and its noun: `1 channel`, `3 channels`."""
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ..config.schema import Config
 from ..config.task import IMAGENET_MEAN, IMAGENET_STD
-from ..errors import ConfigError, DataError, listing
+from ..errors import ConfigError, DataError, counted, listing
 from ..files import write_atomic, write_json
 from ..packages import local_weights
 from .augment import Augmentation, as_tensor
@@ -31,7 +31,7 @@ from .library_processor import TRANSFORMERS, Library, as_picture, preprocessing_
 from .pictures import open_picture, plain_picture
 from .readers import LazyValue
 from .splits import Split, name_of, places_of
-from .understood import as_rgb, counted
+from .understood import as_rgb
 
 log = logging.getLogger(__name__)
 

@@ -25,15 +25,18 @@ def open_picture(file: Path | io.BytesIO, convert: Callable[[Any], Any]) -> Any:
         OSError: the file is empty, or Pillow cannot read it.
         ValueError: see `convert`.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     # Not by its name: then Pillow maps TIFF files into memory, and garbles those that lie on their side (13.0.0).
     if isinstance(file, Path) and not file.stat().st_size:
         raise OSError("the file is empty")
-    with file if isinstance(file, io.BytesIO) else file.open("rb") as stream, Image.open(stream) as image:
-        picture = convert(image)
-        picture.load()
-        return picture
+    try:
+        with file if isinstance(file, io.BytesIO) else file.open("rb") as stream, Image.open(stream) as image:
+            picture = convert(image)
+            picture.load()
+            return picture
+    except UnidentifiedImageError:
+        raise OSError("it is no picture that Pillow knows, or it is damaged") from None
 
 
 def plain_mask(image: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from ..files import write_atomic
 from .batches import Processor
 from .splits import Split, TaskData, name_of
@@ -43,11 +43,6 @@ def _lines(name: str, split: Split, task: TaskData, processor: Processor) -> Ite
         value, label = split.inputs[i], split.labels[i]
         grouped = f"; group {split.groups[i]}" if split.groups[i] not in (name_of(value, ""), "") else ""
         yield f"  {_short(value, i)}: {processor.describe(value, label)}{_named(label, task)}{grouped}"
-
-
-def counted(number: int, what: str) -> str:
-    """`1 channel`, `3 channels`."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _first(split: Split, number: int) -> list[int]:

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..config.schema import Config
-from ..errors import ConfigError, DataError, line_of, listing
+from ..errors import ConfigError, DataError, counted, line_of, listing
 from .dicom import problem_of_series
 from .monai_readers import loader
 from .pictures import plain_channels, plain_mask
 from .splits import name_of
-from .understood import as_rgb, counted, stretched
+from .understood import as_rgb, stretched
 
 Pair = tuple[Any, Any]  # path of the image (several channels: a tuple of paths), path of the mask (None: no mask)
 

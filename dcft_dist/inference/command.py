@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
-from ..errors import ConfigError, RunError
+from ..errors import ConfigError, RunError, counted
 
 
 def add_commands(commands: Any) -> None:
@@ -66,7 +66,6 @@ def use(options: argparse.Namespace, rest: list[str]) -> None:
     """Carries out `dcft evaluate` and `dcft predict`."""
     import json
 
-    from ..data.understood import counted
     from ..distributed.world import joined_world
     from ..files import table_of, write_atomic
     from ..runs.folder import RunFolder, keep_private

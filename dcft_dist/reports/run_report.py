@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..config.schema import Config
+from ..errors import counted
 from ..files import objects_in, write_atomic
 from ..method.fundamental_set import FundamentalSet
 from .about import FEW, classes_of, config_of, settings_of, task_of
@@ -102,7 +103,7 @@ def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, st
 def _facts(s: dict[str, Any]) -> list[tuple[str, str]]:
     facts = [
         ("method", s["method"]),
-        ("engine", f"{s['engine']}, {s['ranks']} ranks ({s['device']})"),
+        ("engine", f"{s['engine']}, {counted(s['ranks'], 'rank')} ({s['device']})"),
         ("weights", f"{s['num_weights']:,}"),
     ]
     if s["num_selected"] is not None:

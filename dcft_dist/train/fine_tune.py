@@ -30,7 +30,7 @@ from ..distributed import collectives
 from ..engines.checksum import check_replicas
 from ..engines.find import find_engine
 from ..engines.whole_tensors import average_buffers
-from ..errors import CheckpointError, ConfigError, DivergedError, RunError, WorldError, listing
+from ..errors import CheckpointError, ConfigError, DivergedError, RunError, WorldError, counted, listing
 from ..files import append_line, sha256_of, write_json
 from ..method.fundamental_set import FundamentalSet
 from ..objectives.base import Metrics, oriented
@@ -433,11 +433,12 @@ class Trainer:
         if not self.run.world.is_first:
             return
         metric, rates = self.run.metric, self._rates
+        won = " (best)" if best.value is not None and best.epoch == epoch else ""  # without `fall_back` epoch 0 never wins
         rate = max(group["lr"] for group in self.run.prepared.optimizer.param_groups)
         parts = [
             f"epoch {epoch}/{self.config.train.epochs}",
             f"training loss {mean(losses):.4g}" if losses else "",
-            f"validation {metric} {self._validated[metric]:.4g}" + (" (best)" if best.epoch == epoch else ""),
+            f"validation {metric} {self._validated[metric]:.4g}{won}",
             f"validation loss {self._validated['loss']:.4g}" if metric != "loss" else "",
             f"learning rate {rate:.2g}" if epoch else "before fine-tuning",
             f"{rates['speed/samples_per_s']:.3g} samples/s" if "speed/samples_per_s" in rates else "",
@@ -454,7 +455,7 @@ class Trainer:
             return
         parts = [
             f"{self.config.name}: {self.config.method}",
-            f"{run.world.world_size} ranks ({run.world.device.type})",
+            f"{counted(run.world.world_size, 'rank')} ({run.world.device.type})",
             self.config.engine,
             f"{run.num_weights:,} weights",
         ]

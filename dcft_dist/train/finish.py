@@ -51,7 +51,6 @@ def finish(
     if config.checkpoint.keep_last:
         _export(run, fundamental)
     writer.phase("done", int(best.name.partition("_")[2]))
-    extra = fundamental.info.extra if fundamental else {}
     summary = {
         "name": config.name,
         "method": config.method,
@@ -72,7 +71,7 @@ def finish(
         "temperature": state.get("temperature"),
         "best_epoch": state["epoch"],
         "metric": run.metric,  # it has chosen that epoch
-        "jaccard_with_top": extra.get("jaccard_with_top"),
+        "jaccard_with_top": fundamental.info.extra.get("jaccard_with_top") if fundamental else None,
         "loading": run.pretrained.loading.report.to_json() if run.pretrained.loading else None,
         "validation": state["validation"],
         "test": tested.get("test"),

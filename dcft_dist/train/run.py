@@ -16,7 +16,7 @@ from ..config.trust import remember
 from ..data.batches import is_of_worker, worker_error
 from ..distributed import collectives
 from ..distributed.world import World, joined_world
-from ..errors import WorldError
+from ..errors import WorldError, counted
 from ..files import objects_in, read_json
 from ..runs.attempts import begin_attempt, note_failed_meeting, refuse_repetition
 from ..runs.folder import RunFolder
@@ -104,7 +104,7 @@ def run(config: Config, world: World) -> dict[str, Any]:
     if (result := _earlier_result(writer)) is not None:
         with collectives.agreed("set-up"):
             writer.check(config)
-        log.info("%s is finished already: delete it to run it again", writer.path)
+        log.info("%s is finished already: another one needs another --name, or delete this one", writer.path)
         return result
     with locked(writer.path, config.timeout_s), collectives.explained("training"), _named_workers():
         writer.begin_anew(config)
@@ -117,8 +117,8 @@ def run(config: Config, world: World) -> dict[str, Any]:
         writer.open(config)
         if previous and previous["ranks"] != world.world_size:
             log.info(
-                "going on with %d ranks instead of %d: the global batch stays %d, by accumulation",
-                world.world_size,
+                "going on with %s instead of %d: the global batch stays %d, by accumulation",
+                counted(world.world_size, "rank"),
                 previous["ranks"],
                 config.train.global_batch,
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..data.batches import Examples
-from ..data.splits import Split
+from ..data.splits import Split, file_of
 from ..distributed import collectives
 from ..errors import DivergedError
 from ..files import table_of, write_atomic
@@ -50,6 +50,8 @@ def _test(run: RunContext, examples: Examples, split: Split, table: Path) -> tup
     groups = [split.groups[i] for i in evaluation.indices]
     test_intervals = intervals(run.objective, evaluation.records, torch.tensor(labels), groups, run.config.test_resamples)
     columns = {"group": groups, "label": labels, **run.objective.predictions(evaluation.records, run.task.class_names)}
+    if any(files := [file_of(split.inputs[i]) for i in evaluation.indices]):  # none of texts: they stay out of the table
+        columns = {"file": files, **columns}
     if run.config.task.kind == "single_label":
         columns |= {key: [run.task.class_names[int(i)] for i in columns[key]] for key in ("label", "predicted")}
     with collectives.agreed("write the predictions"):

@@ -338,7 +338,7 @@ def test_on_fewer_nodes_with_the_same_global_batch(cluster: Cluster, site: Path)
     assert cluster.end(job) == "COMPLETED", output(site)
     assert summary(site / "runs", "fewer")["ranks"] == 1
     log = (site / f"dcft-{job}.out").read_text()
-    assert "going on with 1 ranks instead of 2: the global batch stays 16, by accumulation" in log
+    assert "going on with 1 rank instead of 2: the global batch stays 16, by accumulation" in log
 
 
 @pytest.mark.timeout(600)

@@ -218,6 +218,7 @@ def test_volumes_with_a_diagnosis(tmp_path: Path) -> None:
     done = dcft("predict", tmp_path / "run", "--data.path", tmp_path / "asked.csv")
     assert done.returncode == 2 and "trained before voxels of 0 were normalised" in done.stderr
     (tmp_path / "run/summary.json").write_text(json.dumps(summary))
+    assert [Path(row["file"]).name for row in tested] == [f"scan{i}.nii.gz" for i in range(12, 18)]
     assert predicted == [row["predicted"] for row in tested] and {row["label"] for row in tested} == {"block", "none"}
     assert summary["test"]["accuracy"] == pytest.approx(np.mean([row["predicted"] == row["label"] for row in tested]))
     config = load_config("mri.toml", words)

@@ -37,7 +37,7 @@ def found(folder: StudyFolder, setting: str, arm: str, values: Values) -> Seeds:
     return {
         seed: (max(e["validation/accuracy"] for e in epochs), min(e["validation/loss"] for e in epochs))
         for seed, result in results(folder, setting, arm, values).items()
-        if (epochs := result["epochs"][1:])
+        if (epochs := result.get("epochs", [])[1:])  # a cell that has diverged has none
     }
 
 

@@ -233,8 +233,9 @@ class Config(Section):
     def _varies_what_it_can(self) -> Config:
         if self.train.calibrate and self.task.kind not in ("single_label", "multi_label"):
             raise ValueError("train.calibrate is for task.kind = 'single_label' and 'multi_label'")
-        if self.method == "linear_probe" and (self.train.ema or self.train.mixup or self.train.cutmix):
-            raise ValueError("train.ema, mixup and cutmix are for fine-tuning, and method = 'linear_probe' has none")
+        steps = [key for key in ("ema", "mixup", "cutmix", "max_steps") if getattr(self.train, key)]
+        if self.method == "linear_probe" and steps:
+            raise ValueError(f"train.{steps[0]} is for fine-tuning, and method = 'linear_probe' has none")
         if self.train.mixup or self.train.cutmix:
             images = self.data.modality in ("image", "volume") if self.task.name == "own" else self.task.name in IMAGE_TASKS
             if not images or self.task.kind not in ("single_label", "multi_label"):

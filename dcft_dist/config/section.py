@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import date, time
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 DEPTH = 20  # levels of tables and lists in a value
 
@@ -44,6 +44,15 @@ class Section(BaseModel):
                 raise ValueError(f"{value} is a date or time: put it in quotes")
         return values
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, field: ValidationInfo) -> Any:
+        """Refuses `true` where a number is wanted: pydantic would read it as 1."""
+        taken = set(_types(cls.model_fields[str(field.field_name)].annotation))
+        if isinstance(value, bool) and taken & {int, float} and not taken & {bool, Any}:
+            raise ValueError(f"{str(value).lower()} is no number")
+        return value
+
 
 def one_line(text: str) -> str:
     """Checks that a text has no line breaks and other control characters, which would write further lines into a file.
@@ -57,6 +66,13 @@ def one_line(text: str) -> str:
 
 
 OneLine = Annotated[str, AfterValidator(one_line)]
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """The type, or all that it is made of."""
+    yield annotation
+    for part in get_args(annotation):
+        yield from _types(part)
 
 
 def _parts(values: Any, depth: int = 0) -> Iterator[Any]:

@@ -36,7 +36,7 @@ def check_factors(**factors: float) -> None:
         PenaltyError: a multiplier is not a number in [0, 1].
     """
     for name, value in factors.items():
-        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
             raise PenaltyError(f"{name} must lie between 0 and 1, not {value}")
 
 

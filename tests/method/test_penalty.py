@@ -271,6 +271,8 @@ def test_refusals() -> None:
         attach_penalty(net, some_set(), optimizer=make_optimizer("sgd", make_net().parameters()))
     with pytest.raises(PenaltyError, match="rest_factor must lie between 0 and 1, not -1"):
         attach_penalty(net, some_set(), rest_factor=-1)
+    with pytest.raises(PenaltyError, match="factor must lie between 0 and 1, not True"):
+        attach_penalty(net, some_set(), factor=True)
     with pytest.raises(PenaltyError, match="half precision without float32 masters"):
         attach_penalty(make_net(torch.bfloat16), some_set())
     with pytest.raises(PenaltyError, match=r"use select_fundamental\(scores\) or FundamentalSet.load\(path\)"):

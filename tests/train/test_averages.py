@@ -186,6 +186,7 @@ def test_a_stop_before_the_validation_changes_nothing(
     assert read_lines(tmp_path / "stops/metrics.jsonl")[-1]["step"] == 20
 
 
-def test_a_probe_has_nothing_to_average(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train.ema, mixup and cutmix are for fine-tuning"):
-        load_config(tiny, ["--method", "linear_probe", "--train.ema", "0.9"])
+@pytest.mark.parametrize(("key", "value"), [("ema", "0.9"), ("max_steps", "50")])
+def test_a_probe_has_no_step_to_average_or_to_time(key: str, value: str, tiny: Path) -> None:
+    with pytest.raises(ConfigError, match=f"train.{key} is for fine-tuning, and method = 'linear_probe' has none"):
+        load_config(tiny, ["--method", "linear_probe", f"--train.{key}", value])

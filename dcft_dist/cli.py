@@ -141,7 +141,7 @@ def _add_compare(commands: Commands) -> None:
     )
     _add_trust(report)
     table = commands.add_parser("table", help="compare finished runs, or the arms of a study")
-    table.add_argument("runs", type=Path, nargs="+", help="directories of runs, or the folder of one study")
+    table.add_argument("runs", type=Path, nargs="+", help="directories of runs, a folder of runs, or that of one study")
     table.add_argument("--format", choices=("md", "csv", "tex"), default="md", help="format of a study's table")
     table.add_argument("--pack", type=Path, metavar="DIR", help="also write the study with all its results to this folder")
     table.add_argument("--removal", action="store_true", help="show the removal check of each run instead")
@@ -388,9 +388,11 @@ def _table(options: argparse.Namespace, rest: list[str]) -> None:
             print(table(folder, options.format))
         return
     from .reports.comparison import comparison, removal_table
+    from .runs.folder import runs_in
 
-    with expected_form(options.runs[0]):
-        print("\n\n".join(map(removal_table, options.runs)) if options.removal else comparison(options.runs))
+    runs = [run for place in options.runs for run in runs_in(place) or [place]]
+    with expected_form(runs[0]):
+        print("\n\n".join(map(removal_table, runs)) if options.removal else comparison(runs))
 
 
 def _submit(options: argparse.Namespace, rest: list[str]) -> None:

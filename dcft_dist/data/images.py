@@ -261,7 +261,9 @@ class UserImageProcessor(Processor):
         with ThreadPoolExecutor() as threads:
             problems = [text for text in threads.map(problem, sources) if text]
         if problems:
-            raise DataError(f"{len(problems)} of {len(sources)} images cannot be used: {listing(problems, 3)}")
+            raise DataError(
+                f"{len(problems)} of {len(sources)} images cannot be used: {listing(problems, 3)}. Replace or remove them"
+            )
         if sources and len(splits) > 1 and self._augment:  # the transform is tried before a run, not before a prediction
             self.image(sources[0][1], "check")
 

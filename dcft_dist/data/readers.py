@@ -18,7 +18,7 @@ from .tables import is_blank, is_empty, records
 
 _SYNONYMS = {"val": "validation", "valid": "validation", "dev": "validation", "training": "train", "testing": "test"}
 
-_IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm")
+IMAGES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".npy", ".dcm")
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".mha")
 
 
@@ -100,7 +100,7 @@ def read_rows(data: Data, roots: Sequence[str], labelled: bool = True) -> dict[s
 def _tables(data: Data, _: Sequence[str]) -> dict[str, list[Row]]:
     if data.path and Path(data.path).is_dir() and not data.label and data.modality != "text" and isinstance(data.input, str):
         # Not .dcm for volumes: a file of a series is a slice.
-        endings = VOLUMES if data.modality == "volume" and len(data.patch) == 3 else _IMAGES
+        endings = VOLUMES if data.modality == "volume" and len(data.patch) == 3 else IMAGES
         return {"": [Row(file, "", str(file), str(file)) for file in _images_in(Path(data.path), endings)]}
     files = {"": data.path} if data.path else {split: getattr(data, split) for split in SPLITS}
     rows_by_split: dict[str, list[Row]] = {}
@@ -186,7 +186,7 @@ def _folders_in(root: Path) -> list[Path]:
     return sorted(child for child in root.iterdir() if child.is_dir() and not is_hidden(child.name))
 
 
-def _images_in(folder: Path, endings: tuple[str, ...] = _IMAGES) -> list[Path]:
+def _images_in(folder: Path, endings: tuple[str, ...] = IMAGES) -> list[Path]:
     files = sorted(
         file
         for file in folder.rglob("*")

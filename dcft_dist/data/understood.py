@@ -22,6 +22,10 @@ from .splits import Split, TaskData, name_of
 SHOWN = 3  # examples of each split that are described
 _ON_SHEET = 8  # examples of each split on a contact sheet
 _FEW = 5  # examples of a class
+_IF_RARE = (
+    f"  fewer than {_FEW} examples of a class say little about it. More of them help most; "
+    'task.class_weights = "balanced" lets those of rare classes count more'
+)
 _SIDE, _MARGIN, _LINE = 192, 8, 14  # pixels of a picture, around it, and of a line of text
 
 
@@ -32,7 +36,10 @@ def description(task: TaskData, processor: Processor) -> str:
         task: the data.
         processor: the model's; it describes an input.
     """
-    return "\n".join(line for name, split in task.splits.items() for line in _lines(name, split, task, processor))
+    lines = [line for name, split in task.splits.items() for line in _lines(name, split, task, processor)]
+    if any(_rare(split, task) for split in task.splits.values()):
+        lines.append(_IF_RARE)
+    return "\n".join(lines)
 
 
 def _lines(name: str, split: Split, task: TaskData, processor: Processor) -> Iterator[str]:

@@ -256,7 +256,9 @@ def check_all(pairs: Sequence[Pair], problem: Callable[[Pair], str | None]) -> N
     with ThreadPoolExecutor() as threads:
         problems = [text for text in threads.map(problem, pairs) if text]
     if problems:
-        raise DataError(f"{len(problems)} of {len(pairs)} volumes cannot be used: {listing(problems, 3)}")
+        raise DataError(
+            f"{len(problems)} of {len(pairs)} volumes cannot be used: {listing(problems, 3)}. Replace or remove them"
+        )
 
 
 def files_of(pair: Pair) -> tuple[list[str], str | None]:

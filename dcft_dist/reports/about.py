@@ -10,6 +10,7 @@ from typing import Any
 from ..config.schema import Config
 from ..config.toml import load_config
 from ..errors import DcftError
+from ..files import read_json_or
 
 KINDS = {
     "single_label": "one of {n} classes",
@@ -18,6 +19,8 @@ KINDS = {
     "causal_lm": "answers to instructions",
     "segmentation": "one of {n} classes for each voxel",
 }
+
+_SPLITS = {"train": "train", "validation": "validate", "test": "test"}  # split: what its examples do
 
 FEW = 5  # test examples of a class, below which its numbers say little
 
@@ -28,6 +31,23 @@ def config_of(run: Path) -> Config | None:
         return load_config(run / "config.toml")
     except (DcftError, OSError):
         return None
+
+
+def rates_in_vain(run: Path, config: Config) -> list[float]:
+    """Learning rates of the runs beside this one, on the same data, in which no epoch was better than the first.
+
+    Args:
+        run: the run directory.
+        config: of the run.
+    """
+    rates = []
+    for file in sorted(run.parent.glob("*/summary.json")):
+        if file.parent == run or read_json_or(file, {}, "best_epoch").get("best_epoch") != 0:
+            continue
+        other = config_of(file.parent)
+        if other and all(getattr(other, key) == getattr(config, key) for key in ("method", "data", "task", "model")):
+            rates.append(other.optimizer.lr)
+    return rates
 
 
 def task_of(summary: dict[str, Any], config: Config | None) -> str:
@@ -45,7 +65,13 @@ def task_of(summary: dict[str, Any], config: Config | None) -> str:
             texts[-1] += f" ({', '.join(names)})"
         texts.append(f"Model: {base_of(config)}")
     sizes = [f"{number:,} to {verb}" for verb, number in _sizes(summary)]
-    return ". ".join([*texts, f"Examples: {', '.join(sizes)}."])
+    texts.append(f"Examples: {', '.join(sizes)}")
+    if config is not None and (config.data.group_pattern or config.data.group):
+        pattern = config.data.group_pattern
+        source = f"what {pattern} finds in names of files" if pattern else f"the column {config.data.group}"
+        groups = ", ".join(f"{summary['splits'][name][1]:,}" for name in _SPLITS if name in summary["splits"])
+        texts.append(f"Groups, of which none is in two splits: {groups}; a group is {source}")
+    return ". ".join(texts) + "."
 
 
 def base_of(config: Config) -> str:
@@ -54,8 +80,7 @@ def base_of(config: Config) -> str:
 
 
 def _sizes(summary: dict[str, Any]) -> list[tuple[str, int]]:
-    verbs = {"train": "train", "validation": "validate", "test": "test"}
-    return [(verb, summary["splits"][name][0]) for name, verb in verbs.items() if name in summary["splits"]]
+    return [(verb, summary["splits"][name][0]) for name, verb in _SPLITS.items() if name in summary["splits"]]
 
 
 def settings_of(config: Config | None) -> list[tuple[str, str]]:
@@ -90,6 +115,7 @@ def classes_of(run: Path, summary: dict[str, Any], config: Config | None) -> lis
         said = Counter(predicted for label, predicted in pairs if label == name)
         number, right = said.total(), said.pop(name, 0)
         most = max(said.values(), default=0)
-        taken_for = f"{' or '.join(other for other in names if said[other] == most)}, {most}" if most else ""
+        others = [other for other in names if said[other] == most]
+        taken_for = f"{' or '.join(others)}, {most}{' each' if len(others) > 1 else ''}" if most else ""
         found.append((name, number, f"{right / number:.3f}" if number else "-", taken_for))
     return found if any(number for _, number, *_ in found) else []

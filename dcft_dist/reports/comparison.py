@@ -82,6 +82,10 @@ def comparison(runs: Sequence[Path]) -> str:
     ]
     if beaten:
         lines.append(f"\nThe linear probe beats {', '.join(beaten)} here.")
+    models: dict[str, list[str]] = {}
+    for summary in summaries:
+        models.setdefault(summary.get("weights_checksum", summary["name"]), []).append(summary["name"])
+    lines += [f"\nThe same model, to the last bit: {', '.join(names)}." for names in models.values() if len(names) > 1]
     unfinished = [run.name for run in runs if run not in finished]
     lines += ["", f"Not finished: {', '.join(unfinished)}."] if unfinished else []
     lines += [

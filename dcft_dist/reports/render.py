@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from ..errors import DamagedError, DataError
@@ -97,9 +99,14 @@ def test_line(summary: dict[str, Any]) -> str:
 def template(name: str) -> jinja2.Template:
     """Loads a file of `templates/`. Values are escaped in HTML templates only."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    return jinja2.Environment(
-        loader=loader, autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True
-    ).get_template(name)
+    environment = jinja2.Environment(loader=loader, autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True)
+    environment.filters["with_code"] = _with_code
+    return environment.get_template(name)
+
+
+def _with_code(text: str) -> Markup:
+    """HTML of a text, with what stands between backquotes as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
 def png(figure: Figure) -> bytes:

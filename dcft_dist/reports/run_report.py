@@ -15,11 +15,11 @@ from ..config.schema import Config
 from ..errors import counted
 from ..files import objects_in, write_atomic
 from ..method.fundamental_set import FundamentalSet
-from .about import FEW, classes_of, config_of, settings_of, task_of
+from .about import FEW, classes_of, config_of, rates_in_vain, settings_of, task_of
 from .interpolation import plane_picture
+from .outcome import reached
 from .pictures import loss_curves, metric_curves, movement_curves, removal_bars, share_picture
 from .render import png, results_of, summary_of, template, what_it_is
-from .words import reached
 
 
 def write_report(run: Path, pictures: Path | None = None, wrong: Sequence[tuple[str, str, Any]] = ()) -> Path:
@@ -71,7 +71,10 @@ def _encoded(pixels: Any) -> str:
 def _reached(run: Path, summary: dict[str, Any], config: Config | None) -> list[str]:
     if "interpolation" in summary:
         return []
-    return reached(summary, objects_in(run / "metrics.jsonl", "step"), config.optimizer.lr if config else None, run)
+    rows = objects_in(run / "metrics.jsonl", "step")
+    if config is None:
+        return reached(summary, rows)
+    return reached(summary, rows, config.optimizer.lr, run, rates_in_vain(run, config))
 
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:

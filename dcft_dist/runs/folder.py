@@ -50,6 +50,13 @@ SUMMARY_KEYS = ("name", "method", "labels", "validation", "test", "seconds")
 ESTIMATE_KEYS = ("seconds_per_step", "steps", "hours", "device", "device_hours", "time", "end")
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The directories of runs in a folder, by name; none if it is a run itself."""
+    if (folder / "config.toml").exists():
+        return []
+    return sorted(file.parent for file in folder.glob("*/config.toml"))
+
+
 class RunFolder:
     """Paths of one run, the check of its configuration, and its progress."""
 

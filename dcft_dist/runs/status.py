@@ -18,10 +18,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import RunError, TemporaryError
+from ..errors import RunError, TemporaryError, listing
 from ..files import FULL, read_json_or, temporary_name, write_atomic
 from .attempts import attempts, error_files, first_failure, is_permanent, is_stuck, note_attempt, note_error, this_start
-from .folder import ESTIMATE_KEYS, RunFolder
+from .folder import ESTIMATE_KEYS, RunFolder, runs_in
 from .lock import is_this_job, lock_holder
 from .stop import stop_requested
 
@@ -118,6 +118,8 @@ def status(folder: Path) -> str:
         RunError: no run has started there.
     """
     if not (folder / "config.toml").exists() and not attempts(folder):
+        if runs := runs_in(folder):
+            raise RunError(f"{folder} has the runs {listing(run.name for run in runs)}: name one, as in {runs[0]}")
         raise RunError(f"no run has started in {folder}: the job may still be queued, or failed earlier (see its log)")
     lines, run = [], RunFolder(folder)
     progress = read_json_or(run.progress, None, "phase", "step")

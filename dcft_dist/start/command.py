@@ -54,7 +54,7 @@ def init(options: argparse.Namespace) -> str:
         ConfigError: the file exists, or see `ask` and `configuration`.
         DataError: see `configuration`.
     """
-    from .init import ask, configuration, next_command, patients
+    from .init import ask, configuration, left_out, next_command, patients
     from .study_file import study_of
 
     file: Path = options.file
@@ -72,6 +72,8 @@ def init(options: argparse.Namespace) -> str:
     answers = ask({key: getattr(options, key) for key in _INIT_FLAGS})
     write_atomic(file, configuration(answers, name))
     print(f"{file} is written. Its keys: docs/configuration.md")
+    if answers.data.is_dir() and (others := left_out(answers.data)):
+        print(f"left out, as {'it is' if len(others) == 1 else 'they are'} no image: {listing(map(str, others), 3)}")
     if answers.data.is_dir() and not answers.group_pattern and (found := patients(answers.data)):
         _, different, number = found
         print(

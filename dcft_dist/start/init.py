@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..data.identity import beginnings
-from ..data.readers import VOLUMES
+from ..data.readers import IMAGES, VOLUMES
+from ..data.splits import is_hidden
 from ..data.tables import records
 from ..errors import ConfigError, DataError, did_you_mean, listing
 
-_IMAGES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", ".dcm"}
 _TABLES = {".csv", ".tsv", ".jsonl", ".json", ".parquet"}
 _INPUTS = ("path", "image", "file", "filename", "text", "report", "note", "prompt", "input", "scan", "volume")
 _LABELS = ("label", "class", "diagnosis", "target", "finding", "grade", "code", "answer", "mask")
@@ -125,9 +125,15 @@ def patients(place: Path) -> tuple[str, int, int] | None:
     Returns:
         Pattern and number of beginnings (`data.identity.beginnings`), and the number of images; None if none repeat.
     """
-    files = [file for file in place.rglob("*") if file.suffix.lower() in _IMAGES and not file.name.startswith(".")]
+    files = [file for file in place.rglob("*") if file.suffix.lower() in IMAGES and not file.name.startswith(".")]
     found = beginnings([file.name for file in files], len({file.parent for file in files}))
     return (*found, len(files)) if found else None
+
+
+def left_out(place: Path) -> list[Path]:
+    """Files in a folder of images by class that are not read, as they are no images by their names."""
+    files = (file for folder in place.iterdir() if folder.is_dir() for file in folder.rglob("*") if file.is_file())
+    return sorted(f for f in files if f.suffix.lower() not in IMAGES and not is_hidden(f.name))
 
 
 def _group_line(answers: Answers, data: dict[str, str]) -> list[str]:
@@ -171,9 +177,11 @@ def _data_of(answers: Answers) -> tuple[dict[str, str], str, str]:
         raise DataError(f"{place} does not exist")
     if place.is_dir():
         folders = [child for child in place.iterdir() if child.is_dir() and not child.name.startswith(".")]
-        images = itertools.islice((f for folder in folders for f in folder.rglob("*") if f.suffix.lower() in _IMAGES), 1)
+        images = itertools.islice((f for folder in folders for f in folder.rglob("*") if f.suffix.lower() in IMAGES), 1)
         if not list(images):
-            raise DataError(f"{place} has no folders with images, one for each class: name a table instead (.csv)")
+            here = any(file.suffix.lower() in IMAGES for file in place.iterdir())
+            above = f": the images are in it, so do you mean {place.parent}?" if here else ": name a table instead (.csv)"
+            raise DataError(f"{place} has no folders with images, one for each class{above}")
         return {"format": "image_folder", "path": path}, "image", "single_label"
     if place.suffix == ".npz" and place.is_file():
         return {"format": "medmnist", "path": path}, "image", "single_label"
@@ -211,7 +219,7 @@ def _modality(values: Sequence[str]) -> str:
     endings = {Path(value).suffix.lower() for value in values}
     if all(value.lower().endswith(VOLUMES) for value in values):
         return "volume"
-    return "image" if endings <= _IMAGES else "text"
+    return "image" if endings <= set(IMAGES) else "text"
 
 
 def _kind(labels: Sequence[Any], modality: str) -> str:

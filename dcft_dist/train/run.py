@@ -64,17 +64,18 @@ def train(config: Config) -> bool:
             reported = (folder / "summary.json").exists() and (folder / "report.html").exists()
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
-                from ..reports.model_card import write_card  # late import: only rank 0 draws pictures, once
+                from ..reports.about import rates_in_vain  # late imports: only rank 0 draws pictures, once
+                from ..reports.model_card import write_card
+                from ..reports.outcome import answer
                 from ..reports.render import test_line
                 from ..reports.run_report import write_report
-                from ..reports.words import answer
 
                 summary = read_json(folder / "summary.json")
                 if tested := test_line(summary):
                     print(tested, flush=True)
                 with logging_only(folder / "report.html"):
-                    rows = objects_in(folder / "metrics.jsonl", "step")
-                    print(answer(summary, rows, config.optimizer.lr, folder), flush=True)
+                    rows, tried = objects_in(folder / "metrics.jsonl", "step"), rates_in_vain(folder, config)
+                    print(answer(summary, rows, config.optimizer.lr, folder, tried), flush=True)
                     if (folder / "model").is_dir() and not (folder / "model/README.md").exists():
                         write_card(folder / "model", config, summary)
                     # One of a finished run may show examples, and is left alone.

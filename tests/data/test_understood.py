@@ -122,3 +122,6 @@ def test_rare_classes_are_named_in_every_split() -> None:
     said = description(task, Plain())  # type: ignore[arg-type]
     found = [line for line in said.splitlines() if not line.startswith(" ")]
     assert ["fewer than 5 of rare" in line for line in found] == [True, True, False]
+    assert said.splitlines()[-1].endswith('task.class_weights = "balanced" lets those of rare classes count more')
+    enough = description(TaskData(["common", "rare"], many, many, many, "", ""), Plain())  # type: ignore[arg-type]
+    assert "class_weights" not in enough

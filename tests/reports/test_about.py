@@ -22,6 +22,12 @@ def test_task_model_and_sizes_in_words(tmp_path: Path) -> None:
         "validate, 6 to test."
     )
     assert dict(settings_of(config))["learning rate"] == "2e-05"
+    grouped = config.model_copy(update={"data": config.data.model_copy(update={"group_pattern": "^([^_]+)_"})})
+    assert task_of(SUMMARY, grouped).endswith(
+        "6 to test. Groups, of which none is in two splits: 62, 15, 3; a group is what ^([^_]+)_ finds in names of files."
+    )
+    by_column = config.model_copy(update={"data": config.data.model_copy(update={"group": "patient"})})
+    assert task_of(SUMMARY, by_column).endswith("a group is the column patient.")
     masks = config.model_copy(update={"task": config.task.model_copy(update={"kind": "segmentation"})})
     assert dict(settings_of(masks))["unit of distances"].startswith("voxels")
     spaced = masks.model_copy(update={"data": masks.data.model_copy(update={"spacing": [1.0, 1.0, 3.0]})})
@@ -40,7 +46,7 @@ def test_each_class_by_itself(tmp_path: Path) -> None:
         ("normal", 2, "1.000", ""),
     ]
     (tmp_path / "predictions.csv").write_text("\n".join([*rows[:3], "c,benign,malignant"]) + "\n")
-    assert classes_of(tmp_path, SUMMARY, config)[0] == ("benign", 3, "0.333", "malignant or normal, 1")
+    assert classes_of(tmp_path, SUMMARY, config)[0] == ("benign", 3, "0.333", "malignant or normal, 1 each")
     assert classes_of(tmp_path / "elsewhere", SUMMARY, config) == []
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,27 @@ def test_it_asks_at_a_terminal_only(
     monkeypatch.setattr(sys, "stdin", Terminal(f"{folder}\n"))
     assert main(["init", str(tmp_path / "y.toml")]) == 2
     assert "--gpus is missing, and the input has ended" in capsys.readouterr().err
+
+
+def test_what_lies_beside_the_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files that are no images by their names are mentioned, and one folder too deep is found out."""
+    folder = pictures(tmp_path / "images")
+    for name in ("notes.txt", ".DS_Store", "Thumbs.db"):
+        (folder / "benign" / name).write_text("x")
+    assert main(["init", str(tmp_path / "x.toml"), "--data", str(folder), "--gpus", "0"]) == 0
+    assert f"left out, as it is no image: {folder}/benign/notes.txt\n" in capsys.readouterr().out
+    assert main(["init", str(tmp_path / "y.toml"), "--data", str(folder / "benign"), "--gpus", "0"]) == 2
+    assert f"the images are in it, so do you mean {folder}?" in capsys.readouterr().err
+    (folder / "malignant/odd.png").write_bytes(b"no picture")
+    assert main(["init", str(tmp_path / "z.toml"), "--data", str(folder), "--gpus", "0"]) == 2
+    said = capsys.readouterr().err
+    assert "malignant/odd.png: cannot be read as an image: it is no picture that Pillow knows" in said
+    assert "Replace or remove them" in said
+    shutil.rmtree(folder)
+    for name in ("benign", "malignant"):
+        (folder / name).mkdir(parents=True)
+        np.save(folder / name / "a.npy", np.zeros((8, 8, 3), np.uint8))
+    assert 'format = "image_folder"' in configuration(Answers(folder, gpus=0), "mine")
 
 
 def test_names_that_may_be_patients(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

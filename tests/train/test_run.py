@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from dcft_dist import FundamentalSet
 from dcft_dist.cli import main
-from dcft_dist.files import read_lines
+from dcft_dist.files import read_json, read_lines, write_json
 
 from .. import processes
 from ..own import tiny_encoder
@@ -182,6 +182,13 @@ def test_a_run_that_improves_nothing_says_so(tiny: Path, tmp_path: Path, capsys:
     assert "epoch 0 was best, this is the linear probe |" in capsys.readouterr().out
     for text in (said, (run / "report.html").read_text(), (run / "model/README.md").read_text()):
         assert text.count(sentence) == 1
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    write_json(copy / "summary.json", read_json(run / "summary.json") | {"name": "copy"})
+    assert main(["table", str(tmp_path)]) == 0 and "The same model, to the last bit: copy, tiny." in capsys.readouterr().out
+    assert main(["status", str(tmp_path)]) == 2
+    assert f"has the runs copy, tiny: name one, as in {copy}" in capsys.readouterr().err
     equal, following = (
         "equalled it; of equal ones the first is kept.",
         f"Next: a larger learning rate than 1e-30. dcft train {run}",

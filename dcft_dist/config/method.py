@@ -17,7 +17,9 @@ class HeadWarmup(Section):
     max_epochs: Annotated[int, Field(ge=0)] = Field(
         200, description="Maximum number of epochs; 0: no warm-up, the head stays random."
     )
-    patience: Count = Field(5, description="Stop after this many epochs without a lower validation loss.")
+    patience: Count = Field(
+        5, description="Stop after this many epochs, and at least 10 steps, without a lower validation loss."
+    )
 
 
 class Importance(Section):

@@ -20,6 +20,8 @@ from ..engines.names import Patterns
 from ..errors import EngineError, ScoreError
 from .score_batches import LossFn
 
+_LEAST_STEPS = 10  # without a lower validation loss, before a warm-up stops
+
 
 @dataclass(frozen=True)
 class WarmUp:
@@ -63,7 +65,8 @@ def warm_up_head(
         validation: list of this rank's validation batches. Every rank needs the same number.
         lr: learning rate of AdamW (weight decay 0).
         max_epochs: number of epochs at most; 0 leaves the head as it is.
-        patience: stop after this many epochs in a row without a lower validation loss.
+        patience: stop after this many epochs in a row without a lower validation loss, but not before 10 steps without one:
+            with few data an epoch is one step, and the first steps of AdamW may raise the loss.
 
     Returns:
         The losses of all epochs, and the epoch that the head comes from (`WarmUp`).
@@ -91,6 +94,17 @@ def warm_up_head(
             parameter.requires_grad_(flag)
         for module, training in modes:
             module.training = training
+
+
+def is_spent(patience: int, epochs: int, steps_per_epoch: int) -> bool:
+    """Whether a warm-up stops after a number of epochs without a lower validation loss.
+
+    Args:
+        patience: number of epochs to wait.
+        epochs: number of epochs since the lowest validation loss.
+        steps_per_epoch: optimizer steps in an epoch.
+    """
+    return epochs >= patience and epochs * steps_per_epoch >= _LEAST_STEPS
 
 
 def _check_batches(batches: Sequence[Any], validation: Sequence[Any]) -> None:
@@ -122,7 +136,7 @@ def _train(
         validation_losses.append(_validation_loss(model, validation, loss_fn))
         if validation_losses[-1] < best_loss:
             best, best_epoch, best_loss = _copy(weights), epoch, validation_losses[-1]
-        if epoch - best_epoch >= patience:
+        if is_spent(patience, epoch - best_epoch, len(batches)):
             break
     with torch.no_grad():
         for weight, value in zip(weights, best, strict=True):

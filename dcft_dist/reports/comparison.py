@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config.toml import resolved_keys
 from ..errors import DataError
 from ..objectives.base import oriented
+from .about import config_of
 from .pictures import SETS
 from .render import shown_value, summary_of, what_it_is
 from .words import shown_metrics
@@ -55,8 +57,8 @@ def comparison(runs: Sequence[Path]) -> str:
     summaries = [summary_of(run) for run in finished or runs]
     first, second = shown_metrics(summaries[0]["validation"])
     lines = [
-        f"| run | method | test {first} | test {second} | validation {first} | best epoch | minutes |",
-        "|---|---|---|---|---|---|---|",
+        f"| run | method | test {first} | test {second} | validation {first} | validation loss | best epoch | minutes |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for summary in summaries:
         minutes = sum(summary["seconds"].values()) / 60
@@ -72,7 +74,8 @@ def comparison(runs: Sequence[Path]) -> str:
         test = summary["test"]
         lines.append(
             f"| {summary['name']} | {method} | {shown_value(test, first)} | {shown_value(test, second)} "
-            f"| {shown_value(summary['validation'], first)} | {summary['best_epoch']} | {minutes:.1f} |"
+            f"| {shown_value(summary['validation'], first)} | {shown_value(summary['validation'], 'loss')} "
+            f"| {summary['best_epoch']} | {minutes:.1f} |"
         )
     tested = [s for s in summaries if s["test"] and first in s["test"]]
     probes = [s["test"][first] for s in tested if s["method"] == "linear_probe"]
@@ -91,6 +94,19 @@ def comparison(runs: Sequence[Path]) -> str:
     lines += [
         "",
         *dict.fromkeys(summary["caveat"] for summary in summaries),
-        "One seed a row: differences of a few points are noise.",
+        *_settings_that_differ(finished or runs),
+        "Choose by a validation column; the test data are for the run that is chosen. One seed a row: differences of a few "
+        "points are noise.",
     ]
     return "\n".join(lines)
+
+
+def _settings_that_differ(runs: Sequence[Path]) -> list[str]:
+    """A line for each run with the keys that are not the same in all of them."""
+    configs = {run.name: resolved_keys(config) for run in runs if (config := config_of(run))}
+    keys = sorted({key for config in configs.values() for key in config} - {"name"})
+    differ = [key for key in keys if len({config.get(key) for config in configs.values()}) > 1]
+    if not differ:
+        return []
+    lines = [f"- {name}: {', '.join(f'{key} = {config.get(key)}' for key in differ)}" for name, config in configs.items()]
+    return ["", "Settings that differ:", "", *lines, ""]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..objectives.base import oriented
-from .words import chosen_by, name_of
+from .words import chosen_by, name_of, shown_metrics
 
 _COARSE = 100  # validation examples, below which one counts more than a point of accuracy
 _ENOUGH = 3  # learning rates, after which a report proposes no further one
@@ -59,6 +59,10 @@ def _changed(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         return []
     verb = "improved" if oriented(metric, end) > oriented(metric, start) else "did not improve"
     sentences = [f"Fine-tuning {verb} the {name_of(metric)} on the validation data: {_from_to(summary, start, end)}"]
+    shown = shown_metrics(summary["validation"])[0]
+    before, after = _over_epochs(rows, shown).get(0), summary["validation"][shown]
+    if shown != metric and best > 0 and before is not None and before != after:
+        sentences.append(f"The {name_of(shown)} {'rose' if after > before else 'fell'}, from {before:.3f} to {after:.3f}.")
     if equal := [epoch for epoch, value in of_epochs.items() if value == end and epoch > best]:
         many = len(equal) > 1
         numbers = f"{', '.join(map(str, equal[:-1]))} and {equal[-1]}" if many else str(equal[-1])
@@ -119,8 +123,9 @@ def _next_step(
     why = "whether the selected weights helped, one run cannot say. " if summary["method"] == "dcft" else ""
     how = "with other methods, over several seeds (--method full --seed 1)"
     if place and "accuracy" in summary["validation"]:  # studies compare accuracies
-        file = f"{summary['name']}_study.toml"
-        how = f"methods over seeds: `dcft init {file} --study {place}`, then `dcft compare {file}`"
+        file, minutes = f"{summary['name']}_study.toml", sum(summary["seconds"].values()) / 60
+        how = f"methods over seeds: `dcft init {file} --study {place}`, then `dcft compare {file} --count`. It counts the "
+        how += f"trainings; each takes about as long as this run, {minutes:.1f} minutes"
     return f"{why}{'Compare' if why else 'compare'} {how}."
 
 

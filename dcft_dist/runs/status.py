@@ -118,6 +118,8 @@ def status(folder: Path) -> str:
         RunError: no run has started there.
     """
     if not (folder / "config.toml").exists() and not attempts(folder):
+        if (folder / "study.toml").exists():
+            raise RunError(f"{folder} is a study: dcft table {folder} shows what is finished, and dcft compare goes on")
         if runs := runs_in(folder):
             raise RunError(f"{folder} has the runs {listing(run.name for run in runs)}: name one, as in {runs[0]}")
         raise RunError(f"no run has started in {folder}: the job may still be queued, or failed earlier (see its log)")

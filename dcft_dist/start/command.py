@@ -74,7 +74,7 @@ def init(options: argparse.Namespace) -> str:
     print(f"{file} is written. Its keys: docs/configuration.md")
     if answers.data.is_dir() and (others := left_out(answers.data)):
         print(f"left out, as {'it is' if len(others) == 1 else 'they are'} no image: {listing(map(str, others), 3)}")
-    if answers.data.is_dir() and not answers.group_pattern and (found := patients(answers.data)):
+    if answers.data.is_dir() and answers.group_pattern is None and (found := patients(answers.data)):
         _, different, number = found
         print(
             f"{marked('careful:', 'yellow')} {number} file names have only {different} beginnings. They are taken for "

@@ -179,9 +179,10 @@ def _data_of(answers: Answers) -> tuple[dict[str, str], str, str]:
         folders = [child for child in place.iterdir() if child.is_dir() and not child.name.startswith(".")]
         images = itertools.islice((f for folder in folders for f in folder.rglob("*") if f.suffix.lower() in IMAGES), 1)
         if not list(images):
-            here = any(file.suffix.lower() in IMAGES for file in place.iterdir())
-            above = f": the images are in it, so do you mean {place.parent}?" if here else ": name a table instead (.csv)"
-            raise DataError(f"{place} has no folders with images, one for each class{above}")
+            way = "make them, or name a table (.csv)"
+            if any(file.suffix.lower() in IMAGES for file in place.iterdir()):
+                way = f"the images are in it itself. Make them, or name the folder above if {place.name} is a class"
+            raise DataError(f"{place} has no folders with images, one for each class: {way}")
         return {"format": "image_folder", "path": path}, "image", "single_label"
     if place.suffix == ".npz" and place.is_file():
         return {"format": "medmnist", "path": path}, "image", "single_label"

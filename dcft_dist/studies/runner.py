@@ -22,7 +22,9 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ..distributed.world import World
@@ -139,19 +141,23 @@ class Runner:
         for cell in cells:
             runs[make_config(self.study, cell, self.folder).name].append(cell)
         mine = [(run_name, cell) for run_name in self._my_share(runs) for cell in runs[run_name]]
+        seconds: list[float] = []
         for number, (run_name, cell) in enumerate(mine, 1):
             if not self.results.has(cell):
                 began = time.monotonic()
                 result = self.run_cell(cell)
                 self.results.put(cell, result)
+                seconds.append(time.monotonic() - began)
+                left = timedelta(seconds=round(mean(seconds) * (len(mine) - number)))
                 log.info(
-                    "%s %d/%d: %s: %s (%.0f s)",
+                    "%s %d/%d: %s: %s (%.0f s; %s left at this rate)",
                     phase,
                     number,
                     len(mine),
                     cell.name,
                     _outcome(result),
-                    time.monotonic() - began,
+                    seconds[-1],
+                    left,
                 )
             self.results.get(cell)
             if cell is runs[run_name][-1]:

@@ -22,8 +22,8 @@ from ..distributed import collectives
 from ..engines.find import find_engine
 from ..engines.meta import Materialiser
 from ..engines.whole_tensors import average_buffers, fill_weights, whole_weight
-from ..errors import CheckpointError, ConfigError, DivergedError, alone
-from ..method.head_warmup import warm_up_head
+from ..errors import CheckpointError, ConfigError, DivergedError, alone, counted
+from ..method.head_warmup import is_spent, warm_up_head
 from ..tensor_file import is_altered
 from ..weights.export import write_tensors
 from .context import RunContext
@@ -129,8 +129,8 @@ def _warm_up(run: RunContext) -> dict[str, Tensor]:
         patience=settings.patience,
     )
     if result.best_epoch == settings.max_epochs:
-        log.warning("the head was still improving after %d epochs of warm-up", settings.max_epochs)
-    log.info("head: trained for %d epochs, validation loss %.6g", result.best_epoch, min(result.validation_losses))
+        log.info("the head was still improving after %d epochs of warm-up (head_warmup.max_epochs)", settings.max_epochs)
+    log.info("head: %s, validation loss %.6g", counted(result.best_epoch, "epoch"), min(result.validation_losses))
     return {f"{name}.{inner}": value.detach() for inner, value in head.state_dict().items()}
 
 
@@ -150,12 +150,12 @@ def _warm_up_in_place(run: RunContext, names: list[str]) -> None:
             loss = run.validate(f"after epoch {epoch} of the head's warm-up")["loss"]
             if loss < lowest:
                 best, best_epoch, lowest = _state(run, names), epoch, loss
-            if epoch - best_epoch >= settings.patience:
+            if is_spent(settings.patience, epoch - best_epoch, run.steps_per_epoch):
                 break
     _load_state(run, best)
     optimizer.state.clear()
     set_group_values(optimizer, before)
-    log.info("head: trained for %d epochs, validation loss %.6g", best_epoch, lowest)
+    log.info("head: %s, validation loss %.6g", counted(best_epoch, "epoch"), lowest)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dcft_dist import warm_up_head
 from dcft_dist.errors import EngineError, PatternError, ScoreError
+from dcft_dist.method.head_warmup import is_spent
 
 from ..nets import HEAD, full_state, loss_fn, make_batches, make_net, my_part, wrap
 from ..ranks import run_ranks
@@ -39,6 +40,20 @@ def test_only_the_head_moves_and_the_best_is_kept() -> None:
     assert loss_fn(net, validation[0]).item() == pytest.approx(done.validation_losses[done.best_epoch], abs=1e-12)
     assert net.train() is net and all(p.grad is None for p in net.parameters())
     assert [n for n, p in net.named_parameters() if not p.requires_grad] == ["frozen.weight", "frozen.bias"]
+
+
+def test_one_step_an_epoch_needs_more_patience() -> None:
+    """With few data an epoch is one step: the first ones may raise the loss, and the head would stay near chance."""
+    net, (batch,) = make_net(torch.float64), learnable(1, 32, seed=1)
+    validation = learnable(1, 32, seed=9)
+    done = warm_up_head(net, [batch], loss_fn, head=HEAD, validation=validation, lr=1e-9, patience=2)
+    assert len(done.train_losses) == 100, "each epoch is a little better"
+    worse = [(x, (y + 1) % 3) for x, y in [batch]]
+    done = warm_up_head(net, [batch], loss_fn, head=HEAD, validation=worse, lr=0.05, patience=2)
+    assert len(done.train_losses) == done.best_epoch + 10
+    done = warm_up_head(net, [batch] * 10, loss_fn, head=HEAD, validation=worse, lr=0.05, patience=2)
+    assert len(done.train_losses) == done.best_epoch + 2
+    assert [is_spent(5, epochs, 2) for epochs in (4, 5)] == [False, True]
 
 
 def test_a_head_weight_that_the_loss_does_not_reach_stays() -> None:

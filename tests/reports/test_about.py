@@ -57,7 +57,8 @@ def test_what_limits_the_numbers_stands_beside_them() -> None:
     for number, mentioned in ((0, True), (4, False)):
         rows = [("rare", number, "-", ""), ("common", 9, "1.000", "")]
         page = template("report.html").render(
-            summary=summary, results=results, classes=rows, few=5, reached=["It improved."]
+            summary=summary, results=results, classes=rows, few=5, often_missed=mentioned, reached=["It improved."]
         )
+        assert ("task.class_weights" in page) == mentioned
         assert page.index("It improved.") < page.index("No groups were given.") < page.index("macro-averaged F1")
         assert ("Classes without test examples are not in the macro-averaged numbers" in page) == mentioned

@@ -19,7 +19,7 @@ def rows(*values: float, metric: str = "accuracy") -> list[dict[str, Any]]:
 
 def summary(end: float, metric: str = "accuracy", **more: Any) -> dict[str, Any]:
     found = {"method": "dcft", "best_epoch": 2, "validation": {metric: end, "macro_f1": 0.5}, "test": {metric: 0.71}}
-    found |= {"metric": metric, "splits": {"test": [2040, 289]}}
+    found |= {"metric": metric, "seconds": {"train": 90.0}, "splits": {"test": [2040, 289]}}
     return found | {"test_intervals": {metric: [0.68, 0.74]}} | more
 
 
@@ -32,7 +32,8 @@ def test_the_first_sentences_of_a_report() -> None:
     ]
     *_, following = reached(summary(0.72, name="mine"), rows(0.61, 0.72), 2e-5, Path("runs/mine"))
     assert following.endswith(
-        "Compare methods over seeds: `dcft init mine_study.toml --study runs/mine`, then `dcft compare mine_study.toml`."
+        "Compare methods over seeds: `dcft init mine_study.toml --study runs/mine`, then `dcft compare mine_study.toml "
+        "--count`. It counts the trainings; each takes about as long as this run, 1.5 minutes."
     )
     first, *_ = reached(summary(8.2, "mae"), rows(7.9, 8.4, 8.2, metric="mae"))
     assert first.startswith("Fine-tuning did not improve the mean absolute error on the validation data: 7.900")
@@ -102,6 +103,16 @@ def test_a_loss_that_improves_is_the_next_thing_to_choose_by() -> None:
     assert "--train.metric" not in following
     first, *_ = reached(few | {"splits": {"validation": [100, 50], "test": [38, 9]}}, found, 2e-5)
     assert "counts" not in first
+
+
+def test_a_model_chosen_by_the_loss_may_be_less_accurate() -> None:
+    found = [{**row, "validation/loss": loss} for row, loss in zip(rows(0.929, 0.857), (0.379, 0.242), strict=True)]
+    lower = summary(0.857, best_epoch=1) | {"metric": "loss", "validation": {"accuracy": 0.857, "loss": 0.242}}
+    first, *_ = reached(lower, found)
+    assert first == (
+        "Fine-tuning improved the loss on the validation data: 0.379 with the new head alone, 0.242 at epoch 1. "
+        "The accuracy fell, from 0.929 to 0.857."
+    )
 
 
 def test_advice_ends(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_what_lies_beside_the_images(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["init", str(tmp_path / "x.toml"), "--data", str(folder), "--gpus", "0"]) == 0
     assert f"left out, as it is no image: {folder}/benign/notes.txt\n" in capsys.readouterr().out
     assert main(["init", str(tmp_path / "y.toml"), "--data", str(folder / "benign"), "--gpus", "0"]) == 2
-    assert f"the images are in it, so do you mean {folder}?" in capsys.readouterr().err
+    assert "the images are in it itself. Make them, or name the folder above if benign is a class" in capsys.readouterr().err
     (folder / "malignant/odd.png").write_bytes(b"no picture")
     assert main(["init", str(tmp_path / "z.toml"), "--data", str(folder), "--gpus", "0"]) == 2
     said = capsys.readouterr().err

@@ -287,6 +287,8 @@ def test_a_study_from_start_to_table(small_base: Path, tmp_path: Path, capsys: p
     done = dcft("compare", study, "--folder", folder, "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert f"{folder} is complete. Its table: dcft table {folder}. Its report: dcft report {folder}" in done.stdout
+    assert "0:00:00 left at this rate)" in done.stderr
+    assert main(["status", str(folder)]) == 2 and f"is a study: dcft table {folder}" in capsys.readouterr().err
     results = {f.stem: json.loads(f.read_text()) for f in (folder / "cells").glob("*.json")}
     loaded = load_study(study)
     assert len(results) == 4 + 2 * len(loaded.arms)

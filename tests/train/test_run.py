@@ -187,6 +187,12 @@ def test_a_run_that_improves_nothing_says_so(tiny: Path, tmp_path: Path, capsys:
     (copy / "config.toml").write_bytes((run / "config.toml").read_bytes())
     write_json(copy / "summary.json", read_json(run / "summary.json") | {"name": "copy"})
     assert main(["table", str(tmp_path)]) == 0 and "The same model, to the last bit: copy, tiny." in capsys.readouterr().out
+    text = (run / "config.toml").read_text()
+    (copy / "config.toml").write_text(text.replace("lr = 1e-30", "lr = 2e-30"))
+    assert main(["table", str(tmp_path)]) == 0
+    table = capsys.readouterr().out
+    assert "| validation loss | best epoch |" in table and "Choose by a validation column" in table
+    assert "- copy: optimizer.lr = 2e-30\n- tiny: optimizer.lr = 1e-30\n" in table
     assert main(["status", str(tmp_path)]) == 2
     assert f"has the runs copy, tiny: name one, as in {copy}" in capsys.readouterr().err
     equal, following = (

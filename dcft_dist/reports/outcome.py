@@ -77,7 +77,8 @@ def _changed(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _over_epochs(rows: list[dict[str, Any]], metric: str) -> dict[int, float]:
-    return {int(row["train/epoch"]): row[key] for row in rows if (key := f"validation/{metric}") in row}
+    key = f"validation/{metric}"
+    return {int(row["train/epoch"]): row[key] for row in rows if row.keys() >= {key, "train/epoch"}}
 
 
 def _lower_loss(summary: dict[str, Any], rows: list[dict[str, Any]]) -> int | None:

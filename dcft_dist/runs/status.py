@@ -18,7 +18,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import RunError, TemporaryError, listing
+from ..errors import RunError, TemporaryError, counted, listing
 from ..files import FULL, read_json_or, temporary_name, write_atomic
 from .attempts import attempts, error_files, first_failure, is_permanent, is_stuck, note_attempt, note_error, this_start
 from .folder import ESTIMATE_KEYS, RunFolder, runs_in
@@ -134,13 +134,17 @@ def status(folder: Path) -> str:
         last = starts[-1]
         nodes = f" on {last['nodes']} nodes" if last["nodes"] else ""
         job = f", Slurm job {last['job']}, restart {last['restart']}" if last["job"] else ""
-        lines.append(f"start {len(starts)}: {last['time']} UTC at {last['at']}, {last['ranks']} ranks{nodes}{job}")
+        lines.append(
+            f"start {len(starts)}: {last['time']} UTC at {last['at']}, {counted(last['ranks'], 'rank')}{nodes}{job}"
+        )
     steps = run.steps()
     if (result := run.result()) is not None:
         lines.append(f"finished: {run.model}" if run.model.is_dir() else "finished, without an exported model")
         lines += [f"{split}: {text}" for split in ("validation", "test") if (text := _metrics(result.get(split)))]
     else:
         lines.append(f"last checkpoint: step {steps[-1]}" if steps else "no checkpoint yet")
+        if starts and not lock_holder(folder):
+            lines.append(f"to go on: the same command again, such as dcft train {folder}/config.toml")
     if (estimate := read_json_or(run.estimate, None, *ESTIMATE_KEYS)) is not None:
         lines.append(estimate_text(estimate))
     failure = first_failure(folder)
@@ -155,7 +159,7 @@ def _point(progress: dict[str, Any], folder: Path) -> str:
     """Phase, step and time left. A phase in which nobody holds the lock is one that was ended from outside."""
     phase = str(progress["phase"])
     ended = phase in ("done", "stopped") or phase.startswith(REACHED)
-    text = phase if ended or lock_holder(folder) else f"not running; it ended in the phase {phase}"
+    text = phase if ended or lock_holder(folder) else f"not running; it was interrupted in the phase {phase}"
     steps, seconds = progress.get("steps"), progress.get("seconds_per_step")
     if steps:
         text += f", step {progress['step']} of {steps}"

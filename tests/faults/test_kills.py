@@ -86,4 +86,6 @@ def test_a_killed_run_is_not_said_to_live(tiny: Path, tmp_path: Path) -> None:
     for process in processes:
         process.kill()
     finish(processes)
-    assert "tiny: not running; it ended in the phase " in status(tmp_path / "tiny")
+    said = status(tmp_path / "tiny")
+    assert "tiny: not running; it was interrupted in the phase " in said
+    assert f"to go on: the same command again, such as dcft train {tmp_path / 'tiny'}/config.toml" in said

@@ -78,7 +78,8 @@ def init(options: argparse.Namespace) -> str:
         _, different, number = found
         print(
             f"{marked('careful:', 'yellow')} {number} file names have only {different} beginnings. They are taken for "
-            f"patients: pictures of one stay in one split. If they are none, correct the line group_pattern in {file}, or take it out"
+            "patients: pictures of one stay in one split. If they are none, correct the line group_pattern in "
+            f"{file}, or take it out"
         )
     return next_command(file, answers.gpus, answers.gpus > 0 and shutil.which("sbatch") is not None)
 

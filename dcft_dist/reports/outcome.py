@@ -11,6 +11,8 @@ from typing import Any
 from ..objectives.base import oriented
 from .words import chosen_by, name_of, shown_metrics
 
+# By the sign test: where nothing gets worse, five of five are better by chance with a probability of 0.06 (two-sided).
+_BY_CHANCE = 6
 _COARSE = 100  # validation examples, below which one counts more than a point of accuracy
 _ENOUGH = 3  # learning rates, after which a report proposes no further one
 
@@ -67,9 +69,12 @@ def _changed(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         many = len(equal) > 1
         numbers = f"{', '.join(map(str, equal[:-1]))} and {equal[-1]}" if many else str(equal[-1])
         sentences.append(f"Epoch{'s' * many} {numbers} equalled it; of equal ones the first is kept.")
-    number = summary["splits"].get("validation", [0])[0]
-    if metric == "accuracy" and 0 < number < _COARSE:
-        sentences.append(f"With {number} validation examples, one of them counts {100 / number:.1f} points.")
+    if metric == "accuracy" and (number := summary["splits"].get("validation", [0])[0]):
+        more = round(number * (end - start))
+        if 0 < more < _BY_CHANCE:
+            sentences.append(f"That is {more} of {number} examples more, which may be chance.")
+        elif number < _COARSE:
+            sentences.append(f"With {number} validation examples, one of them counts {100 / number:.1f} points.")
     if (lower := _lower_loss(summary, rows)) is not None:
         losses = _over_epochs(rows, "loss")
         sentences.append(f"The validation loss did improve: {losses[0]:.3f}, and {losses[lower]:.3f} at epoch {lower}.")
@@ -142,7 +147,7 @@ def _if_nothing_improved(
     if _lower_loss(summary, rows) is not None:
         return (
             "let the loss choose the epoch; it also counts how sure the model is. "
-            f"`{train} --train.metric loss --name {name}_loss`, then `dcft table {runs}/*`."
+            f"`{train} --train.metric loss --name {name}_loss`, then `dcft table {runs}`."
         )
     losses = _over_epochs(rows, "loss")
     smaller = len(losses) > 1 and losses.get(1, 0.0) > losses[0]
@@ -155,6 +160,6 @@ def _if_nothing_improved(
         )
     return (
         f"a {'smaller' if smaller else 'larger'} learning rate than {rate:g}. "
-        f"`{train} --optimizer.lr {other:g} --name {name}_lr{other:g}`, then `dcft table {runs}/*`; choose on the "
+        f"`{train} --optimizer.lr {other:g} --name {name}_lr{other:g}`, then `dcft table {runs}`; choose on the "
         "validation data."
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dcft_dist.config.schema import Config
 from dcft_dist.config.toml import load_config, to_toml
 from dcft_dist.files import write_json
@@ -54,7 +56,7 @@ def test_the_first_sentences_of_a_report() -> None:
     *_, following = reached(summary(0.61, best_epoch=0, name="mine"), jumped, 2e-4)
     assert following == (
         "Next: a smaller learning rate than 0.0002. `dcft train RUN/config.toml --optimizer.lr 5e-05 --name mine_lr5e-05`, "
-        "then `dcft table runs/*`; choose on the validation data."
+        "then `dcft table runs`; choose on the validation data."
     )
     *_, following = reached(summary(0.61, best_epoch=0, name="mine"), rows(0.61, 0.6), 2e-5)
     assert "a larger learning rate than 2e-05" in following and "--optimizer.lr 4e-05" in following
@@ -103,6 +105,15 @@ def test_a_loss_that_improves_is_the_next_thing_to_choose_by() -> None:
     assert "--train.metric" not in following
     first, *_ = reached(few | {"splits": {"validation": [100, 50], "test": [38, 9]}}, found, 2e-5)
     assert "counts" not in first
+
+
+@pytest.mark.parametrize(("more", "chance"), [(1, True), (5, True), (6, False), (0, False), (-2, False)])
+def test_a_gain_of_few_examples_may_be_chance(more: int, chance: bool) -> None:
+    """Fewer than six examples more are no evidence, even if none was better before."""
+    sizes = {"validation": [200, 50], "test": [38, 9]}
+    first, *_ = reached(summary(0.8 + more / 200, best_epoch=1) | {"splits": sizes}, rows(0.8, 0.8 + more / 200))
+    assert first.endswith(f"That is {more} of 200 examples more, which may be chance.") == chance
+    assert ("chance" in first) == chance
 
 
 def test_a_model_chosen_by_the_loss_may_be_less_accurate() -> None:

@@ -48,9 +48,11 @@ class Section(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, field: ValidationInfo) -> Any:
         """Refuses `true` where a number is wanted: pydantic would read it as 1."""
-        taken = set(_types(cls.model_fields[str(field.field_name)].annotation))
-        if isinstance(value, bool) and taken & {int, float} and not taken & {bool, Any}:
-            raise ValueError(f"{str(value).lower()} is no number")
+        for part in _parts(value):  # also in lists
+            if isinstance(part, bool):
+                taken = set(_types(cls.model_fields[str(field.field_name)].annotation))
+                if taken & {int, float} and not taken & {bool, Any}:
+                    raise ValueError(f"{str(part).lower()} is no number")
         return value
 
 

@@ -23,6 +23,7 @@ def reached(
     rate: float | None = None,
     place: Path | None = None,
     tried: Collection[float] = (),
+    tested: bool = True,
 ) -> list[str]:
     """Sentences for the top of a run's report: what fine-tuning has changed, how sure that is, and what to do next.
 
@@ -34,22 +35,10 @@ def reached(
         rate: the learning rate; None: not known.
         place: the run's folder, for the commands that come next.
         tried: learning rates of other runs on the same data in which no epoch was better than the first either.
+        tested: whether there is a sentence on the test.
     """
-    return [*_changed(summary, rows), _tested(summary), f"Next: {_next_step(summary, rows, rate, place, tried)}"]
-
-
-def answer(
-    summary: dict[str, Any],
-    rows: list[dict[str, Any]],
-    rate: float | None = None,
-    place: Path | None = None,
-    tried: Collection[float] = (),
-) -> str:
-    """The same for a terminal that shows the test metrics already: what fine-tuning has changed, and what to do next.
-
-    Args and lines as in `reached`, without backquotes.
-    """
-    return "\n".join([*_changed(summary, rows), f"Next: {_next_step(summary, rows, rate, place, tried)}"]).replace("`", "")
+    test = [_tested(summary)] if tested else []
+    return [*_changed(summary, rows), *test, f"Next: {_next_step(summary, rows, rate, place, tried)}"]
 
 
 def _changed(summary: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:

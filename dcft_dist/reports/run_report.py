@@ -48,7 +48,7 @@ def write_report(run: Path, pictures: Path | None = None, wrong: Sequence[tuple[
         template("report.html").render(
             summary=summary,
             what=what_it_is(summary),
-            reached=_reached(run, summary, config),
+            reached=outcome_of(run, summary, config),
             about=task_of(summary, config),
             classes=(classes := classes_of(run, summary, config)),
             often_missed=any(right != "-" and float(right) < 0.5 for _, _, right, _ in classes),
@@ -69,13 +69,21 @@ def _encoded(pixels: Any) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _reached(run: Path, summary: dict[str, Any], config: Config | None) -> list[str]:
+def outcome_of(run: Path, summary: dict[str, Any], config: Config | None, tested: bool = True) -> list[str]:
+    """The sentences of `reached`, from the files of a run; none for an interpolation, which has a table.
+
+    Args:
+        run: the run directory.
+        summary: of the run.
+        config: of the run; None: without learning rates and commands.
+        tested: see `reached`.
+    """
     if "interpolation" in summary:
         return []
     rows = objects_in(run / "metrics.jsonl", "step")
     if config is None:
-        return reached(summary, rows)
-    return reached(summary, rows, config.optimizer.lr, run, rates_in_vain(run, config))
+        return reached(summary, rows, tested=tested)
+    return reached(summary, rows, config.optimizer.lr, run, rates_in_vain(run, config), tested)
 
 
 def _pictures(run: Path, summary: dict[str, Any]) -> Iterator[tuple[str, str, str, Figure]]:

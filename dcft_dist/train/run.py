@@ -17,7 +17,7 @@ from ..data.batches import is_of_worker, worker_error
 from ..distributed import collectives
 from ..distributed.world import World, joined_world
 from ..errors import WorldError, counted
-from ..files import objects_in, read_json
+from ..files import read_json
 from ..runs.attempts import begin_attempt, note_failed_meeting, refuse_repetition
 from ..runs.folder import RunFolder
 from ..runs.lock import locked
@@ -64,18 +64,15 @@ def train(config: Config) -> bool:
             reported = (folder / "summary.json").exists() and (folder / "report.html").exists()
             run(config, world)
             if world.is_first and (folder / "summary.json").exists():
-                from ..reports.about import rates_in_vain  # late imports: only rank 0 draws pictures, once
-                from ..reports.model_card import write_card
-                from ..reports.outcome import answer
+                from ..reports.model_card import write_card  # late imports: only rank 0 draws pictures, once
                 from ..reports.render import test_line
-                from ..reports.run_report import write_report
+                from ..reports.run_report import outcome_of, write_report
 
                 summary = read_json(folder / "summary.json")
                 if tested := test_line(summary):
                     print(tested, flush=True)
                 with logging_only(folder / "report.html"):
-                    rows, tried = objects_in(folder / "metrics.jsonl", "step"), rates_in_vain(folder, config)
-                    print(answer(summary, rows, config.optimizer.lr, folder, tried), flush=True)
+                    print("\n".join(outcome_of(folder, summary, config, tested=False)).replace("`", ""), flush=True)
                     if (folder / "model").is_dir() and not (folder / "model/README.md").exists():
                         write_card(folder / "model", config, summary)
                     # One of a finished run may show examples, and is left alone.

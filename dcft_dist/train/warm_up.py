@@ -129,7 +129,7 @@ def _warm_up(run: RunContext) -> dict[str, Tensor]:
         patience=settings.patience,
     )
     if result.best_epoch == settings.max_epochs:
-        log.info("the head was still improving after %d epochs of warm-up (head_warmup.max_epochs)", settings.max_epochs)
+        log.warning("the head was still improving after %d epochs of warm-up (head_warmup.max_epochs)", settings.max_epochs)
     log.info("head: %s, validation loss %.6g", counted(result.best_epoch, "epoch"), min(result.validation_losses))
     return {f"{name}.{inner}": value.detach() for inner, value in head.state_dict().items()}
 

@@ -42,6 +42,7 @@ def test_what_a_file_can_hold(value: str) -> None:
         (["--model.args", '{a = "\\u0000"}'], "has a null character"),
         (["--penalty.factor", "true"], "true is no number"),
         (["--seed", "false"], "false is no number"),
+        (["--optimizer.betas", "[0.9, true]"], "true is no number"),
         (["--train.patience", "true"], "true is no number"),
         (["--runs_dir", '"a\\u0000b"'], "has a null character"),
         (["--runs_dir", "a\udcffb"], "is no valid text"),

@@ -11,7 +11,7 @@ from dcft_dist.config.schema import Config
 from dcft_dist.config.toml import load_config, to_toml
 from dcft_dist.files import write_json
 from dcft_dist.reports.about import rates_in_vain
-from dcft_dist.reports.outcome import answer, reached
+from dcft_dist.reports.outcome import reached
 from dcft_dist.reports.render import template, what_it_is
 
 
@@ -86,7 +86,7 @@ def test_the_metric_that_chooses_is_the_one_of_the_sentences() -> None:
 def test_what_a_terminal_shows_at_the_end() -> None:
     found = summary(0.72, name="mine")
     first, tested, following = reached(found, rows(0.61, 0.68, 0.72))
-    assert answer(found, rows(0.61, 0.68, 0.72)).splitlines() == [first, following] and "test examples" in tested
+    assert reached(found, rows(0.61, 0.68, 0.72), tested=False) == [first, following] and "test examples" in tested
 
 
 def test_a_loss_that_improves_is_the_next_thing_to_choose_by() -> None:
@@ -155,9 +155,8 @@ def test_advice_ends(tmp_path: Path) -> None:
     assert rates_in_vain(tmp_path / "mine", mine) == [5e-6]
 
 
-def test_commands_are_code_in_the_report_alone() -> None:
+def test_commands_are_code_in_the_report() -> None:
     found = summary(0.72, name="mine")
     *_, following = reached(found, rows(0.61, 0.72), 2e-5, Path("runs/<b>"))
     page = template("report.html").render(summary=found | {"caveat": ""}, reached=[following])
     assert "<code>dcft init mine_study.toml --study runs/&lt;b&gt;</code>, then" in page
-    assert "`" not in answer(found, rows(0.61, 0.72), 2e-5, Path("runs/mine"))

@@ -84,6 +84,23 @@ def test_same_head_for_every_number_of_ranks() -> None:
         assert losses == pytest.approx(one[1], abs=1e-12)
 
 
+def stopped_here() -> Any:
+    net, (batch,) = make_net(torch.float64), learnable(1, 32, seed=1)
+    worse = my_part((batch[0], (batch[1] + 1) % 3))
+    done = warm_up_head(net, [my_part(batch)], sums, head=HEAD, validation=[worse], lr=0.05, patience=2)
+    return net.head.weight.detach(), done.validation_losses
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_warm_up_of_one_step_an_epoch_stops_alike(ranks: int) -> None:
+    """With the same number of steps on every number of ranks, and the same head."""
+    one = run_ranks(1, stopped_here)[0]
+    assert 10 < len(one[1]) < 100, "it stops by patience"
+    for weight, losses in run_ranks(ranks, stopped_here):
+        torch.testing.assert_close(weight, one[0], rtol=0, atol=1e-12)
+        assert losses == pytest.approx(one[1], abs=1e-12)
+
+
 def refused() -> tuple[str, str]:
     model = wrap(make_net(), "fsdp2")
     batches = make_batches(1, 4, torch.float32)

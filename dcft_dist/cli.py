@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 for success, 2 for bad input, 1 for a temporary failure or a negative result, 75 for "start again",
-        130 after Ctrl-C.
+        130 after Ctrl-C, 143 after SIGTERM.
         An error prints one line to standard error.
     """
     parser, _ = _parser()
@@ -201,10 +201,12 @@ def _load(path: str | Path, words: Sequence[str], runs: bool = False) -> Config:
     return keep_private(config)
 
 
-def _train(options: argparse.Namespace, rest: list[str]) -> None:
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    from .runs.stop import terminated
     from .train.run import train
 
-    train(_load(options.config, rest, runs=True))
+    done = train(_load(options.config, rest, runs=True))
+    return 143 if not done and terminated() else 0  # who sent SIGTERM, such as Kubernetes, must not take it for finished
 
 
 def _init(options: argparse.Namespace, rest: list[str]) -> None:

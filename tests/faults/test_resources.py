@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from functools import partial
@@ -199,7 +200,7 @@ def test_a_worker_does_not_keep_the_lock(tiny: Path, tmp_path: Path) -> None:
             os.kill(worker, signal.SIGKILL)
 
 
-# -- Ctrl-C ------------------------------------------------------------------------------------------------------------
+# -- Ctrl-C and SIGTERM ------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_saves_a_checkpoint(tiny: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
@@ -212,15 +213,54 @@ def test_ctrl_c_saves_a_checkpoint(tiny: Path, tmp_path: Path, undisturbed: dict
     assert same_result(train(tiny, tmp_path), undisturbed)
 
 
-def test_ctrl_c_twice_ends_at_once(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_twice_ends_at_once(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
     process = start(tiny, tmp_path, "--engine", "single", "--test_resamples", "50000", ranks=1)[0]
     assert wait_for_phase(tmp_path / "tiny", "test", [process])  # which takes half a minute, and has no steps
     for _ in range(2):
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         time.sleep(0.5)
     (code, said) = finish([process])[0]
-    assert code == 130 and "dcft: stopped; start it again" in said and "Traceback" not in said
+    if number == signal.SIGTERM:
+        assert code == -number
+    else:
+        assert code == 130 and "dcft: stopped; start it again" in said
+    assert "Traceback" not in said
     assert attempts(tmp_path / "tiny") and not list((tmp_path / "tiny").glob("errors/*")), "no failure"
+
+
+def test_sigterm_saves_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    """Of one rank. Its exit code shows that it is not finished."""
+    words = (*WORKERS, "--train.epochs", "4")
+    process = start(tiny, tmp_path, *words, ranks=1)[0]
+    assert wait_for_phase(tmp_path / "tiny", "train", [process])
+    process.send_signal(signal.SIGTERM)
+    code, said = finish([process])[0]
+    assert code == 128 + signal.SIGTERM and "stopping after this step, with a checkpoint" in said
+    assert read_json(tmp_path / "tiny/progress.json")["phase"] == "stopped"
+    assert run_verdict(tmp_path / "tiny", "the beginning", 3)[0] == "again"
+    went_on = train(tiny, tmp_path, *words, ranks=1)
+    assert same_result(went_on, train(tiny, tmp_path / "other", *words, ranks=1))
+
+
+def test_sigterm_ends_a_fork_of_such_a_process() -> None:
+    """A pool ends its processes by SIGTERM, and waits for them."""
+    code = (
+        "import multiprocessing, time; from dcft_dist.runs.stop import listen_for_stop, terminated; listen_for_stop();"
+        "child = multiprocessing.get_context('fork').Process(target=time.sleep, args=[100]); child.start();"
+        "child.terminate(); child.join(30); print(child.exitcode, terminated())"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["-15", "False"]
+
+
+def test_sigterm_ends_what_a_script_asked_to_stop(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch script creates the file first, and waits; then its SIGTERM means the end."""
+    monkeypatch.setenv("DCFT_STOP_FILE", str(tmp_path / "stop"))
+    process = start(tiny, tmp_path, "--engine", "single", "--test_resamples", "50000", ranks=1)[0]
+    assert wait_for_phase(tmp_path / "tiny", "test", [process])
+    (tmp_path / "stop").touch()
+    process.send_signal(signal.SIGTERM)
+    assert finish([process])[0][0] == -signal.SIGTERM
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------

@@ -213,7 +213,8 @@ def test_torchrun_starts_again_on_one_node(tiny: Path, tmp_path: Path) -> None:
     assert (run / "summary.json").exists()
 
 
-def test_ctrl_c_reaches_the_ranks_of_torchrun_as_a_request(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launch_script_turns_signals_into_a_request(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
     """The script alone gets it, and torchrun, which would end its ranks, does not."""
     environment = os.environ | {"DCFT_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RANKS": "2"}
     command = [str(ROOT / "launch/torchrun_local.sh"), "tiny.toml", *QUICK, "--train.epochs", "400"]
@@ -227,9 +228,12 @@ def test_ctrl_c_reaches_the_ranks_of_torchrun_as_a_request(tiny: Path, tmp_path:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )
     wait_for_step(tmp_path / "runs/tiny", 2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "stopping after this step, with a checkpoint" in said
+    assert (
+        process.returncode == (0 if number == signal.SIGINT else 143)
+        and "stopping after this step, with a checkpoint" in said
+    )
     assert "start it again to go on" in said and "Traceback" not in said
     assert json.loads((tmp_path / "runs/tiny/progress.json").read_text())["phase"] == "stopped"
 

@@ -32,8 +32,8 @@ def main() -> None:
     options = arguments.parse_args()
     folder = options.folder
     found = {name: results(folder / name)[1] for name in (*PRIMARY, *OTHERS) if (folder / name / "study.toml").is_file()}
-    print("| study, test data | contrast | points [95 %] | 97.5 % | test loss [SE] | seeds | by its 95 % interval |")
-    print("|---|---|---|---|---|---|---|")
+    print("| study, test data | contrast | points [95 %] | 97.5 % | SE over seeds | test loss [SE] | seeds | by 95 % |")
+    print("|---|---|---|---|---|---|---|---|")
     lows: dict[str, tuple[float, float]] = {}
     for name, settings in found.items():
         for setting in settings:
@@ -71,13 +71,15 @@ def row(setting: SettingResult, difference: Difference) -> float:
     seeds = sorted(arms[contrast.arm].keys() & arms[contrast.minus].keys())
     values = np.stack([arms[contrast.arm][seed] - arms[contrast.minus][seed] for seed in seeds])
     wide = estimate(values, setting.groups, level=0.975)
-    error = difference.loss.std(ddof=1) / len(seeds) ** 0.5
+    points = 100 * values.mean(1)  # of each seed
+    error, loss_error = (x.std(ddof=1) / len(seeds) ** 0.5 for x in (points, difference.loss))
     cells = [
         setting.setting,
         f"{contrast.arm} minus {contrast.minus}{' (primary)' if contrast.deciding else ''}",
         f"{100 * value.mean:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]",
         f"[{100 * wide.low:+.2f}, {100 * wide.high:+.2f}]",
-        f"{difference.loss.mean():+.4f} [{error:.4f}]",
+        f"{error:.2f}",
+        f"{difference.loss.mean():+.4f} [{loss_error:.4f}]",
         str(len(seeds)),
         contrast_verdict(value),
     ]

@@ -44,6 +44,7 @@ def score_batches(batches: Iterable[Any], accumulation: int) -> Iterator[list[An
                 rank = collectives.rank()
                 raise alone(ScoreError(f"rank {rank}: batches has a length of {lengths[0]}, but ended before"))
             yield items
+        next(iterator, None)  # lets it end: a progress bar that is in it shows 100 %, processes that read stop
         return
     while True:
         items = list(itertools.islice(iterator, accumulation))

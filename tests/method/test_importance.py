@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,26 @@ def test_unusual_fsdp2() -> None:
     for worst, message in run_ranks(4, unusual_fsdp2):
         assert worst < 1e-9
         assert "sharded over 2 of 4 ranks" in message
+
+
+class Sized:
+    """Batches with a length, such as those of a loader, and what comes after the last one."""
+
+    ended = False
+
+    def __len__(self) -> int:
+        return NUM
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from make_batches(NUM, SIZE, torch.float32)
+        self.ended = True
+
+
+def test_batches_come_to_their_end() -> None:
+    """So that a progress bar in them is full, and processes that read for them end."""
+    batches = Sized()
+    score_importance(make_net(), batches, loss_fn, head=HEAD)
+    assert batches.ended
 
 
 def unequal_numbers_of_batches() -> str:

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(_COMMANDS[options.command](options, rest) or 0)
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 1 if options.command == "train" else 0
     except DcftError as error:
         # Every rank raises the error. Rank 0 prints it, and so does a rank that alone knows of it.
         rank = os.environ.get("RANK", "0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -258,6 +259,12 @@ class _Steps(Dataset[list[Batch] | DcftError]):
             return error
 
 
+def _leave_signals_to_rank(worker: int) -> None:
+    """Ctrl-C, and SIGTERM to a whole group, reach a worker too. It goes on until its rank asks it to end, or has ended."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Feed:
     """Loads the micro-batches of the training steps, ahead of time if there are worker processes."""
 
@@ -292,6 +299,7 @@ class Feed:
                     sampler=range(step, end),
                     num_workers=self._workers,
                     pin_memory=self._device.type == "cuda",
+                    worker_init_fn=_leave_signals_to_rank,
                 )
                 self._loaded = iter(loader)
             batches = next(self._loaded)

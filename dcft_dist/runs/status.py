@@ -34,6 +34,9 @@ AGAIN = 75  # exit code of `dcft status --verdict`: start the run again (EX_TEMP
 Verdict = Literal["finished", "again", "failed"]
 
 
+_ASKED = "it was asked to stop, and goes on from {}"
+
+
 def run_verdict(folder: Path, reached: str, limit: int, until: str = "train") -> tuple[Verdict, str]:
     """Decides what a batch script does after the ranks have ended.
 
@@ -59,7 +62,9 @@ def run_verdict(folder: Path, reached: str, limit: int, until: str = "train") ->
         for file in error_files(folder, len(starts)) if of_this_job else ():
             with suppress(OSError):
                 file.unlink()  # errors of ranks that the stop ended: no failures
-        return "again", f"it was asked to stop, and goes on from {reached}"
+        return "again", _ASKED.format(reached)
+    if of_this_job and phase == "stopped" and not error_files(folder, len(starts)):  # by a signal, which is no failure
+        return "again", _ASKED.format(reached)
     if not of_this_job:
         holder = lock_holder(folder)
         if holder and not is_this_job(holder):

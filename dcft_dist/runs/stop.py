@@ -4,54 +4,70 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 _signals: list[int] = []
+_listening = False
+
+ONE_EVENT_S = 1.0  # within it, a second SIGTERM is the same request: sent to the group, and again by torchrun
 
 
 def listen_for_stop() -> None:
     """From this call on, SIGUSR1, SIGUSR2 and the first Ctrl-C request a stop at the next step, with a checkpoint.
 
-    So does the first SIGTERM where there is one rank. Of several ranks, torchrun ends those that are left by SIGTERM, and
-    they wait for a lost one, so there it ends them at once. So do a second Ctrl-C and a second SIGTERM.
+    A second Ctrl-C ends the process at once.
     """
+    global _listening
+    _listening = True
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda received, frame: _signals.append(received))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where Ctrl-C is ignored
         signal.signal(signal.SIGINT, _interrupt)
-    if os.environ.get("WORLD_SIZE", "1") == "1" and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
-        # A pool ends its processes by SIGTERM and waits for them, even right after it has forked them.
-        os.register_at_fork(before=_hold_back, after_in_parent=_let_in, after_in_child=_leave_to_parent)
 
 
 def _interrupt(number: int, frame: Any) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _signals.append(number)
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends it at once\n")
+        _announce("Ctrl-C")
 
 
-def _terminate(number: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if stop_requested():  # a script that waits no longer
-        signal.raise_signal(signal.SIGTERM)
-    _signals.append(number)
-    os.write(2, b"\nstopping after this step, with a checkpoint; SIGTERM again ends it at once\n")
+def _announce(again: str) -> None:
+    with suppress(OSError):  # who reads it may have ended by the same signal
+        os.write(2, f"\nstopping after this step, with a checkpoint; {again} again ends it at once\n".encode())
 
 
-def _hold_back() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+@contextmanager
+def sigterm_stops() -> Iterator[None]:
+    """In this block the first SIGTERM requests a stop; a later one, or one after a batch script's request, ends the process.
 
+    For a run of one rank that listens, while it makes steps. Elsewhere SIGTERM ends a process at once: torchrun sends it to
+    the ranks that wait for one that is lost.
+    """
+    if not _listening or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process, first = os.getpid(), 0.0
 
-def _let_in() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    def terminate(number: int, frame: Any) -> None:
+        nonlocal first
+        now = time.monotonic()
+        if first and now - first < ONE_EVENT_S:
+            return
+        if os.getpid() != process or stop_requested():
+            os._exit(128 + number)  # the default would not end the first process of a container
+        first = now
+        _signals.append(number)
+        _announce("SIGTERM")
 
-
-def _leave_to_parent() -> None:
-    if signal.getsignal(signal.SIGTERM) is _terminate:
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _let_in()
 
 
 def terminated() -> bool:

@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -36,7 +36,7 @@ from ..method.fundamental_set import FundamentalSet
 from ..objectives.base import Metrics, oriented
 from ..runs.folder import identity
 from ..runs.status import REACHED, estimate_text
-from ..runs.stop import Stopped, stop_requested
+from ..runs.stop import Stopped, sigterm_stops, stop_requested
 from ..runs.writer import logging_only
 from ..weights.checkpoint import bring_back, damage_in, is_complete, read_state
 from ..weights.model_state import load_checkpoint, model_state
@@ -126,7 +126,8 @@ class Trainer:
             self.writer.phase(f"{REACHED} {self.config.until}")
             return {}
         self._stop_between_phases()
-        best = self.fine_tune(found)
+        with sigterm_stops() if self.run.world.world_size == 1 else nullcontext():
+            best = self.fine_tune(found)
         if self.config.train.max_steps:
             return self._estimate()
         chosen, loss = self._best_that_is_left(best)

@@ -24,6 +24,7 @@ from dcft_dist.runs.attempts import attempts, note_error
 from dcft_dist.runs.status import run_verdict, space_problem, status
 
 from ..processes import Process, finish
+from ..runs.test_life import wait_for_step
 from ..train.test_run import encoder, start, tiny, train, wait_for_phase
 from .harness import own_mounts, same_result, small_disk
 from .test_kills import undisturbed
@@ -213,54 +214,100 @@ def test_ctrl_c_saves_a_checkpoint(tiny: Path, tmp_path: Path, undisturbed: dict
     assert same_result(train(tiny, tmp_path), undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_twice_ends_at_once(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_ctrl_c_twice_ends_at_once(tiny: Path, tmp_path: Path) -> None:
     process = start(tiny, tmp_path, "--engine", "single", "--test_resamples", "50000", ranks=1)[0]
     assert wait_for_phase(tmp_path / "tiny", "test", [process])  # which takes half a minute, and has no steps
     for _ in range(2):
-        process.send_signal(number)
+        process.send_signal(signal.SIGINT)
         time.sleep(0.5)
     (code, said) = finish([process])[0]
-    if number == signal.SIGTERM:
-        assert code == -number
-    else:
-        assert code == 130 and "dcft: stopped; start it again" in said
-    assert "Traceback" not in said
+    assert code == 130 and "dcft: stopped; start it again" in said and "Traceback" not in said
     assert attempts(tmp_path / "tiny") and not list((tmp_path / "tiny").glob("errors/*")), "no failure"
 
 
-def test_sigterm_saves_a_checkpoint(tiny: Path, tmp_path: Path) -> None:
-    """Of one rank. Its exit code shows that it is not finished."""
-    words = (*WORKERS, "--train.epochs", "4")
-    process = start(tiny, tmp_path, *words, ranks=1)[0]
-    assert wait_for_phase(tmp_path / "tiny", "train", [process])
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_group_of_processes(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """As from a terminal, `timeout` or Slurm: the processes that read data get it too."""
+    words = (*WORKERS, "--train.epochs", "8", "--log_every", "1")
+    process = Process(["train", str(tiny), "--runs_dir", str(tmp_path), *words], dict(os.environ), before=os.setsid)
+    wait_for_step(tmp_path / "tiny", 1)
+    assert len(children(process.pid)) >= 2
+    os.killpg(process.pid, number)
     code, said = finish([process])[0]
-    assert code == 128 + signal.SIGTERM and "stopping after this step, with a checkpoint" in said
+    assert code == (143 if number == signal.SIGTERM else 0) and "stopping after this step, with a checkpoint" in said
     assert read_json(tmp_path / "tiny/progress.json")["phase"] == "stopped"
-    assert run_verdict(tmp_path / "tiny", "the beginning", 3)[0] == "again"
+    verdict = run_verdict(tmp_path / "tiny", "step 5", 3)
+    assert verdict == ("again", "it was asked to stop, and goes on from step 5") and not list(
+        (tmp_path / "tiny/errors").glob("*")
+    )
     went_on = train(tiny, tmp_path, *words, ranks=1)
     assert same_result(went_on, train(tiny, tmp_path / "other", *words, ranks=1))
 
 
-def test_sigterm_ends_a_fork_of_such_a_process() -> None:
-    """A pool ends its processes by SIGTERM, and waits for them."""
-    code = (
-        "import multiprocessing, time; from dcft_dist.runs.stop import listen_for_stop, terminated; listen_for_stop();"
-        "child = multiprocessing.get_context('fork').Process(target=time.sleep, args=[100]); child.start();"
-        "child.terminate(); child.join(30); print(child.exitcode, terminated())"
+STEPS = """
+import os, sys, time
+from dcft_dist.runs import stop
+stop.listen_for_stop()
+with stop.sigterm_stops():
+    child = os.fork()
+    if child == 0:
+        print("began", flush=True)
+        time.sleep(100)
+    for _ in range(1000):
+        time.sleep(0.01)
+print(stop.terminated())
+"""
+
+
+def in_steps(**environment: str) -> subprocess.Popen[str]:
+    """A process, in the middle of its steps, that has a fork."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STEPS],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["-15", "False"]
+    assert process.stdout is not None and process.stdout.readline() == "began\n"
+    return process
 
 
-def test_sigterm_ends_what_a_script_asked_to_stop(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_again_ends_at_once() -> None:
+    """Not where it comes within a second: that is one event, sent to the group and once more by a launcher.
+
+    Nor does a log without a reader end the run.
+    """
+    process = in_steps()
+    assert process.stderr is not None
+    process.stderr.close()
+    for pause in (0.1, 1.2, 0):
+        process.terminate()
+        time.sleep(pause)
+        assert process.poll() is None or not pause
+    assert process.wait(5) == 143
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_sigterm_ends_a_fork() -> None:
+    """A pool ends its processes by SIGTERM, and waits for them."""
+    process = in_steps()
+    (child,) = children(process.pid)
+    os.kill(child, signal.SIGTERM)
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+    process.kill()
+    process.wait()
+
+
+def test_sigterm_ends_what_a_script_asked_to_stop(tmp_path: Path) -> None:
     """A batch script creates the file first, and waits; then its SIGTERM means the end."""
-    monkeypatch.setenv("DCFT_STOP_FILE", str(tmp_path / "stop"))
-    process = start(tiny, tmp_path, "--engine", "single", "--test_resamples", "50000", ranks=1)[0]
-    assert wait_for_phase(tmp_path / "tiny", "test", [process])
+    process = in_steps(DCFT_STOP_FILE=str(tmp_path / "stop"))
     (tmp_path / "stop").touch()
-    process.send_signal(signal.SIGTERM)
-    assert finish([process])[0][0] == -signal.SIGTERM
+    process.terminate()
+    assert process.wait(5) == 143
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------

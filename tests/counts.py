@@ -257,10 +257,10 @@ def scored(engine: str, counted: bool) -> tuple[int, int, int]:
 
     steps.model.eval()
     parameters = list(steps.model.parameters())
-    score(2)  # what is set up once
-    plain(2)
-    (few, few_ops), (many, many_ops) = score(2), score(6)
-    (least, least_ops), (most, most_ops) = plain(2), plain(6)
-    calls = (many.calls - few.calls - most.calls + least.calls) // 4
-    operations_each = (many_ops.non_views - few_ops.non_views - most_ops.non_views + least_ops.non_views) / 4
-    return calls, int(operations_each), many_ops.waits - (most_ops.waits - least_ops.waits) // 4 * 6
+    score(1)  # what is set up once
+    plain(1)
+    (one, one_ops), (two, two_ops) = score(1), score(2)
+    (plain_one, plain_one_ops), (plain_two, plain_two_ops) = plain(1), plain(2)
+    calls = two.calls - one.calls - (plain_two.calls - plain_one.calls)
+    operations_each = two_ops.non_views - one_ops.non_views - (plain_two_ops.non_views - plain_one_ops.non_views)
+    return calls, operations_each, two_ops.waits - 2 * (plain_two_ops.waits - plain_one_ops.waits)

@@ -213,8 +213,7 @@ def test_torchrun_starts_again_on_one_node(tiny: Path, tmp_path: Path) -> None:
     assert (run / "summary.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_launch_script_turns_signals_into_a_request(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_ctrl_c_reaches_the_ranks_of_torchrun_as_a_request(tiny: Path, tmp_path: Path) -> None:
     """The script alone gets it, and torchrun, which would end its ranks, does not."""
     environment = os.environ | {"DCFT_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "RANKS": "2"}
     command = [str(ROOT / "launch/torchrun_local.sh"), "tiny.toml", *QUICK, "--train.epochs", "400"]
@@ -228,14 +227,36 @@ def test_a_launch_script_turns_signals_into_a_request(tiny: Path, tmp_path: Path
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )
     wait_for_step(tmp_path / "runs/tiny", 2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[0]
-    assert (
-        process.returncode == (0 if number == signal.SIGINT else 143)
-        and "stopping after this step, with a checkpoint" in said
-    )
+    assert process.returncode == 0 and "stopping after this step, with a checkpoint" in said
     assert "start it again to go on" in said and "Traceback" not in said
     assert json.loads((tmp_path / "runs/tiny/progress.json").read_text())["phase"] == "stopped"
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_sigterm_to_a_launch_script(obeys: bool, tmp_path: Path) -> None:
+    """The first is a request, the second goes on to what the script has started; neither looks like success."""
+    wait = '[ ! -e "$DCFT_STOP_FILE" ]' if obeys else "true"
+    program = f"echo began; while {wait}; do sleep 0.05; done"
+    process = subprocess.Popen(
+        ["bash", "-c", f". \"{ROOT}/launch/interruptible.sh\"; interruptible bash -c '{program}'"],
+        env=os.environ | {"DCFT_STOP_FILE": str(tmp_path / "stop")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "began\n"
+    process.terminate()
+    if not obeys:
+        while not (tmp_path / "stop").exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.terminate()
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 143 and "stopping after this step, with a checkpoint; SIGTERM again" in said
+    assert not (tmp_path / "stop").exists()
 
 
 def test_checkpoints_that_are_kept(tiny: Path, tmp_path: Path) -> None:

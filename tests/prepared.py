@@ -39,6 +39,8 @@ FSDP1 = [f"fsdp1-{s}-{o}" for s in ("full", "gradop", "none", "hybrid") for o in
 FSDP1 += ["fsdp1-full-flat-nosync", "fsdp1-full-orig-nosync"]
 ZERO = ["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero3-params", "zero3-init"]
 ENGINES = ["single", *DDP, *FSDP2, *FSDP1, *ZERO]
+# Each engine with a number of ranks, FSDP2 with four and with two.
+RANKS = [(e, 1 if e == "single" else 4 if e in ("fsdp2", "fsdp2-hybrid", "zero3") else 2) for e in ENGINES] + [("fsdp2", 2)]
 
 
 @dataclass

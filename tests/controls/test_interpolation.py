@@ -12,7 +12,7 @@ from dcft_dist.controls.interpolation import Way
 from dcft_dist.errors import EngineError
 
 from ..nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
-from ..prepared import ENGINES, prepare
+from ..prepared import RANKS, prepare
 from ..ranks import run_ranks
 
 PLACES = [(0.0, 1.0), (0.25, 0.75), (1.0, 0.5), (0.5, 0.5), (0.0, 0.0)]
@@ -48,9 +48,8 @@ def places(engine: str) -> tuple[list[dict[str, Tensor]], list[float], dict[str,
     return states, losses, {name: chosen.mask(name) for name in chosen.info.shapes}, back
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_every_place_under_every_engine(engine: str) -> None:
-    ranks = 1 if engine == "single" else 4 if engine in ("fsdp2", "fsdp2-hybrid", "zero3") else 2
+@pytest.mark.parametrize(("engine", "ranks"), RANKS)
+def test_every_place_under_every_engine(engine: str, ranks: int) -> None:
     for states, losses, masks, _ in run_ranks(ranks, places, engine):
         start, end, *found = states
         moved = [name for name in start if not torch.equal(start[name], end[name])]

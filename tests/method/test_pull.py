@@ -20,7 +20,7 @@ from dcft_dist.method.levels import levels_of
 from dcft_dist.method.pull import PullToStart
 
 from ..nets import HEAD, loss_fn, make_batches, make_net, make_optimizer, my_part
-from ..prepared import ENGINES, prepare
+from ..prepared import RANKS, prepare
 from ..ranks import run_ranks
 from .test_levels import expected, some_scores
 
@@ -115,9 +115,8 @@ CASES = [("sgd", 0.0, "", False), ("adamw_smooth", 1.0, "before", False), ("sgd"
 CASES += [("momentum", 0.5, "after", True)]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_pull_under_every_engine(engine: str) -> None:
-    ranks = 1 if engine == "single" else 4 if engine in ("fsdp2", "fsdp2-hybrid", "zero3") else 2
+@pytest.mark.parametrize(("engine", "ranks"), RANKS)
+def test_pull_under_every_engine(engine: str, ranks: int) -> None:
     results = run_ranks(ranks, all_cases, engine, ranks)
     for number, case in enumerate(CASES):
         optimizer, share, penalty, selective = case

@@ -24,10 +24,13 @@ from .inference import command as inference
 from .planning import command as planning
 from .runs.folder import keep_private
 from .runs.status import AGAIN, run_verdict, status
+from .runs.stop import terminated
 from .screen import marked
 from .start import command as start
 from .start.examples import EXAMPLES
 from .studies import command as studies
+
+_AFTER_SIGTERM = 143  # whoever sent it, such as Kubernetes, must not take the run for finished
 
 Commands = Any  # the return type of argparse's `add_subparsers`; its class is private
 
@@ -51,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(_COMMANDS[options.command](options, rest) or 0)
     except BrokenPipeError:  # the reader of the output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1 if options.command == "train" else 0
+        return 0 if options.command != "train" else _AFTER_SIGTERM if terminated() else 1
     except DcftError as error:
         # Every rank raises the error. Rank 0 prints it, and so does a rank that alone knows of it.
         rank = os.environ.get("RANK", "0")
@@ -202,11 +205,9 @@ def _load(path: str | Path, words: Sequence[str], runs: bool = False) -> Config:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    from .runs.stop import terminated
     from .train.run import train
 
-    done = train(_load(options.config, rest, runs=True))
-    return 143 if not done and terminated() else 0  # who sent SIGTERM, such as Kubernetes, must not take it for finished
+    return _AFTER_SIGTERM if not train(_load(options.config, rest, runs=True)) and terminated() else 0
 
 
 def _init(options: argparse.Namespace, rest: list[str]) -> None:

@@ -54,12 +54,12 @@ def sigterm_stops() -> Iterator[None]:
 
     def terminate(number: int, frame: Any) -> None:
         nonlocal first
-        now = time.monotonic()
-        if first and now - first < ONE_EVENT_S:
-            return
-        if os.getpid() != process or stop_requested():
+        repeated = first and time.monotonic() - first < ONE_EVENT_S
+        if os.getpid() != process or (stop_requested() and not repeated):
             os._exit(128 + number)  # the default would not end the first process of a container
-        first = now
+        if repeated:
+            return
+        first = time.monotonic()
         _signals.append(number)
         _announce("SIGTERM")
 

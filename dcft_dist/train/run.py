@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,8 @@ def train(config: Config) -> bool:
                     # One of a finished run may show examples, and is left alone.
                     print(f"report: {folder / 'report.html' if reported else write_report(folder)}", flush=True)
     except Stopped as stopped:
-        with suppress(BrokenPipeError):  # a `tee` that the same signal has ended
-            if first:
-                print(f"stopped {stopped}, as asked; start it again to go on", flush=True)
+        if first:
+            print(f"stopped {stopped}, as asked; start it again to go on", flush=True)
         return False
     return True
 

@@ -289,6 +289,28 @@ def test_sigterm_again_ends_at_once() -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
+WITHOUT_A_READER = """
+import sys
+from dcft_dist import cli
+from dcft_dist.runs import stop
+def train(*_):
+    stop._signals.extend(map(int, signals))
+    print("stopped at step 5", flush=True)
+signals, sys.argv[1:] = sys.argv[1:], ["train", "any.toml"]
+cli._COMMANDS["train"] = train
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize(("signals", "code"), [([], 1), ([str(int(signal.SIGTERM))], 143)])
+def test_a_run_whose_output_nobody_reads_is_not_said_to_be_finished(signals: list[str], code: int) -> None:
+    """As where the same signal has ended `tee`."""
+    process = subprocess.Popen([sys.executable, "-c", WITHOUT_A_READER, *signals], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(60) == code
+
+
 def test_sigterm_ends_a_fork() -> None:
     """A pool ends its processes by SIGTERM, and waits for them."""
     process = in_steps()

@@ -249,7 +249,7 @@ def test_sigterm_to_a_launch_script(obeys: bool, tmp_path: Path) -> None:
     assert process.stdout is not None and process.stdout.readline() == "began\n"
     process.terminate()
     if not obeys:
-        while not (tmp_path / "stop").exists():
+        while not (tmp_path / "stop").exists() and process.poll() is None:
             time.sleep(0.01)
         time.sleep(0.2)
         assert process.poll() is None
